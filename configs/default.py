@@ -1,0 +1,114 @@
+"""Every key of a run, with its default; recipes beside this file change a few.
+
+Run one with:
+
+    python -m sprint_jax.train --config configs/digits.py:teacher --workdir runs/teacher
+
+This file is a library of defaults and costs nothing by itself.
+"""
+
+import ml_collections
+
+from sprint_jax.models.sana import SIZES
+
+
+def get_config(arg=None):
+    if arg:
+        raise ValueError("configs/default.py takes no argument")
+    c = ml_collections.ConfigDict()
+
+    c.stage = "flow"  # 'flow' trains a flow-matching teacher, 'distill' a 1-to-4-step student
+    c.seed = 0  # data order, noise, times and initial weights are functions of it
+    c.steps = 1000  # generator updates in all
+    c.teacher = ""  # distill: workdir of the frozen teacher (its EMA is used)
+    c.init = ""  # warm start: workdir whose EMA replaces fresh weights at step 0, and nothing else
+    c.sigma_d = 0.5  # TrigFlow's standard deviation of data and noise
+    c.ema_decay = 0.999  # of the moving average that is sampled and exported
+    c.accumulate = 1  # microbatches per update; the batch size is that of the whole update
+    c.max_nonfinite = 20  # this many skipped updates in a row end the run
+
+    c.model = model_fields("digits")
+
+    c.data = ml_collections.ConfigDict()
+    c.data.world = "full"  # 'small': one digit on 8x8 pixels; 'full': up to three on 16x16
+    c.data.dir = "data"  # where the built dataset lies
+    c.data.batch_size = 64  # global batch of one update
+    c.data.prefetch = 4  # batches prepared ahead
+
+    c.optimizer = optimizer_fields(1e-3)
+    c.optimizer.name = "adamw"  # or 'came'
+
+    c.flow = ml_collections.ConfigDict()
+    c.flow.time_mean = 0.0  # logit-normal flow times
+    c.flow.time_std = 1.0
+    c.flow.shift = 1.0  # resolution shift of flow times, in training and in teachers' samplers
+    c.flow.caption_dropout = 0.1  # share of samples that see the empty prompt, for CFG
+
+    c.scm = ml_collections.ConfigDict()
+    c.scm.weight = 1.0  # of the consistency loss
+    c.scm.time_mean = 0.2  # log-normal angles
+    c.scm.time_std = 1.6
+    c.scm.guidance = (4.0, 4.5, 5.0)  # teacher's CFG scale, drawn per sample from these
+    c.scm.tangent_warmup = 2000  # generator updates until the tangent counts in full
+    c.scm.tangent_constant = 0.1  # c in g / (|g| + c)
+    c.scm.mean_norm = False  # True: root mean square instead of Euclidean norm
+    c.scm.shared_primal = True  # one pass for primal and tangent; False: a separate jvp
+
+    c.ladd = ml_collections.ConfigDict()
+    c.ladd.weight = 0.5  # of the adversarial loss; 0 turns the discriminator off
+    c.ladd.taps = (2, 8, 14, 19)  # teacher blocks whose outputs feed a head each
+    c.ladd.max_time_probability = 0.5  # share of student samples made from pure noise
+    c.ladd.time_mean = -0.6  # log-normal angles at which the discriminator looks
+    c.ladd.time_std = 1.0
+    c.ladd.misaligned = True  # real images with the wrong caption count as fake
+    c.ladd.r1_weight = 0.0  # gradient penalty on the heads' inputs
+    c.ladd.optimizer = optimizer_fields(1e-3)  # of the heads; same kind as the student's
+
+    c.mesh = ml_collections.ConfigDict()
+    c.mesh.data = -1  # devices that replicate parameters; -1: all that are left
+    c.mesh.fsdp = 1  # devices that split parameters
+
+    c.log = ml_collections.ConfigDict()
+    c.log.every = 20  # steps between lines of metrics.jsonl
+    c.log.sample_every = 500  # steps between sample grids and curves
+    c.log.sample_guidance = 4.5  # CFG scale of the grids
+    c.log.diagnostics_every = 500  # steps between finite-difference and bfloat16 checks of the tangent
+    c.log.checkpoint_every = 500
+    c.log.keep = 3  # checkpoints
+    return c
+
+
+def model_fields(size):
+    """SanaTransformer's fields for a published size, every one of them present."""
+    fields = dict(
+        patch_size=1,
+        attention_head_dim=32,
+        caption_channels=2304,
+        in_channels=32,
+        out_channels=32,
+        sample_size=32,
+        mlp_ratio=2.5,
+        attention_bias=False,
+        qk_norm=False,
+        guidance_embeds=False,
+        timestep_scale=1.0,
+        interpolation_scale=0.0,  # 0: no positions; 1.0 for 2K, 2.0 for 4K models
+        dtype="float32",  # of matmuls: float32 or bfloat16
+        remat="none",  # none, full, dots, dots_no_batch
+        scan=True,
+    )
+    return ml_collections.ConfigDict(fields | SIZES[size])
+
+
+def optimizer_fields(learning_rate):
+    return ml_collections.ConfigDict(
+        dict(
+            learning_rate=learning_rate,
+            warmup_steps=100,  # linear, in updates
+            decay_steps=0,  # cosine to 0 over so many updates after the warm-up; 0: constant
+            clip_norm=1.0,  # of the global gradient norm; 0: off
+            weight_decay=0.0,
+            b1=0.9,
+            b2=0.999,
+        )
+    )

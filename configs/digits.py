@@ -1,0 +1,43 @@
+"""The embedded digits world: the true losses, model code and loop at the size of two CPU cores.
+
+    python -m sprint_jax.train --config configs/digits.py:teacher --workdir runs/teacher
+    python -m sprint_jax.train --config configs/digits.py:student --config.teacher=runs/teacher \\
+        --workdir runs/student
+
+Words: ``teacher`` or ``student``; ``full`` (16x16 pixels, one to three digits, GenEval's categories)
+or ``small`` (8x8 pixels, one digit; the quickstart).
+"""
+
+from configs import default
+from sprint_jax.config import parse_arg
+
+
+def get_config(arg=None):
+    stage, world = parse_arg(arg, ("teacher", "student"), ("full", "small"))
+    c = default.get_config()
+    c.data.world = world
+    c.model = default.model_fields("digits")
+    c.log.sample_guidance = 3.0
+    c.ema_decay = 0.998
+    teacher(c, world) if stage == "teacher" else student(c, world)
+    return c
+
+
+def teacher(c, world):
+    c.stage = "flow"
+    c.steps = 3000
+    c.optimizer.learning_rate = 1e-3
+    c.optimizer.decay_steps = 3000
+
+
+def student(c, world):
+    c.stage = "distill"
+    c.steps = 1500
+    c.model.guidance_embeds = True
+    c.optimizer.learning_rate = 3e-4
+    c.optimizer.b2 = 0.99
+    c.scm.guidance = (2.5, 3.0, 3.5)
+    c.scm.tangent_warmup = 300
+    c.ladd.taps = (1, 3, 5)
+    c.ladd.optimizer.learning_rate = 1e-3
+    c.ladd.optimizer.b1 = 0.5

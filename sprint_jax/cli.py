@@ -1,0 +1,133 @@
+"""What the commands share: flags, one-line errors, exit codes.
+
+A command is a module with ``main(argv)`` that ends with::
+
+    if __name__ == "__main__":
+        cli.run_command(main)
+
+Exit codes: 0 success, 1 failure, 2 wrong usage, 130 interrupted.
+"""
+
+import argparse
+import difflib
+import errno
+import sys
+from collections.abc import Callable
+from typing import NoReturn
+
+from .config import Config, load_config
+from .errors import UserError
+
+# Conditions of the machine, not of the code: one line says all there is to say.
+_MACHINE_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS)
+
+
+def run_command(main: Callable[[list[str]], None]) -> None:
+    """Runs ``main(sys.argv[1:])`` and turns a user's mistake into one line and an exit code.
+
+    `UserError` prints ``error: <line>`` on stderr and exits with its code, as do a full disk and a
+    forbidden path (1); Ctrl-C exits with 130. Every other exception is a bug: its traceback stays.
+    """
+    try:
+        main(sys.argv[1:])
+    except UserError as error:
+        _fail(str(error), error.exit_code)
+    except OSError as error:
+        if error.errno not in _MACHINE_ERRORS:
+            raise
+        path = f"{error.filename}: " if error.filename else ""
+        _fail(f"{path}{error.strerror}", 1)
+    except KeyboardInterrupt:
+        _fail("interrupted", 130)
+
+
+def _fail(message: str, exit_code: int) -> NoReturn:
+    print("error: " + " ".join(message.split()), file=sys.stderr, flush=True)
+    sys.exit(exit_code)
+
+
+class Parser(argparse.ArgumentParser):
+    """An argparse parser whose errors are `UserError` (exit code 2) and name the nearest flag.
+
+    Flags cannot be abbreviated. Subparsers made by ``add_subparsers`` behave alike.
+    """
+
+    def __init__(self, *args, **kwargs):
+        kwargs.setdefault("formatter_class", argparse.RawDescriptionHelpFormatter)
+        kwargs.setdefault("allow_abbrev", False)
+        super().__init__(*args, **kwargs)
+
+    def parse_known_args(self, args=None, namespace=None):
+        # argparse would complain of a missing flag first, though the cause is a misspelt one.
+        if self._subparsers is None:
+            for token in sys.argv[1:] if args is None else args:
+                if token == "--":
+                    break
+                if token.startswith("--") and " " not in token:
+                    self._require_known(token.partition("=")[0])
+        return super().parse_known_args(args, namespace)
+
+    def _require_known(self, flag: str) -> None:
+        known = [name for name in self._option_string_actions if name.startswith("--")]
+        if flag not in known:
+            nearest = difflib.get_close_matches(flag, known, n=1, cutoff=0.0)[0]
+            self.error(f"unknown flag {flag}, nearest is {nearest}")
+
+    def error(self, message: str) -> NoReturn:
+        raise UserError(f"{message} ({self.prog} --help lists all flags)", exit_code=2)
+
+
+def make_parser(command: str, description: str | None) -> Parser:
+    """A parser for ``python -m sprint_jax.<command>``.
+
+    Args:
+      command: the module's name, such as ``"train"``.
+      description: shown by ``--help`` as it is; usually the module's docstring.
+    """
+    return Parser(prog=f"python -m sprint_jax.{command}", description=description)
+
+
+def add_config(parser: Parser) -> None:
+    """Adds the required ``--config FILE.py[:WORDS]``, for `parse_with_config`."""
+    parser.add_argument(
+        "--config",
+        required=True,
+        metavar="FILE.py[:WORDS]",
+        help="a config file and the words its get_config takes, such as configs/digits.py:teacher;"
+        " --config.key=value sets one key of it (nested: --config.a.b=value)",
+    )
+
+
+def parse_with_config(parser: Parser, argv: list[str]) -> tuple[argparse.Namespace, Config]:
+    """Parses ``argv`` and loads the config that ``--config`` and ``--config.key=value`` describe.
+
+    Args:
+      parser: a parser on which `add_config` was called.
+      argv: the command's arguments; ``--config.key=value`` may also be written in two words.
+
+    Returns:
+      (flags without overrides, config).
+
+    Raises:
+      UserError: with exit code 2 for a wrong flag, file, key or value.
+    """
+    overrides, rest = split_overrides(argv)
+    flags = parser.parse_args(rest)
+    return flags, load_config(flags.config, overrides)
+
+
+def split_overrides(argv: list[str]) -> tuple[list[str], list[str]]:
+    """Splits ``argv`` into ``--config.key=value`` words (two-word forms joined) and all others."""
+    overrides, rest = [], []
+    words = iter(argv)
+    for word in words:
+        if not word.startswith("--config."):
+            rest.append(word)
+            continue
+        if "=" not in word:
+            value = next(words, None)
+            if value is None or value.startswith("--"):
+                raise UserError(f"{word} needs a value: {word}=VALUE", exit_code=2)
+            word = f"{word}={value}"
+        overrides.append(word)
+    return overrides, rest

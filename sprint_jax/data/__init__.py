@@ -1,0 +1,1 @@
+"""Data: worlds, sources and the loader."""

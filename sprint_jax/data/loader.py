@@ -1,0 +1,160 @@
+"""Batches as a pure function of (seed, batch number), for every host its rows, over grain.
+
+Nothing here has a position to save: a run that resumes at step i asks for batch i.
+"""
+
+import queue
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import grain
+import numpy as np
+
+from sprint_jax.errors import UserError
+
+Batch = dict[str, np.ndarray]
+
+
+def make_batches(
+    source: Sequence[Any],
+    transform: Callable[[list[Any]], Batch],
+    *,
+    batch_size: int,
+    seed: int,
+    process_index: int = 0,
+    process_count: int = 1,
+    shuffle: bool = True,
+) -> Callable[[int], Batch]:
+    """Makes ``batches(i)``, this host's rows of global batch i.
+
+    Records follow each other in an endless stream of epochs, each shuffled afresh and each with
+    every record once; batches are cut from that stream, so one may span two epochs and no record is
+    dropped. The stream depends on ``seed`` and ``len(source)`` alone: global batch i is the same
+    for every process count, and host p holds its rows ``p B/P .. (p+1) B/P``.
+
+    Args:
+      source: random access by ``len`` and ``[index]``. Where it has ``__getitems__(indices)``, as
+        TFDS data sources do, a batch is read at once.
+      transform: records of this host -> dict of arrays whose first axis is those records. It must
+        treat rows alike and by themselves, or batches would depend on the process count.
+      batch_size: rows of the global batch.
+      seed: 0 <= seed < 2**32.
+      process_index: this host, ``jax.process_index()`` on a pod.
+      process_count: number of hosts.
+      shuffle: False keeps the order of the source.
+
+    Returns:
+      ``batches(i)`` for ``i >= 0``. It may be called from any thread and in any order.
+
+    Raises:
+      UserError: an empty source, or sizes, host or seed out of range. ``batches`` raises it for a
+        transform that returns another number of rows.
+    """
+    if len(source) == 0:
+        raise UserError("the data source is empty: no batch can be made from it")
+    if batch_size < 1 or process_count < 1 or batch_size % process_count:
+        raise UserError(
+            f"batch_size {batch_size} cannot be shared by {process_count} processes: "
+            "use a positive multiple of their number"
+        )
+    if not 0 <= process_index < process_count:
+        raise UserError(f"process_index {process_index} is not one of {process_count} processes")
+    if not 0 <= seed < 2**32:
+        raise UserError(f"data seed {seed} is out of range: use 0 to 2**32 - 1")
+
+    # The stream is of record numbers, so that the records of a batch can be read in one call.
+    order = grain.MapDataset.range(len(source)).seed(seed)
+    order = (order.shuffle() if shuffle else order).repeat()
+    rows = batch_size // process_count
+
+    def batches(i: int) -> Batch:
+        if i < 0:
+            raise UserError(f"batch number {i} is negative: batches are counted from 0")
+        first = i * batch_size + process_index * rows
+        batch = transform(read_records(source, [order[first + row] for row in range(rows)]))
+        for name, array in batch.items():
+            if len(array) != rows:
+                raise UserError(f"transform made {len(array)} rows of {name!r} from {rows} records")
+        return batch
+
+    return batches
+
+
+def read_records(source: Sequence[Any], indices: Sequence[int]) -> list[Any]:
+    """The records with these numbers, read in one call where the source can."""
+    if hasattr(source, "__getitems__"):
+        return list(source.__getitems__(indices))
+    return [source[index] for index in indices]
+
+
+def encode_online(autoencoder, text_encoder) -> Callable[[list[dict]], Batch]:
+    """A transform of records with ``image`` (uint8 [H,W,3], one size) and ``caption`` (str).
+
+    Returns:
+      A function to the batch of training: latents [B,h,w,C] float32, text [B,L,Ct] float32 and mask
+      [B,L] int32.
+    """
+
+    def transform(records: list[dict]) -> Batch:
+        pixels = np.stack([record["image"] for record in records]).astype(np.float32) / 127.5 - 1
+        text, mask = text_encoder.encode([record["caption"] for record in records])
+        return {
+            "latents": np.asarray(autoencoder.encode(pixels), np.float32),
+            "text": np.asarray(text, np.float32),
+            "mask": np.asarray(mask, np.int32),
+        }
+
+    return transform
+
+
+def prefetch(
+    batches: Callable[[int], Batch], start: int, depth: int = 2
+) -> Iterator[tuple[int, Batch]]:
+    """Yields ``(i, batches(i))`` for i = start, start + 1, ... with a thread that works ahead.
+
+    The thread starts with the first ``next`` and ends when the iterator is closed, by ``close()``,
+    ``contextlib.closing`` or its going out of use. An error in ``batches`` is raised here, after
+    the batches before it.
+
+    Args:
+      batches: a function of the batch number that may be called from a thread.
+      start: number of the first batch.
+      depth: how many batches may wait, at least 1.
+    """
+    if depth < 1:
+        raise UserError(f"prefetch depth {depth} is too small: use at least 1")
+    return _prefetch(batches, start, depth)
+
+
+def _prefetch(batches, start: int, depth: int):
+    waiting: queue.Queue = queue.Queue(depth)
+    stop = threading.Event()
+
+    def put(item) -> None:
+        while not stop.is_set():
+            try:
+                return waiting.put(item, timeout=0.05)
+            except queue.Full:
+                continue
+
+    def work() -> None:
+        i = start
+        try:
+            while not stop.is_set():
+                put((i, batches(i), None))
+                i += 1
+        except BaseException as error:  # whatever it is, it belongs to the consumer
+            put((i, None, error))
+
+    thread = threading.Thread(target=work, name="prefetch", daemon=True)
+    thread.start()
+    try:
+        while True:
+            i, batch, error = waiting.get()
+            if error is not None:
+                raise error
+            yield i, batch
+    finally:
+        stop.set()
+        thread.join()

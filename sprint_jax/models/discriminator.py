@@ -1,0 +1,181 @@
+"""LADD heads: small convolutional critics on tokens of the frozen teacher's blocks.
+
+One head per tapped block: a spectrally normalised 1x1 convolution, local batch norm and leaky ReLU;
+a residual stage with a circular kernel-9 convolution along the flattened raster of tokens; and a
+1x1 convolution to one logit per token (LADD, arXiv 2403.12015; layout and names of the published
+heads). The vectors of the spectral norm are explicit arguments, updated by `update_spectral` in
+discriminator steps only, so that a generator step cannot move the critic in any way.
+"""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import linen as nn
+
+from .layers import wide
+
+Array = jax.Array
+
+
+class SpectralConv1d(nn.Module):
+    """A circular 1-D convolution [B, N, in] -> [B, N, features] whose kernel is divided by its norm."""
+
+    features: int
+    kernel_size: int
+    dtype: Any
+
+    @nn.compact
+    def __call__(self, x: Array, uv: dict[str, Array]) -> Array:
+        init = nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform", in_axis=(0, 1))
+        kernel = self.param("kernel", init, (self.kernel_size, x.shape[-1], self.features))
+        bias = self.param("bias", nn.initializers.zeros, (self.features,))
+        kernel = (kernel / spectral_norm(kernel, uv)).astype(self.dtype)
+        x = x.astype(self.dtype)
+        # A sum of matmuls over rolled tokens: a 1-D convolution's gradient is slow on CPU, and this
+        # is what a matrix unit runs anyway.
+        half = self.kernel_size // 2
+        taps = (jnp.roll(x, half - i, axis=1) @ kernel[i] for i in range(self.kernel_size))
+        return sum(taps) + bias.astype(self.dtype)[None, None]
+
+
+def spectral_norm(kernel: Array, uv: dict[str, Array]) -> Array:
+    """Largest singular value of ``kernel`` [k, in, out] as a matrix [out, in k], given its vectors.
+
+    The vectors ``u`` [out] and ``v`` [k, in] are constants: gradients reach the kernel only.
+    """
+    u, v = jax.lax.stop_gradient((uv["u"], uv["v"]))
+    return jnp.einsum("kio,ki,o->", kernel, v, u)
+
+
+def update_spectral(params, spectral, epsilon: float = 1e-12):
+    """One power iteration for every kernel; the same tree of ``{'u', 'v'}`` as ``spectral``.
+
+    Args:
+      params: parameters of `DiscriminatorHeads`.
+      spectral: vectors as from `init_spectral`.
+    """
+
+    def normalize(a):
+        return a / jnp.maximum(jnp.sqrt(jnp.square(a).sum()), epsilon)
+
+    def iterate(kernel, uv):
+        v = normalize(jnp.einsum("kio,o->ki", kernel, uv["u"]))
+        return {"u": normalize(jnp.einsum("kio,ki->o", kernel, v)), "v": v}
+
+    params = jax.lax.stop_gradient(params)
+    return {
+        head: {name: iterate(params[head][name]["kernel"], uv) for name, uv in convs.items()}
+        for head, convs in spectral.items()
+    }
+
+
+def init_spectral(params, key: Array, iterations: int = 15):
+    """Random vectors for every kernel in ``params``, brought close to singular by power iterations.
+
+    Torch starts from random vectors; the first updates would then divide by a far too small norm.
+    """
+    kernels = [
+        (head, name, conv["kernel"])
+        for head, convs in sorted(params.items())
+        for name, conv in sorted(convs.items())
+        if "kernel" in conv
+    ]
+    spectral = {head: {} for head, _, _ in kernels}
+    for i, (head, name, kernel) in enumerate(kernels):
+        u, v = jax.random.split(jax.random.fold_in(key, i))
+        k, inputs, outputs = kernel.shape
+        spectral[head][name] = {
+            "u": jax.random.normal(u, (outputs,)) / outputs**0.5,
+            "v": jax.random.normal(v, (k, inputs)) / (k * inputs) ** 0.5,
+        }
+    for _ in range(iterations):
+        spectral = update_spectral(params, spectral)
+    return spectral
+
+
+class LocalBatchNorm(nn.Module):
+    """Batch norm over groups of about ``group`` samples and all tokens, without running statistics.
+
+    The batch is cut into ``ceil(B / group)`` contiguous groups whose sizes differ by at most one, so
+    that any batch size works; where groups divide the batch, this is the published layer.
+    """
+
+    group: int = 8
+    epsilon: float = 1e-5
+
+    @nn.compact
+    def __call__(self, x: Array) -> Array:
+        weight = self.param("weight", nn.initializers.ones, (x.shape[-1],))
+        bias = self.param("bias", nn.initializers.zeros, (x.shape[-1],))
+        batch = x.shape[0]
+        groups = -(-batch // self.group)
+        member = np.arange(batch) * groups // batch
+        average = (member == np.arange(groups)[:, None]).astype(np.float32)
+        average /= average.sum(1, keepdims=True)
+
+        def group_mean(a):  # [B, N, d] -> each sample's group mean [B, 1, d]
+            means = jnp.einsum("gb,bd->gd", average, a.mean(1), precision=jax.lax.Precision.HIGHEST)
+            return means[member][:, None]
+
+        normed = wide(x)
+        normed = normed - group_mean(normed)
+        normed = normed * jax.lax.rsqrt(group_mean(jnp.square(normed)) + self.epsilon)
+        return (normed * weight[None, None] + bias[None, None]).astype(x.dtype)
+
+
+class DiscriminatorHead(nn.Module):
+    """Tokens [B, N, d] to logits [B, N]."""
+
+    dtype: Any
+
+    @nn.compact
+    def __call__(self, x: Array, spectral: dict) -> Array:
+        d = x.shape[-1]
+
+        def stage(x, name, kernel_size):
+            x = SpectralConv1d(d, kernel_size, self.dtype, name=f"{name}_conv")(x, spectral[f"{name}_conv"])
+            return nn.leaky_relu(LocalBatchNorm(name=f"{name}_norm")(x), 0.2)
+
+        x = stage(x, "main_0", 1)
+        x = (stage(x, "main_1", 9) + x) / np.sqrt(2)
+        return SpectralConv1d(1, 1, self.dtype, name="cls")(x, spectral["cls"])[..., 0]
+
+
+class DiscriminatorHeads(nn.Module):
+    """One head per feature map; logits of all heads side by side.
+
+    Args of the call:
+      features: tuple of token maps [B, h, w, d], one per tapped block.
+      spectral: ``{'heads_i': {'main_0_conv': {'u', 'v'}, ...}}`` as from `init_spectral`.
+
+    Returns:
+      logits [B, heads * h * w], float32.
+    """
+
+    dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, features: tuple[Array, ...], spectral: dict) -> Array:
+        logits = []
+        for i, feature in enumerate(features):
+            tokens = feature.reshape(feature.shape[0], -1, feature.shape[-1])
+            logits.append(DiscriminatorHead(self.dtype, name=f"heads_{i}")(tokens, spectral[f"heads_{i}"]))
+        return wide(jnp.concatenate(logits, axis=-1))
+
+
+def init_heads(features: tuple[Array, ...], key: Array) -> dict:
+    """``{'params', 'spectral'}`` of fresh `DiscriminatorHeads` for feature maps of these shapes."""
+
+    # Parameter shapes do not depend on the values of the vectors, so ones do for `init`.
+    def placeholder(width):
+        def uv(kernel_size, outputs):
+            return {"u": jnp.ones((outputs,)), "v": jnp.ones((kernel_size, width))}
+
+        return {"main_0_conv": uv(1, width), "main_1_conv": uv(9, width), "cls": uv(1, 1)}
+
+    spectral = {f"heads_{i}": placeholder(f.shape[-1]) for i, f in enumerate(features)}
+    params_key, spectral_key = jax.random.split(key)
+    params = DiscriminatorHeads().init(params_key, features, spectral)["params"]
+    return {"params": params, "spectral": init_spectral(params, spectral_key)}

@@ -1,0 +1,223 @@
+"""Layers of the linear DiT: norms, embeddings, the two attentions and the convolutional MLP.
+
+Channels-last throughout: image tokens are [B, h, w, d], text tokens [B, L, d]. Parameters are
+float32; ``dtype`` is that of matmul inputs and of the residual stream. Norms, sinusoids, the time
+embedding, softmax and the linear-attention core are float32 (or wider, if the inputs are) whatever
+``dtype`` says. Module names are the weight names of diffusers' SanaTransformer2DModel.
+"""
+
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from einops import rearrange
+from flax import linen as nn
+
+from .depthwise import depthwise_conv3x3
+
+Array = jax.Array
+Dtype = Any
+
+xavier = nn.initializers.xavier_uniform()
+small_normal = nn.initializers.normal(0.02)
+
+
+def wide(x: Array) -> Array:
+    """``x`` in float32, or unchanged if it is wider already."""
+    return x.astype(jnp.promote_types(x.dtype, jnp.float32))
+
+
+def layer_norm(x: Array, epsilon: float = 1e-6) -> Array:
+    """Layer norm over the last axis without weights; float32 result."""
+    x = wide(x)
+    x = x - x.mean(-1, keepdims=True)
+    return x * jax.lax.rsqrt(jnp.square(x).mean(-1, keepdims=True) + epsilon)
+
+
+def modulate(x: Array, shift: Array, scale: Array) -> Array:
+    """``x (1 + scale) + shift`` with ``shift, scale`` [B, d] and ``x`` [B, h, w, d]."""
+    return x * (1 + scale[:, None, None]) + shift[:, None, None]
+
+
+class RMSNorm(nn.Module):
+    """Root-mean-square norm over the full last axis (all heads together), float32 inside."""
+
+    dtype: Dtype
+    epsilon: float = 1e-5
+    initial: float = 1.0
+
+    @nn.compact
+    def __call__(self, x: Array) -> Array:
+        weight = self.param("weight", nn.initializers.constant(self.initial), (x.shape[-1],))
+        x = wide(x)
+        x = x * jax.lax.rsqrt(jnp.square(x).mean(-1, keepdims=True) + self.epsilon)
+        return (x * jnp.broadcast_to(weight, x.shape)).astype(self.dtype)
+
+
+def sinusoid(t: Array, channels: int = 256, max_period: float = 10000.0) -> Array:
+    """Sinusoidal embedding ``[cos(t f) | sin(t f)]`` of scalars ``t`` [B]; float32 [B, channels]."""
+    half = channels // 2
+    frequencies = np.exp(-math.log(max_period) * np.arange(half) / half)
+    angles = wide(t)[:, None] * jnp.asarray(frequencies, wide(t).dtype)[None]
+    return jnp.concatenate([jnp.cos(angles), jnp.sin(angles)], axis=-1)
+
+
+def sincos_positions(height: int, width: int, channels: int, base: int, interpolation: float) -> np.ndarray:
+    """2-D sine-cosine positions [height, width, channels] as diffusers' ``get_2d_sincos_pos_embed``.
+
+    Positions are rescaled so that any grid spans ``base / interpolation``. The first half of the
+    channels encodes the column, the second the row, each as ``[sin | cos]``.
+    """
+
+    def encode(positions: np.ndarray) -> np.ndarray:
+        quarter = channels // 4
+        frequencies = 1.0 / 10000.0 ** (np.arange(quarter) / quarter)
+        angles = positions[..., None] * frequencies
+        return np.concatenate([np.sin(angles), np.cos(angles)], axis=-1)
+
+    rows = np.arange(height) / (height / base) / interpolation
+    columns = np.arange(width) / (width / base) / interpolation
+    columns, rows = np.meshgrid(columns, rows)
+    return np.concatenate([encode(columns), encode(rows)], axis=-1).astype(np.float32)
+
+
+class ScalarEmbedder(nn.Module):
+    """Sinusoid and a two-layer MLP: scalars [B] to [B, features], float32."""
+
+    features: int
+    zero_init: bool = False
+
+    @nn.compact
+    def __call__(self, t: Array) -> Array:
+        last = nn.initializers.zeros if self.zero_init else small_normal
+        x = nn.Dense(self.features, kernel_init=small_normal, name="linear_1")(sinusoid(t))
+        return nn.Dense(self.features, kernel_init=last, name="linear_2")(nn.silu(x))
+
+
+class TimeEmbedding(nn.Module):
+    """AdaLN-single conditioning: flow time and optional guidance to ``(e [B, d], t6 [B, 6, d])``.
+
+    A new guidance embedder starts with a zero last layer only, so that the student begins as the
+    teacher and yet can learn to depend on guidance (zeroing both layers, as one reference does,
+    leaves every gradient but the last bias at exactly 0).
+    """
+
+    features: int
+    guidance_embeds: bool
+
+    @nn.compact
+    def __call__(self, t: Array, guidance: Array | None) -> tuple[Array, Array]:
+        embedding = ScalarEmbedder(self.features, name="timestep_embedder")(t)
+        if self.guidance_embeds:
+            embedding += ScalarEmbedder(self.features, zero_init=True, name="guidance_embedder")(guidance)
+        rows = nn.Dense(6 * self.features, kernel_init=small_normal, name="linear")(nn.silu(embedding))
+        return embedding, rearrange(rows, "b (r d) -> b r d", r=6)
+
+
+class CaptionProjection(nn.Module):
+    """Text features [B, L, caption_channels] to [B, L, features]: Linear, tanh-GELU, Linear."""
+
+    features: int
+    dtype: Dtype
+
+    @nn.compact
+    def __call__(self, text: Array) -> Array:
+        x = nn.Dense(self.features, dtype=self.dtype, kernel_init=small_normal, name="linear_1")(text)
+        x = nn.gelu(x, approximate=True)
+        return nn.Dense(self.features, dtype=self.dtype, kernel_init=small_normal, name="linear_2")(x)
+
+
+class LinearAttention(nn.Module):
+    """ReLU linear self-attention: ``o = q (k^T v) / (q sum(k))`` per head, float32 core.
+
+    No score scaling and no mask. The core runs at the highest matmul precision: it is less than 1 %
+    of the FLOPs, and TPUs would otherwise round its float32 inputs to bfloat16.
+    """
+
+    features: int
+    heads: int
+    qk_norm: bool
+    use_bias: bool
+    dtype: Dtype
+
+    @nn.compact
+    def __call__(self, x: Array) -> Array:
+        def project(name):
+            return nn.Dense(self.features, self.use_bias, dtype=self.dtype, kernel_init=xavier, name=name)
+
+        q, k, v = (project(name)(x) for name in ("to_q", "to_k", "to_v"))
+        if self.qk_norm:
+            q = RMSNorm(self.dtype, name="norm_q")(q)
+            k = RMSNorm(self.dtype, name="norm_k")(k)
+        q, k, v = (wide(rearrange(a, "b h w (n c) -> b (h w) n c", n=self.heads)) for a in (q, k, v))
+        q, k = nn.relu(q), nn.relu(k)
+        highest = jax.lax.Precision.HIGHEST
+        state = jnp.einsum("btnc,btnd->bncd", k, v, precision=highest)
+        numerator = jnp.einsum("btnc,bncd->btnd", q, state, precision=highest)
+        denominator = jnp.einsum("btnc,bnc->btn", q, k.sum(1), precision=highest)
+        out = numerator / (denominator[..., None] + 1e-15)
+        out = out.reshape(x.shape).astype(self.dtype)
+        return nn.Dense(self.features, dtype=self.dtype, kernel_init=xavier, name="to_out_0")(out)
+
+
+class CrossAttention(nn.Module):
+    """Softmax attention from image tokens [B, h, w, d] to text [B, L, d], mask [B, L] (1 keeps)."""
+
+    features: int
+    heads: int
+    qk_norm: bool
+    dtype: Dtype
+
+    @nn.compact
+    def __call__(self, x: Array, text: Array, mask: Array) -> Array:
+        def project(name, init=xavier):
+            return nn.Dense(self.features, dtype=self.dtype, kernel_init=init, name=name)
+
+        q, k, v = project("to_q")(x), project("to_k")(text), project("to_v")(text)
+        if self.qk_norm:
+            q = RMSNorm(self.dtype, name="norm_q")(q)
+            k = RMSNorm(self.dtype, name="norm_k")(k)
+        q = rearrange(q, "b h w (n c) -> b (h w) n c", n=self.heads)
+        k, v = (rearrange(a, "b l (n c) -> b l n c", n=self.heads) for a in (k, v))
+        scores = jnp.einsum("btnc,blnc->bntl", q, k, preferred_element_type=wide(q).dtype)
+        bias = (1 - mask.astype(scores.dtype)) * -10000.0
+        scores = scores * q.shape[-1] ** -0.5 + bias[:, None, None]
+        weights = jax.nn.softmax(scores, axis=-1).astype(self.dtype)
+        out = jnp.einsum("bntl,blnc->btnc", weights, v).reshape(x.shape)
+        return project("to_out_0", nn.initializers.zeros)(out)
+
+
+class GLUMBConv(nn.Module):
+    """Gated convolutional MLP: 1x1 to 2h, SiLU, depthwise 3x3, value times SiLU(gate), 1x1 back.
+
+    The first half of the depthwise output is the value, the second the gate.
+    """
+
+    features: int
+    hidden: int
+    dtype: Dtype
+
+    @nn.compact
+    def __call__(self, x: Array) -> Array:
+        x = nn.Dense(2 * self.hidden, dtype=self.dtype, kernel_init=xavier, name="conv_inverted")(x)
+        x = DepthwiseConv(2 * self.hidden, self.dtype, name="conv_depth")(nn.silu(x))
+        value, gate = jnp.split(x, 2, axis=-1)
+        out = nn.Dense(self.features, use_bias=False, dtype=self.dtype, kernel_init=xavier, name="conv_point")
+        return out(value * nn.silu(gate))
+
+
+class DepthwiseConv(nn.Module):
+    """The parameters of `depthwise_conv3x3`: kernel [3, 3, features] and bias [features]."""
+
+    features: int
+    dtype: Dtype
+
+    @nn.compact
+    def __call__(self, x: Array) -> Array:
+        # A uniform bound of 1/sqrt(fan_in) with fan_in 9: torch's default for this layer.
+        init = nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform", in_axis=(0, 1), out_axis=2)
+        kernel = self.param("kernel", init, (3, 3, self.features))
+        bias = self.param("bias", nn.initializers.zeros, (self.features,))
+        return depthwise_conv3x3(x, kernel.astype(self.dtype), bias.astype(self.dtype))

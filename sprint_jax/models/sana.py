@@ -1,0 +1,330 @@
+"""SanaTransformer: the linear DiT of SANA and SANA-Sprint, and every published size.
+
+One definition serves student, teacher, EMA and feature extractor: a pure function of
+``(params, inputs)``. Blocks are stacked on a leading axis and run by `jax.lax.scan`, in segments that
+end at the blocks whose output is asked for, so that a frozen teacher keeps tapped features only and
+computes nothing after the last of them. Checked against the forward pass of diffusers'
+SanaTransformer2DModel, whose weight names the modules carry.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from einops import rearrange
+from flax import linen as nn
+
+from ..errors import UserError
+from .layers import (
+    CaptionProjection,
+    CrossAttention,
+    GLUMBConv,
+    LinearAttention,
+    RMSNorm,
+    TimeEmbedding,
+    layer_norm,
+    modulate,
+    sincos_positions,
+    wide,
+)
+
+Array = jax.Array
+
+
+class SanaTransformerBlock(nn.Module):
+    """One block: linear self-attention, cross-attention to text, gated convolutional MLP.
+
+    Self-attention and MLP are modulated and gated by ``t6`` [B, 6, d]; cross-attention reads the raw
+    residual, without norm, modulation or gate.
+    """
+
+    features: int
+    heads: int
+    cross_heads: int
+    hidden: int
+    qk_norm: bool
+    attention_bias: bool
+    dtype: Any
+
+    @nn.compact
+    def __call__(self, x: Array, text: Array, mask: Array, t6: Array) -> Array:
+        init = nn.initializers.normal(self.features**-0.5)
+        table = self.param("scale_shift_table", init, (6, self.features))
+        rows = table[None] + t6
+        shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = (rows[:, i] for i in range(6))
+
+        attn1 = LinearAttention(
+            self.features, self.heads, self.qk_norm, self.attention_bias, self.dtype, name="attn1"
+        )
+        attn2 = CrossAttention(self.features, self.cross_heads, self.qk_norm, self.dtype, name="attn2")
+        ff = GLUMBConv(self.features, self.hidden, self.dtype, name="ff")
+
+        normed = modulate(layer_norm(x), shift_a, scale_a).astype(self.dtype)
+        x = x + (gate_a[:, None, None] * attn1(normed)).astype(x.dtype)
+        x = x + attn2(x, text, mask)
+        normed = modulate(layer_norm(x), shift_m, scale_m).astype(self.dtype)
+        return x + (gate_m[:, None, None] * ff(normed)).astype(x.dtype)
+
+
+class SanaTransformer(nn.Module):
+    """The SANA linear DiT; fields are named as in diffusers' config. See `SIZES`.
+
+    Fields that are not diffusers':
+      logvar: adds the head that predicts the sCM loss's log variance per sample (training only).
+      dtype: of matmuls and of the residual stream; parameters are always float32.
+      remat: what the backward pass recomputes, a name that `remat` accepts.
+      scan: run the stacked blocks by `lax.scan`; False unrolls them (slower to compile).
+    """
+
+    in_channels: int = 32
+    out_channels: int = 32
+    num_attention_heads: int = 70
+    attention_head_dim: int = 32
+    num_layers: int = 20
+    num_cross_attention_heads: int = 20
+    cross_attention_head_dim: int = 112
+    caption_channels: int = 2304
+    mlp_ratio: float = 2.5
+    patch_size: int = 1
+    sample_size: int = 32
+    attention_bias: bool = False
+    qk_norm: bool = False
+    guidance_embeds: bool = False
+    timestep_scale: float = 1.0
+    interpolation_scale: float | None = None
+    logvar: bool = False
+    dtype: Any = jnp.float32
+    remat: str = "none"
+    scan: bool = True
+
+    @property
+    def features(self) -> int:
+        """Width ``d`` of the residual stream."""
+        return self.num_attention_heads * self.attention_head_dim
+
+    @nn.compact
+    def __call__(
+        self,
+        x: Array,
+        t: Array,
+        text: Array,
+        mask: Array,
+        guidance: Array | None = None,
+        *,
+        taps: tuple[int, ...] = (),
+        with_logvar: bool = False,
+    ):
+        """Flow-matching velocity of noisy latents.
+
+        Args:
+          x: ``x_fm`` [B, h, w, in_channels]; h and w multiples of ``patch_size``.
+          t: flow time [B] in [0, 1] (``flow_time(MAX_TIME)``, slightly above 1, included). The
+            sinusoid sees ``1000 * timestep_scale * t``: dense time embedding is timestep_scale 0.001.
+          text: text features [B, L, caption_channels].
+          mask: [B, L]; 1 keeps a token, 0 hides it.
+          guidance: [B] CFG scale times 0.1 for models with ``guidance_embeds``, else None.
+          taps: increasing block indices; if given, the result is the tuple of these blocks' outputs,
+            each [B, h', w', d] in ``dtype``, and nothing after the last of them runs.
+          with_logvar: also return the log variance.
+
+        Returns:
+          velocity [B, h, w, out_channels] in float32; or ``(velocity, logvar [B])``; or features.
+
+        Raises:
+          ValueError: if guidance is missing or not expected, taps are out of range, or the latent
+            size is not a multiple of the patch size.
+        """
+        self._check(x, guidance, taps, with_logvar)
+        p, d = self.patch_size, self.features
+        patches = rearrange(x, "b (h p) (w q) c -> b h w (p q c)", p=p, q=p)
+        tokens = _PatchEmbed(d, self.dtype, name="patch_embed")(patches)
+        if self.interpolation_scale is not None:
+            base = self.sample_size // p
+            positions = sincos_positions(*tokens.shape[1:3], d, base, self.interpolation_scale)
+            tokens = tokens + jnp.asarray(positions, self.dtype)[None]
+        time = wide(t) * (1000 * self.timestep_scale)
+        embedding, t6 = TimeEmbedding(d, self.guidance_embeds, name="time_embed")(time, guidance)
+        text = CaptionProjection(d, self.dtype, name="caption_projection")(text)
+        text = RMSNorm(self.dtype, name="caption_norm")(text)
+
+        blocks = self._blocks(tokens, text, mask, t6)
+        step = self._step(text, mask, t6)
+        tokens, features = run_blocks(step, blocks, tokens, self.num_layers, taps, self.scan)
+        if taps and not self.is_initializing():
+            return features
+
+        init = nn.initializers.normal(d**-0.5)
+        rows = self.param("scale_shift_table", init, (2, d))[None] + embedding[:, None]
+        tokens = modulate(layer_norm(tokens), rows[:, 0], rows[:, 1]).astype(self.dtype)
+        out = nn.Dense(
+            p * p * self.out_channels, dtype=self.dtype, kernel_init=nn.initializers.zeros, name="proj_out"
+        )(tokens)
+        velocity = rearrange(wide(out), "b h w (p q c) -> b (h p) (w q) c", p=p, q=p)
+        if not self.logvar:
+            return velocity
+        logvar = nn.Dense(1, kernel_init=nn.initializers.xavier_uniform(), name="logvar_linear")(embedding)[:, 0]
+        return (velocity, logvar) if with_logvar else velocity
+
+    def _check(self, x, guidance, taps, with_logvar):
+        if self.guidance_embeds and guidance is None:
+            raise ValueError("this model embeds guidance: pass guidance = CFG scale * 0.1, shape [B]")
+        if not self.guidance_embeds and guidance is not None:
+            raise ValueError("this model has no guidance embedding: pass guidance=None")
+        if any(size % self.patch_size for size in x.shape[1:3]):
+            raise ValueError(f"latent size {x.shape[1:3]} is not a multiple of patch_size {self.patch_size}")
+        if list(taps) != sorted(set(taps)) or any(not 0 <= i < self.num_layers for i in taps):
+            raise ValueError(f"taps {taps} must be increasing block indices below {self.num_layers}")
+        if with_logvar and not self.logvar:
+            raise ValueError("with_logvar needs a model built with logvar=True")
+
+    def _block(self) -> SanaTransformerBlock:
+        return SanaTransformerBlock(
+            features=self.features,
+            heads=self.num_attention_heads,
+            cross_heads=self.num_cross_attention_heads,
+            hidden=int(self.mlp_ratio * self.features),
+            qk_norm=self.qk_norm,
+            attention_bias=self.attention_bias,
+            dtype=self.dtype,
+            parent=None,  # unbound: the stack below owns the parameters
+        )
+
+    def _blocks(self, *inputs):
+        """The stacked parameters of all blocks, leaves [num_layers, ...]."""
+
+        def init(key):
+            keys = jax.random.split(key, self.num_layers)
+            return jax.vmap(lambda k: self._block().init(k, *inputs)["params"])(keys)
+
+        if self.is_initializing():
+            return self.param("transformer_blocks", init)
+        # Linen's `param` would trace `init` again in every apply, to compare shapes.
+        return self.get_variable("params", "transformer_blocks")
+
+    def _step(self, text, mask, t6) -> Callable:
+        block = self._block()
+
+        def step(params, x):
+            return block.apply({"params": params}, x, text, mask, t6)
+
+        return remat(step, self.remat, self.scan)
+
+
+def from_fields(fields: dict, **changes) -> SanaTransformer:
+    """A `SanaTransformer` from plain config values, where dtypes are names and no positions is 0.
+
+    Args:
+      fields: SanaTransformer's fields, e.g. the ``model`` part of a run's config.json.
+      **changes: fields that override them.
+
+    Raises:
+      UserError: if the two head counts do not give the same width, or a name is not known.
+    """
+    fields = dict(fields) | changes
+    if fields.get("dtype", "float32") not in ("float32", "bfloat16"):
+        raise UserError(f"model.dtype '{fields['dtype']}' is not one of float32, bfloat16", exit_code=2)
+    if fields.get("remat", "none") not in ("none", *_POLICIES):
+        raise UserError(f"model.remat '{fields['remat']}' is not one of none, {', '.join(_POLICIES)}", exit_code=2)
+    fields["dtype"] = jnp.dtype(fields.get("dtype", "float32"))
+    fields["interpolation_scale"] = fields.get("interpolation_scale") or None
+    model = SanaTransformer(**fields)
+    cross = model.num_cross_attention_heads * model.cross_attention_head_dim
+    if cross != model.features:
+        raise UserError(
+            f"model: cross-attention heads x dim is {cross}, but num_attention_heads x attention_head_dim is "
+            f"{model.features}; they must be equal",
+            exit_code=2,
+        )
+    return model
+
+
+class _PatchEmbed(nn.Module):
+    """A convolution with stride and kernel ``p``, written as a Dense over patches [B, h, w, p p C]."""
+
+    features: int
+    dtype: Any
+
+    @nn.compact
+    def __call__(self, patches: Array) -> Array:
+        dense = nn.Dense(
+            self.features, dtype=self.dtype, kernel_init=nn.initializers.xavier_uniform(), name="proj"
+        )
+        return dense(patches)
+
+
+_POLICIES = {
+    "full": jax.checkpoint_policies.nothing_saveable,
+    "dots": jax.checkpoint_policies.dots_saveable,
+    "dots_no_batch": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+}
+
+
+def remat(step: Callable, policy: str, scan: bool) -> Callable:
+    """Wraps ``step`` in `jax.checkpoint` under a named policy.
+
+    Names: 'none' keeps everything; 'full' keeps block inputs only; 'dots' keeps matmul outputs;
+    'dots_no_batch' keeps the outputs of matmuls with weights.
+
+    Raises:
+      ValueError: for any other name.
+    """
+    if policy == "none":
+        return step
+    if policy not in _POLICIES:
+        raise ValueError(f"remat policy '{policy}' is not one of none, {', '.join(_POLICIES)}")
+    return jax.checkpoint(step, policy=_POLICIES[policy], prevent_cse=not scan)
+
+
+def run_blocks(step, blocks, x: Array, num_layers: int, taps: tuple[int, ...], scan: bool):
+    """Runs ``x = step(params_i, x)`` over stacked params in segments that end at tapped blocks.
+
+    Args:
+      step: ``(params of one block, x) -> x``.
+      blocks: pytree with leaves [num_layers, ...].
+      taps: increasing block indices; with taps, blocks after the last one do not run.
+
+    Returns:
+      ``(x, outputs of the tapped blocks)``.
+    """
+    ends = [tap + 1 for tap in taps] or [num_layers]
+    features, start = [], 0
+    for end in ends:
+        segment = jax.tree.map(lambda leaf, a=start, b=end: leaf[a:b], blocks)
+        if scan:
+            x, _ = jax.lax.scan(lambda carry, params: (step(params, carry), None), x, segment)
+        else:
+            for i in range(end - start):
+                x = step(jax.tree.map(lambda leaf, i=i: leaf[i], segment), x)
+        features.append(x)
+        start = end
+    return x, tuple(features) if taps else ()
+
+
+_SMALL = dict(num_attention_heads=36, num_layers=28, num_cross_attention_heads=16, cross_attention_head_dim=72)
+_LARGE = dict(num_attention_heads=70, num_layers=20, num_cross_attention_heads=20, cross_attention_head_dim=112)
+_TEACHER = dict(qk_norm=True, timestep_scale=0.001)
+_STUDENT = dict(qk_norm=True, timestep_scale=0.001, guidance_embeds=True)
+
+# Fields of every published size. The "0.6B" model is the deeper and narrower one.
+SIZES = {
+    "600m": _SMALL | _STUDENT,
+    "1600m": _LARGE | _STUDENT,
+    "600m-teacher": _SMALL | _TEACHER,
+    "1600m-teacher": _LARGE | _TEACHER,
+    "sana-600m": _SMALL,
+    "sana-1600m": _LARGE,
+    "sana1.5-1600m": _LARGE | dict(qk_norm=True),
+    "4800m": _LARGE | dict(qk_norm=True, num_layers=60),
+    "digits": dict(
+        in_channels=12,
+        out_channels=12,
+        num_attention_heads=4,
+        num_layers=6,
+        num_cross_attention_heads=4,
+        cross_attention_head_dim=32,
+        caption_channels=64,
+        sample_size=8,
+        **_TEACHER,
+    ),
+}

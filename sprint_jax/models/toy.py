@@ -1,0 +1,123 @@
+"""Stand-ins for the text encoder and the autoencoder in the digits world, with their interfaces.
+
+Neither is trained, and neither has parameters to store: both are functions of a few numbers.
+"""
+
+import dataclasses
+import difflib
+from collections.abc import Sequence
+
+import numpy as np
+
+from sprint_jax.data.captions import vocabulary
+from sprint_jax.errors import UserError
+
+
+class WordEncoder:
+    """Frozen random word embeddings with position vectors, in place of Gemma-2.
+
+    A token is ``(word + position) / sqrt(2)`` with both drawn from N(0, 1), so a feature has unit
+    variance and cross-attention, which does not see the order of tokens, sees that of words.
+
+    Attributes:
+      length: tokens L of every caption; the longest caption of the digits world takes 11.
+      features: size Ct of a token.
+    """
+
+    def __init__(
+        self,
+        length: int = 12,
+        features: int = 64,
+        seed: int = 0,
+        words: Sequence[str] | None = None,
+    ):
+        """``words`` is the vocabulary, by default that of the digits world."""
+        self.length = length
+        self.features = features
+        self._rows = {
+            word: row for row, word in enumerate(vocabulary() if words is None else words, 1)
+        }
+        # RandomState, whose stream NumPy has frozen: checkpoints rely on these vectors.
+        random = np.random.RandomState(seed)
+        positions = random.standard_normal((length, features))
+        # Row 0 is the begin token.
+        table = random.standard_normal((len(self._rows) + 1, features))
+        self._positions = (positions / np.sqrt(2)).astype(np.float32)
+        self._table = (table / np.sqrt(2)).astype(np.float32)
+
+    def encode(self, captions: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
+        """Encodes captions; words are parted by spaces, and '' is the null prompt (a begin token).
+
+        Returns:
+          text [B,L,Ct] float32, zero behind the last word, and mask [B,L] int32, 1 for tokens.
+
+        Raises:
+          UserError: a word is unknown, or a caption is too long.
+        """
+        if isinstance(captions, str):
+            raise UserError(
+                f"captions must be a list of sentences, not the one sentence {captions!r}"
+            )
+        rows = np.zeros((len(captions), self.length), np.int32)
+        mask = np.zeros((len(captions), self.length), np.int32)
+        for caption, row, kept in zip(captions, rows, mask, strict=True):
+            tokens = [self._row(word, caption) for word in caption.split()]
+            if len(tokens) >= self.length:
+                raise UserError(
+                    f"caption {caption!r} has {len(tokens)} words: use at most {self.length - 1}"
+                )
+            row[1 : 1 + len(tokens)] = tokens
+            kept[: 1 + len(tokens)] = 1
+        text = (self._table[rows] + self._positions) * mask[..., None].astype(np.float32)
+        return text, mask
+
+    def _row(self, word: str, caption: str) -> int:
+        row = self._rows.get(word)
+        if row is None:
+            nearest = difflib.get_close_matches(word, self._rows, n=1, cutoff=0)[0]
+            raise UserError(
+                f"word {word!r} of caption {caption!r} is unknown: the nearest known is {nearest!r}"
+            )
+        return row
+
+
+@dataclasses.dataclass(frozen=True)
+class SpaceToDepth:
+    """An exact autoencoder that moves blocks of pixels into channels, in place of DC-AE.
+
+    Attributes:
+      factor: side of a block; latents are ``factor`` times smaller, with ``3 factor^2`` channels.
+      scaling_factor: latents are pixels times this. The default gives the scenes of the digits
+        world about unit variance: pixels have standard deviation 0.91 (small) and 0.96 (full).
+    """
+
+    factor: int = 2
+    scaling_factor: float = 1.06
+
+    def encode(self, pixels):
+        """Pixels [B,H,W,3] in [-1,1] to latents [B,H/f,W/f,3f^2]; NumPy or JAX, dtype kept.
+
+        Raises:
+          UserError: the shape is not [B,H,W,3] with H and W multiples of the factor.
+        """
+        f = self.factor
+        if pixels.ndim != 4 or pixels.shape[1] % f or pixels.shape[2] % f or pixels.shape[3] != 3:
+            raise UserError(
+                f"pixels have shape {pixels.shape}: give [B,H,W,3] with H and W multiples of {f}"
+            )
+        b, height, width, c = pixels.shape
+        blocks = pixels.reshape(b, height // f, f, width // f, f, c).transpose(0, 1, 3, 2, 4, 5)
+        return blocks.reshape(b, height // f, width // f, f * f * c) * self.scaling_factor
+
+    def decode(self, latents):
+        """Latents [B,h,w,3f^2] to pixels [B,fh,fw,3], not clamped; the inverse of `encode`.
+
+        Raises:
+          UserError: the shape is not [B,h,w,3f^2].
+        """
+        f = self.factor
+        if latents.ndim != 4 or latents.shape[3] != 3 * f * f:
+            raise UserError(f"latents have shape {latents.shape}: give [B,h,w,{3 * f * f}]")
+        b, height, width, _ = latents.shape
+        blocks = latents.reshape(b, height, width, f, f, 3).transpose(0, 1, 3, 2, 4, 5)
+        return blocks.reshape(b, height * f, width * f, 3) / self.scaling_factor

@@ -1,0 +1,124 @@
+"""Draws pictures with a trained student or teacher.
+
+    python -m sprint_jax.sample --model runs/student --prompt "a red 3 on blue" --steps 2 --out DIR
+
+Writes 00000.png, 00001.png, ... and grid.png, all of them with their captions.
+"""
+
+import argparse
+import re
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from . import cli
+from .errors import UserError
+from .pipeline import SOLVERS, SprintPipeline
+from .sheet import Cell, draw_sheet, enlarge
+
+GRID_LIMIT = 400  # pictures; a larger grid is neither looked at nor quickly opened
+
+
+def main(argv: list[str]) -> None:
+    """The command; ``argv`` are its words. Raises UserError for what cannot be drawn."""
+    flags = _parser().parse_args(argv)
+    prompts = _prompts(flags)
+    height, width = _size(flags.size)
+    for flag in ("scale", "batch", "images_per_prompt"):
+        if getattr(flags, flag) < 1:
+            raise UserError(f"--{flag.replace('_', '-')} must be at least 1", exit_code=2)
+    out = _output_folder(flags.out)
+    pipe = SprintPipeline.from_pretrained(flags.model, params=flags.params)
+    images = pipe(
+        prompts,
+        steps=flags.steps,
+        guidance=flags.guidance,
+        seed=flags.seed,
+        height=height,
+        width=width,
+        images_per_prompt=flags.images_per_prompt,
+        solver=flags.solver,
+        batch_size=flags.batch,
+    )
+    captions = [prompt for prompt in prompts for _ in range(flags.images_per_prompt)]
+    write_pictures(out, images, captions, scale=flags.scale)
+    print(f"{len(images)} pictures: {out}/00000.png ... {len(images) - 1:05d}.png")
+    print(f"with captions: {out}/grid.png")
+
+
+def write_pictures(
+    out: Path, images: list[Image.Image], captions: list[str], *, scale: int = 1
+) -> None:
+    """Writes ``out``/00000.png ... and grid.png.
+
+    Args:
+      out: an existing folder; files of these names are replaced.
+      images, captions: equally many, images of one size.
+      scale: whole factor by which the single files are enlarged.
+    """
+    pictures = [np.asarray(image) for image in images]
+    for index, picture in enumerate(pictures):
+        Image.fromarray(enlarge(picture, scale)).save(out / f"{index:05d}.png")
+    cells = [Cell(*pair) for pair in zip(pictures, captions, strict=True)][:GRID_LIMIT]
+    columns = int(np.ceil(np.sqrt(len(cells))))
+    rows = [cells[start : start + columns] for start in range(0, len(cells), columns)]
+    draw_sheet(rows).save(out / "grid.png")
+
+
+def _parser() -> cli.Parser:
+    parser = cli.make_parser("sample", __doc__)
+    add = parser.add_argument
+    add("--model", required=True, metavar="DIR", help="workdir of a training")
+    add("--prompt", action="append", default=[], metavar="P", help="may be given several times")
+    add("--prompts", metavar="FILE", help="a text file, one prompt in each line")
+    add("--steps", type=int, help="1 to 4 for a student (default 2); any for a teacher (20)")
+    add("--guidance", type=float, metavar="G", help="CFG scale (default: as in training)")
+    add("--seed", type=int, default=0, metavar="S", help="of the noise (default 0)")
+    add("--size", metavar="HxW", help="in pixels (default: as in training)")
+    add("--out", required=True, metavar="DIR", help="where the pictures go; made if missing")
+    add("--params", choices=("ema", "raw"), default="ema", help="which weights (default ema)")
+    add("--images-per-prompt", type=int, default=1, metavar="N", help="default 1")
+    add("--solver", choices=SOLVERS, help="for a teacher (default dpm)")
+    add("--scale", type=int, default=1, metavar="N", help="enlarge the files by a whole factor")
+    add("--batch", type=int, default=64, metavar="N", help="pictures at once (default 64)")
+    return parser
+
+
+def _prompts(flags: argparse.Namespace) -> list[str]:
+    prompts = [prompt.strip() for prompt in flags.prompt]
+    if flags.prompts is not None:
+        try:
+            lines = Path(flags.prompts).read_text(encoding="utf-8").splitlines()
+        except (OSError, UnicodeDecodeError) as error:
+            reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8 text"
+            raise UserError(f"--prompts {flags.prompts}: {reason}") from error
+        found = [line.strip() for line in lines if line.strip()]
+        if not found:
+            raise UserError(f"--prompts {flags.prompts} has no prompt: write one in each line")
+        prompts += found
+    if not prompts:
+        raise UserError("give --prompt P or --prompts FILE", exit_code=2)
+    return prompts
+
+
+def _size(text: str | None) -> tuple[int | None, int | None]:
+    if text is None:
+        return None, None
+    match = re.fullmatch(r"(\d+)x(\d+)", text)
+    if match is None:
+        raise UserError(f"--size {text} must be HEIGHTxWIDTH, such as 16x16", exit_code=2)
+    return int(match[1]), int(match[2])
+
+
+def _output_folder(name: str) -> Path:
+    out = Path(name)
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except (FileExistsError, NotADirectoryError) as error:
+        raise UserError(f"--out {name}: there is a file in its place; name a directory") from error
+    return out
+
+
+if __name__ == "__main__":
+    cli.run_command(main)

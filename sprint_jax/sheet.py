@@ -1,0 +1,75 @@
+"""Picture sheets: a table of pictures with captions, and ticks for right and wrong."""
+
+import textwrap
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+from PIL import Image, ImageDraw, ImageFont
+
+FONT_SIZE = 13
+GAP = 8
+GREEN, RED, BLACK, WHITE = (0, 150, 0), (205, 0, 0), (0, 0, 0), (255, 255, 255)
+
+
+class Cell(NamedTuple):
+    """One place of a sheet: uint8 picture [H, W, 3], caption, and a tick, a cross or nothing."""
+
+    picture: np.ndarray
+    caption: str = ""
+    right: bool | None = None
+
+
+def enlarge(picture: np.ndarray, factor: int) -> np.ndarray:
+    """[H, W, C] to [factor H, factor W, C], each pixel a square: nothing is smoothed."""
+    return picture.repeat(factor, 0).repeat(factor, 1)
+
+
+def draw_sheet(
+    rows: Sequence[Sequence[Cell]], *, titles: Sequence[str] = (), smallest: int = 96
+) -> Image.Image:
+    """Draws cells in rows, each picture with its caption below.
+
+    Args:
+      rows: cells, all pictures of one size; rows may differ in length.
+      titles: of the columns, written above the first row.
+      smallest: pictures narrower than so many pixels are enlarged by a whole factor.
+
+    Returns:
+      An RGB picture on white.
+    """
+    height, width = rows[0][0].picture.shape[:2]
+    factor = max(1, -(-smallest // width))
+    height, width = height * factor, width * factor
+    font = ImageFont.load_default(FONT_SIZE)
+    line = FONT_SIZE + 3
+    letters = max(4, int(width / font.getlength("n")))
+    texts = [[textwrap.wrap(cell.caption, letters) for cell in row] for row in rows]
+    heads = [textwrap.wrap(title, letters) for title in titles]
+    top = GAP + line * max((len(head) for head in heads), default=0)
+    heights = [height + GAP + line * max(map(len, row)) for row in texts]
+
+    columns = max(len(titles), *map(len, rows))
+    sheet = Image.new("RGB", (GAP + columns * (width + GAP), top + sum(heights) + GAP), WHITE)
+    draw = ImageDraw.Draw(sheet)
+    for column, head in enumerate(heads):
+        draw.text((GAP + column * (width + GAP), GAP // 2), "\n".join(head), BLACK, font)
+    for row, row_texts, row_height in zip(rows, texts, heights, strict=True):
+        for column, (cell, text) in enumerate(zip(row, row_texts, strict=True)):
+            left = GAP + column * (width + GAP)
+            sheet.paste(Image.fromarray(enlarge(cell.picture, factor)), (left, top))
+            draw.text((left, top + height + 2), "\n".join(text), BLACK, font)
+            if cell.right is not None:
+                _mark(draw, cell.right, left + width, top + height)
+        top += row_height
+    return sheet
+
+
+def _mark(draw: ImageDraw.ImageDraw, right: bool, x: int, y: int) -> None:
+    """A tick or a cross on a white square, in the corner whose lower right is (x, y)."""
+    draw.rectangle((x - 17, y - 17, x - 1, y - 1), fill=WHITE)
+    if right:
+        draw.line([(x - 14, y - 9), (x - 10, y - 4), (x - 4, y - 14)], GREEN, 3)
+    else:
+        draw.line([(x - 14, y - 14), (x - 4, y - 4)], RED, 3)
+        draw.line([(x - 14, y - 4), (x - 4, y - 14)], RED, 3)

@@ -1,0 +1,103 @@
+"""Fingerprints of trees of arrays: to recognise a frozen network and to find damaged checkpoints.
+
+A leaf's bits are hashed on the devices where they lie, as two sums over words modulo 2**32. Sums of
+integers do not depend on their order, so neither does the fingerprint depend on sharding, mesh or
+backend.
+"""
+
+import hashlib
+import json
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+Tree = Any
+UNSIGNED = {1: jnp.uint8, 2: jnp.uint16, 4: jnp.uint32, 8: jnp.uint32}
+
+
+def _mix(x: jax.Array) -> jax.Array:
+    """MurmurHash3's finalizer: a bijection of uint32 in which every bit affects every other."""
+    x = (x ^ (x >> 16)) * jnp.uint32(0x85EBCA6B)
+    x = (x ^ (x >> 13)) * jnp.uint32(0xC2B2AE35)
+    return x ^ (x >> 16)
+
+
+@jax.jit
+def _word_sums(leaf: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Two uint32 hashes of the bits and positions of an array.
+
+    A plain weighted sum of words would not do: the top bits of two words cancel under any weights,
+    so that an array of negated numbers could pass. Each (word, position) is mixed before the sum;
+    mixing is one to one, so that a change of a single word is always found.
+    """
+    if leaf.dtype == jnp.bool_:
+        leaf = leaf.astype(jnp.uint8)
+    words = jax.lax.bitcast_convert_type(leaf, UNSIGNED[leaf.dtype.itemsize]).astype(jnp.uint32)
+    position = jnp.zeros(words.shape, jnp.uint32)
+    for axis, size in enumerate(words.shape):
+        position = position * jnp.uint32(size) + jax.lax.broadcasted_iota(
+            jnp.uint32, words.shape, axis
+        )
+    first = _mix(words + _mix(position + jnp.uint32(0x9E3779B9)))
+    second = _mix(words ^ _mix(position ^ jnp.uint32(0x7F4A7C15)))
+    return jnp.sum(first, dtype=jnp.uint32), jnp.sum(second, dtype=jnp.uint32)
+
+
+def leaf_name(key_path: tuple) -> str:
+    """Path of a leaf with slashes, such as ``params/transformer_blocks/attn/kernel``."""
+    return jax.tree_util.keystr(key_path, simple=True, separator="/")
+
+
+def describe(tree: Tree) -> dict[str, dict[str, Any]]:
+    """Shape and dtype of every leaf (array or ShapeDtypeStruct) by its name; JSON-able.
+
+    Raises:
+      ValueError: when two leaves have the same name (keys that contain slashes).
+    """
+    flat, _ = jax.tree_util.tree_flatten_with_path(tree)
+    table = {
+        leaf_name(path): {"shape": list(leaf.shape), "dtype": jnp.dtype(leaf.dtype).name}
+        for path, leaf in flat
+    }
+    if len(table) != len(flat):
+        raise ValueError("two leaves of the tree have the same name")
+    return table
+
+
+def leaf_table(tree: Tree) -> dict[str, dict[str, Any]]:
+    """`describe` with the hash of each leaf's bits (16 hex digits) as ``bits``.
+
+    On several hosts every process must call it, and gets the same table.
+    """
+    table = describe(tree)
+
+    def as_words(leaf):
+        # Without x64, jit would round 64-bit numpy arrays to 32 bits before they are hashed.
+        if isinstance(leaf, np.ndarray | np.generic) and leaf.dtype.itemsize == 8:
+            return np.frombuffer(np.ascontiguousarray(leaf).tobytes(), np.uint32).reshape(
+                (*leaf.shape, 2)
+            )
+        return leaf
+
+    # All sums are dispatched before the first is waited for.
+    sums = [_word_sums(as_words(leaf)) for leaf in jax.tree.leaves(tree)]
+    for entry, (first, second) in zip(table.values(), jax.device_get(sums), strict=True):
+        entry["bits"] = f"{int(first):08x}{int(second):08x}"
+    return table
+
+
+def digest(value: Any) -> str:
+    """sha256 of a JSON-able value, 64 hex digits."""
+    text = json.dumps(value, sort_keys=True, separators=(",", ":"))
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def fingerprint(tree: Tree) -> str:
+    """Hash of all leaves of a tree: names, shapes, dtypes and bits; 64 hex digits.
+
+    Independent of sharding, of the order of leaves and of the kind of container (dict or struct).
+    The hash is made against accidents, not against an adversary.
+    """
+    return digest(leaf_table(tree))

@@ -1,0 +1,75 @@
+"""The state of a run, and the few pure functions that build and change it."""
+
+from typing import Any
+
+import flax
+import jax
+import jax.numpy as jnp
+
+from ..errors import UserError
+
+Tree = Any
+
+
+@flax.struct.dataclass
+class TrainState:
+    """Everything a checkpoint holds; frozen networks are arguments of the updates, not state.
+
+    Attributes:
+      step: count of generator updates and of nothing else, int32 scalar.
+      params, ema: the trained network and the exponential moving average of its parameters, float32.
+      opt_state: optimizer state of ``params``.
+      disc, disc_opt_state: LADD heads ``{'params', 'spectral'}`` and their optimizer; None without.
+      skipped: count of updates skipped for not being finite; in_a_row: how many of them just now.
+    """
+
+    step: jax.Array
+    params: Tree
+    ema: Tree
+    opt_state: Tree
+    disc: Tree
+    disc_opt_state: Tree
+    skipped: jax.Array
+    in_a_row: jax.Array
+
+
+def overlay(fresh: Tree, pretrained: Tree, origin: str) -> Tree:
+    """``fresh`` params with every leaf that ``pretrained`` has; the rest stays fresh.
+
+    Used to start a student from its teacher, which lacks the guidance embedder and the logvar head.
+
+    Raises:
+      UserError: if a pretrained leaf has no place in ``fresh``, or another shape.
+    """
+    leaves = {jax.tree_util.keystr(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(pretrained)}
+
+    def choose(path, leaf):
+        name = jax.tree_util.keystr(path)
+        other = leaves.pop(name, leaf)
+        if other.shape != leaf.shape:
+            raise UserError(f"{origin}: {name} has shape {other.shape}, but the model needs {leaf.shape}")
+        return jnp.asarray(other, leaf.dtype)
+
+    result = jax.tree_util.tree_map_with_path(choose, fresh)
+    if leaves:
+        raise UserError(f"{origin}: the model has no parameter {next(iter(leaves))}; is the size the same?")
+    return result
+
+
+def ema_update(ema: Tree, params: Tree, decay: float, step: jax.Array) -> Tree:
+    """``ema + (1 - decay_t) (params - ema)`` with ``decay_t = min(decay, (1 + step) / (10 + step))``.
+
+    The ramp forgets the initial parameters within a few updates and then costs nothing.
+    """
+    rate = 1 - jnp.minimum(decay, (1.0 + step) / (10.0 + step))
+    return jax.tree.map(lambda e, p: e + rate * (p - e), ema, params)
+
+
+def select(finite: jax.Array, new: Tree, old: Tree) -> Tree:
+    """``new`` where the update was finite, else ``old``, leaf by leaf."""
+    return jax.tree.map(lambda n, o: jnp.where(finite, n, o), new, old)
+
+
+def tree_norm(tree: Tree) -> jax.Array:
+    """Global Euclidean norm, float32."""
+    return jnp.sqrt(sum(jnp.square(x.astype(jnp.float32)).sum() for x in jax.tree.leaves(tree)))

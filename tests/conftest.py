@@ -1,0 +1,38 @@
+"""How every test runs: 8 virtual CPU devices, strict ranks, warnings as errors (pyproject.toml).
+
+The environment is set before JAX is imported, and the commands that tests start inherit it.
+"""
+
+import os
+import platform
+import time
+from pathlib import Path
+
+DEVICES = "--xla_force_host_platform_device_count=8"
+CACHE_DAYS = 3
+
+os.environ["JAX_PLATFORMS"] = "cpu"
+if DEVICES not in os.environ.get("XLA_FLAGS", ""):
+    os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {DEVICES}".strip()
+
+
+def use_compilation_cache(folder: Path) -> None:
+    """Keeps compiled programs in ``folder`` for the next run, and drops those of old code.
+
+    JAX writes entries in place, so each worker has a folder of its own and none reads what another
+    is writing. Compiled code is for one kind of processor, hence the machine's name.
+    """
+    folder = folder / f"{platform.node()}-{os.environ.get('PYTEST_XDIST_WORKER', 'main')}"
+    folder.mkdir(parents=True, exist_ok=True)
+    for entry in folder.iterdir():
+        if time.time() - entry.stat().st_mtime > CACHE_DAYS * 86400:
+            entry.unlink()
+    os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(folder))
+    os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.3")
+
+
+use_compilation_cache(Path(__file__).parent.parent / ".cache" / "jax")
+
+import jax  # noqa: E402
+
+jax.config.update("jax_numpy_rank_promotion", "raise")

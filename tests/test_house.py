@@ -1,0 +1,254 @@
+"""The house rules that a machine can check: file tree, sizes, requirements, commands, wording."""
+
+import ast
+import functools
+import re
+import subprocess
+import sys
+import tomllib
+from collections.abc import Mapping
+from importlib.metadata import packages_distributions
+from pathlib import Path
+
+import pytest
+
+from sprint_jax.config import load_config
+
+ROOT = Path(__file__).parent.parent
+PICTURES = {".png", ".jpg", ".gif"}
+
+# The libraries this project is written for, imported or not.
+GIVEN = {"jax", "flax", "optax", "orbax-checkpoint", "chex", "tensorflow-datasets"}
+GIVEN |= {"ml-collections", "einops"}
+# Imported by tensorflow-datasets when it reads or writes records, not by it at installation.
+INDIRECT = {"array-record"}
+# For the tests alone.
+DEVELOPMENT = {"pytest", "pytest-xdist", "ruff"}
+
+# Written so that no pattern matches itself.
+UNWANTED = {
+    "a path of one machine": r"(?<![\w.$}~*])/(?:home|root|Users|work|farm|tmp|mnt)/\w",
+    "a swallowed exception": r"except(?: (?:Base)?Exception)?: *pass\b",
+    "unfinished work": r"\b(?:TOD[O]|FIXM[E]|XX[X])\b",
+    "a number still to be measured": r"\bRESULT[S]:",
+    "a silenced checker": r"type: ignor[e]",
+    "a word about how it was written": r"\bA[I][- ](?:session|assistant|agent|generated|tool)",
+}
+
+
+def repository_files() -> list[Path]:
+    """Files that git tracks or would track, relative to the root, sorted; deleted ones left out."""
+    command = ["git", "ls-files", "--cached", "--others", "--exclude-standard", "-z"]
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+    names = sorted(set(result.stdout.split("\0")) - {""})
+    return [Path(name) for name in names if (ROOT / name).is_file()]
+
+
+def text_files() -> dict[Path, str]:
+    return {
+        path: (ROOT / path).read_text(encoding="utf-8")
+        for path in repository_files()
+        if path.suffix not in PICTURES and path.name != "LICENSE"
+    }
+
+
+def section(markdown: str, title: str) -> str:
+    """The text between ``## title`` and the next ``## `` heading."""
+    match = re.search(rf"^## {re.escape(title)}\n(.*?)(?=^## |\Z)", markdown, re.M | re.S)
+    assert match, f"README.md has no section '## {title}'"
+    return match.group(1)
+
+
+def file_tree(block: str) -> dict[str, str]:
+    """Reads an indented tree, two spaces a level, folders ending in ``/``: path -> description."""
+    folders, files = [], {}
+    for line in block.splitlines():
+        if not line.strip():
+            continue
+        depth, rest = divmod(len(line) - len(line.lstrip()), 2)
+        assert rest == 0 and depth <= len(folders), f"odd indentation: {line!r}"
+        name, _, description = line.strip().partition(" ")
+        folders = folders[:depth]
+        if name.endswith("/"):
+            folders.append(name)
+            continue
+        path = "".join(folders) + name
+        assert path not in files, f"{path} stands in the tree twice"
+        files[path] = description.strip()
+    return files
+
+
+def test_file_tree_parser():
+    block = "a/  folder\n  b.py    about b\n  c/\n    d.py  about d\ne.md  about e\n"
+    assert file_tree(block) == {"a/b.py": "about b", "a/c/d.py": "about d", "e.md": "about e"}
+
+
+def test_readme_lists_every_file_in_one_line():
+    block = section((ROOT / "README.md").read_text(), "Files").split("```")[1]
+    tree = file_tree(block.partition("\n")[2])
+    files = {str(path) for path in repository_files()}
+    missing, gone = sorted(files - tree.keys()), sorted(tree.keys() - files)
+    assert not missing, f"README.md's file tree lacks {missing}"
+    assert not gone, f"README.md's file tree names files that do not exist: {gone}"
+    assert not [path for path, description in tree.items() if not description]
+
+
+def test_no_file_is_longer_than_400_lines():
+    long = {
+        str(path): text.count("\n")
+        for path, text in text_files().items()
+        if path.suffix in (".py", ".sh") and text.count("\n") > 400
+    }
+    assert not long
+
+
+def imports_of(folders: set[str]) -> dict[str, set[str]]:
+    """Third-party modules imported below the named top folders: module -> files."""
+    ours = [path for path in repository_files() if path.suffix == ".py"]
+    local = {path.parts[0] for path in ours} | {p.stem for p in ours if p.parts[0] == "tests"}
+    found: dict[str, set[str]] = {}
+    for path, text in text_files().items():
+        if path.suffix != ".py" or path.parts[0] not in folders:
+            continue
+        for node in ast.walk(ast.parse(text)):
+            if isinstance(node, ast.Import):
+                modules = [alias.name for alias in node.names]
+            elif isinstance(node, ast.ImportFrom) and node.level == 0:
+                modules = [node.module]
+            else:
+                continue
+            for module in (module.partition(".")[0] for module in modules):
+                if module not in sys.stdlib_module_names and module not in local:
+                    found.setdefault(module, set()).add(str(path))
+    return found
+
+
+def normalized(requirement: str) -> str:
+    name = re.match(r"[\w.-]+", requirement).group()
+    return re.sub(r"[-_.]+", "-", name).lower()
+
+
+def requirements() -> dict[str, str]:
+    lines = (ROOT / "requirements.txt").read_text().splitlines()
+    return {normalized(line): line for line in lines if line and not line.startswith("#")}
+
+
+@functools.cache
+def installed() -> Mapping[str, list[str]]:
+    return packages_distributions()
+
+
+def distributions(module: str) -> set[str]:
+    """The distributions that install a module: ``"PIL"`` -> ``{"pillow"}``."""
+    return {normalized(name) for name in installed().get(module, [module])}
+
+
+def test_every_import_is_a_requirement():
+    listed = set(requirements())
+    for module, files in imports_of({"sprint_jax", "configs", "launch", "benchmarks"}).items():
+        assert distributions(module) & listed, f"{module} of {sorted(files)}: requirements.txt"
+    for module, files in imports_of({"tests"}).items():
+        assert distributions(module) & (listed | DEVELOPMENT), f"{module} of {sorted(files)}"
+
+
+def test_every_requirement_is_imported():
+    modules = imports_of({"sprint_jax", "configs", "launch", "benchmarks"})
+    imported = set().union(*(distributions(module) for module in modules))
+    assert sorted(set(requirements()) - imported - GIVEN - INDIRECT) == []
+    assert not (GIVEN | INDIRECT) - set(requirements())
+
+
+def test_requirements_are_bounded_on_both_sides():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    extras = project["optional-dependencies"]
+    assert {normalized(line) for line in extras["dev"]} == DEVELOPMENT
+    for line in [*requirements().values(), *extras["dev"]]:
+        assert re.fullmatch(r"[\w-]+(?:\[\w+\])?>=[\d.]+,<[\d.]+", line), line
+
+
+def config_commands(text: str) -> list[tuple[str, list[str]]]:
+    """The ``--config`` values of the commands in a text, with the overrides of each command."""
+    joined = re.sub(r"\\\n\s*", " ", text)
+    commands = []
+    for line in re.findall(r"python -m sprint_jax\.\w+ .*", joined):
+        if match := re.search(r"--config[ =](configs/[\w./:,-]+)", line):
+            words = re.findall(r"(--config\.[\w.]+=[^\s`]*)", line)
+            commands.append((match.group(1), words))
+    return commands
+
+
+CONFIGS = sorted(path.name for path in (ROOT / "configs").glob("*.py"))
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_config_docstring_holds_a_command_that_loads(name, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    text = (ROOT / "configs" / name).read_text()
+    commands = config_commands(ast.get_docstring(ast.parse(text)) or "")
+    assert commands, f"the docstring of configs/{name} has no command with --config configs/..."
+    for spec, overrides in commands:
+        load_config(spec, overrides)
+
+
+def test_commands_of_readme_and_scripts_exist(monkeypatch):
+    monkeypatch.chdir(ROOT)
+    readme = (ROOT / "README.md").read_text()
+    texts = [readme.replace(section(readme, "Roadmap"), "")]
+    texts += [path.read_text() for path in sorted((ROOT / "launch").glob("*.sh"))]
+    found = 0
+    for text in texts:
+        for module in set(re.findall(r"python(?:3)? -m sprint_jax\.(\w+)", text)):
+            assert (ROOT / "sprint_jax" / f"{module}.py").is_file(), f"no command {module}"
+            found += 1
+        for spec, overrides in config_commands(text):
+            load_config(spec, [word for word in overrides if "$" not in word])
+    assert found >= 4
+
+
+def test_readme_links_lead_somewhere():
+    text = (ROOT / "README.md").read_text()
+    for target in re.findall(r"\]\((?!https?://|#)([^)#]+)", text):
+        assert (ROOT / target).exists(), f"README.md links to {target}"
+
+
+@pytest.mark.parametrize("what", sorted(UNWANTED))
+def test_wording(what):
+    pattern = re.compile(UNWANTED[what])
+    hits = [
+        f"{path}:{number}: {line.strip()}"
+        for path, text in text_files().items()
+        for number, line in enumerate(text.splitlines(), 1)
+        if pattern.search(line)
+    ]
+    assert not hits, f"{what}: {hits}"
+
+
+@pytest.mark.parametrize(
+    ("what", "line"),
+    [
+        ("a path of one machine", "open('" + "/" + "tmp/x')"),
+        ("a swallowed exception", "except Exception" + ": pass"),
+        ("unfinished work", "# TO" + "DO: later"),
+        ("a number still to be measured", "RESULT" + "S: minutes"),
+        ("a silenced checker", "x = 1  # type: " + "ignore"),
+        ("a word about how it was written", "made by an A" + "I assistant"),
+    ],
+)
+def test_wording_patterns_find_what_they_are_for(what, line):
+    assert re.search(UNWANTED[what], line)
+
+
+def test_scripts_are_short_and_strict():
+    scripts = [path for path in repository_files() if path.suffix == ".sh" or path.name == "run"]
+    assert scripts
+    for path in scripts:
+        text = (ROOT / path).read_text()
+        assert text.count("\n") < 60, path
+        # A file whose name begins with _ is sourced, and inherits the setting.
+        assert "set -euo pipefail" in text or path.name.startswith("_"), path
+
+
+def test_version_stands_in_one_form():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    source = (ROOT / "sprint_jax" / "__init__.py").read_text()
+    assert f'__version__ = "{project["version"]}"' in source

@@ -1,0 +1,296 @@
+"""sprint_jax.training.optim against numpy, and stacked blocks against separate ones."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from sprint_jax.errors import UserError
+from sprint_jax.training.optim import (
+    decay_mask,
+    in_transformer_blocks,
+    is_factored,
+    learning_rate_schedule,
+    make_optimizer,
+    path_names,
+    scale_by_came,
+)
+
+
+def normal(seed, *shape):
+    return np.random.default_rng(seed).normal(size=shape).astype(np.float32)
+
+
+def numpy_came(gradients, b1=0.9, b2=0.999, b3=0.9999, factored=True):
+    """CAME in float64 for one layer's leaf: reference.md 6.3 written out, a list of updates."""
+
+    def rank_one(row, column):
+        return np.sqrt(row.mean()) / np.sqrt(row[:, None] * column[None, :])
+
+    shape = gradients[0].shape
+    rows, columns = shape[-2:] if factored else (1, 1)
+    m, v = np.zeros(shape), np.zeros(shape)
+    row, column = np.zeros(rows), np.zeros(columns)
+    residual_row, residual_column = np.zeros(rows), np.zeros(columns)
+    updates = []
+    for g in np.asarray(gradients, np.float64):
+        square = g**2 + 1e-30
+        if factored:
+            row = b2 * row + (1 - b2) * square.reshape(rows, columns).mean(1)
+            column = b2 * column + (1 - b2) * square.reshape(rows, columns).mean(0)
+            u = g * rank_one(row, column).reshape(shape)
+        else:
+            v = b2 * v + (1 - b2) * square
+            u = g / np.sqrt(v)
+        u = u / max(1.0, np.sqrt((u**2).mean()))
+        m = b1 * m + (1 - b1) * u
+        if not factored:
+            updates.append(m)
+            continue
+        residual = ((u - m) ** 2 + 1e-16).reshape(rows, columns)
+        residual_row = b3 * residual_row + (1 - b3) * residual.mean(1)
+        residual_column = b3 * residual_column + (1 - b3) * residual.mean(0)
+        updates.append(m * rank_one(residual_row, residual_column).reshape(shape))
+    return updates
+
+
+def run(transform, gradients):
+    """Updates of every step for a list of gradient trees."""
+    state = transform.init(gradients[0])
+    step = jax.jit(transform.update)
+    updates = []
+    for gradient in gradients:
+        update, state = step(gradient, state)
+        updates.append(jax.device_get(update))
+    return updates
+
+
+@pytest.mark.parametrize(
+    ("shape", "factored"),
+    [
+        ((5, 7), True),  # linear
+        ((1, 1, 5, 7), True),  # 1x1 convolution
+        ((6, 1), True),
+        ((3, 3, 1, 4), False),  # depthwise
+        ((9, 4, 5), False),  # 1-D convolution
+        ((1, 4, 5), False),
+        ((7,), False),
+        ((), False),
+    ],
+)
+def test_came_matches_numpy(shape, factored):
+    assert is_factored(shape) == factored
+    # Sizes that differ by step and element, so that clipping acts in some steps and not in others.
+    gradients = [normal(i, *shape) * 10.0 ** -(i % 3 * 2) for i in range(6)]
+    ours = run(scale_by_came(), [{"x": g} for g in gradients])
+    for got, want in zip(ours, numpy_came(gradients, factored=factored), strict=True):
+        np.testing.assert_allclose(got["x"], want, rtol=2e-5, atol=1e-7 * np.abs(want).max())
+
+
+def test_came_clips_the_first_update_and_then_not_a_small_one():
+    # Without bias correction the first update has RMS 1/sqrt(1 - b2) = 31.6 before clipping.
+    first, second = run(scale_by_came(), [{"x": np.ones(4, np.float32)}, {"x": np.zeros(4)}])
+    np.testing.assert_allclose(first["x"], 0.1, rtol=1e-6)
+    np.testing.assert_allclose(second["x"], 0.09, rtol=1e-6)
+
+
+def test_came_of_zero_gradients_is_zero_and_finite():
+    for update in run(scale_by_came(), [{"x": np.zeros((3, 4), np.float32)}] * 2):
+        assert (update["x"] == 0).all()
+
+
+def test_came_stacked_layers_equal_separate_leaves():
+    layers = 3
+    shapes = {
+        "kernel": (6, 8),
+        "bias": (8,),
+        "depth": (3, 3, 1, 4),
+        "point": (1, 1, 4, 6),
+        "table": (6, 4),
+        "scalar": (),
+    }
+
+    def layer(step, index):
+        # Layers of very different size: statistics shared between them would show.
+        return {
+            name: normal(100 * step + 10 * index + number, *shape) * 10.0 ** (2 * index)
+            for number, (name, shape) in enumerate(shapes.items())
+        }
+
+    steps = [[layer(step, index) for index in range(layers)] for step in range(4)]
+    separate = run(scale_by_came(), [dict(enumerate(s)) for s in steps])
+    stacked = run(
+        scale_by_came(),
+        [{"transformer_blocks": jax.tree.map(lambda *x: np.stack(x), *s)} for s in steps],
+    )
+    for one, other in zip(separate, stacked, strict=True):
+        want = jax.tree.map(lambda *x: np.stack(x), *(one[i] for i in range(layers)))
+        jax.tree.map(
+            lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-8),
+            other["transformer_blocks"],
+            want,
+        )
+    # The check can fail: the same tree taken as unstacked gives something else.
+    plain = run(
+        scale_by_came(stacked=lambda path: False),
+        [{"transformer_blocks": jax.tree.map(lambda *x: np.stack(x), *s)} for s in steps],
+    )
+    got, want = plain[-1]["transformer_blocks"], stacked[-1]["transformer_blocks"]
+    for name in ("kernel", "bias", "table"):
+        assert np.abs(got[name] - want[name]).max() > 1e-3
+
+
+def test_came_state_is_factored_and_float32():
+    params = {
+        "transformer_blocks": {"kernel": jnp.zeros((4, 32, 48), jnp.bfloat16)},
+        "out": {"kernel": jnp.zeros((32, 8), jnp.bfloat16), "bias": jnp.zeros(8)},
+    }
+    state = scale_by_came().init(params)
+    block = state.moments["transformer_blocks"]["kernel"]
+    assert {name: x.shape for name, x in block.items()} == {
+        "row": (4, 32),
+        "column": (4, 48),
+        "residual_row": (4, 32),
+        "residual_column": (4, 48),
+    }
+    assert state.moments["out"]["bias"]["full"].shape == (8,)
+    assert {x.dtype for x in jax.tree.leaves(state)} == {jnp.dtype(jnp.float32)}
+
+
+def test_path_names_and_default_stacking():
+    flat, _ = jax.tree_util.tree_flatten_with_path({"transformer_blocks": {"a": [1]}, "b": 2})
+    assert [path_names(path) for path, _ in flat] == [("b",), ("transformer_blocks", "a", "0")]
+    assert [in_transformer_blocks(path_names(path)) for path, _ in flat] == [False, True]
+
+
+def test_adamw_matches_numpy_with_clipping_decay_and_schedule():
+    lr, wd, clip, warmup = 0.1, 0.01, 0.5, 3
+    params = {"kernel": normal(0, 4, 3), "bias": normal(1, 3)}
+    optimizer = make_optimizer(
+        "adamw", lr, warmup_steps=warmup, clip_norm=clip, weight_decay=wd, b1=0.8, b2=0.95
+    )
+    state = optimizer.init(params)
+    ours, want = params, {name: x.astype(np.float64) for name, x in params.items()}
+    moments = {name: (np.zeros(x.shape), np.zeros(x.shape)) for name, x in params.items()}
+    step = jax.jit(optimizer.update)
+    for n in range(6):
+        scale = 0.02 if n == 4 else 2.0  # the small one is not clipped
+        gradients = {
+            name: scale * normal(7 * n + i, *x.shape) for i, (name, x) in enumerate(params.items())
+        }
+        updates, state = step(gradients, state, ours)
+        ours = optax.apply_updates(ours, updates)
+
+        norm = np.sqrt(sum((g.astype(np.float64) ** 2).sum() for g in gradients.values()))
+        assert (norm > clip) == (n != 4)
+        rate = lr * min(1.0, n / warmup)
+        for name, gradient in gradients.items():
+            g = gradient * min(1.0, clip / norm)
+            m, v = moments[name]
+            m, v = 0.8 * m + 0.2 * g, 0.95 * v + 0.05 * g**2
+            moments[name] = m, v
+            direction = m / (1 - 0.8 ** (n + 1)) / (np.sqrt(v / (1 - 0.95 ** (n + 1))) + 1e-8)
+            decay = wd * want[name] if name == "kernel" else 0
+            want[name] = want[name] - rate * (direction + decay)
+            np.testing.assert_allclose(ours[name], want[name], rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("clip_norm", [0, 0.0, -1.0])
+def test_clip_norm_zero_or_less_is_off(clip_norm):
+    gradients = {"kernel": 100 * normal(0, 3, 3)}
+    updates = []
+    for norm in (clip_norm, 1e9, 1.0):
+        # eps of the size of the gradient makes Adam see how large it is.
+        optimizer = make_optimizer("adamw", 1.0, warmup_steps=0, clip_norm=norm, eps=10.0)
+        updates.append(optimizer.update(gradients, optimizer.init(gradients), gradients)[0])
+    np.testing.assert_array_equal(updates[0]["kernel"], updates[1]["kernel"])
+    assert np.abs(updates[0]["kernel"] - updates[2]["kernel"]).max() > 0.1
+
+
+def test_came_through_make_optimizer_descends_and_orders_its_parts():
+    gradients = {"kernel": normal(0, 4, 5)}
+    params = {"kernel": normal(1, 4, 5)}
+    optimizer = make_optimizer("came", 0.01, warmup_steps=0, clip_norm=0.1, weight_decay=0.5)
+    updates, _ = optimizer.update(gradients, optimizer.init(params), params)
+    # Decay comes after CAME (it is not normalised) and before the learning rate.
+    clipped = gradients["kernel"] * 0.1 / np.linalg.norm(gradients["kernel"])
+    want = -0.01 * (numpy_came([clipped])[0] + 0.5 * params["kernel"])
+    np.testing.assert_allclose(updates["kernel"], want, rtol=1e-4)
+
+
+@pytest.mark.parametrize("name", ["adamw", "came"])
+def test_state_and_updates_are_float32_for_bfloat16_params(name):
+    params = {"kernel": jnp.ones((4, 4), jnp.bfloat16), "bias": jnp.ones(4, jnp.bfloat16)}
+    optimizer = make_optimizer(name, 1e-3, warmup_steps=2, clip_norm=1.0, weight_decay=0.1)
+    state = optimizer.init(params)
+    updates, after = jax.jit(optimizer.update)(params, state, params)
+    dtypes = [[x.dtype for x in jax.tree.leaves(tree)] for tree in (state, after)]
+    assert dtypes[0] == dtypes[1]
+    assert {str(d) for d in dtypes[0]} == {"float32", "int32"}
+    assert {x.dtype for x in jax.tree.leaves(updates)} == {jnp.dtype(jnp.float32)}
+    assert jax.tree.structure(state) == jax.tree.structure(after)
+
+
+def test_bfloat16_gradients_are_squared_in_float32():
+    # 1.0078125 is exact in bfloat16, its square is not.
+    g = {"x": jnp.full((3,), 1.0078125, jnp.bfloat16)}
+    optimizer = make_optimizer("came", 1.0, warmup_steps=0, clip_norm=0)
+    _, state = optimizer.update(g, optimizer.init(g), g)
+    full = [x for x in jax.tree.leaves(state) if x.shape == (3,)]
+    square = 1.0078125**2 * 0.001
+    assert any(np.allclose(x, square, rtol=1e-6) for x in full)
+
+
+def test_decay_mask_spares_vectors_norms_biases_and_tables():
+    leaf = lambda *shape: jnp.zeros(shape)  # noqa: E731
+    params = {
+        "transformer_blocks": {
+            "to_q": {"kernel": leaf(2, 4, 4), "bias": leaf(2, 4)},
+            "norm_q": {"scale": leaf(2, 4)},
+            "scale_shift_table": leaf(2, 6, 4),
+            "conv": {"kernel": leaf(2, 3, 3, 1, 4)},
+        },
+        "proj": {"kernel": leaf(4, 4), "bias": leaf(4)},
+        "scale_shift_table": leaf(2, 4),
+        "words": {"embedding": leaf(9, 4)},
+    }
+    mask = decay_mask(params)
+    decayed = {
+        "/".join(path_names(path))
+        for path, flag in jax.tree_util.tree_flatten_with_path(mask)[0]
+        if flag
+    }
+    assert decayed == {
+        "transformer_blocks/to_q/kernel",
+        "transformer_blocks/conv/kernel",
+        "proj/kernel",
+    }
+
+
+def test_learning_rate_schedule():
+    constant = learning_rate_schedule(2.0, 4)
+    assert [float(constant(n)) for n in (0, 1, 2, 4, 5, 10**6)] == [0, 0.5, 1, 2, 2, 2]
+    assert float(learning_rate_schedule(2.0, 0)(0)) == 2.0
+    cosine = learning_rate_schedule(2.0, 4, decay_steps=10)
+    got = [float(cosine(n)) for n in (0, 2, 4, 9, 14, 99)]
+    np.testing.assert_allclose(got, [0, 1, 2, 1, 0, 0], atol=1e-6)
+    middle = float(cosine(6))
+    assert middle == pytest.approx(2 * 0.5 * (1 + np.cos(np.pi * 0.2)), rel=1e-6)
+
+
+def test_schedule_counts_updates():
+    optimizer = make_optimizer("adamw", 1.0, warmup_steps=2, clip_norm=0)
+    params = {"x": jnp.ones(3)}
+    state = optimizer.init(params)
+    sizes = []
+    for _ in range(4):
+        updates, state = optimizer.update(params, state, params)
+        sizes.append(-float(updates["x"][0]))
+    # Adam's direction is 1 up to its bias correction 1 - 0.999**n, rounded in float32.
+    np.testing.assert_allclose(sizes, [0, 0.5, 1, 1], rtol=1e-4)
+
+
+def test_unknown_name_is_a_user_error():
+    with pytest.raises(UserError, match=r"'sgd'.*'adamw' or 'came'"):
+        make_optimizer("sgd", 1.0, warmup_steps=0, clip_norm=0)
