@@ -71,8 +71,8 @@ def main(argv: list[str]) -> None:
         "guidance": guidance,
         "seed": flags.seed,
         "params": flags.params,
-        "model": {"path": flags.model, "step": first.meta.get("step")},
-        "teacher": {"path": flags.teacher, "step": teacher.meta.get("step")} if teacher else None,
+        "model": _origin(flags.model, first),
+        "teacher": _origin(flags.teacher, teacher) if flags.teacher else None,
         "real": measure_real(sticks, flags.seed),
         "runs": results,
         "goals": judge_goals(results),
@@ -94,7 +94,9 @@ def draw_and_measure(
       bool [R], whether they are right.
     """
     total = sum(run.calls * len(prompts) for run in runs for prompts in _shares(run, sticks))
-    print(f"{sticks.world}: {len(runs)} runs; steps shown are {total} network evaluations")
+    print(
+        f"{sticks.world}: {len(runs)} runs; steps shown are {total} network evaluations", flush=True
+    )
     results, pictures, done = [], {}, 0
     with Progress(total) as progress:
         for run in runs:
@@ -233,6 +235,10 @@ def _world(flags: argparse.Namespace) -> str:
         raise UserError(f"--model is of the world {worlds[0]!r}, but --teacher of {worlds[1]!r}")
     get_world(worlds[0])
     return worlds[0]
+
+
+def _origin(folder: str, pipe: SprintPipeline) -> dict[str, Any]:
+    return {"path": folder, "stage": pipe.stage, "step": pipe.meta["step"]}
 
 
 def _pipelines(flags: argparse.Namespace) -> tuple[SprintPipeline | None, SprintPipeline | None]:

@@ -28,7 +28,7 @@ def enlarge(picture: np.ndarray, factor: int) -> np.ndarray:
 def draw_sheet(
     rows: Sequence[Sequence[Cell]], *, titles: Sequence[str] = (), smallest: int = 96
 ) -> Image.Image:
-    """Draws cells in rows, each picture with its caption below.
+    """Draws cells in rows, each picture with its caption and tick below.
 
     Args:
       rows: cells, all pictures of one size; rows may differ in length.
@@ -43,11 +43,13 @@ def draw_sheet(
     height, width = height * factor, width * factor
     font = ImageFont.load_default(FONT_SIZE)
     line = FONT_SIZE + 3
-    letters = max(4, int(width / font.getlength("n")))
-    texts = [[textwrap.wrap(cell.caption, letters) for cell in row] for row in rows]
+    letters = max(8, int(width / font.getlength("n")))
+    marked = any(cell.right is not None for row in rows for cell in row)
+    narrow = letters - 3 if marked else letters
+    texts = [[textwrap.wrap(cell.caption, narrow) for cell in row] for row in rows]
     heads = [textwrap.wrap(title, letters) for title in titles]
     top = GAP + line * max((len(head) for head in heads), default=0)
-    heights = [height + GAP + line * max(map(len, row)) for row in texts]
+    heights = [height + GAP + line * max(marked, *map(len, row)) for row in texts]
 
     columns = max(len(titles), *map(len, rows))
     sheet = Image.new("RGB", (GAP + columns * (width + GAP), top + sum(heights) + GAP), WHITE)
@@ -60,14 +62,13 @@ def draw_sheet(
             sheet.paste(Image.fromarray(enlarge(cell.picture, factor)), (left, top))
             draw.text((left, top + height + 2), "\n".join(text), BLACK, font)
             if cell.right is not None:
-                _mark(draw, cell.right, left + width, top + height)
+                _mark(draw, cell.right, left + width, top + height + line + 2)
         top += row_height
     return sheet
 
 
 def _mark(draw: ImageDraw.ImageDraw, right: bool, x: int, y: int) -> None:
-    """A tick or a cross on a white square, in the corner whose lower right is (x, y)."""
-    draw.rectangle((x - 17, y - 17, x - 1, y - 1), fill=WHITE)
+    """A tick or a cross in the square of 16 whose lower right corner is (x, y)."""
     if right:
         draw.line([(x - 14, y - 9), (x - 10, y - 4), (x - 4, y - 14)], GREEN, 3)
     else:

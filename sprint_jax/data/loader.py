@@ -31,7 +31,9 @@ def make_batches(
     Records follow each other in an endless stream of epochs, each shuffled afresh and each with
     every record once; batches are cut from that stream, so one may span two epochs and no record is
     dropped. The stream depends on ``seed`` and ``len(source)`` alone: global batch i is the same
-    for every process count, and host p holds its rows ``p B/P .. (p+1) B/P``.
+    for every process count, and host p holds its rows ``p B/P .. (p+1) B/P``. grain's shuffle takes
+    some 6 us for a record, but longer the fewer records a source has below some thousand: 0.2 ms of
+    200, 2 ms of 16.
 
     Args:
       source: random access by ``len`` and ``[index]``. Where it has ``__getitems__(indices)``, as

@@ -22,12 +22,12 @@ from sprint_jax.metrics.frechet import frechet
 #
 # RMS residual of a cell. A digit in a colour halfway between two of the palette leaves at least
 # 0.17, whatever its handwriting; real scenes leave 0.002 (uint8), and with Gaussian noise of
-# standard deviation 0.15 on every pixel about 0.09.
+# standard deviation 0.15 on every pixel 0.08 (0.12 at most).
 MAX_RESIDUAL = 0.15
 # Mean ink of the 5 darkest pixels. Real digits have 0.82 or more. One place in two or in four left
 # to chance gives at most 0.5 in the mean image, one colour left to chance about 0.6.
 MIN_PEAK = 0.75
-# The same number up to which a cell is empty; noise of standard deviation 0.15 gives about 0.2.
+# The same number up to which a cell is empty; noise of standard deviation 0.15 gives 0.1.
 MAX_EMPTY = 0.3
 # Mean ink of the 16 lightest pixels. Real digits have none there; a ground that is a blend of
 # colours shows as ink everywhere, 0.4 when a background is left to chance.

@@ -3,7 +3,7 @@
 GPUs and TPUs run XLA's grouped convolution. XLA's CPU backend is 20 times slower at it than nine
 shifted multiply-adds, and the weight gradient that autodiff makes of those is slow in turn: nine
 separate reductions, each of which XLA fuses with, and so repeats, whatever produced its inputs.
-Here the weight gradient is one reduction with nine outputs over inputs that are computed once.
+Here the weight gradient is one reduction with nine outputs, which reads its inputs once.
 
 Two JAX primitives hold this, because nothing lighter does: `jax.custom_vjp` forbids the forward
 mode that sCM needs, `jax.custom_derivatives.linear_call` has no batching rule and no derivative in
@@ -42,7 +42,8 @@ def depthwise_conv3x3(x: jax.Array, kernel: jax.Array, bias: jax.Array) -> jax.A
             f"depthwise_conv3x3 takes x [B,H,W,C], kernel [3,3,C] and bias [C], "
             f"not {x.shape}, {kernel.shape} and {bias.shape}"
         )
-    return _convolve_p.bind(x, kernel.astype(x.dtype)) + bias.astype(x.dtype)
+    bias = bias.astype(x.dtype).reshape(1, 1, 1, channels)
+    return _convolve_p.bind(x, kernel.astype(x.dtype)) + bias
 
 
 def _convolve(x, kernel):
@@ -74,14 +75,8 @@ def _shifts(x):
 
 
 def _convolve_cpu(x, kernel):
-    def nine_shifts(x, kernel):
-        terms = zip(_shifts(x), kernel.reshape(9, -1), strict=True)
-        return sum(shift * weight for shift, weight in terms).astype(x.dtype)
-
-    # Both branches are the same. XLA fuses nothing across a conditional, so x and the result are
-    # computed once, where they would be repeated in each of their users (its CPU backend drops
-    # optimization barriers before fusion).
-    return jax.lax.cond(kernel[0, 0, 0] > 0, nine_shifts, nine_shifts, x, kernel)
+    terms = zip(_shifts(x), kernel.reshape(9, 1, 1, 1, -1), strict=True)
+    return sum(shift * weight for shift, weight in terms).astype(x.dtype)
 
 
 def _correlate_cpu(x, cotangent):

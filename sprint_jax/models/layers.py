@@ -41,6 +41,18 @@ def modulate(x: Array, shift: Array, scale: Array) -> Array:
     return x * (1 + scale[:, None, None]) + shift[:, None, None]
 
 
+class Linear(nn.Dense):
+    """`nn.Dense` that sees its input as a matrix [rows, in].
+
+    Contracting three leading axes at once, as the gradient of a [B, h, w, d] Dense does, leaves XLA's
+    fast matmul on CPU: a d to 5d projection with SiLU took 12 ms instead of 2.5. TPU and GPU programs
+    are the same either way.
+    """
+
+    def __call__(self, x: Array) -> Array:
+        return super().__call__(x.reshape(-1, x.shape[-1])).reshape(*x.shape[:-1], self.features)
+
+
 class RMSNorm(nn.Module):
     """Root-mean-square norm over the full last axis (all heads together), float32 inside."""
 
@@ -92,8 +104,8 @@ class ScalarEmbedder(nn.Module):
     @nn.compact
     def __call__(self, t: Array) -> Array:
         last = nn.initializers.zeros if self.zero_init else small_normal
-        x = nn.Dense(self.features, kernel_init=small_normal, name="linear_1")(sinusoid(t))
-        return nn.Dense(self.features, kernel_init=last, name="linear_2")(nn.silu(x))
+        x = Linear(self.features, kernel_init=small_normal, name="linear_1")(sinusoid(t))
+        return Linear(self.features, kernel_init=last, name="linear_2")(nn.silu(x))
 
 
 class TimeEmbedding(nn.Module):
@@ -112,7 +124,7 @@ class TimeEmbedding(nn.Module):
         embedding = ScalarEmbedder(self.features, name="timestep_embedder")(t)
         if self.guidance_embeds:
             embedding += ScalarEmbedder(self.features, zero_init=True, name="guidance_embedder")(guidance)
-        rows = nn.Dense(6 * self.features, kernel_init=small_normal, name="linear")(nn.silu(embedding))
+        rows = Linear(6 * self.features, kernel_init=small_normal, name="linear")(nn.silu(embedding))
         return embedding, rearrange(rows, "b (r d) -> b r d", r=6)
 
 
@@ -124,9 +136,9 @@ class CaptionProjection(nn.Module):
 
     @nn.compact
     def __call__(self, text: Array) -> Array:
-        x = nn.Dense(self.features, dtype=self.dtype, kernel_init=small_normal, name="linear_1")(text)
+        x = Linear(self.features, dtype=self.dtype, kernel_init=small_normal, name="linear_1")(text)
         x = nn.gelu(x, approximate=True)
-        return nn.Dense(self.features, dtype=self.dtype, kernel_init=small_normal, name="linear_2")(x)
+        return Linear(self.features, dtype=self.dtype, kernel_init=small_normal, name="linear_2")(x)
 
 
 class LinearAttention(nn.Module):
@@ -145,7 +157,7 @@ class LinearAttention(nn.Module):
     @nn.compact
     def __call__(self, x: Array) -> Array:
         def project(name):
-            return nn.Dense(self.features, self.use_bias, dtype=self.dtype, kernel_init=xavier, name=name)
+            return Linear(self.features, self.use_bias, dtype=self.dtype, kernel_init=xavier, name=name)
 
         q, k, v = (project(name)(x) for name in ("to_q", "to_k", "to_v"))
         if self.qk_norm:
@@ -159,7 +171,7 @@ class LinearAttention(nn.Module):
         denominator = jnp.einsum("btnc,bnc->btn", q, k.sum(1), precision=highest)
         out = numerator / (denominator[..., None] + 1e-15)
         out = out.reshape(x.shape).astype(self.dtype)
-        return nn.Dense(self.features, dtype=self.dtype, kernel_init=xavier, name="to_out_0")(out)
+        return Linear(self.features, dtype=self.dtype, kernel_init=xavier, name="to_out_0")(out)
 
 
 class CrossAttention(nn.Module):
@@ -173,7 +185,7 @@ class CrossAttention(nn.Module):
     @nn.compact
     def __call__(self, x: Array, text: Array, mask: Array) -> Array:
         def project(name, init=xavier):
-            return nn.Dense(self.features, dtype=self.dtype, kernel_init=init, name=name)
+            return Linear(self.features, dtype=self.dtype, kernel_init=init, name=name)
 
         q, k, v = project("to_q")(x), project("to_k")(text), project("to_v")(text)
         if self.qk_norm:
@@ -201,10 +213,10 @@ class GLUMBConv(nn.Module):
 
     @nn.compact
     def __call__(self, x: Array) -> Array:
-        x = nn.Dense(2 * self.hidden, dtype=self.dtype, kernel_init=xavier, name="conv_inverted")(x)
+        x = Linear(2 * self.hidden, dtype=self.dtype, kernel_init=xavier, name="conv_inverted")(x)
         x = DepthwiseConv(2 * self.hidden, self.dtype, name="conv_depth")(nn.silu(x))
         value, gate = jnp.split(x, 2, axis=-1)
-        out = nn.Dense(self.features, use_bias=False, dtype=self.dtype, kernel_init=xavier, name="conv_point")
+        out = Linear(self.features, use_bias=False, dtype=self.dtype, kernel_init=xavier, name="conv_point")
         return out(value * nn.silu(gate))
 
 

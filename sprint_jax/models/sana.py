@@ -20,6 +20,7 @@ from .layers import (
     CaptionProjection,
     CrossAttention,
     GLUMBConv,
+    Linear,
     LinearAttention,
     RMSNorm,
     TimeEmbedding,
@@ -157,13 +158,13 @@ class SanaTransformer(nn.Module):
         init = nn.initializers.normal(d**-0.5)
         rows = self.param("scale_shift_table", init, (2, d))[None] + embedding[:, None]
         tokens = modulate(layer_norm(tokens), rows[:, 0], rows[:, 1]).astype(self.dtype)
-        out = nn.Dense(
+        out = Linear(
             p * p * self.out_channels, dtype=self.dtype, kernel_init=nn.initializers.zeros, name="proj_out"
         )(tokens)
         velocity = rearrange(wide(out), "b h w (p q c) -> b (h p) (w q) c", p=p, q=p)
         if not self.logvar:
             return velocity
-        logvar = nn.Dense(1, kernel_init=nn.initializers.xavier_uniform(), name="logvar_linear")(embedding)[:, 0]
+        logvar = Linear(1, kernel_init=nn.initializers.xavier_uniform(), name="logvar_linear")(embedding)[:, 0]
         return (velocity, logvar) if with_logvar else velocity
 
     def _check(self, x, guidance, taps, with_logvar):
@@ -247,7 +248,7 @@ class _PatchEmbed(nn.Module):
 
     @nn.compact
     def __call__(self, patches: Array) -> Array:
-        dense = nn.Dense(
+        dense = Linear(
             self.features, dtype=self.dtype, kernel_init=nn.initializers.xavier_uniform(), name="proj"
         )
         return dense(patches)

@@ -25,7 +25,7 @@ from jax.experimental import multihost_utils
 
 from ..errors import UserError
 from .fingerprint import describe, digest, fingerprint, leaf_table
-from .orbax_io import Damaged, one_line, quiet_logs, read
+from .orbax_io import Damaged, await_debris, one_line, open_reader, quiet_failures, quiet_logs, read
 
 __all__ = ["Checkpoints", "fingerprint", "load_params"]
 
@@ -161,16 +161,22 @@ class Checkpoints:
 
     @contextlib.contextmanager
     def _write_errors(self) -> Iterator[None]:
-        try:
-            yield
-        except (MemoryError, jax.errors.JaxRuntimeError):
-            raise
-        except Exception as error:
-            # TensorStore reports a full disk as ValueError, other stores as other classes.
+        reason = None
+        with quiet_failures():
+            try:
+                yield
+            except (MemoryError, jax.errors.JaxRuntimeError):
+                raise
+            except Exception as error:
+                # TensorStore reports a full disk as ValueError, other stores as other classes.
+                reason = one_line(error)
+            if reason is not None:
+                await_debris(seconds=0.5)  # Orbax may keep the rest until it is closed.
+        if reason is not None:
             raise UserError(
-                f"a checkpoint in {self.directory} could not be written ({one_line(error)}); "
+                f"a checkpoint in {self.directory} could not be written ({reason}); "
                 "is the disk full? The complete ones were left alone"
-            ) from error
+            )
 
     def restore_latest(
         self, abstract_state: Tree, expect_meta: Meta | None = None
@@ -198,15 +204,16 @@ class Checkpoints:
         args = ocp.args.Composite(state=ocp.args.StandardRestore(target))
 
         def attempt(step: int) -> tuple[Tree, Meta]:
-            record = _read_record(self._manager, step)
+            record = _read_record(reader, step)
             where = f"checkpoint {self.directory / str(step)}"
             _check_meta(where, expect_meta or {}, record["meta"])
             _check_leaves(where, describe(target), record["leaves"])
-            state = read(self._manager, step, args)["state"]
+            state = read(reader, step, args)["state"]
             _verify(record["leaves"], state)
             return state, record["meta"]
 
-        result, damaged = _newest_whole(self._manager, self.directory, attempt)
+        with open_reader(self.directory) as reader:
+            result, damaged = _newest_whole(reader, self.directory, attempt)
         self._set_aside(damaged)
         return result
 
@@ -307,7 +314,7 @@ def load_params(
         raise UserError(f"{workdir} is not a training workdir: it has no directory checkpoints")
 
     def attempt(chosen: int) -> tuple[Tree, Meta]:
-        record = _read_record(manager, chosen)
+        record = _read_record(reader, chosen)
         tree = _nested(record["leaves"], field)
         if not tree:
             raise UserError(f"checkpoint {directory / str(chosen)} has no {which} parameters")
@@ -317,14 +324,12 @@ def load_params(
         item = {field: jax.tree.map(_abstract, tree)}
         restore_args = ocp.checkpoint_utils.construct_restore_args(item)
         args = ocp.args.PyTreeRestore(item=item, restore_args=restore_args, partial_restore=True)
-        params = read(manager, chosen, ocp.args.Composite(state=args))["state"][field]
+        params = read(reader, chosen, ocp.args.Composite(state=args))["state"][field]
         _verify(record["leaves"], params, prefix=f"{field}/")
         return params, record["meta"]
 
-    with quiet_logs():
-        options = ocp.CheckpointManagerOptions(read_only=True)
-        with ocp.CheckpointManager(directory, options=options) as manager:
-            result, _ = _newest_whole(manager, directory, attempt, only=step)
+    with quiet_logs(), open_reader(directory) as reader:
+        result, _ = _newest_whole(reader, directory, attempt, only=step)
     if result is None:
         raise UserError(f"{directory} has no complete checkpoint yet; train longer")
     return result

@@ -6,16 +6,15 @@ import logging
 import sys
 import time
 import types
+import warnings
 from collections.abc import Iterator
 from typing import Any
 
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
+from etils import epath
 from jax.experimental import multihost_utils
-
-# Orbax's coroutines that read arrays.
-READERS = ("_read_array_index", "_read_shard", "_read_and_create_array", "async_deserialize")
 
 
 class Damaged(Exception):
@@ -43,49 +42,67 @@ def quiet_logs() -> Iterator[None]:
         logger.removeFilter(from_elsewhere)
 
 
-@contextlib.contextmanager
-def _quiet_failures() -> Iterator[None]:
-    """Keeps the debris of a failed Orbax read off stderr.
+def _is_orbax_coroutine(item: object) -> bool:
+    return isinstance(item, types.CoroutineType) and "orbax" in item.cr_code.co_filename
 
-    When one array cannot be read, Orbax abandons the coroutines of the others; Python and
-    TensorStore report each of them through the hook for errors that nobody can catch, after the
-    real error.
+
+@contextlib.contextmanager
+def quiet_failures() -> Iterator[None]:
+    """Keeps the debris of a failed Orbax read or write off stderr.
+
+    When one array fails, Orbax abandons the coroutines of the others; Python and TensorStore report
+    each of them through the hook for errors that nobody can catch, after the real error.
     """
 
     def drop_debris(unraisable) -> None:
-        debris = any(name in repr(unraisable.object) for name in READERS) or (
+        closed_loop = (
             isinstance(unraisable.exc_value, RuntimeError)
-            and "Event loop is closed" in str(unraisable.exc_value)
+            and str(unraisable.exc_value) == "Event loop is closed"
         )
-        if not debris:
+        if not (closed_loop or _is_orbax_coroutine(unraisable.object)):
             previous(unraisable)
 
-    def not_asyncio_debris(record: logging.LogRecord) -> bool:
+    def not_debris(record: logging.LogRecord) -> bool:
         return "was never retrieved" not in record.getMessage()
 
     previous, sys.unraisablehook = sys.unraisablehook, drop_debris
     logger = logging.getLogger("asyncio")
-    logger.addFilter(not_asyncio_debris)
+    logger.addFilter(not_debris)
     try:
-        yield
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "coroutine .* was never awaited", RuntimeWarning)
+            yield
     finally:
         sys.unraisablehook = previous
-        logger.removeFilter(not_asyncio_debris)
+        logger.removeFilter(not_debris)
 
 
-def _await_debris(seconds: float = 5.0) -> None:
-    """Waits until the abandoned coroutines are gone, which should happen while the hook is ours.
+def await_debris(seconds: float) -> None:
+    """After a failure: waits until the abandoned coroutines are gone, inside `quiet_failures`.
 
-    TensorStore's threads hold them until their reads end.
+    TensorStore's threads hold them until their reads and writes end.
     """
     deadline = time.monotonic() + seconds
     gc.collect()
-    while time.monotonic() < deadline and any(
-        isinstance(item, types.CoroutineType) and item.cr_code.co_name.startswith(READERS)
-        for item in gc.get_objects()
-    ):
+    while time.monotonic() < deadline and any(map(_is_orbax_coroutine, gc.get_objects())):
         time.sleep(0.02)
         gc.collect()
+
+
+def open_reader(directory: epath.Path) -> ocp.CheckpointManager:
+    """A manager that only reads, each process by itself.
+
+    Orbax's own manager meets the other processes in barriers while it reads; one process that finds
+    damage would leave the others waiting there. `read` makes them agree instead.
+    """
+    process = jax.process_index()
+    alone = ocp.options.MultiprocessingOptions(
+        primary_host=process, active_processes={process}, barrier_sync_key_prefix=f"read{process}"
+    )
+    options = ocp.CheckpointManagerOptions(
+        read_only=True, save_interval_steps=0, create=False, multiprocessing_options=alone
+    )
+    return ocp.CheckpointManager(directory, options=options)
 
 
 def on_every_process(ok: bool) -> bool:
@@ -98,7 +115,7 @@ def on_every_process(ok: bool) -> bool:
 def read(manager: ocp.CheckpointManager, step: int, args: ocp.args.Composite) -> Any:
     """``manager.restore`` that raises `Damaged` on all processes if it fails on one of them."""
     result, reason = None, "another process could not read it"
-    with _quiet_failures():
+    with quiet_failures():
         try:
             result = manager.restore(step, args=args)
         except (MemoryError, jax.errors.JaxRuntimeError):
@@ -108,7 +125,7 @@ def read(manager: ocp.CheckpointManager, step: int, args: ocp.args.Composite) ->
             # FileNotFoundError and, for array data, as a bare Exception: no narrower class exists.
             reason = one_line(error)
         if result is None:
-            _await_debris()
+            await_debris(seconds=5.0)
     if not on_every_process(result is not None):
         raise Damaged(reason)
     return result

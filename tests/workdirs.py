@@ -1,0 +1,52 @@
+"""Workdirs as a training leaves them, with a tiny network of random weights, for several tests."""
+
+import json
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from configs import default
+from sprint_jax.models.sana import from_fields
+from sprint_jax.training.checkpoint import Checkpoints
+
+STEP = 7
+
+
+def tiny_config(stage: str, world: str = "small"):
+    """The default config with two blocks of 32 features; as plain nested dicts."""
+    c = default.get_config()
+    c.stage = stage
+    c.data.world = world
+    c.log.sample_guidance = 3.0
+    c.model.num_layers = 2
+    c.model.num_attention_heads = 1
+    c.model.num_cross_attention_heads = 1
+    c.model.guidance_embeds = stage == "distill"
+    return c.to_dict()
+
+
+def random_params(fields: dict, seed: int):
+    """Parameters none of which is zero: fresh ones would give the velocity 0."""
+    model = from_fields(fields)
+    guidance = jnp.zeros(1) if model.guidance_embeds else None
+    inputs = jnp.zeros((1, 4, 4, 12)), jnp.zeros(1), jnp.zeros((1, 12, 64)), jnp.ones((1, 12))
+    shapes = jax.eval_shape(model.init, jax.random.key(0), *inputs, guidance)["params"]
+    generator = np.random.default_rng(seed)
+
+    def draw(leaf):
+        return jnp.asarray(0.2 * generator.standard_normal(leaf.shape), leaf.dtype)
+
+    return jax.tree.map(draw, shapes)
+
+
+def make_workdir(folder: Path, stage: str, world: str = "small") -> Path:
+    """Writes config.json and a checkpoint of step 7 whose EMA and raw parameters differ."""
+    folder.mkdir()
+    config = tiny_config(stage, world)
+    (folder / "config.json").write_text(json.dumps(config))
+    state = {"ema": random_params(config["model"], 1), "params": random_params(config["model"], 2)}
+    with Checkpoints(folder / "checkpoints", keep=1) as checkpoints:
+        checkpoints.save(STEP, state, {"stage": stage})
+    return folder
