@@ -6,8 +6,12 @@ Arms take turns within every round (A, B, C, A, B, C, ...), compiled and warmed 
 after the first is one workload at one size: wall and process CPU milliseconds of every arm over the
 rounds as [minimum, median, maximum], and per-round ratios of the other arms to `sprint_jax`.
 `depthwise_speedup` is what the convolution adds to the arm `none` (the same network without it):
-that of `naive`, nine shifts with autodiff's derivatives, over that of `sprint_jax`, minima each. On a machine
-with other users trust the minima, the ratios, and CPU time over wall time.
+that of `naive`, nine shifts with autodiff's derivatives, over that of `sprint_jax`, minima each.
+On a machine with other users trust the minima, the ratios, and CPU time over wall time.
+
+Glibc returns large temporaries to the system after every call, and taking them back can cost more
+than the arithmetic. The environment that shows the times without that:
+MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=100000000000 MALLOC_ARENA_MAX=1
 """
 
 import argparse
@@ -154,6 +158,7 @@ def main(argv):
         "load_before": round(os.getloadavg()[0], 2),
         "jax": jax.__version__,
         "dtype": "float32",
+        "malloc": {key: value for key, value in os.environ.items() if key.startswith("MALLOC_")},
     }
     print(json.dumps(header), flush=True)
     convolutions = {"none": none, "naive": naive, "grouped": grouped}

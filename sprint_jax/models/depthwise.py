@@ -82,17 +82,14 @@ def _convolve_cpu(x, kernel):
 def _correlate_cpu(x, cotangent):
     shifts = _shifts(x)
     zeros = [jnp.zeros((), shifts[0].dtype)] * 9
-    # Few columns are unrolled, which lets channels be vectorised; with many, the partial sums
-    # would be as large as x, and those of whole images are cheaper.
-    dimensions = (2,) if x.shape[2] <= 8 else (1, 2)
-    partial_sums = jax.lax.reduce(
+    # Image by image, so that its nine shifts are read from the cache, then over the batch.
+    image_sums = jax.lax.reduce(
         [shift * cotangent.astype(shift.dtype) for shift in shifts],
         zeros,
         lambda sums, values: list(map(operator.add, sums, values)),
-        dimensions,
+        dimensions=(1, 2),
     )
-    sums = [each.sum(tuple(range(each.ndim - 1))) for each in partial_sums]
-    return jnp.stack(sums).reshape(3, 3, -1).astype(x.dtype)
+    return jnp.stack(image_sums).sum(1).reshape(3, 3, -1).astype(x.dtype)
 
 
 def _flip(kernel):

@@ -1,0 +1,219 @@
+"""TrigFlow against closed forms: float64 where the mathematics is exact, moments for the samplers."""
+
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from sprint_jax import trigflow
+
+SIGMA_D = 0.5
+MEAN, SPREAD = 0.3, 1.7  # of the Gaussian latents; far from 0 and 1 so that no term cancels
+TIMES = np.concatenate([np.linspace(0, math.pi / 2, 41), [trigflow.MAX_TIME, 1e-6, 1.3]])
+
+
+@pytest.fixture
+def float64():
+    with jax.enable_x64(True):
+        yield
+
+
+def flow_optimum(x_fm, t_fm):
+    """E[eps - latents | x_fm] for latents N(MEAN, SPREAD^2), by regression of one on the other."""
+    s = t_fm.reshape(-1, 1, 1, 1)
+    covariance = s - (1 - s) * SPREAD**2
+    variance = s**2 + (1 - s) ** 2 * SPREAD**2
+    return -MEAN + covariance / variance * (x_fm - (1 - s) * MEAN)
+
+
+def trigflow_optimum(x, t):
+    """E[cos(t) eps - sin(t) latents | x = cos(t) latents + sin(t) eps], same Gaussian."""
+    t = t.reshape(-1, 1, 1, 1)
+    covariance = jnp.cos(t) * jnp.sin(t) * (1 - SPREAD**2)
+    variance = jnp.cos(t) ** 2 * SPREAD**2 + jnp.sin(t) ** 2
+    return -jnp.sin(t) * MEAN + covariance / variance * (x - jnp.cos(t) * MEAN)
+
+
+def samples(seed=0):
+    random = np.random.default_rng(seed)
+    shape = (len(TIMES), 2, 3, 2)
+    return [jnp.asarray(random.standard_normal(shape)) for _ in range(3)]
+
+
+def test_optimal_flow_becomes_the_optimal_trigflow(float64):
+    x = samples()[0]
+    F = jax.jit(trigflow.to_trigflow(flow_optimum))(x, jnp.asarray(TIMES))
+    assert F.dtype == jnp.float64
+    np.testing.assert_allclose(F, trigflow_optimum(x, jnp.asarray(TIMES)), rtol=0, atol=1e-10)
+
+
+def test_float32_is_lossless_too():
+    x, t = samples()[0], jnp.asarray(TIMES, jnp.float32)
+    F = trigflow.to_trigflow(flow_optimum)(x, t)
+    assert F.dtype == jnp.float32
+    np.testing.assert_allclose(F, trigflow_optimum(x, t), rtol=0, atol=5e-6)
+
+
+def test_jvp_through_the_transform(float64):
+    x, dx, _ = samples()
+    t, dt = jnp.asarray(TIMES), jnp.cos(3 * jnp.asarray(TIMES))
+    transformed = jax.jit(trigflow.to_trigflow(flow_optimum))
+    tangent = jax.jit(lambda *a: jax.jvp(transformed, a[:2], a[2:])[1])(x, t, dx, dt)
+    h = 1e-5
+    difference = transformed(x + h * dx, t + h * dt) - transformed(x - h * dx, t - h * dt)
+    np.testing.assert_allclose(tangent, difference / (2 * h), rtol=0, atol=1e-6)
+    exact = jax.jvp(trigflow_optimum, (x, t), (dx, dt))[1]
+    np.testing.assert_allclose(tangent, exact, rtol=0, atol=1e-10)
+
+
+def test_reverse_mode_through_the_transform(float64):
+    x, cotangent, _ = samples()
+    t = jnp.asarray(TIMES)
+
+    def gradients(F):
+        return jax.grad(lambda *a: jnp.vdot(F(*a), cotangent), argnums=(0, 1))(x, t)
+
+    ours, exact = gradients(trigflow.to_trigflow(flow_optimum)), gradients(trigflow_optimum)
+    for one, other in zip(ours, exact, strict=True):
+        np.testing.assert_allclose(one, other, rtol=0, atol=1e-10)
+
+
+def test_to_velocity_inverts(float64):
+    x = samples()[0]
+    t_fm = trigflow.flow_time(jnp.asarray(TIMES))
+    velocity = trigflow.to_velocity(trigflow.to_trigflow(flow_optimum))
+    np.testing.assert_allclose(velocity(x, t_fm), flow_optimum(x, t_fm), rtol=0, atol=1e-10)
+    direct = trigflow.to_velocity(trigflow_optimum)
+    np.testing.assert_allclose(direct(x, t_fm), flow_optimum(x, t_fm), rtol=0, atol=1e-10)
+
+
+def test_arguments_and_further_outputs_pass_through():
+    def velocity(x, t, text, mask):
+        return x * text + expand(t, x), mask, t
+
+    expand = trigflow.expand
+    x, t, text, mask = jnp.ones((2, 2, 2, 1)), jnp.array([0.2, 1.0]), jnp.float32(3), jnp.arange(2)
+    F, other, t_fm = trigflow.to_trigflow(velocity)(x, t, text, mask)
+    alone = trigflow.to_trigflow(lambda *a: velocity(*a)[0])(x, t, text, mask)
+    np.testing.assert_array_equal(F, alone)
+    np.testing.assert_array_equal(other, mask)
+    np.testing.assert_allclose(t_fm, np.sin(t) / (np.sin(t) + np.cos(t)), rtol=1e-6)
+
+
+def test_times_invert_each_other(float64):
+    t = jnp.asarray(TIMES)
+    np.testing.assert_allclose(trigflow.trig_time(trigflow.flow_time(t)), t, rtol=0, atol=1e-14)
+    s = jnp.linspace(0, 1, 33)
+    np.testing.assert_allclose(trigflow.flow_time(trigflow.trig_time(s)), s, rtol=0, atol=1e-14)
+
+
+def test_flow_inputs_are_the_flow_noising_of_the_same_noise(float64):
+    latents, noise, _ = samples()
+    t = jnp.asarray(TIMES)
+    x_t = trigflow.add_noise(SIGMA_D * latents, SIGMA_D * noise, t)
+    x_fm, t_fm = trigflow.flow_inputs(x_t / SIGMA_D, t)
+    expected = trigflow.flow_add_noise(latents, noise, t_fm)
+    np.testing.assert_allclose(x_fm, expected, rtol=0, atol=1e-14)
+    s = np.asarray(t_fm).reshape(-1, 1, 1, 1)
+    np.testing.assert_allclose(expected, (1 - s) * latents + s * noise, rtol=0, atol=1e-14)
+
+
+def test_noising_and_predictions_are_consistent(float64):
+    x0, z = (SIGMA_D * x for x in samples()[:2])
+    t = jnp.asarray(TIMES)
+    cos, sin = (np.reshape(f(TIMES), (-1, 1, 1, 1)) for f in (np.cos, np.sin))
+    x_t = trigflow.add_noise(x0, z, t)
+    np.testing.assert_allclose(x_t, cos * x0 + sin * z, rtol=0, atol=1e-15)
+    F = (cos * z - sin * x0) / SIGMA_D  # the true velocity of this line
+    np.testing.assert_allclose(trigflow.predict_x0(x_t, F, t, SIGMA_D), x0, rtol=0, atol=1e-14)
+    inside = TIMES > 0
+    velocity = trigflow.predict_velocity(x_t[inside], x0[inside], t[inside])
+    np.testing.assert_allclose(velocity, (SIGMA_D * F)[inside], rtol=0, atol=1e-9)
+    t_fm = trigflow.flow_time(t)
+    x_fm = trigflow.flow_add_noise(x0, z, t_fm)
+    np.testing.assert_allclose(trigflow.flow_predict_x0(x_fm, z - x0, t_fm), x0, rtol=0, atol=1e-14)
+    scalar = trigflow.add_noise(x0, z, 1.3)
+    np.testing.assert_allclose(scalar, math.cos(1.3) * x0 + math.sin(1.3) * z, rtol=0, atol=1e-15)
+
+
+@pytest.mark.parametrize(
+    ("steps", "angles", "flow_times"),
+    [
+        (1, [1.5708, 0], [1.0000036]),
+        (2, [1.5708, 1.3, 0], [1.0000036, 0.782708]),
+        (3, [1.5708, 1.0472, 0.5236, 0], [1.0000036, 0.633976, 0.366026]),
+        (4, [1.5708, 1.1781, 0.7854, 0.3927, 0], [1.0000036, 0.707108, 0.500001, 0.292894]),
+    ],
+)
+def test_published_schedules(steps, angles, flow_times):
+    schedule = trigflow.step_schedule(steps)
+    np.testing.assert_allclose(schedule, angles, rtol=0, atol=1e-12)
+    actual = np.asarray(trigflow.flow_time(jnp.asarray(schedule[:-1], jnp.float32)))
+    np.testing.assert_allclose(actual, flow_times, rtol=0, atol=6e-7)
+    assert abs(float(actual[0]) - 1.0000036) < 1.2e-7  # one float32 spacing
+
+
+def test_schedule_options_and_errors():
+    assert trigflow.step_schedule(2, midpoint=1.0) == (trigflow.MAX_TIME, 1.0, 0.0)
+    assert trigflow.step_schedule(1, max_time=1.5) == (1.5, 0.0)
+    for steps in (0, 5, -1):
+        with pytest.raises(ValueError, match=f"got {steps}"):
+            trigflow.step_schedule(steps)
+
+
+def test_max_time_is_not_clamped():
+    t = jnp.float32(trigflow.MAX_TIME)
+    assert trigflow.MAX_TIME == 1.57080
+    assert float(t) > math.pi / 2
+    assert float(trigflow.flow_time(t)) > 1
+    assert float(jnp.cos(t)) == pytest.approx(-3.62e-6, abs=5e-8)
+    # Both the input scale and the step back to angles keep what is above 1.
+    x_fm, t_fm = trigflow.flow_inputs(jnp.ones((1, 1, 1, 1)), t[None])
+    assert float(t_fm[0]) > 1
+    assert float(x_fm[0, 0, 0, 0]) > 1
+    assert float(trigflow.trig_time(t_fm)[0]) > math.pi / 2
+
+
+def assert_normal(values, mean, std):
+    """Mean, deviation and the largest distance of distribution functions, each within 5 sigma."""
+    values = np.sort(np.asarray(values, np.float64))
+    count = len(values)
+    assert abs(values.mean() - mean) < 5 * std / math.sqrt(count)
+    assert abs(values.std() - std) < 5 * std / math.sqrt(2 * count)
+    cdf = np.array([0.5 * math.erfc(-(v - mean) / std / math.sqrt(2)) for v in values])
+    assert np.abs(cdf - (np.arange(count) + 0.5) / count).max() < 2 / math.sqrt(count)
+
+
+@pytest.mark.parametrize(("mean", "std"), [(0.2, 1.6), (-0.6, 1.0)])
+def test_angles_are_log_normal(mean, std):
+    t = trigflow.sample_time(jax.random.key(0), (20_000,), mean, std, SIGMA_D)
+    assert t.dtype == jnp.float32
+    assert 0 < t.min() < t.max() < math.pi / 2
+    assert_normal(np.log(SIGMA_D * np.tan(np.asarray(t, np.float64))), mean, std)
+
+
+@pytest.mark.parametrize("shift", [1.0, 3.0])
+def test_flow_times_are_shifted_logit_normal(shift):
+    s = trigflow.sample_flow_time(jax.random.key(1), (20_000,), 0.1, 0.9, shift)
+    assert s.dtype == jnp.float32
+    assert 0 < s.min() < s.max() < 1
+    s = np.asarray(s, np.float64)
+    unshifted = s / (shift - (shift - 1) * s)
+    assert_normal(np.log(unshifted / (1 - unshifted)), 0.1, 0.9)
+    assert len(np.unique(s)) > 19_000  # continuous, not the reference's 733 values
+    assert trigflow.shift_flow_time(0.5, 3.0) == 0.75
+
+
+def test_max_time_replaces_with_its_probability():
+    t = jnp.linspace(0.1, 1.5, 40_000)
+    mixed = np.asarray(trigflow.with_max_time(jax.random.key(2), t, 0.3))
+    replaced = mixed == np.float32(trigflow.MAX_TIME)
+    assert abs(replaced.mean() - 0.3) < 5 * math.sqrt(0.3 * 0.7 / t.size)
+    np.testing.assert_array_equal(mixed[~replaced], t[~replaced])
+    # Per sample and independent: neighbours are both replaced with probability 0.09.
+    both = (replaced[1:] & replaced[:-1]).mean()
+    assert abs(both - 0.09) < 5 * math.sqrt(0.09 * 0.91 / t.size) * 1.5
+    np.testing.assert_array_equal(trigflow.with_max_time(jax.random.key(2), t, 0.0), t)
+    assert bool((trigflow.with_max_time(jax.random.key(2), t, 1.0, max_time=1.2) == 1.2).all())
