@@ -341,11 +341,13 @@ def train(c: Config, workdir: Path, overridden: list[str]) -> None:
         if step % options["every"] == 0 or last:
             values = {name: float(value) for name, value in jax.device_get(metrics).items()}
             log.write(step, values)
-            progress.update(step, values)
+            progress.update(step, {name: value for name, value in values.items() if name.startswith("loss/")})
         if step % options["sample_every"] == 0 or step == total:
             for name, params in (("raw", state.params), ("ema", state.ema)):
                 log.image(step, name, preview(params, frozen))
             log.curves()
+        if last or step % options["checkpoint_every"] == 0:
+            log.sync()  # so that no crash leaves the metrics behind the checkpoint
         checkpoints.save(step, state, meta, force=last)
         if stop.requested:
             break
