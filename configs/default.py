@@ -72,7 +72,9 @@ def get_config(arg=None):
     c.log.every = 20  # steps between lines of metrics.jsonl
     c.log.sample_every = 500  # steps between sample grids and curves
     c.log.sample_guidance = 4.5  # CFG scale of the grids
-    c.log.diagnostics_every = 500  # steps between finite-difference and bfloat16 checks of the tangent
+    c.log.diagnostics_every = (
+        500  # steps between finite-difference and bfloat16 checks of the tangent
+    )
     c.log.checkpoint_every = 500
     c.log.keep = 3  # checkpoints
     return c

@@ -17,7 +17,9 @@ def get_config(arg=None):
     c = default.get_config()
     c.data.world = world
     c.model = default.model_fields("digits")
-    c.model.scan = False  # six small layers: unrolled they compile in seconds and run 1.6 times faster on CPU
+    c.model.scan = (
+        False  # six small layers: unrolled they compile in seconds and run 1.6 times faster on CPU
+    )
     c.model.patch_size = 2 if world == "full" else 1  # 16 tokens in both worlds
     c.log.sample_guidance = 3.0
     c.ema_decay = 0.998

@@ -175,11 +175,10 @@ def print_table(report: dict[str, Any]) -> None:
     print(f"{'real, held out':18}{'':9}{_plus_minus(*number(report['real'], 'accuracy')):>16}")
     for goal in report["goals"]:
         said = {True: "met", False: "MISSED", None: "not measured"}[goal["met"]]
-        sign = "<=" if goal["number"] == "frechet" else ">="
-        line = f"{goal['number']} in {goal['steps']} steps, ratio {sign} {goal['limit']}: {said}"
-        if goal["ratio"] is not None:
-            line += f", {goal['ratio']:.3f} ± {goal['standard_error']:.3f}"
-        print(line)
+        value = _plus_minus(goal["value"], goal["standard_error"])
+        print(
+            f"{goal['run']}: {goal['number']} {value}, {goal['sense']} {goal['limit']:.3f}: {said}"
+        )
 
 
 def _plus_minus(value: float, error: float) -> str:

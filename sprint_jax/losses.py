@@ -25,25 +25,6 @@ def per_sample_norm(x: Array) -> Array:
     return jnp.sqrt(jnp.square(x).reshape(x.shape[0], -1).sum(-1))
 
 
-def with_cfg(F: Callable, guidance: Array) -> Callable:
-    """Classifier-free guidance ``F_unc + w (F_cond - F_unc)`` in float32, one doubled batch.
-
-    Valid for flow velocities and, since Eq. (8) is affine in the velocity with coefficients that do
-    not depend on the text, for TrigFlow networks alike.
-
-    Args:
-      F: a network of doubled inputs; its first half of text must be unconditional.
-      guidance: CFG scale ``w`` [B].
-    """
-
-    def guided(x: Array, t: Array) -> Array:
-        both = F(jnp.concatenate([x, x]), jnp.concatenate([t, t])).astype(jnp.float32)
-        unconditional, conditional = jnp.split(both, 2)
-        return unconditional + expand(guidance, x) * (conditional - unconditional)
-
-    return guided
-
-
 def flow_matching_loss(velocity: Callable, latents: Array, noise: Array, t_fm: Array):
     """``|v(x_fm, t_fm) - (noise - latents)|^2`` with ``x_fm = (1 - t_fm) latents + t_fm noise``.
 

@@ -70,7 +70,9 @@ def generator_update(nets: Nets, c, state: TrainState, batch: dict, frozen: dict
         teacher = _teacher_with_cfg(nets, frozen, text, mask, guidance)
 
         t = trigflow.sample_time(keys[1], count, c.scm.time_mean, c.scm.time_std, c.sigma_d)
-        warmup = jnp.minimum(1.0, state.step / c.scm.tangent_warmup) if c.scm.tangent_warmup else 1.0
+        warmup = (
+            jnp.minimum(1.0, state.step / c.scm.tangent_warmup) if c.scm.tangent_warmup else 1.0
+        )
         scm, aux = losses.scm_loss(
             student,
             teacher,
@@ -87,11 +89,15 @@ def generator_update(nets: Nets, c, state: TrainState, batch: dict, frozen: dict
         total = c.scm.weight * scm
         if nets.heads is not None:
             fake = _generate(c, student, params, x0, keys[3], keys[4])
-            t_disc = trigflow.sample_time(keys[5], count, c.ladd.time_mean, c.ladd.time_std, c.sigma_d)
+            t_disc = trigflow.sample_time(
+                keys[5], count, c.ladd.time_mean, c.ladd.time_std, c.sigma_d
+            )
             features = _features(nets, c, frozen, text, mask)
 
             def discriminate(x, t):
-                return nets.heads.apply({"params": state.disc["params"]}, features(x, t), state.disc["spectral"])
+                return nets.heads.apply(
+                    {"params": state.disc["params"]}, features(x, t), state.disc["spectral"]
+                )
 
             adversarial, gan = losses.ladd_generator_loss(
                 discriminate, fake, _noise(c, keys[6], x0), t_disc, c.sigma_d
@@ -143,7 +149,9 @@ def discriminator_update(nets: Nets, c, state: TrainState, batch: dict, frozen: 
     value, aux, grads = gradients(loss, state.disc["params"], batch, key, c.accumulate)
     norm = tree_norm(grads)
     finite = jnp.isfinite(norm) & jnp.isfinite(value)
-    updates, opt_state = nets.disc_optimizer.update(grads, state.disc_opt_state, state.disc["params"])
+    updates, opt_state = nets.disc_optimizer.update(
+        grads, state.disc_opt_state, state.disc["params"]
+    )
     params = optax.apply_updates(state.disc["params"], updates)
     new = ({"params": params, "spectral": spectral}, opt_state)
     disc, disc_opt_state = select(finite, new, (state.disc, state.disc_opt_state))
@@ -156,7 +164,10 @@ def discriminator_update(nets: Nets, c, state: TrainState, batch: dict, frozen: 
     )
     metrics = {"loss/ladd_discriminator": value, "grad/heads": norm}
     metrics |= {f"logits/{name}": values.mean() for name, values in aux.items()}
-    return state, metrics | {"health/skipped": state.skipped, "health/in_a_row": state.in_a_row.max()}
+    return state, metrics | {
+        "health/skipped": state.skipped,
+        "health/in_a_row": state.in_a_row.max(),
+    }
 
 
 def check_tangent(nets: Nets, c, state: TrainState, batch: dict, frozen: dict) -> dict:
@@ -214,7 +225,9 @@ def _features(nets, c, frozen, text, mask):
 
     def features(x, t):
         x_fm, t_fm = trigflow.flow_inputs(x, t)
-        return nets.teacher.apply({"params": frozen["teacher"]}, x_fm, t_fm, text, mask, taps=tuple(c.ladd.taps))
+        return nets.teacher.apply(
+            {"params": frozen["teacher"]}, x_fm, t_fm, text, mask, taps=tuple(c.ladd.taps)
+        )
 
     return features
 
@@ -296,22 +309,27 @@ def train(c: Config, workdir: Path, overridden: list[str]) -> None:
     frozen, origin = setup.load_frozen(c, data, mesh)
     batch = sharding.to_devices(mesh, data.batches(0))
     state = setup.init_state(c, nets, batch, frozen, mesh)
-    print(f"{c.stage}: {sum(leaf.size for leaf in jax.tree.leaves(state.params)) / 1e6:.2f} M parameters on {mesh.size} device(s); compiling", flush=True)
+    size = sum(leaf.size for leaf in jax.tree.leaves(state.params)) / 1e6
+    print(f"{c.stage}: {size:.2f} M parameters, {mesh.size} device(s); compiling", flush=True)
     updates = compile_updates(c, nets, state, batch, frozen)
     checks = jax.jit(functools.partial(check_tangent, nets, c)) if c.stage == "distill" else None
     preview = setup.make_preview(c, nets, data)
-    options = {key: c.log[key] for key in c.log.keys()}
+    options = {key: c.log[key] for key in c.log}
     total, limit, depth = c.steps, c.max_nonfinite, c.data.prefetch
     unread = sorted(set(c.unread()) & set(overridden))
     if unread:
-        raise UserError(f"config.{unread[0]} is not read by stage '{c.stage}'; leave it out", exit_code=2)
+        raise UserError(
+            f"config.{unread[0]} is not read by stage '{c.stage}'; leave it out", exit_code=2
+        )
 
     # --- Resume
     workdir.mkdir(parents=True, exist_ok=True)
     write_json_atomic(workdir / "config.json", c.to_dict())
     meta = {"stage": c.stage, "teacher_hash": origin.get("hash", ""), "teacher": origin}
     expected = {key: meta[key] for key in ("stage", "teacher_hash")}
-    checkpoints = Checkpoints(workdir / "checkpoints", keep=options["keep"], every=options["checkpoint_every"])
+    checkpoints = Checkpoints(
+        workdir / "checkpoints", keep=options["keep"], every=options["checkpoint_every"]
+    )
     restored = checkpoints.restore_latest(state, expected)
     state = restored[0] if restored else state
     start = int(state.step)
@@ -341,7 +359,9 @@ def train(c: Config, workdir: Path, overridden: list[str]) -> None:
         if step % options["every"] == 0 or last:
             values = {name: float(value) for name, value in jax.device_get(metrics).items()}
             log.write(step, values)
-            progress.update(step, {name: value for name, value in values.items() if name.startswith("loss/")})
+            progress.update(
+                step, {name: value for name, value in values.items() if name.startswith("loss/")}
+            )
         if step % options["sample_every"] == 0 or step == total:
             for name, params in (("raw", state.params), ("ema", state.ema)):
                 log.image(step, name, preview(params, frozen))
@@ -383,7 +403,9 @@ class Stop:
 def main(argv: list[str]) -> None:
     parser = cli.make_parser("train", __doc__)
     cli.add_config(parser)
-    parser.add_argument("--workdir", required=True, metavar="DIR", help="made if missing; resumed if not")
+    parser.add_argument(
+        "--workdir", required=True, metavar="DIR", help="made if missing; resumed if not"
+    )
     flags, config = cli.parse_with_config(parser, argv)
     words, _ = cli.split_overrides(argv)
     overridden = [word.removeprefix("--config.").partition("=")[0] for word in words]

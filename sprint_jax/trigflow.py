@@ -143,7 +143,9 @@ def to_velocity(F: Callable[..., Array]) -> Callable[..., Array]:
     return velocity
 
 
-def sample_time(key: Array, shape: tuple[int, ...], mean: float, std: float, sigma_d: float) -> Array:
+def sample_time(
+    key: Array, shape: tuple[int, ...], mean: float, std: float, sigma_d: float
+) -> Array:
     """Log-normal proposal over angles: ``t = atan(exp(N(mean, std)) / sigma_d)``, float32 in (0, pi/2).
 
     The published recipe uses (0.2, 1.6) for the student and (-0.6, 1.0) for the discriminator.
@@ -157,7 +159,9 @@ def with_max_time(key: Array, t: Array, probability: float, max_time: float = MA
     return jnp.where(jax.random.bernoulli(key, probability, t.shape), max_time, t)
 
 
-def sample_flow_time(key: Array, shape: tuple[int, ...], mean: float, std: float, shift: float) -> Array:
+def sample_flow_time(
+    key: Array, shape: tuple[int, ...], mean: float, std: float, shift: float
+) -> Array:
     """Logit-normal flow times with the resolution shift ``s' = shift s / (1 + (shift - 1) s)``, float32.
 
     Continuous, unlike the reference, which truncates to 733 distinct values (reference train loop).
@@ -171,7 +175,9 @@ def shift_flow_time(s: Array, shift: float) -> Array:
     return shift * s / (1 + (shift - 1) * s)
 
 
-def step_schedule(steps: int, max_time: float = MAX_TIME, midpoint: float = 1.3) -> tuple[float, ...]:
+def step_schedule(
+    steps: int, max_time: float = MAX_TIME, midpoint: float = 1.3
+) -> tuple[float, ...]:
     """Angles of the consistency sampler, from ``max_time`` down to 0; ``steps + 1`` values.
 
     Two steps go through ``midpoint`` (1.3 in the published scheduler); other counts are equally spaced.

@@ -71,17 +71,21 @@ def numbers(name, accuracy, distance, combined):
 def test_goals_compare_student_with_teacher():
     runs = [numbers("teacher 20", 0.8, 10.0, 1.0)]
     runs += [numbers(f"student {n}", 0.79, 14.0, np.nan) for n in (1, 2, 3, 4)]
-    goals = {(goal["number"], goal["steps"]): goal for goal in report.judge_goals(runs)}
-    assert set(goals) == {(key, steps) for key, steps, _ in report.GOALS}
-    accuracy = goals["accuracy", 1]
-    assert accuracy["ratio"] == pytest.approx(0.9875) and accuracy["met"] is True
-    # sqrt(0.01^2 + (0.9875 x 0.01)^2) / 0.8
-    assert accuracy["standard_error"] == pytest.approx(0.017567, abs=1e-6)
-    assert goals["frechet", 1]["met"] is True and goals["frechet", 4]["met"] is False
-    assert goals["diversity", 1]["met"] is None
+    goals = {(goal["run"], goal["number"]): goal for goal in report.judge_goals(runs)}
+    assert set(goals) == {(name, key) for name, key, *_ in report.GOALS}
+    assert goals["teacher 20", "accuracy"]["met"] is False
+    assert goals["student 1", "accuracy"]["met"] is False  # 0.79 against 0.80, whatever the teacher
+    within = goals["student 4", "accuracy"]
+    assert within["limit"] == pytest.approx(0.77) and within["met"] is True
+    assert within["standard_error"] == pytest.approx(0.01 * 2**0.5)
+    frechet = goals["student 1", "frechet"]
+    assert frechet["limit"] == 15.0 and frechet["met"] is True
+    assert frechet["standard_error"] == pytest.approx((0.5**2 + (1.5 * 0.5) ** 2) ** 0.5)
+    assert goals["student 1", "diversity"]["met"] is None
     runs[0] = numbers("teacher 20", 0.8, None, 1.0)
     assert {g["met"] for g in report.judge_goals(runs) if g["number"] == "frechet"} == {None}
-    assert report.judge_goals(runs[:1]) == [] and report.judge_goals(runs[1:]) == []
+    assert [g["run"] for g in report.judge_goals(runs[:1])] == ["teacher 20"]
+    assert [g["number"] for g in report.judge_goals(runs[1:])] == ["accuracy"]
 
 
 def test_command_writes_numbers_and_a_sheet(folders, tmp_path, capsys):
@@ -108,7 +112,9 @@ def test_a_lone_teacher_gets_its_own_part(folders, tmp_path):
     out = tmp_path / "report.json"
     evaluate.main(["--model", folders["teacher"], "--out", str(out), "--count", "12"])
     written = json.loads(out.read_text())
-    assert written["teacher"] is None and written["goals"] == []
+    assert written["teacher"] is None and [goal["run"] for goal in written["goals"]] == [
+        "teacher 20"
+    ]
     assert [run["steps"] for run in written["runs"]] == [20, 50, 50, 2, 1]
 
 

@@ -7,8 +7,7 @@ import pytest
 from runs import assert_same_bits, build, copy, quick_compilation, tiny, write_digits
 from workdirs import make_workdir
 
-from sprint_jax import train
-from sprint_jax.training import sharding
+from sprint_jax.training import setup, sharding
 from sprint_jax.training.accumulate import gradients
 
 STEPS = 20
@@ -96,9 +95,7 @@ def names(tree) -> list[str]:
 
 def changed(before, after) -> list[str]:
     """Names of the leaves that are not bit for bit the same."""
-    pairs = zip(
-        jax.tree_util.tree_leaves_with_path(before), jax.tree.leaves(after), strict=True
-    )
+    pairs = zip(jax.tree_util.tree_leaves_with_path(before), jax.tree.leaves(after), strict=True)
     return [
         jax.tree_util.keystr(path)
         for (path, old), new in pairs
@@ -151,14 +148,15 @@ def test_discriminator_update_moves_the_heads_alone(singles):
     first, _ = after(built, 0)
     before = jax.device_put(first, jax.tree.map(lambda leaf: leaf.sharding, built.state))
     teacher = jax.device_get(built.frozen)
-    state, _ = after(built, 1, before, times=2)
+    state, _ = after(built, 1, before, times=3)
     for name in ("step", "params", "ema", "opt_state", "skipped", "in_a_row"):
         assert not changed(getattr(first, name), getattr(state, name)), name
     assert not changed(teacher, jax.device_get(built.frozen))
     assert not unmoved(moments(state.disc_opt_state))
-    # The batch norm right after it takes away whatever such a bias adds.
-    idle = {f"['params']['heads_0']['main_{i}_conv']['bias']" for i in (0, 1)}
-    assert set(changed(first.disc, state.disc)) == set(names(first.disc)) - idle
+    assert set(changed(first.disc["params"], state.disc["params"])) == set(
+        names(first.disc["params"])
+    )
+    assert len(changed(first.disc["spectral"], state.disc["spectral"])) >= 4
 
 
 def relative_change(mine, other) -> float:
@@ -250,41 +248,42 @@ def test_accumulated_gradients_are_means_over_microbatches_with_folded_keys():
     np.testing.assert_allclose(aux["each"], each, rtol=1e-5)
 
 
-def test_flow_update_with_two_microbatches(configs, singles, monkeypatch):
-    """The update with accumulate=2 is that of a plain loop over the halves of the batch."""
+def test_flow_update_with_two_microbatches(configs, singles):
+    """Each half of the batch has its own key; the loss, worked out anew, is the mean of both."""
     c = configs["flow"].override({"accumulate": 2})
-    mesh, start = one_device(), singles["flow"].state
-    scanned = build(c, mesh, start)
+    built = build(c, one_device(), singles["flow"].state)
+    state, metrics = after(built, 0)
+    assert state.skipped == 0 and len(
+        changed(moments(built.state.opt_state), moments(state.opt_state))
+    )
 
-    def loop(loss, params, batch, key, parts):
-        assert parts == 2
-        results = []
-        for i in range(2):
-            half = jax.tree.map(lambda a, i=i: a[8 * i : 8 * i + 8], batch)
-            grad = jax.value_and_grad(loss, has_aux=True)
-            results.append(grad(params, half, jax.random.fold_in(key, i)))
-        values, grads = zip(*results, strict=True)
-        aux = jax.tree.map(lambda a, b: jnp.concatenate([a, b]), values[0][1], values[1][1])
-        mean = jax.tree.map(lambda a, b: (a + b) / 2, grads[0], grads[1])
-        return (values[0][0] + values[1][0]) / 2, aux, mean
+    @jax.jit
+    def half_loss(batch, key):
+        time_key, noise_key, drop_key = jax.random.split(key, 3)
+        t = jax.nn.sigmoid(jax.random.normal(time_key, (8,)))
+        noise = jax.random.normal(noise_key, batch["latents"].shape)
+        kept = ~jax.random.bernoulli(drop_key, 0.1, (8,))
+        text = jnp.where(kept[:, None, None], batch["text"], built.frozen["null_text"][None])
+        mask = jnp.where(kept[:, None], batch["mask"], built.frozen["null_mask"][None])
+        s = t[:, None, None, None]
+        x = (1 - s) * batch["latents"] + s * noise
+        velocity = built.nets.model.apply({"params": built.state.params}, x, t, text, mask)
+        return jnp.mean((velocity - noise + batch["latents"]) ** 2)
 
-    monkeypatch.setattr(train, "gradients", loop)
-    looped = build(c, mesh, start)
-    mine, metrics = after(scanned, 0)
-    other, expected = after(looped, 0)
-    assert np.isfinite(metrics["loss/flow"]) and metrics["grad/student"] > 0
-    for name in expected:
-        np.testing.assert_allclose(metrics[name], expected[name], rtol=1e-5, err_msg=name)
-    assert relative_change(moments(mine.opt_state), moments(other.opt_state)) < 1e-5
-    # Other noise than without: the keys are those of the microbatches.
-    _, whole = after(singles["flow"], 0)
-    assert abs(whole["loss/flow"] - metrics["loss/flow"]) > 1e-4
+    key = jax.random.fold_in(jax.random.key(c.seed), 0)
+    batch = built.data.batches(0)
+    halves = [
+        half_loss({k: v[8 * i : 8 * i + 8] for k, v in batch.items()}, jax.random.fold_in(key, i))
+        for i in range(2)
+    ]
+    np.testing.assert_allclose(metrics["loss/flow"], np.mean(halves), rtol=1e-5)
+    # Every sample is in the time bins: the batch was not cut short.
+    assert metrics["health/nonfinite_samples"] == 0
+    assert abs(float(halves[0] - halves[1])) > 1e-3
 
 
 def test_states_on_other_meshes_start_from_the_same_bits(configs, singles):
     """Initial weights are a function of the seed, not of the mesh."""
-    from sprint_jax.training import setup
-
     built, mesh = singles["flow"], sharding.make_mesh(2, 4)
     batch = sharding.to_devices(mesh, built.data.batches(0))
     state = setup.init_state(configs["flow"], built.nets, batch, {}, mesh)

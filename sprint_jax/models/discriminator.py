@@ -135,7 +135,9 @@ class DiscriminatorHead(nn.Module):
         d = x.shape[-1]
 
         def stage(x, name, kernel_size):
-            x = SpectralConv1d(d, kernel_size, self.dtype, name=f"{name}_conv")(x, spectral[f"{name}_conv"])
+            x = SpectralConv1d(d, kernel_size, self.dtype, name=f"{name}_conv")(
+                x, spectral[f"{name}_conv"]
+            )
             return nn.leaky_relu(LocalBatchNorm(name=f"{name}_norm")(x), 0.2)
 
         x = stage(x, "main_0", 1)
@@ -161,7 +163,9 @@ class DiscriminatorHeads(nn.Module):
         logits = []
         for i, feature in enumerate(features):
             tokens = feature.reshape(feature.shape[0], -1, feature.shape[-1])
-            logits.append(DiscriminatorHead(self.dtype, name=f"heads_{i}")(tokens, spectral[f"heads_{i}"]))
+            logits.append(
+                DiscriminatorHead(self.dtype, name=f"heads_{i}")(tokens, spectral[f"heads_{i}"])
+            )
         return wide(jnp.concatenate(logits, axis=-1))
 
 

@@ -76,7 +76,9 @@ def sinusoid(t: Array, channels: int = 256, max_period: float = 10000.0) -> Arra
     return jnp.concatenate([jnp.cos(angles), jnp.sin(angles)], axis=-1)
 
 
-def sincos_positions(height: int, width: int, channels: int, base: int, interpolation: float) -> np.ndarray:
+def sincos_positions(
+    height: int, width: int, channels: int, base: int, interpolation: float
+) -> np.ndarray:
     """2-D sine-cosine positions [height, width, channels] as diffusers' ``get_2d_sincos_pos_embed``.
 
     Positions are rescaled so that any grid spans ``base / interpolation``. The first half of the
@@ -123,8 +125,12 @@ class TimeEmbedding(nn.Module):
     def __call__(self, t: Array, guidance: Array | None) -> tuple[Array, Array]:
         embedding = ScalarEmbedder(self.features, name="timestep_embedder")(t)
         if self.guidance_embeds:
-            embedding += ScalarEmbedder(self.features, zero_init=True, name="guidance_embedder")(guidance)
-        rows = Linear(6 * self.features, kernel_init=small_normal, name="linear")(nn.silu(embedding))
+            embedding += ScalarEmbedder(self.features, zero_init=True, name="guidance_embedder")(
+                guidance
+            )
+        rows = Linear(6 * self.features, kernel_init=small_normal, name="linear")(
+            nn.silu(embedding)
+        )
         return embedding, rearrange(rows, "b (r d) -> b r d", r=6)
 
 
@@ -157,13 +163,17 @@ class LinearAttention(nn.Module):
     @nn.compact
     def __call__(self, x: Array) -> Array:
         def project(name):
-            return Linear(self.features, self.use_bias, dtype=self.dtype, kernel_init=xavier, name=name)
+            return Linear(
+                self.features, self.use_bias, dtype=self.dtype, kernel_init=xavier, name=name
+            )
 
         q, k, v = (project(name)(x) for name in ("to_q", "to_k", "to_v"))
         if self.qk_norm:
             q = RMSNorm(self.dtype, name="norm_q")(q)
             k = RMSNorm(self.dtype, name="norm_k")(k)
-        q, k, v = (wide(rearrange(a, "b h w (n c) -> b (h w) n c", n=self.heads)) for a in (q, k, v))
+        q, k, v = (
+            wide(rearrange(a, "b h w (n c) -> b (h w) n c", n=self.heads)) for a in (q, k, v)
+        )
         q, k = nn.relu(q), nn.relu(k)
         highest = jax.lax.Precision.HIGHEST
         state = jnp.einsum("btnc,btnd->bncd", k, v, precision=highest)
@@ -216,7 +226,9 @@ class GLUMBConv(nn.Module):
         x = Linear(2 * self.hidden, dtype=self.dtype, kernel_init=xavier, name="conv_inverted")(x)
         x = DepthwiseConv(2 * self.hidden, self.dtype, name="conv_depth")(nn.silu(x))
         value, gate = jnp.split(x, 2, axis=-1)
-        out = Linear(self.features, use_bias=False, dtype=self.dtype, kernel_init=xavier, name="conv_point")
+        out = Linear(
+            self.features, use_bias=False, dtype=self.dtype, kernel_init=xavier, name="conv_point"
+        )
         return out(value * nn.silu(gate))
 
 
@@ -229,7 +241,9 @@ class DepthwiseConv(nn.Module):
     @nn.compact
     def __call__(self, x: Array) -> Array:
         # A uniform bound of 1/sqrt(fan_in) with fan_in 9: torch's default for this layer.
-        init = nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform", in_axis=(0, 1), out_axis=2)
+        init = nn.initializers.variance_scaling(
+            1 / 3, "fan_in", "uniform", in_axis=(0, 1), out_axis=2
+        )
         kernel = self.param("kernel", init, (3, 3, self.features))
         bias = self.param("bias", nn.initializers.zeros, (self.features,))
         return depthwise_conv3x3(x, kernel.astype(self.dtype), bias.astype(self.dtype))

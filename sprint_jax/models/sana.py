@@ -58,7 +58,9 @@ class SanaTransformerBlock(nn.Module):
         attn1 = LinearAttention(
             self.features, self.heads, self.qk_norm, self.attention_bias, self.dtype, name="attn1"
         )
-        attn2 = CrossAttention(self.features, self.cross_heads, self.qk_norm, self.dtype, name="attn2")
+        attn2 = CrossAttention(
+            self.features, self.cross_heads, self.qk_norm, self.dtype, name="attn2"
+        )
         ff = GLUMBConv(self.features, self.hidden, self.dtype, name="ff")
 
         normed = modulate(layer_norm(x), shift_a, scale_a).astype(self.dtype)
@@ -159,23 +161,34 @@ class SanaTransformer(nn.Module):
         rows = self.param("scale_shift_table", init, (2, d))[None] + embedding[:, None]
         tokens = modulate(layer_norm(tokens), rows[:, 0], rows[:, 1]).astype(self.dtype)
         out = Linear(
-            p * p * self.out_channels, dtype=self.dtype, kernel_init=nn.initializers.zeros, name="proj_out"
+            p * p * self.out_channels,
+            dtype=self.dtype,
+            kernel_init=nn.initializers.zeros,
+            name="proj_out",
         )(tokens)
         velocity = rearrange(wide(out), "b h w (p q c) -> b (h p) (w q) c", p=p, q=p)
         if not self.logvar:
             return velocity
-        logvar = Linear(1, kernel_init=nn.initializers.xavier_uniform(), name="logvar_linear")(embedding)[:, 0]
+        logvar = Linear(1, kernel_init=nn.initializers.xavier_uniform(), name="logvar_linear")(
+            embedding
+        )[:, 0]
         return (velocity, logvar) if with_logvar else velocity
 
     def _check(self, x, guidance, taps, with_logvar):
         if self.guidance_embeds and guidance is None:
-            raise ValueError("this model embeds guidance: pass guidance = CFG scale * 0.1, shape [B]")
+            raise ValueError(
+                "this model embeds guidance: pass guidance = CFG scale * 0.1, shape [B]"
+            )
         if not self.guidance_embeds and guidance is not None:
             raise ValueError("this model has no guidance embedding: pass guidance=None")
         if any(size % self.patch_size for size in x.shape[1:3]):
-            raise ValueError(f"latent size {x.shape[1:3]} is not a multiple of patch_size {self.patch_size}")
+            raise ValueError(
+                f"latent size {x.shape[1:3]} is not a multiple of patch_size {self.patch_size}"
+            )
         if list(taps) != sorted(set(taps)) or any(not 0 <= i < self.num_layers for i in taps):
-            raise ValueError(f"taps {taps} must be increasing block indices below {self.num_layers}")
+            raise ValueError(
+                f"taps {taps} must be increasing block indices below {self.num_layers}"
+            )
         if with_logvar and not self.logvar:
             raise ValueError("with_logvar needs a model built with logvar=True")
 
@@ -224,9 +237,14 @@ def from_fields(fields: dict, **changes) -> SanaTransformer:
     """
     fields = dict(fields) | changes
     if fields.get("dtype", "float32") not in ("float32", "bfloat16"):
-        raise UserError(f"model.dtype '{fields['dtype']}' is not one of float32, bfloat16", exit_code=2)
+        raise UserError(
+            f"model.dtype '{fields['dtype']}' is not one of float32, bfloat16", exit_code=2
+        )
     if fields.get("remat", "none") not in ("none", *_POLICIES):
-        raise UserError(f"model.remat '{fields['remat']}' is not one of none, {', '.join(_POLICIES)}", exit_code=2)
+        raise UserError(
+            f"model.remat '{fields['remat']}' is not one of none, {', '.join(_POLICIES)}",
+            exit_code=2,
+        )
     fields["dtype"] = jnp.dtype(fields.get("dtype", "float32"))
     fields["interpolation_scale"] = fields.get("interpolation_scale") or None
     model = SanaTransformer(**fields)
@@ -249,7 +267,10 @@ class _PatchEmbed(nn.Module):
     @nn.compact
     def __call__(self, patches: Array) -> Array:
         dense = Linear(
-            self.features, dtype=self.dtype, kernel_init=nn.initializers.xavier_uniform(), name="proj"
+            self.features,
+            dtype=self.dtype,
+            kernel_init=nn.initializers.xavier_uniform(),
+            name="proj",
         )
         return dense(patches)
 
@@ -302,8 +323,15 @@ def run_blocks(step, blocks, x: Array, num_layers: int, taps: tuple[int, ...], s
     return x, tuple(features) if taps else ()
 
 
-_SMALL = dict(num_attention_heads=36, num_layers=28, num_cross_attention_heads=16, cross_attention_head_dim=72)
-_LARGE = dict(num_attention_heads=70, num_layers=20, num_cross_attention_heads=20, cross_attention_head_dim=112)
+_SMALL = dict(
+    num_attention_heads=36, num_layers=28, num_cross_attention_heads=16, cross_attention_head_dim=72
+)
+_LARGE = dict(
+    num_attention_heads=70,
+    num_layers=20,
+    num_cross_attention_heads=20,
+    cross_attention_head_dim=112,
+)
 _TEACHER = dict(qk_norm=True, timestep_scale=0.001)
 _STUDENT = dict(qk_norm=True, timestep_scale=0.001, guidance_embeds=True)
 

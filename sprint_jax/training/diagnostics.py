@@ -24,7 +24,9 @@ def binned(name: str, t: Array, values: Array, limit: float = math.pi / 2) -> di
     return {f"{name}/t{i}": value for i, value in enumerate(time_bins(t, values, limit))}
 
 
-def tangent_checks(F: Callable, F_bfloat16: Callable, x: Array, t: Array, dx: Array, dt: Array, step=5e-3):
+def tangent_checks(
+    F: Callable, F_bfloat16: Callable, x: Array, t: Array, dx: Array, dt: Array, step=5e-3
+):
     """How far the student's tangent can be trusted.
 
     Args:

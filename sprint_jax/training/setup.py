@@ -11,8 +11,8 @@ import numpy as np
 import optax
 from einops import rearrange
 
-from ..config import Config, diff
 from .. import sampling, trigflow
+from ..config import Config, diff
 from ..data.digits import get_world, held_out_prompts, open_digits
 from ..data.loader import encode_online, make_batches
 from ..errors import UserError
@@ -132,10 +132,14 @@ def build_nets(c: Config) -> Nets:
     if c.stage != "distill":
         raise UserError(f"config.stage '{c.stage}' is not one of flow, distill", exit_code=2)
     if not c.teacher:
-        raise UserError("stage 'distill' needs --config.teacher=DIR, the workdir of a teacher", exit_code=2)
+        raise UserError(
+            "stage 'distill' needs --config.teacher=DIR, the workdir of a teacher", exit_code=2
+        )
     teacher_config = read_workdir_config(c.teacher)
     if teacher_config.stage != "flow":
-        raise UserError(f"--config.teacher={c.teacher} is no teacher: its stage is '{teacher_config.stage}'")
+        raise UserError(
+            f"--config.teacher={c.teacher} is no teacher: its stage is '{teacher_config.stage}'"
+        )
     # Frozen weights, but this run's own precision and memory choices.
     runtime = {key: c.model[key] for key in ("dtype", "remat", "scan")}
     teacher = from_fields(dict(teacher_config.model) | runtime)
@@ -143,16 +147,23 @@ def build_nets(c: Config) -> Nets:
     if not c.ladd.weight:
         return Nets(model, teacher, None, optimizer, None)
     taps = tuple(c.ladd.taps)
-    if not taps or list(taps) != sorted(set(taps)) or not 0 <= taps[0] <= taps[-1] < teacher.num_layers:
+    if (
+        not taps
+        or list(taps) != sorted(set(taps))
+        or not 0 <= taps[0] <= taps[-1] < teacher.num_layers
+    ):
         raise UserError(
-            f"config.ladd.taps={taps} must be increasing block indices below {teacher.num_layers}", exit_code=2
+            f"config.ladd.taps={taps} must be increasing block indices below {teacher.num_layers}",
+            exit_code=2,
         )
     heads = DiscriminatorHeads(dtype=model.dtype)
-    return Nets(model, teacher, heads, optimizer, make_optimizer(c.optimizer.name, **c.ladd.optimizer))
+    return Nets(
+        model, teacher, heads, optimizer, make_optimizer(c.optimizer.name, **c.ladd.optimizer)
+    )
 
 
 def _without(section: Config, *keys: str) -> dict:
-    return {key: section[key] for key in section.keys() if key not in keys}
+    return {key: section[key] for key in section if key not in keys}
 
 
 def load_frozen(c: Config, data: Data, mesh: jax.sharding.Mesh) -> tuple[dict, dict]:
@@ -168,11 +179,17 @@ def load_frozen(c: Config, data: Data, mesh: jax.sharding.Mesh) -> tuple[dict, d
         return frozen, {}
     params, meta = load_params(c.teacher, "ema", shardings=lambda tree: state_shardings(mesh, tree))
     frozen["teacher"] = params
-    origin = {"path": str(Path(c.teacher).resolve()), "step": meta["step"], "hash": fingerprint(params)}
+    origin = {
+        "path": str(Path(c.teacher).resolve()),
+        "step": meta["step"],
+        "hash": fingerprint(params),
+    }
     return frozen, origin
 
 
-def make_preview(c: Config, nets: Nets, data: Data, count: int = 16) -> Callable[[Tree, dict], np.ndarray]:
+def make_preview(
+    c: Config, nets: Nets, data: Data, count: int = 16
+) -> Callable[[Tree, dict], np.ndarray]:
     """A function of (params, frozen) to a picture: always the same prompts from the same noise.
 
     Columns are prompts. Rows are 1, 2 and 4 steps for a student; for a teacher, DPM-Solver++ with 20
@@ -184,12 +201,16 @@ def make_preview(c: Config, nets: Nets, data: Data, count: int = 16) -> Callable
     height, width = data.size
     text, mask = data.text_encoder.encode(held_out_prompts(c.data.world, count, 0))
     factor, channels = data.autoencoder.factor, nets.model.in_channels
-    noise = sampling.noise_for(c.seed, np.arange(count), (height // factor, width // factor, channels))
+    noise = sampling.noise_for(
+        c.seed, np.arange(count), (height // factor, width // factor, channels)
+    )
     guidance, sigma_d, shift = c.log.sample_guidance, c.sigma_d, c.flow.shift
 
     def student(params, steps):
         def velocity(x, t):
-            return nets.model.apply({"params": params}, x, t, text, mask, jnp.full(count, guidance * 0.1))
+            return nets.model.apply(
+                {"params": params}, x, t, text, mask, jnp.full(count, guidance * 0.1)
+            )
 
         return sampling.consistency_sample(
             trigflow.to_trigflow(velocity),
@@ -203,12 +224,20 @@ def make_preview(c: Config, nets: Nets, data: Data, count: int = 16) -> Callable
         def velocity(x, t, text, mask):
             return nets.model.apply({"params": params}, x, t, text, mask)
 
-        guided = sampling.with_cfg(velocity, guidance, frozen["null_text"][None], frozen["null_mask"][None])
-        return sampling.dpm_solver_sample(lambda x, t: guided(x, t, text, mask), noise, steps=20, shift=shift)
+        guided = sampling.with_cfg(
+            velocity, guidance, frozen["null_text"][None], frozen["null_mask"][None]
+        )
+        return sampling.dpm_solver_sample(
+            lambda x, t: guided(x, t, text, mask), noise, steps=20, shift=shift
+        )
 
     @jax.jit
     def sample(params, frozen):
-        rows = [teacher(params, frozen)] if nets.teacher is None else [student(params, n) for n in (1, 2, 4)]
+        rows = (
+            [teacher(params, frozen)]
+            if nets.teacher is None
+            else [student(params, n) for n in (1, 2, 4)]
+        )
         return jnp.stack([data.autoencoder.decode(row) for row in rows])
 
     def preview(params, frozen):
@@ -220,7 +249,9 @@ def make_preview(c: Config, nets: Nets, data: Data, count: int = 16) -> Callable
     return preview
 
 
-def init_state(c: Config, nets: Nets, batch: dict, frozen: dict, mesh: jax.sharding.Mesh) -> TrainState:
+def init_state(
+    c: Config, nets: Nets, batch: dict, frozen: dict, mesh: jax.sharding.Mesh
+) -> TrainState:
     """The state at step 0, on the mesh: fresh, or from the teacher, or warm-started from ``init``.
 
     Args:
@@ -234,7 +265,9 @@ def init_state(c: Config, nets: Nets, batch: dict, frozen: dict, mesh: jax.shard
         rows = jax.tree.map(lambda a: jnp.zeros((1, *a.shape[1:]), a.dtype), batch)
         inputs = (rows["latents"], jnp.zeros(1), rows["text"], rows["mask"])
         keys = jax.random.split(key)
-        params = nets.model.init(keys[0], *inputs, *([jnp.zeros(1)] if nets.teacher else []))["params"]
+        params = nets.model.init(keys[0], *inputs, *([jnp.zeros(1)] if nets.teacher else []))[
+            "params"
+        ]
         if teacher is not None:
             params = overlay(params, teacher, f"--config.teacher={c.teacher}")
         params = overlay(params, warm, f"--config.init={c.init}")

@@ -25,9 +25,14 @@ def make_mesh(data: int, fsdp: int, devices=None) -> Mesh:
     if len(unknown) == 1 and known > 0 and len(devices) % known == 0:
         sizes[unknown[0]] = len(devices) // known
     if unknown[1:] or min(sizes.values()) < 1 or sizes["data"] * sizes["fsdp"] != len(devices):
-        raise UserError(f"mesh data={data} x fsdp={fsdp} does not cover {len(devices)} devices; use -1 for one")
+        raise UserError(
+            f"mesh data={data} x fsdp={fsdp} does not cover {len(devices)} devices; use -1 for one"
+        )
     return jax.make_mesh(
-        (sizes["data"], sizes["fsdp"]), ("data", "fsdp"), axis_types=(AxisType.Auto,) * 2, devices=devices
+        (sizes["data"], sizes["fsdp"]),
+        ("data", "fsdp"),
+        axis_types=(AxisType.Auto,) * 2,
+        devices=devices,
     )
 
 
@@ -60,7 +65,10 @@ def state_shardings(mesh: Mesh, state):
         axes = sorted((leaf.ndim - 1, leaf.ndim - 2), key=lambda axis: -leaf.shape[axis])
         for axis in axes:
             if leaf.shape[axis] % size == 0:
-                return NamedSharding(mesh, PartitionSpec(*(["fsdp" if i == axis else None for i in range(leaf.ndim)])))
+                return NamedSharding(
+                    mesh,
+                    PartitionSpec(*(["fsdp" if i == axis else None for i in range(leaf.ndim)])),
+                )
         return replicated(mesh)
 
     return jax.tree_util.tree_map_with_path(rule, state)
@@ -69,4 +77,6 @@ def state_shardings(mesh: Mesh, state):
 def to_devices(mesh: Mesh, batch: dict[str, np.ndarray]) -> dict[str, jax.Array]:
     """This host's rows of a global batch as global arrays, split over all devices."""
     sharding = batch_sharding(mesh)
-    return {name: jax.make_array_from_process_local_data(sharding, rows) for name, rows in batch.items()}
+    return {
+        name: jax.make_array_from_process_local_data(sharding, rows) for name, rows in batch.items()
+    }

@@ -41,18 +41,25 @@ def overlay(fresh: Tree, pretrained: Tree, origin: str) -> Tree:
     Raises:
       UserError: if a pretrained leaf has no place in ``fresh``, or another shape.
     """
-    leaves = {jax.tree_util.keystr(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(pretrained)}
+    leaves = {
+        jax.tree_util.keystr(path): leaf
+        for path, leaf in jax.tree_util.tree_leaves_with_path(pretrained)
+    }
 
     def choose(path, leaf):
         name = jax.tree_util.keystr(path)
         other = leaves.pop(name, leaf)
         if other.shape != leaf.shape:
-            raise UserError(f"{origin}: {name} has shape {other.shape}, but the model needs {leaf.shape}")
+            raise UserError(
+                f"{origin}: {name} has shape {other.shape}, but the model needs {leaf.shape}"
+            )
         return jnp.asarray(other, leaf.dtype)
 
     result = jax.tree_util.tree_map_with_path(choose, fresh)
     if leaves:
-        raise UserError(f"{origin}: the model has no parameter {next(iter(leaves))}; is the size the same?")
+        raise UserError(
+            f"{origin}: the model has no parameter {next(iter(leaves))}; is the size the same?"
+        )
     return result
 
 
