@@ -9,7 +9,6 @@ Frozen networks are arguments (``frozen``); randomness is a function of (seed, s
 """
 
 import functools
-import signal
 import sys
 from pathlib import Path
 
@@ -27,6 +26,7 @@ from .training import setup, sharding
 from .training.accumulate import gradients
 from .training.checkpoint import Checkpoints
 from .training.diagnostics import binned, tangent_checks
+from .training.interrupt import Stop, explain_nonfinite
 from .training.log import MetricLog, Progress, write_json_atomic
 from .training.setup import Nets
 from .training.state import TrainState, ema_update, select, tree_norm
@@ -273,19 +273,19 @@ def _health(loss, state):
     }
 
 
-def compile_updates(c: Config, nets: Nets, state: TrainState, batch: dict, frozen: dict) -> list:
-    """The updates of one step, compiled ahead of the first: ``(state, batch, frozen) -> (state, metrics)``."""
+def lower_updates(c: Config, nets: Nets, state: TrainState, batch: dict, frozen: dict) -> list:
+    """The updates of one step, traced: ``compile()`` gives ``(state, batch, frozen) -> (state, metrics)``."""
     updates = [flow_update] if c.stage == "flow" else [generator_update]
     if nets.heads is not None:
         updates.append(discriminator_update)
     shardings = jax.tree.map(lambda leaf: leaf.sharding, state)
-    lowered = []
-    for update in updates:
-        jitted = jax.jit(
+    jitted = [
+        jax.jit(
             functools.partial(update, nets, c), donate_argnums=0, out_shardings=(shardings, None)
         )
-        lowered.append(jitted.lower(state, batch, frozen))
-    return [program.compile() for program in lowered]
+        for update in updates
+    ]
+    return [update.lower(state, batch, frozen) for update in jitted]
 
 
 def train(c: Config, workdir: Path, overridden: list[str]) -> None:
@@ -302,6 +302,7 @@ def train(c: Config, workdir: Path, overridden: list[str]) -> None:
     """
     # --- Checks, devices, data, networks
     setup.check_workdir(workdir, c)
+    setup.check_intervals(c)
     mesh = sharding.make_mesh(c.mesh.data, c.mesh.fsdp)
     setup.check_batch(c, mesh)
     nets = setup.build_nets(c)
@@ -309,9 +310,7 @@ def train(c: Config, workdir: Path, overridden: list[str]) -> None:
     frozen, origin = setup.load_frozen(c, data, mesh)
     batch = sharding.to_devices(mesh, data.batches(0))
     state = setup.init_state(c, nets, batch, frozen, mesh)
-    size = sum(leaf.size for leaf in jax.tree.leaves(state.params)) / 1e6
-    print(f"{c.stage}: {size:.2f} M parameters, {mesh.size} device(s); compiling", flush=True)
-    updates = compile_updates(c, nets, state, batch, frozen)
+    lowered = lower_updates(c, nets, state, batch, frozen)
     checks = jax.jit(functools.partial(check_tangent, nets, c)) if c.stage == "distill" else None
     preview = setup.make_preview(c, nets, data)
     options = {key: c.log[key] for key in c.log}
@@ -338,6 +337,9 @@ def train(c: Config, workdir: Path, overridden: list[str]) -> None:
         return
 
     # --- Loop
+    size = sum(leaf.size for leaf in jax.tree.leaves(state.params)) / 1e6
+    print(f"{c.stage}: {size:.2f} M parameters, {mesh.size} device(s); compiling", flush=True)
+    updates = [program.compile() for program in lowered]
     log = MetricLog(workdir, resume_step=start)
     feed = prefetch(data.batches, start * len(updates), depth)
     stop = Stop()
@@ -349,10 +351,13 @@ def train(c: Config, workdir: Path, overridden: list[str]) -> None:
             batch = sharding.to_devices(mesh, next(feed)[1])
             state, more = update(state, batch, frozen)
             metrics |= more
-        last = step == total or stop.requested
+        stopping = stop.requested  # read once: a signal from here on stops the next step
+        last = step == total or stopping
         # The value of the step before, so that the device always has work queued.
         if int(in_a_row) >= limit:
-            raise UserError(_explain_nonfinite(workdir, step, metrics, limit))
+            checkpoints.close()
+            log.close()
+            raise UserError(explain_nonfinite(workdir, step, metrics, limit))
         in_a_row = metrics["health/in_a_row"]
         if checks and step % options["diagnostics_every"] == 0:
             metrics |= checks(state, batch, frozen)
@@ -369,7 +374,7 @@ def train(c: Config, workdir: Path, overridden: list[str]) -> None:
         if last or step % options["checkpoint_every"] == 0:
             log.sync()  # so that no crash leaves the metrics behind the checkpoint
         checkpoints.save(step, state, meta, force=last)
-        if stop.requested:
+        if stopping:
             break
     checkpoints.close()
     log.close()
@@ -377,27 +382,6 @@ def train(c: Config, workdir: Path, overridden: list[str]) -> None:
         print(f"stopped by signal at step {step}; the same line goes on from there", flush=True)
         sys.exit(128 + stop.requested)
     print(f"done: {workdir}/samples, {workdir}/curves.png, {workdir}/metrics.jsonl", flush=True)
-
-
-def _explain_nonfinite(workdir: Path, step: int, metrics: dict, limit: int) -> str:
-    values = {name: float(value) for name, value in jax.device_get(metrics).items()}
-    bad = [name for name, value in values.items() if not np.isfinite(value) and "/t" not in name]
-    return (
-        f"{workdir}: {limit} updates in a row were not finite, the last at step {step} "
-        f"(not finite: {', '.join(bad) or 'gradients'}); no checkpoint was written since. Lower the learning "
-        "rate or lengthen scm.tangent_warmup, and see metrics.jsonl for the time bins"
-    )
-
-
-class Stop:
-    """Remembers that SIGTERM came, so that the step in progress can end in a checkpoint."""
-
-    def __init__(self):
-        self.requested = 0
-        signal.signal(signal.SIGTERM, self._handle)
-
-    def _handle(self, number, frame):
-        self.requested = number
 
 
 def main(argv: list[str]) -> None:

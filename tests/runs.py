@@ -31,6 +31,7 @@ TINY = {
     "model.num_layers": 2,
     "model.num_attention_heads": 1,
     "model.num_cross_attention_heads": 1,
+    "model.scan": True,
     "data.batch_size": BATCH,
     "log.every": 1,
 }
@@ -191,7 +192,7 @@ def build(c: Config, mesh: jax.sharding.Mesh, state: Any = None) -> Built:
         state = setup.init_state(c, nets, batch, frozen, mesh)
     else:
         state = jax.device_put(jax.device_get(state), sharding.state_shardings(mesh, state))
-    updates = train.compile_updates(c, nets, state, batch, frozen)
+    updates = [program.compile() for program in train.lower_updates(c, nets, state, batch, frozen)]
     return Built(nets, data, mesh, frozen, state, updates)
 
 

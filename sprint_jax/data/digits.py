@@ -119,7 +119,10 @@ def handwriting(split: str) -> tuple[np.ndarray, ...]:
 def draw_scene(
     generator: np.random.Generator, prompt: Prompt, cells: tuple[int, int], split: str
 ) -> Scene:
-    """Draws a scene that a prompt allows, uniformly in all that it leaves open.
+    """Draws a scene that a prompt allows; what it leaves open is left to chance.
+
+    Two things stand side by side in the order of the caption, unless it says another place: with
+    every place left to chance, a small teacher took ten times as long to learn what a caption says.
 
     Raises:
       UserError: the prompt does not fit in a grid of ``cells``, or the split is unknown.
@@ -149,6 +152,9 @@ def draw_scene(
         places = [across * columns + p if sideways else p * columns + across for p in (near, far)]
         if prompt.relation in ("right of", "below"):
             places.reverse()
+    elif len(things) == 2 and columns > 1:
+        first = generator.integers(rows) * columns
+        places = [first, first + 1]
     else:
         places = generator.permutation(rows * columns)[: len(things)]
 

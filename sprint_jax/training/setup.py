@@ -110,6 +110,13 @@ def check_workdir(workdir: Path, c: Config) -> None:
         )
 
 
+def check_intervals(c: Config) -> None:
+    """Refuses intervals of the log below one step."""
+    for key in ("every", "sample_every", "diagnostics_every", "checkpoint_every", "keep"):
+        if c.log[key] < 1:
+            raise UserError(f"config.log.{key}={c.log[key]} must be at least 1", exit_code=2)
+
+
 def check_batch(c: Config, mesh: jax.sharding.Mesh) -> None:
     """Refuses a batch that does not split evenly over microbatches and devices."""
     parts = c.accumulate * mesh.size
