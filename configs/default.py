@@ -64,6 +64,9 @@ def get_config(arg=None):
     c.ladd.r1_weight = 0.0  # gradient penalty on the heads' inputs
     c.ladd.optimizer = optimizer_fields(1e-3)  # of the heads; same kind as the student's
 
+    c.sampler = ml_collections.ConfigDict()
+    c.sampler.midpoint = 1.3  # second angle of the two-step schedule; small pictures want it lower
+
     c.mesh = ml_collections.ConfigDict()
     c.mesh.data = -1  # devices that replicate parameters; -1: all that are left
     c.mesh.fsdp = 1  # devices that split parameters

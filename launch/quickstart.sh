@@ -33,7 +33,7 @@ done
 
 stage "5/5 evaluation of student and teacher"
 $python -m sprint_jax.evaluate --model "$runs/student" --teacher "$runs/teacher" \
-  --metrics digits --out "$runs/report.json"
+  --metrics digits --count 400 --out "$runs/report.json"
 
 stage "done"
 cat <<TXT

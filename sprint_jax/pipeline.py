@@ -41,6 +41,7 @@ class SprintPipeline:
       stage: 'distill' for a student, 'flow' for a teacher.
       sigma_d: standard deviation of TrigFlow's data.
       shift: resolution shift of a teacher's sampling times.
+      midpoint: second angle of a student's two-step schedule.
       guidance: CFG scale where none is asked for.
       size: (height, width) in pixels of pictures whose size is not asked for.
       meta: where the parameters come from; `from_pretrained` gives that of their checkpoint.
@@ -56,13 +57,14 @@ class SprintPipeline:
         stage: str,
         sigma_d: float,
         shift: float,
+        midpoint: float,
         guidance: float,
         size: tuple[int, int],
         meta: dict[str, Any] | None = None,
     ):
         self.model, self.params = model, params
         self.autoencoder, self.text_encoder = autoencoder, text_encoder
-        self.stage, self.sigma_d, self.shift = stage, sigma_d, shift
+        self.stage, self.sigma_d, self.shift, self.midpoint = stage, sigma_d, shift, midpoint
         self.guidance, self.size, self.meta = guidance, size, meta or {}
         self._student = jax.jit(self._student_sample, static_argnames="steps")
         self._teacher = jax.jit(self._teacher_sample, static_argnames=("steps", "solver"))
@@ -87,6 +89,7 @@ class SprintPipeline:
         config = read_workdir_config(str(path))
         try:
             stage, sigma_d, shift = config.stage, config.sigma_d, config.flow.shift
+            midpoint = config.sampler.midpoint
             guidance = config.log.sample_guidance
             fields, cells = dict(config.model), get_world(config.data.world).cells
         except AttributeError as error:
@@ -104,6 +107,7 @@ class SprintPipeline:
             stage=stage,
             sigma_d=sigma_d,
             shift=shift,
+            midpoint=midpoint,
             guidance=guidance,
             size=(CELL * cells[0], CELL * cells[1]),
             meta=meta,
@@ -290,7 +294,7 @@ class SprintPipeline:
         return sampling.consistency_sample(
             trigflow.to_trigflow(velocity),
             noise,
-            schedule=trigflow.step_schedule(steps),
+            schedule=trigflow.step_schedule(steps, midpoint=self.midpoint),
             sigma_d=self.sigma_d,
             step_noise=step_noise,
         )

@@ -30,7 +30,7 @@ from sprint_jax.training import setup
 from sprint_jax.training.checkpoint import load_params
 
 STAGES = ("flow", "distill")
-STEPS = {"flow": 24, "distill": 16}
+STEPS = {"flow": 16, "distill": 16}
 EVERY = 4  # steps between checkpoints
 
 

@@ -89,7 +89,7 @@ def read_workdir_config(workdir: str | Path) -> Config:
 def check_workdir(workdir: Path, c: Config) -> None:
     """Refuses a workdir that is not this run's, before anything is computed.
 
-    A run may go on with other values of ``steps``, ``mesh``, ``log`` and of where data and teacher
+    A run may go on with other values of ``steps``, ``mesh``, ``log``, ``sampler`` and of where data and teacher
     lie (the teacher's hash is compared); every other key decides its numbers.
 
     Raises:
@@ -100,7 +100,7 @@ def check_workdir(workdir: Path, c: Config) -> None:
     if not workdir.is_dir() or not any(workdir.iterdir()):
         return
     old = read_workdir_config(workdir).to_dict()
-    free = ("steps", "teacher", "mesh.", "log.", "data.dir", "data.prefetch")
+    free = ("steps", "teacher", "mesh.", "log.", "sampler.", "data.dir", "data.prefetch")
     changed = [key for key in diff(old, c.to_dict()) if not key.startswith(free)]
     if changed:
         more = f" and {len(changed) - 1} more" if changed[1:] else ""
@@ -212,6 +212,7 @@ def make_preview(
         c.seed, np.arange(count), (height // factor, width // factor, channels)
     )
     guidance, sigma_d, shift = c.log.sample_guidance, c.sigma_d, c.flow.shift
+    midpoint = c.sampler.midpoint
 
     def student(params, steps):
         def velocity(x, t):
@@ -222,7 +223,7 @@ def make_preview(
         return sampling.consistency_sample(
             trigflow.to_trigflow(velocity),
             noise,
-            schedule=trigflow.step_schedule(steps),
+            schedule=trigflow.step_schedule(steps, midpoint=midpoint),
             sigma_d=sigma_d,
             key=jax.random.key(c.seed),
         )
