@@ -4,19 +4,20 @@
 
 The updates are the training loop's own; teacher weights and batch are random; one device. Arms take
 turns within every round, compiled and warmed up before, and what they return is waited for. After
-the first line: one per arm, two with what the parts leave of their update, and three that compare
-one pass for primal and tangent with a separate jvp.
+the first line: one per arm, two of what parts leave of their update, three that compare one pass for
+primal and tangent with a separate jvp.
   ms         [minimum, median, maximum] over the rounds; ratios and shares are taken round by round
   compile_s  without tracing; means nothing if a compilation cache is on (see the first line)
   share      of the update that the arm is part of. XLA fuses across parts, so that "everything else"
              (noise, metrics, checks of finiteness) may come out negative
-  gflop      "compiled": XLA's count of the optimized program; "traced": of the program handed to it
-  forwards   those over the same count of one student forward of the batch
-XLA counts element-wise work too, some percent of a network this narrow. Where the forward's
-"compiled" is far below "traced", library calls hide FLOPs from the backend's count: read "traced".
-Blocks must be unrolled, without remat, because XLA counts the body of a loop once.
+  gflop      XLA's counts: [of the optimized program, of the program handed to XLA]
+  forwards   those over the same counts of one student forward of the batch
+XLA counts element-wise work too, some percent of a network this narrow. If the forward's first count
+is far below its second, library calls hide FLOPs from the backend: read the second. Blocks must be
+unrolled, without remat, because XLA counts the body of a loop once.
 """
 
+import functools
 import json
 import os
 import tempfile
@@ -28,7 +29,6 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 
 from sprint_jax import cli, losses, train
 from sprint_jax.config import load_config
@@ -39,12 +39,12 @@ from sprint_jax.training import setup, sharding
 from sprint_jax.training.log import write_json_atomic
 
 DIGITS = Path(__file__).resolve().parent.parent / "configs" / "digits.py"
-FORWARD, SCM = "student forward", "sCM: student jvp, forward, backward"
+FORWARD, SCM = "student forward", "sCM without teacher"
 GENERATOR, DISCRIMINATOR, SEPARATE = "generator update", "discriminator update", ", separate jvp"
 
 
 class Arm(NamedTuple):
-    """A compiled ``(state, batch, given)``; ``flops`` are [compiled, traced]."""
+    """A compiled ``call(state, batch, given)``; ``flops`` [2] are what the module's docstring says."""
 
     part_of: str | None
     call: Callable
@@ -54,11 +54,7 @@ class Arm(NamedTuple):
 
 
 def build(world, overrides):
-    """A student before its first step, from a teacher of random weights.
-
-    Returns:
-      ``(c, nets, state, batch, given)``; ``given`` is the updates' ``frozen`` and the parts' inputs.
-    """
+    """``(c, nets, state, batch, given)`` of a student; given: ``frozen`` and the parts' inputs."""
     model = [word for word in overrides if word.startswith("--config.model.")]
     with tempfile.TemporaryDirectory() as workdir:
         teacher = load_config(f"{DIGITS}:teacher,{world}", model)
@@ -66,37 +62,31 @@ def build(world, overrides):
         c = load_config(f"{DIGITS}:student,{world}", [*overrides, f"--config.teacher={workdir}"])
         nets = setup.build_nets(c)
     if c.model.scan or c.model.remat != "none" or c.accumulate != 1 or not nets.heads:
-        message = "counts need model.scan=false, model.remat=none, accumulate=1 and ladd.weight > 0"
-        raise UserError(message, exit_code=2)
-    autoencoder, text_encoder, (height, width) = setup.toy_parts(world)
+        raise UserError("needs scan=false, remat=none, accumulate=1, ladd.weight>0", exit_code=2)
     mesh = sharding.make_mesh(1, 1, jax.devices()[:1])
-    count, factor = c.data.batch_size, autoencoder.factor
-    shape = count, height // factor, width // factor, nets.model.in_channels
+    setup.check_batch(c, mesh)
+    (autoencoder, text_encoder, size), count = setup.toy_parts(world), c.data.batch_size
+    shape = autoencoder.encode(np.zeros((count, *size, 3))).shape
     keys = jax.random.split(jax.random.key(0), 6)
     x, noise = (jax.random.normal(key, shape) for key in keys[:2])
     t = jnp.linspace(0.1, 1.5, count)
-    text, mask = text_encoder.encode(held_out_prompts(world, count, 0))
-    null_text, null_mask = (rows[0] for rows in text_encoder.encode([""]))
-    params = nets.teacher.init(keys[2], x, t, text, mask)["params"]
+    text, mask = jax.device_put(text_encoder.encode(held_out_prompts(world, count, 0)))
+    null_text, null_mask = jax.device_put([rows[0] for rows in text_encoder.encode([""])])
+    params = jax.jit(nets.teacher.init)(keys[2], x, t, text, mask)["params"]
     # Layers that start at zero would send zeros through the network.
     params = jax.tree.map(jnp.add, params, normals(keys[3], params, 0.02))
-    batch, given = jax.device_put(
-        (
-            {"latents": x, "text": text, "mask": mask},
-            {"teacher": params, "null_text": null_text, "null_mask": null_mask},
-        ),
-        sharding.replicated(mesh),
-    )
-    state = setup.init_state(c, nets, batch, given, mesh)
-    features = jax.eval_shape(train._features(nets, c, given, text, mask), x, t)
-    inputs = {
+    batch = {"latents": x, "text": text, "mask": mask}
+    frozen = {"teacher": params, "null_text": null_text, "null_mask": null_mask}
+    state = setup.init_state(c, nets, batch, frozen, mesh)
+    features = jax.eval_shape(train._features(nets, c, frozen, text, mask), x, t)
+    given = frozen | {
         "t": t,
         "noise": c.sigma_d * noise,
         "guidance": jnp.full(count, c.scm.guidance[0]),
         "features": [normals(key, features) for key in keys[3:]],
         "gradients": normals(keys[3], (state.params, state.disc["params"]), 1e-3),
     }
-    return c, nets, state, batch, given | jax.device_put(inputs, sharding.replicated(mesh))
+    return c, nets, state, batch, given
 
 
 def normals(key, tree, scale=1.0):
@@ -106,7 +96,7 @@ def normals(key, tree, scale=1.0):
 def parts(nets, c, state, batch, given):
     """{part: (its update, function)}; those of the optimizers return a state first."""
     x0, text, mask = train._data(c, batch)
-    t, noise, disc = given["t"], given["noise"], state.disc
+    t, noise, gradients, disc = given["t"], given["noise"], given["gradients"], state.disc
     student = train._student(nets, text, mask, given["guidance"])
     teacher = train._teacher_with_cfg(nets, given, text, mask, given["guidance"])
     features = train._features(nets, c, given, text, mask)
@@ -114,9 +104,12 @@ def parts(nets, c, state, batch, given):
     def generate(params=state.params):
         return train._generate(c, student, params, x0, *jax.random.split(jax.random.key(1)))
 
-    def scm(params, shared_primal):
-        options = {"sigma_d": c.sigma_d, "warmup": 1.0, "shared_primal": shared_primal}
-        return losses.scm_loss(student, lambda x, t: noise - x, params, x0, noise, t, **options)[0]
+    def scm(shared_primal):
+        def loss(params):
+            options = {"sigma_d": c.sigma_d, "warmup": 1.0, "shared_primal": shared_primal}
+            return losses.scm_loss(student, lambda *_: x0, params, x0, noise, t, **options)[0]
+
+        return jax.grad(loss)(state.params)
 
     def ladd(params):
         def logits(x, t):
@@ -124,36 +117,31 @@ def parts(nets, c, state, batch, given):
 
         return losses.ladd_generator_loss(logits, generate(params), noise, t, c.sigma_d)[0]
 
-    def hinge(params, spectral):
-        ready, noisy = iter(given["features"]), (x0, noise, t)
-
-        def heads(features):
-            return nets.heads.apply({"params": params}, features, spectral)
-
-        return losses.ladd_discriminator_loss(
-            lambda x, t: next(ready), heads, noisy, noisy, noisy, sigma_d=c.sigma_d
-        )[0]
-
     def heads_gradient():
         spectral = update_spectral(disc["params"], disc["spectral"])
-        return jax.grad(hinge)(disc["params"], spectral), spectral
+        ready, noisy = iter(given["features"]), (x0, noise, t)
 
-    def optimizer():
-        return train._apply(nets, c, state, jnp.zeros(()), given["gradients"][0])
+        def loss(params):
+            heads = functools.partial(nets.heads.apply, {"params": params}, spectral=spectral)
+            return losses.ladd_discriminator_loss(
+                lambda x, t: next(ready), heads, noisy, noisy, noisy, sigma_d=c.sigma_d
+            )[0]
+
+        return jax.grad(loss)(disc["params"])
 
     def heads_optimizer():
-        gradients, params = given["gradients"][1], disc["params"]
-        updates, moments = nets.disc_optimizer.update(gradients, state.disc_opt_state, params)
-        disc_now = disc | {"params": optax.apply_updates(params, updates)}
+        params = disc["params"]
+        updates, moments = nets.disc_optimizer.update(gradients[1], state.disc_opt_state, params)
+        disc_now = disc | {"params": jax.tree.map(jnp.add, params, updates)}
         return state.replace(disc=disc_now, disc_opt_state=moments), {}
 
     return {
         FORWARD: (None, lambda: student(state.params, x0, t)),
-        SCM + SEPARATE: (None, lambda: jax.grad(scm)(state.params, False)),
+        SCM + SEPARATE: (None, lambda: scm(False)),
         "teacher with CFG": (GENERATOR, lambda: teacher(x0, t)),
-        SCM: (GENERATOR, lambda: jax.grad(scm)(state.params, True)),
-        "LADD: all but the teacher's CFG": (GENERATOR, lambda: jax.grad(ladd)(state.params)),
-        "optimizer and EMA": (GENERATOR, optimizer),
+        SCM: (GENERATOR, lambda: scm(True)),
+        "LADD with student": (GENERATOR, lambda: jax.grad(ladd)(state.params)),
+        "optimizer and EMA": (GENERATOR, lambda: train._apply(nets, c, state, t[0], gradients[0])),
         "student's pictures": (DISCRIMINATOR, generate),
         "feature passes": (DISCRIMINATOR, lambda: [features(a, t) for a in (x0, noise, x0 + 1)]),
         "heads forward, backward": (DISCRIMINATOR, heads_gradient),
@@ -178,8 +166,7 @@ def compile_arms(c, nets, state, batch, given):
 
 def compile_arm(part_of, lowered, takes_state):
     start = time.perf_counter()
-    compiled = lowered.compile()
-    seconds = time.perf_counter() - start
+    compiled, seconds = lowered.compile(), time.perf_counter() - start
     flops = [(each.cost_analysis() or {}).get("flops", np.nan) for each in (compiled, lowered)]
     return Arm(part_of, compiled, takes_state, seconds, np.array(flops))
 
@@ -205,16 +192,12 @@ def summary(values):
     return rounded((values.min(), np.median(values), values.max()))
 
 
-def counts(flops):
-    return dict(zip(("compiled", "traced"), rounded(flops), strict=True))
-
-
 def report(arms, times):
     """Yields the lines after the first."""
     unit = arms[FORWARD].flops
     for name, arm in arms.items():
         line = {"arm": name, "ms": summary(times[name]), "compile_s": round(arm.compile_s, 2)}
-        line |= {"gflop": counts(arm.flops / 1e9), "forwards": counts(arm.flops / unit)}
+        line |= {"gflop": rounded(arm.flops / 1e9), "forwards": rounded(arm.flops / unit)}
         if arm.part_of:
             line |= {"part_of": arm.part_of, "share": summary(times[name] / times[arm.part_of])}
         yield line
@@ -222,22 +205,14 @@ def report(arms, times):
         its = sum(times[name] for name, arm in arms.items() if arm.part_of == update)
         share = summary(1 - its / times[update])
         yield {"arm": "everything else", "part_of": update, "share": share}
-    for of, names in (
-        ("sCM", [SCM]),
-        (GENERATOR, [GENERATOR]),
-        ("step", [GENERATOR, DISCRIMINATOR]),
-    ):
-        flops = sum(arms[name].flops for name in names)
-        ms = sum(times[name] for name in names)
-        more_flops = flops + arms[names[0] + SEPARATE].flops - arms[names[0]].flops
-        more_ms = ms + times[names[0] + SEPARATE] - times[names[0]]
-        yield {
-            "separate_over_shared": of,
-            "forwards_shared": counts(flops / unit),
-            "forwards_separate": counts(more_flops / unit),
-            "time_ratio": summary(more_ms / ms),
-            "forward_times_shared": summary(ms / times[FORWARD]),
-        }
+    for names in ([SCM], [GENERATOR], [GENERATOR, DISCRIMINATOR]):
+        line, both = {"separate_over_shared": " + ".join(names)}, []
+        for kind, first in (("shared", names[0]), ("separate", names[0] + SEPARATE)):
+            its = [first, *names[1:]]
+            both.append(sum(times[name] for name in its))
+            line[f"forwards_{kind}"] = rounded(sum(arms[name].flops for name in its) / unit)
+            line[f"forward_times_{kind}"] = summary(both[-1] / times[FORWARD])
+        yield line | {"time_ratio": summary(both[1] / both[0])}
 
 
 def main(argv):
@@ -248,22 +223,21 @@ def main(argv):
     parser.add_argument("--dtype", default="float32", help="float32 (default) or bfloat16")
     words, rest = cli.split_overrides(argv)
     flags = parser.parse_args(rest)
-    for name in ("rounds", "batch"):
-        if getattr(flags, name) < 1:
-            raise UserError(f"--{name} must be at least 1", exit_code=2)
+    if flags.rounds < 1:
+        raise UserError(f"--rounds {flags.rounds} must be at least 1", exit_code=2)
     words += [f"--config.data.batch_size={flags.batch}", f"--config.model.dtype={flags.dtype}"]
-    run = c, nets, state, batch, _ = build(flags.world, words)
+    run = build(flags.world, words)
     header = {
         "command": " ".join(["python", "benchmarks/train_step.py", *argv]),
         "device": jax.devices()[0].device_kind,
         "cores": os.cpu_count(),
-        "load_before": round(os.getloadavg()[0], 2),
+        "load": round(os.getloadavg()[0], 2),
         "jax": jax.__version__,
         "compilation_cache": bool(jax.config.jax_compilation_cache_dir),
-        "shapes": {name: each.shape for name, each in batch.items()},
-        "model": {key: c.model[key] for key in ("num_layers", "patch_size", "dtype")},
-        "width": nets.model.features,
-        "parameters": sum(leaf.size for leaf in jax.tree.leaves(state.params)),
+        "glibc_tunables": os.environ.get("GLIBC_TUNABLES", ""),
+        "shapes": {name: each.shape for name, each in run[3].items()},
+        "dtype": flags.dtype,
+        "parameters": sum(leaf.size for leaf in jax.tree.leaves(run[2].params)),
     }
     print(json.dumps(header), flush=True)
     arms = compile_arms(*run)

@@ -187,7 +187,9 @@ def test_shared_and_separate_jvp_have_the_same_gradient(remat, scan):
     assert all(jnp.abs(leaf).max() > 0 for leaf in jax.tree.leaves(gradient))
     # The teacher matters to the value and has no gradient.
     assert to_teacher == separate[1][1] == 0
-    assert abs(run(params, jnp.float32(0.6))[0][0][0] - value) > 1e-3
+    other, other_aux = run(params, jnp.float32(0.6))[0][0]
+    assert abs(other - value) > 1e-5
+    assert jnp.abs(other_aux["teacher_gap"] - aux["teacher_gap"]).min() > 1e-3
     assert value.dtype == jnp.float32
     assert {leaf.shape for leaf in jax.tree.leaves(aux)} == {(2,)}
 
@@ -327,7 +329,8 @@ def test_discriminator_hinge(critic, misaligned):
 
 
 def test_gradient_penalty(critic):
-    params, features, heads, triples, written = critic
+    """The penalty itself is float32 whatever its inputs are, hence 1e-6."""
+    params, features, _, triples, written = critic
     x0, z, t = triples[0]
     x = (np.cos(expand(t)) * x0 + np.sin(expand(t)) * z) / SIGMA_D
     # Sums over a batch: the first head's gradient is w everywhere; the second's batch mean
@@ -337,10 +340,10 @@ def test_gradient_penalty(critic):
         plain, without = discriminator_loss(critic, True)
         (value, aux), (gradient, _) = discriminator_loss(critic, True, r1_weight=0.3)
         assert "r1" not in plain[1]
-        assert aux["r1"] == pytest.approx(first / 2, rel=1e-12)  # two heads
-        assert value == pytest.approx(plain[0] + 0.3 * first / 2, rel=1e-12)
+        assert aux["r1"] == pytest.approx(first / 2, rel=1e-6)  # two heads
+        assert value == pytest.approx(float(plain[0]) + 0.3 * first / 2, rel=1e-6)
         expected = without[0]["w"] + 0.3 * params["w"] * 6
-        assert_close(gradient["w"], expected, 1e-11)
+        assert_close(gradient["w"], expected, 1e-6)
 
         # And where it depends on features and samples: D = q sum f^2 has the gradient 2 q f.
         square = lambda p, maps: (maps[0][:, :, 0, 0] * 0, p["q"] * (maps[1] ** 2).sum((2, 3)))  # noqa: E731
@@ -348,9 +351,9 @@ def test_gradient_penalty(critic):
         _, without = discriminator_loss(changed, False)
         (_, aux), (gradient, _) = discriminator_loss(changed, False, r1_weight=0.3)
         energy = ((x**2 + expand(t)) ** 2).sum((1, 2, 3)).mean()
-        assert aux["r1"] == pytest.approx(4 * params["q"] ** 2 * energy / 2, rel=1e-12)
+        assert aux["r1"] == pytest.approx(4 * params["q"] ** 2 * energy / 2, rel=1e-6)
         expected = without[0]["q"] + 0.3 * 8 * params["q"] * energy / 2
-        assert float(gradient["q"]) == pytest.approx(float(expected), rel=1e-11)
+        assert float(gradient["q"]) == pytest.approx(float(expected), rel=1e-6)
 
 
 # --- Flow matching and helpers

@@ -1,0 +1,130 @@
+"""The benchmark of the training step: its lines, and its FLOPs against counts made here.
+
+Milliseconds are not judged: one round of a network of one block, compiled in a hurry.
+"""
+
+import importlib.util
+import json
+import math
+
+import jax
+import pytest
+from runs import ROOT, quick_compilation
+
+from sprint_jax import train
+from sprint_jax.errors import UserError
+
+TINY = ["--rounds=1", "--batch=4", "--world=small", "--config.model.num_layers=1"]
+TINY += ["--config.ladd.taps=0"]
+UPDATES = ("generator update", "discriminator update")
+
+
+def load(name):
+    spec = importlib.util.spec_from_file_location(name, ROOT / "benchmarks" / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(scope="module")
+def benchmark():
+    return load("train_step")
+
+
+@pytest.fixture(scope="module")
+def lines(benchmark):
+    """The lines that it prints; ``benchmark.forward`` is then the jaxpr of its student forward."""
+    printed, build = [], benchmark.build
+
+    def build_and_trace(*arguments):
+        c, nets, state, batch, given = build(*arguments)
+        student = train._student(nets, batch["text"], batch["mask"], given["guidance"])
+        jaxpr = jax.make_jaxpr(student)(state.params, batch["latents"], given["t"])
+        benchmark.forward = jaxpr.jaxpr
+        return c, nets, state, batch, given
+
+    with pytest.MonkeyPatch.context() as patch, quick_compilation():
+        patch.setattr(benchmark, "print", lambda line, flush: printed.append(line), raising=False)
+        patch.setattr(benchmark, "build", build_and_trace)
+        benchmark.main(TINY)
+    return [json.loads(line) for line in printed]
+
+
+@pytest.fixture(scope="module")
+def arms(lines):
+    return {line["arm"]: line for line in lines if "ms" in line}
+
+
+def test_first_line_tells_how_the_numbers_came_about(lines):
+    header = lines[0]
+    assert header["command"] == " ".join(["python benchmarks/train_step.py", *TINY])
+    assert (header["device"], header["jax"]) == (jax.devices()[0].device_kind, jax.__version__)
+    assert header["shapes"]["latents"] == [4, 4, 4, 12]
+    assert header["dtype"] == "float32" and header["cores"] >= 1 and header["parameters"] > 1e5
+    assert header["compilation_cache"] is True  # see conftest.py
+
+
+def test_arms_have_times_and_counts(arms):
+    for line in arms.values():
+        low, median, high = line["ms"]
+        assert 0 < low == median == high, line  # one round
+        assert line["compile_s"] > 0 and min(line["gflop"]) > 0 and min(line["forwards"]) > 0
+    assert arms["student forward"]["forwards"] == [1, 1]
+
+
+def test_parts_and_what_they_leave_are_the_update(lines):
+    for update in UPDATES:
+        its = [line for line in lines if line.get("part_of") == update]
+        assert len(its) == 5 and its[-1]["arm"] == "everything else"
+        assert math.isclose(sum(line["share"][1] for line in its), 1, abs_tol=1e-2)
+
+
+def test_parts_do_the_work_of_the_update(arms):
+    # The rest is noise, times, metrics and checks; XLA merges what parts have in common.
+    for update in UPDATES:
+        its = [line for line in arms.values() if line.get("part_of") == update]
+        for column in (0, 1):
+            parts = sum(line["gflop"][column] for line in its)
+            assert 0.9 < parts / arms[update]["gflop"][column] < 1.1, update
+
+
+def test_one_pass_saves_a_forward(lines):
+    comparisons = {
+        line["separate_over_shared"]: line for line in lines if "separate_over_shared" in line
+    }
+    assert list(comparisons) == ["sCM without teacher", UPDATES[0], " + ".join(UPDATES)]
+    for line in comparisons.values():
+        shared, separate = line["forwards_shared"], line["forwards_separate"]
+        assert shared[0] < separate[0] and shared[1] < separate[1]
+        assert separate[1] - shared[1] == pytest.approx(1, abs=0.02)
+        assert line["time_ratio"][1] == pytest.approx(
+            line["forward_times_separate"][1] / line["forward_times_shared"][1], rel=1e-2
+        )
+
+
+def matmul_flops(jaxpr):
+    """2 per multiply-add of matmuls and depthwise convolutions."""
+    total = 0
+    for equation in jaxpr.eqns:
+        size = math.prod(equation.outvars[0].aval.shape)
+        if equation.primitive.name == "dot_general":
+            (axes, _), _ = equation.params["dimension_numbers"]
+            total += 2 * size * math.prod(equation.invars[0].aval.shape[axis] for axis in axes)
+        elif equation.primitive.name == "depthwise_convolve":
+            total += 2 * 9 * size
+        inner = (getattr(value, "jaxpr", value) for value in equation.params.values())
+        total += sum(matmul_flops(each) for each in inner if hasattr(each, "eqns"))
+    return total
+
+
+def test_no_matmul_is_missing_from_the_counts(benchmark, arms):
+    matmuls = matmul_flops(benchmark.forward) / 1e9
+    for count in arms["student forward"]["gflop"]:
+        assert 1 < count / matmuls < 1.1  # element-wise work is the rest
+
+
+def test_a_wrong_flag_is_one_line(benchmark):
+    with pytest.raises(UserError, match="--rounds 0"):
+        benchmark.main(["--rounds=0"])
+    with pytest.raises(UserError, match="scan=false"):
+        benchmark.build("small", ["--config.model.scan=true"])
