@@ -38,7 +38,7 @@ def teacher(c, world):
 
 def student(c, world):
     c.stage = "distill"
-    c.steps = 4000 if world == "full" else 1000
+    c.steps = 4000 if world == "full" else 800
     c.model.guidance_embeds = True
     c.optimizer.learning_rate = 5e-4
     c.optimizer.decay_steps = c.steps
