@@ -80,7 +80,7 @@ def scm_loss(
     Returns:
       ``(mean loss, aux)`` with per-sample aux [B]: 'loss', 't', 'tangent_norm' (before
       normalisation), 'teacher_gap' (``|F - F_teacher|`` root mean square), 'error' (mean ``g^2``
-      after normalisation, weighted), 'logvar', and 'F_tangent' [B, ...] for the diagnostics.
+      after normalisation, weighted) and 'logvar'.
     """
     x_t = add_noise(x0, z, t)
     dx_t = jax.lax.stop_gradient(sigma_d * teacher(x_t / sigma_d, t))

@@ -60,8 +60,6 @@ def differentiate(function, policy, scan):
         (tangent_loss, "dots_no_batch", True),
         (tangent_loss, "none", False),
         (plain_loss, "full", True),
-        (plain_loss, "dots", True),
-        (plain_loss, "dots_no_batch", True),
         (plain_loss, "full", False),
     ],
 )
