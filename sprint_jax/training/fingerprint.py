@@ -81,9 +81,10 @@ def leaf_table(tree: Tree) -> dict[str, dict[str, Any]]:
             )
         return leaf
 
-    # All sums are dispatched before the first is waited for.
-    sums = [_word_sums(as_words(leaf)) for leaf in jax.tree.leaves(tree)]
-    for entry, (first, second) in zip(table.values(), jax.device_get(sums), strict=True):
+    # One at a time: many small programs with collectives in flight can starve one another of the
+    # CPU backend's threads when there are more devices than cores.
+    sums = [jax.device_get(_word_sums(as_words(leaf))) for leaf in jax.tree.leaves(tree)]
+    for entry, (first, second) in zip(table.values(), sums, strict=True):
         entry["bits"] = f"{int(first):08x}{int(second):08x}"
     return table
 
