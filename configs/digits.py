@@ -7,9 +7,9 @@
 Words: ``teacher`` or ``student``; ``full`` (16x16 pixels, one to three digits, GenEval's categories)
 or ``small`` (8x8 pixels, one digit; the quickstart).
 
-The small world took about 9 minutes for the teacher and 9 for the student on two busy CPU cores and
-reached, on 400 held-out prompts, 94.5 % right pictures for the teacher in 20 steps and 57.8, 77.0, 82.0 and 84.3 % for the student in 1, 2, 3 and 4. The
-full world's teacher has not been trained to its end yet.
+The small world took about 9 minutes for the teacher and 9 for the student on two busy CPU cores. On 400
+held-out prompts it reached 94.5 % right pictures for the teacher in 20 steps, and 57.8, 77.0, 82.0 and
+84.3 % for the student in 1, 2, 3 and 4. The full world's teacher has not been trained to its end yet.
 """
 
 from configs import default
