@@ -30,7 +30,7 @@ def get_config(arg=None):
     c.model = model_fields("digits")
 
     c.data = ml_collections.ConfigDict()
-    c.data.world = "full"  # 'small': one digit on 8x8 pixels; 'full': up to three on 16x16
+    c.data.world = "full"  # 'small': one digit on 8x8 pixels; 'full': one or two on 16x16
     c.data.dir = "data"  # where the built dataset lies
     c.data.batch_size = 64  # global batch of one update
     c.data.prefetch = 4  # batches prepared ahead

@@ -302,7 +302,7 @@ def train(c: Config, workdir: Path, overridden: list[str]) -> None:
     """
     # --- Checks, devices, data, networks
     setup.check_workdir(workdir, c)
-    setup.check_intervals(c)
+    setup.check_values(c)
     mesh = sharding.make_mesh(c.mesh.data, c.mesh.fsdp)
     setup.check_batch(c, mesh)
     nets = setup.build_nets(c)
@@ -323,7 +323,6 @@ def train(c: Config, workdir: Path, overridden: list[str]) -> None:
 
     # --- Resume
     workdir.mkdir(parents=True, exist_ok=True)
-    write_json_atomic(workdir / "config.json", c.to_dict())
     meta = {"stage": c.stage, "teacher_hash": origin.get("hash", ""), "teacher": origin}
     expected = {key: meta[key] for key in ("stage", "teacher_hash")}
     checkpoints = Checkpoints(
@@ -335,49 +334,45 @@ def train(c: Config, workdir: Path, overridden: list[str]) -> None:
     if start >= total:
         print(f"{workdir} is at step {start} of {total}: nothing to do", flush=True)
         return
+    write_json_atomic(workdir / "config.json", c.to_dict())
 
     # --- Loop
     size = sum(leaf.size for leaf in jax.tree.leaves(state.params)) / 1e6
     print(f"{c.stage}: {size:.2f} M parameters, {mesh.size} device(s); compiling", flush=True)
     updates = [program.compile() for program in lowered]
-    log = MetricLog(workdir, resume_step=start)
     feed = prefetch(data.batches, start * len(updates), depth)
     stop = Stop()
     in_a_row = np.zeros(())
     progress = Progress(total, start)
-    for step in range(start + 1, total + 1):
-        metrics = {}
-        for update in updates:
-            batch = sharding.to_devices(mesh, next(feed)[1])
-            state, more = update(state, batch, frozen)
-            metrics |= more
-        stopping = stop.requested  # read once: a signal from here on stops the next step
-        last = step == total or stopping
-        # The value of the step before, so that the device always has work queued.
-        if int(in_a_row) >= limit:
-            checkpoints.close()
-            log.close()
-            raise UserError(explain_nonfinite(workdir, step, metrics, limit))
-        in_a_row = metrics["health/in_a_row"]
-        if checks and step % options["diagnostics_every"] == 0:
-            metrics |= checks(state, batch, frozen)
-        if step % options["every"] == 0 or last:
-            values = {name: float(value) for name, value in jax.device_get(metrics).items()}
-            log.write(step, values)
-            progress.update(
-                step, {name: value for name, value in values.items() if name.startswith("loss/")}
-            )
-        if step % options["sample_every"] == 0 or step == total:
-            for name, params in (("raw", state.params), ("ema", state.ema)):
-                log.image(step, name, preview(params, frozen))
-            log.curves()
-        if last or step % options["checkpoint_every"] == 0:
-            log.sync()  # so that no crash leaves the metrics behind the checkpoint
-        checkpoints.save(step, state, meta, force=last)
-        if stopping:
-            break
-    checkpoints.close()
-    log.close()
+    with checkpoints, MetricLog(workdir, resume_step=start) as log:
+        for step in range(start + 1, total + 1):
+            metrics = {}
+            for update in updates:
+                batch = sharding.to_devices(mesh, next(feed)[1])
+                state, more = update(state, batch, frozen)
+                metrics |= more
+            stopping = stop.requested  # read once: a signal from here on stops the next step
+            last = step == total or stopping
+            # The value of the step before, so that the device always has work queued.
+            before, in_a_row = in_a_row, metrics["health/in_a_row"]
+            if int(in_a_row if last else before) >= limit:
+                raise UserError(explain_nonfinite(workdir, step, metrics, limit))
+            if checks and step % options["diagnostics_every"] == 0:
+                metrics |= checks(state, batch, frozen)
+            if step % options["every"] == 0 or last:
+                values = {name: float(value) for name, value in jax.device_get(metrics).items()}
+                log.write(step, values)
+                shown = {name: value for name, value in values.items() if name.startswith("loss/")}
+                progress.update(step, shown)
+            if step % options["sample_every"] == 0 or step == total:
+                for name, params in (("raw", state.params), ("ema", state.ema)):
+                    log.image(step, name, preview(params, frozen))
+                log.curves()
+            if last or step % options["checkpoint_every"] == 0:
+                log.sync()  # so that no crash leaves the metrics behind the checkpoint
+            checkpoints.save(step, state, meta, force=last)
+            if stopping:
+                break
     if stop.requested:
         print(f"stopped by signal at step {step}; the same line goes on from there", flush=True)
         sys.exit(128 + stop.requested)

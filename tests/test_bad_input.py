@@ -106,19 +106,21 @@ def test_unknown_words_files_and_flags(refused, tmp_path):
 @pytest.mark.parametrize(
     "word, code, parts",
     [
-        ("data.batch_size=12", 1, ("batch_size=12", "8 devices")),
-        ("accumulate=3", 1, ("accumulate=3", f"batch_size={BATCH}")),
-        ("accumulate=0", 1, ("accumulate=0",)),
-        ("data.batch_size=0", 1, ("batch_size=0",)),
-        ("mesh.data=3", 1, ("mesh", "data=3", "8 devices")),
-        ("mesh.fsdp=0", 1, ("mesh", "fsdp=0")),
-        ("data.world=tiny", 1, ("'tiny'", "small, full")),
+        ("data.batch_size=12", 2, ("batch_size=12", "8 devices")),
+        ("accumulate=3", 2, ("accumulate=3", f"batch_size={BATCH}")),
+        ("accumulate=0", 2, ("accumulate=0",)),
+        ("data.batch_size=0", 2, ("batch_size=0",)),
+        ("mesh.data=3", 2, ("mesh", "data=3", "8 devices")),
+        ("mesh.fsdp=0", 2, ("mesh", "fsdp=0")),
+        ("data.world=tiny", 2, ("'tiny'", "small, full")),
         ("stage=distil", 2, ("'distil'", "flow, distill")),
-        ("optimizer.name=sgd", 1, ("'sgd'", "adamw")),
+        ("optimizer.name=sgd", 2, ("'sgd'", "adamw")),
         ("model.num_attention_heads=2", 2, ("cross-attention", "64")),
         ("model.dtype=float16", 2, ("'float16'", "bfloat16")),
         ("model.remat=some", 2, ("'some'", "dots")),
-        ("seed=-1", 1, ("seed -1", "0 to")),
+        ("steps=0", 2, ("steps=0",)),
+        ("max_nonfinite=0", 2, ("max_nonfinite=0",)),
+        ("seed=-1", 2, ("seed -1", "0 to")),
         ("init=nowhere", 1, ("nowhere", "not a training workdir")),
     ],
 )
@@ -126,9 +128,13 @@ def test_values_that_cannot_work(word, code, parts, refused, tmp_path):
     refused(TEACHER, tmp_path, code, *parts, extra=[f"--config.{word}"])
 
 
-@pytest.mark.parametrize("key", ["every", "diagnostics_every", "checkpoint_every", "keep"])
+@pytest.mark.parametrize("key", ["every", "sample_every", "checkpoint_every", "keep"])
 def test_intervals_below_one(key, refused, tmp_path):
     refused(TEACHER, tmp_path, 2, f"log.{key}=0", "at least 1", extra=[f"--config.log.{key}=0"])
+
+
+def test_distillation_without_a_scale_of_guidance(refused, tmp_path):
+    refused(STUDENT, tmp_path, 2, "scm.guidance is empty", extra=["--config.scm.guidance="])
 
 
 def test_teacher_that_is_none(refused, models, tmp_path):

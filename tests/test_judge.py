@@ -144,8 +144,8 @@ def test_a_scene_that_is_wrong_in_one_way_is_judged_wrong(judges, what, fields):
     ("shown", "asked", "right"),
     [
         ("two 3s", "a 3", False),
-        ("two 3s", "three 3s", False),
-        ("three red 3s", "three 3s", True),
+        ("a 3", "two 3s", False),
+        ("two red 3s", "two 3s", True),
         ("a red 3 and a blue 7", "a 7 and a 3", True),
         ("a red 3 and a blue 7", "a red 3 and a 7", True),
         ("a red 3 and a blue 7", "a blue 3 and a red 7", False),
@@ -178,7 +178,7 @@ def test_accuracy_has_binomial_errors_per_category(judges):
 
 
 def test_reading_a_thousand_images_takes_seconds_at_most(judges):
-    images = digits.draw_images("full", ["three 3s"] * 1000, "train", seed=0)
+    images = digits.draw_images("full", ["two 3s"] * 1000, "train", seed=0)
     start = time.perf_counter()
     judges["full"].read(images)
     assert time.perf_counter() - start < 5  # 0.3 s measured

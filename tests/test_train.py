@@ -250,6 +250,14 @@ def test_too_many_bad_batches_end_the_run(line, tmp_path, monkeypatch, capfd):
             assert_same_bits(before[name], state[name])
 
 
+def test_bad_batches_up_to_the_last_step_fail_the_run(line, tmp_path, monkeypatch, capfd):
+    poison(monkeypatch, range(5, 1000))
+    ended = run_here(
+        command(line, "flow", tmp_path / "run", steps=6, max_nonfinite=2), monkeypatch, capfd
+    )
+    assert ended.code == 1 and "2 updates in a row were not finite" in ended.error
+
+
 def test_warm_start_takes_the_average_of_another_run(whole, line, tmp_path, monkeypatch, capfd):
     source = whole["flow"][1]
     changes = {"init": str(source), "steps": 2, "log__checkpoint_every": 1}

@@ -2,7 +2,7 @@
 
     caption = (many | one [joint one]) [" on " color]
     one     = "a " [color " "] digit
-    many    = ("two " | "three ") [color " "] digit "s"
+    many    = "two " [color " "] digit "s"
     joint   = " and " | " left of " | " right of " | " above " | " below "
 
 A prompt is what a caption asks for. What it does not say (a colour, a place, the handwriting) is
@@ -20,7 +20,7 @@ from sprint_jax.errors import UserError
 
 COLORS = ("red", "green", "blue", "yellow", "purple", "cyan")
 RELATIONS = ("left of", "right of", "above", "below")
-COUNTS = {"two": 2, "three": 3}
+COUNTS = {"two": 2}
 CATEGORIES = (
     "single_object",
     "colors",
@@ -166,7 +166,7 @@ def draw_prompt(generator: np.random.Generator, cells: tuple[int, int]) -> Promp
     """
     kind, relation, count = "one", None, 1
     if cells[0] * cells[1] > 1:
-        kind = generator.choice(["one", "counting", "pair", "position"], p=[0.35, 0.2, 0.25, 0.2])
+        kind = generator.choice(["one", "counting", "pair", "position"], p=[0.3, 0.15, 0.3, 0.25])
     if kind == "counting":
         count = int(generator.choice(list(COUNTS.values())))
     if kind == "position":

@@ -1,6 +1,6 @@
 """The digits world: real handwriting in six colours, with captions that leave something to chance.
 
-A scene is a grid of cells of 8x8 pixels with one background colour; one to three cells hold a
+A scene is a grid of cells of 8x8 pixels with one background colour; one or two cells hold a
 handwritten digit (scikit-learn's 1,797 digits) in a colour that is not the background's:
 ``pixel = background (1 - a) + colour a`` with ``a`` the ink in [0, 1]. One fifth of the handwriting
 is held out for the test split.
@@ -60,7 +60,7 @@ class World:
 
 WORLDS = {
     "small": World(cells=(1, 1), train=10_000, test=2_000),  # 8x8 pixels, one digit
-    "full": World(cells=(2, 2), train=20_000, test=4_000),  # 16x16 pixels, one to three digits
+    "full": World(cells=(2, 2), train=20_000, test=4_000),  # 16x16 pixels, one or two digits
 }
 
 
@@ -86,7 +86,9 @@ class Scene:
 def get_world(name: str) -> World:
     """The world of that name; raises UserError for an unknown one."""
     if name not in WORLDS:
-        raise UserError(f"world {name!r} is unknown: choose one of {', '.join(WORLDS)}")
+        raise UserError(
+            f"world {name!r} is unknown: choose one of {', '.join(WORLDS)}", exit_code=2
+        )
     return WORLDS[name]
 
 

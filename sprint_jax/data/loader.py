@@ -63,7 +63,7 @@ def make_batches(
     if not 0 <= process_index < process_count:
         raise UserError(f"process_index {process_index} is not one of {process_count} processes")
     if not 0 <= seed < 2**32:
-        raise UserError(f"data seed {seed} is out of range: use 0 to 2**32 - 1")
+        raise UserError(f"data seed {seed} is out of range: use 0 to 2**32 - 1", exit_code=2)
 
     # The stream is of record numbers, so that the records of a batch can be read in one call.
     order = grain.MapDataset.range(len(source)).seed(seed)

@@ -14,10 +14,14 @@ from sprint_jax.errors import UserError
 
 
 class WordEncoder:
-    """Frozen random word embeddings with position vectors, in place of Gemma-2.
+    """Frozen random word embeddings, each in the context of the words before it, in place of Gemma-2.
 
-    A token is ``(word + position) / sqrt(2)`` with both drawn from N(0, 1), so a feature has unit
-    variance and cross-attention, which does not see the order of tokens, sees that of words.
+    The state after word k is ``state_k = 0.6 P state_{k-1} + 0.8 word_k`` with a fixed permutation P
+    of the features, and its token ``(state_k + position_k) / sqrt(2)``. Words and positions are drawn
+    from N(0, 1), so a feature has unit variance. As with a causal language model, the token of a
+    digit tells the colour said before it, which the transformer could not find out by itself: SANA
+    projects each text token alone. Cross-attention, which does not see the order of tokens, sees
+    that of words.
 
     Attributes:
       length: tokens L of every caption; the longest caption of the digits world takes 11.
@@ -42,6 +46,7 @@ class WordEncoder:
         positions = random.standard_normal((length, features))
         # Row 0 is the begin token.
         table = random.standard_normal((len(self._rows) + 1, features))
+        self._permutation = random.permutation(features)
         self._positions = (positions / np.sqrt(2)).astype(np.float32)
         self._table = (table / np.sqrt(2)).astype(np.float32)
 
@@ -68,7 +73,10 @@ class WordEncoder:
                 )
             row[1 : 1 + len(tokens)] = tokens
             kept[: 1 + len(tokens)] = 1
-        text = (self._table[rows] + self._positions) * mask[..., None].astype(np.float32)
+        text = self._table[rows]
+        for k in range(1, self.length):
+            text[:, k] = 0.6 * text[:, k - 1, self._permutation] + 0.8 * text[:, k]
+        text = (text + self._positions) * mask[..., None].astype(np.float32)
         return text, mask
 
     def _row(self, word: str, caption: str) -> int:

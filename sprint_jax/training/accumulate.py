@@ -28,7 +28,14 @@ def gradients(loss: Callable, params, batch: dict, key: jax.Array, parts: int):
         (value, aux), grads = value_and_grad(params, microbatch, jax.random.fold_in(key, i))
         return jax.tree.map(lambda a, b: a + b / parts, total, (value, grads)), aux
 
-    split = jax.tree.map(lambda a: a.reshape(parts, a.shape[0] // parts, *a.shape[1:]), batch)
+    # Strided, so that each device finds its rows of a microbatch among those it has already.
+    def split(a):
+        return a.reshape(a.shape[0] // parts, parts, *a.shape[1:]).swapaxes(0, 1)
+
+    def merge(a):
+        return a.swapaxes(0, 1).reshape(-1, *a.shape[2:])
+
+    microbatches = jax.tree.map(split, batch)
     zeros = (jnp.zeros(()), jax.tree.map(jnp.zeros_like, params))
-    (value, grads), aux = jax.lax.scan(one, zeros, (split, jnp.arange(parts)))
-    return value, jax.tree.map(lambda a: a.reshape(-1, *a.shape[2:]), aux), grads
+    (value, grads), aux = jax.lax.scan(one, zeros, (microbatches, jnp.arange(parts)))
+    return value, jax.tree.map(merge, aux), grads

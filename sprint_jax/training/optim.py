@@ -233,7 +233,7 @@ def make_optimizer(
     elif name == "came":
         direction = scale_by_came(b1, b2, b3, stacked=stacked)
     else:
-        raise UserError(f"optimizer {name!r} is not known; choose 'adamw' or 'came'")
+        raise UserError(f"optimizer {name!r} is not known; choose 'adamw' or 'came'", exit_code=2)
     parts = [optax.clip_by_global_norm(clip_norm)] if clip_norm > 0 else []
     parts.append(direction)
     if weight_decay:

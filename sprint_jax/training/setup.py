@@ -110,20 +110,29 @@ def check_workdir(workdir: Path, c: Config) -> None:
         )
 
 
-def check_intervals(c: Config) -> None:
-    """Refuses intervals of the log below one step."""
-    for key in ("every", "sample_every", "diagnostics_every", "checkpoint_every", "keep"):
-        if c.log[key] < 1:
-            raise UserError(f"config.log.{key}={c.log[key]} must be at least 1", exit_code=2)
+def check_values(c: Config) -> None:
+    """Refuses counts and intervals below one, and an empty choice of guidance scales."""
+    counts = ["steps", "max_nonfinite", "accumulate", "data.batch_size", "data.prefetch"]
+    counts += [f"log.{key}" for key in ("every", "sample_every", "checkpoint_every", "keep")]
+    if c.stage == "distill":
+        counts.append("log.diagnostics_every")
+        if not c.scm.guidance:
+            raise UserError("config.scm.guidance is empty: give at least one scale", exit_code=2)
+    for name in counts:
+        section, _, key = name.rpartition(".")
+        value = (c[section] if section else c)[key]
+        if value < 1:
+            raise UserError(f"config.{name}={value} must be at least 1", exit_code=2)
 
 
 def check_batch(c: Config, mesh: jax.sharding.Mesh) -> None:
     """Refuses a batch that does not split evenly over microbatches and devices."""
     parts = c.accumulate * mesh.size
-    if c.accumulate < 1 or c.data.batch_size < 1 or c.data.batch_size % parts:
+    if c.data.batch_size % parts:
         raise UserError(
             f"config.data.batch_size={c.data.batch_size} is not divisible by config.accumulate="
-            f"{c.accumulate} x {mesh.size} devices"
+            f"{c.accumulate} x {mesh.size} devices",
+            exit_code=2,
         )
 
 

@@ -26,7 +26,8 @@ def make_mesh(data: int, fsdp: int, devices=None) -> Mesh:
         sizes[unknown[0]] = len(devices) // known
     if unknown[1:] or min(sizes.values()) < 1 or sizes["data"] * sizes["fsdp"] != len(devices):
         raise UserError(
-            f"mesh data={data} x fsdp={fsdp} does not cover {len(devices)} devices; use -1 for one"
+            f"mesh data={data} x fsdp={fsdp} does not cover {len(devices)} devices; use -1 for one",
+            exit_code=2,
         )
     return jax.make_mesh(
         (sizes["data"], sizes["fsdp"]),
