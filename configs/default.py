@@ -60,6 +60,7 @@ def get_config(arg=None):
     c.ladd.max_time_probability = 0.5  # share of student samples made from pure noise
     c.ladd.time_mean = -0.6  # log-normal angles at which the discriminator looks
     c.ladd.time_std = 1.0
+    c.ladd.token_norm = False  # heads with layer norm per token, not batch norm over 8 images
     c.ladd.misaligned = True  # real images with the wrong caption count as fake
     c.ladd.r1_weight = 0.0  # gradient penalty on the heads' inputs
     c.ladd.optimizer = optimizer_fields(1e-3)  # of the heads; same kind as the student's

@@ -8,7 +8,12 @@ import numpy as np
 import pytest
 
 from sprint_jax.models import discriminator
-from sprint_jax.models.discriminator import DiscriminatorHeads, LocalBatchNorm, SpectralConv1d
+from sprint_jax.models.discriminator import (
+    DiscriminatorHeads,
+    LocalBatchNorm,
+    SpectralConv1d,
+    TokenNorm,
+)
 
 WIDTH = 6
 
@@ -164,6 +169,30 @@ def test_local_batch_norm_in_bfloat16_computes_in_float32():
     assert actual.dtype == jnp.bfloat16
     expected = local_batch_norm(np.asarray(x, np.float64), 1.3, 0.2, [8, 8])
     np.testing.assert_allclose(np.asarray(actual, np.float64), expected, rtol=2**-7, atol=1e-5)
+
+
+def test_token_norm_sees_one_token():
+    random = np.random.default_rng(0)
+    x, weight, bias = random.standard_normal((3, 5, 4)) * 7 + 2, *random.standard_normal((2, 4))
+    params = {"weight": jnp.asarray(weight), "bias": jnp.asarray(bias)}
+    actual = TokenNorm().apply({"params": params}, jnp.asarray(x, jnp.float32))
+    centered = x - x.mean(-1, keepdims=True)
+    expected = centered / np.sqrt((centered**2).mean(-1, keepdims=True) + 1e-5) * weight + bias
+    np.testing.assert_allclose(actual, expected, rtol=0, atol=2e-5)
+
+
+def test_only_heads_with_batch_norm_let_images_of_a_batch_see_each_other():
+    features = draw_features(batch=4)
+    params, spectral = draw_heads(features)
+
+    def logits(token_norm, rows):
+        heads = DiscriminatorHeads(token_norm=token_norm)
+        return heads.apply({"params": params}, tuple(f[rows] for f in features), spectral)
+
+    alone = jnp.concatenate([logits(True, slice(i, i + 1)) for i in range(4)])
+    np.testing.assert_allclose(alone, logits(True, slice(None)), rtol=0, atol=1e-5)
+    gap = jnp.abs(logits(False, slice(0, 1)) - logits(False, slice(None))[:1])
+    assert gap.max() > 0.1
 
 
 # --- Convolutions and whole heads

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
 
-from .layers import wide
+from .layers import layer_norm, wide
 
 Array = jax.Array
 
@@ -125,10 +125,22 @@ class LocalBatchNorm(nn.Module):
         return (normed * weight[None, None] + bias[None, None]).astype(x.dtype)
 
 
+class TokenNorm(nn.Module):
+    """Layer norm of each token, with the parameters of `LocalBatchNorm`."""
+
+    @nn.compact
+    def __call__(self, x: Array) -> Array:
+        weight = self.param("weight", nn.initializers.ones, (x.shape[-1],))
+        bias = self.param("bias", nn.initializers.zeros, (x.shape[-1],))
+        normed = layer_norm(x, epsilon=1e-5)
+        return (normed * weight[None, None] + bias[None, None]).astype(x.dtype)
+
+
 class DiscriminatorHead(nn.Module):
     """Tokens [B, N, d] to logits [B, N]."""
 
     dtype: Any
+    token_norm: bool
 
     @nn.compact
     def __call__(self, x: Array, spectral: dict) -> Array:
@@ -138,7 +150,8 @@ class DiscriminatorHead(nn.Module):
             x = SpectralConv1d(d, kernel_size, self.dtype, name=f"{name}_conv")(
                 x, spectral[f"{name}_conv"]
             )
-            return nn.leaky_relu(LocalBatchNorm(name=f"{name}_norm")(x), 0.2)
+            norm = (TokenNorm if self.token_norm else LocalBatchNorm)(name=f"{name}_norm")
+            return nn.leaky_relu(norm(x), 0.2)
 
         x = stage(x, "main_0", 1)
         x = (stage(x, "main_1", 9) + x) / np.sqrt(2)
@@ -147,6 +160,11 @@ class DiscriminatorHead(nn.Module):
 
 class DiscriminatorHeads(nn.Module):
     """One head per feature map; logits of all heads side by side.
+
+    Fields:
+      token_norm: layer norm per token in place of the published local batch norm. That one sees real
+        and generated images in batches of their own, and so takes from the logits what all images of
+        a kind have in common; with few tokens per image little else is left.
 
     Args of the call:
       features: tuple of token maps [B, h, w, d], one per tapped block.
@@ -157,15 +175,15 @@ class DiscriminatorHeads(nn.Module):
     """
 
     dtype: Any = jnp.float32
+    token_norm: bool = False
 
     @nn.compact
     def __call__(self, features: tuple[Array, ...], spectral: dict) -> Array:
         logits = []
         for i, feature in enumerate(features):
             tokens = feature.reshape(feature.shape[0], -1, feature.shape[-1])
-            logits.append(
-                DiscriminatorHead(self.dtype, name=f"heads_{i}")(tokens, spectral[f"heads_{i}"])
-            )
+            head = DiscriminatorHead(self.dtype, self.token_norm, name=f"heads_{i}")
+            logits.append(head(tokens, spectral[f"heads_{i}"]))
         return wide(jnp.concatenate(logits, axis=-1))
 
 

@@ -172,7 +172,7 @@ def build_nets(c: Config) -> Nets:
             f"config.ladd.taps={taps} must be increasing block indices below {teacher.num_layers}",
             exit_code=2,
         )
-    heads = DiscriminatorHeads(dtype=model.dtype)
+    heads = DiscriminatorHeads(model.dtype, c.ladd.token_norm)
     return Nets(
         model, teacher, heads, optimizer, make_optimizer(c.optimizer.name, **c.ladd.optimizer)
     )
