@@ -30,7 +30,8 @@ def get_config(arg=None):
     c.model = model_fields("digits")
 
     c.data = ml_collections.ConfigDict()
-    c.data.world = "full"  # 'small': one digit on 8x8 pixels; 'full': one or two on 16x16
+    # 'small': one digit on 8x8 pixels; 'full', 'large': one or two on 8x16, 16x16
+    c.data.world = "full"
     c.data.dir = "data"  # where the built dataset lies
     c.data.batch_size = 64  # global batch of one update
     c.data.prefetch = 4  # batches prepared ahead

@@ -112,7 +112,7 @@ def test_unknown_words_files_and_flags(refused, tmp_path):
         ("data.batch_size=0", 2, ("batch_size=0",)),
         ("mesh.data=3", 2, ("mesh", "data=3", "8 devices")),
         ("mesh.fsdp=0", 2, ("mesh", "fsdp=0")),
-        ("data.world=tiny", 2, ("'tiny'", "small, full")),
+        ("data.world=tiny", 2, ("'tiny'", "small, full, large")),
         ("stage=distil", 2, ("'distil'", "flow, distill")),
         ("optimizer.name=sgd", 2, ("'sgd'", "adamw")),
         ("model.num_attention_heads=2", 2, ("cross-attention", "64")),

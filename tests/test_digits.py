@@ -49,7 +49,7 @@ def test_handwriting_is_parted_by_digit_for_ever():
 FIRST_HELD_OUT = [536, 70, 851, 143, 613, 495, 1222, 182, 1583, 895]
 
 
-@pytest.mark.parametrize("world", ["small", "full"])
+@pytest.mark.parametrize("world", list(digits.WORLDS))
 def test_captions_parse_back_to_their_scene(world):
     vocabulary = set(captions.vocabulary())
     seen = set()
@@ -75,10 +75,16 @@ def test_captions_parse_back_to_their_scene(world):
 def test_every_caption_leaves_a_color_or_a_place_to_chance():
     for prompt, _ in draws("small", 2000):
         assert prompt.background is None or prompt.things[0].color is None
-    # In the full world even the most specific captions leave a row or a column open.
+    open_places = 0
+    for prompt, _ in draws("full", 4000):
+        colors = [prompt.background, *(thing.color for thing in prompt.things)]
+        assert None in colors or len(prompt.things) == 1
+        open_places += None not in colors
+    assert open_places > 100  # fully coloured, but left or right
+    # In the large world even the most specific captions leave a row or a column open.
     generator = np.random.default_rng(0)
-    full = parse_caption("a red 3 left of a green 7 on blue")
-    rows = [digits.draw_scene(generator, full, (2, 2), "train").marks[0].cell for _ in range(50)]
+    whole = parse_caption("a red 3 left of a green 7 on blue")
+    rows = [digits.draw_scene(generator, whole, (2, 2), "train").marks[0].cell for _ in range(50)]
     assert set(rows) == {0, 2}
 
 
@@ -132,10 +138,13 @@ def test_a_digit_in_the_color_of_its_background_is_refused():
         parse_caption("a 3 and a red 4 on red")
 
 
-@pytest.mark.parametrize("caption", ["two 3s", "a 3 left of a 4", "a 3 above a 4"])
-def test_a_prompt_too_large_for_the_world_is_refused(caption):
-    with pytest.raises(UserError, match="does not fit in 1x1 cells"):
-        digits.draw_images("small", [caption], "train", seed=0)
+@pytest.mark.parametrize(
+    ("world", "caption"),
+    [("small", "two 3s"), ("small", "a 3 left of a 4"), ("full", "a 3 above a 4")],
+)
+def test_a_prompt_too_large_for_the_world_is_refused(world, caption):
+    with pytest.raises(UserError, match=r"does not fit in 1x[12] cells: use the world 'large'"):
+        digits.draw_images(world, [caption], "train", seed=0)
 
 
 def test_what_a_caption_leaves_open_is_uniform():
@@ -168,7 +177,7 @@ def test_render_mixes_by_ink():
 
 
 def test_held_out_prompts_are_balanced_and_repeatable():
-    for world in ("small", "full"):
+    for world in digits.WORLDS:
         prompts = digits.held_out_prompts(world, 60, seed=1)
         categories = [parse_caption(prompt).category for prompt in prompts]
         names = digits.get_world(world).categories
@@ -259,8 +268,10 @@ def test_the_loser_of_a_race_reads_the_winner_s_records(tmp_path):
 
 
 def test_errors_of_users(tmp_path):
-    with pytest.raises(UserError, match="world 'large' is unknown: choose one of small, full"):
-        digits.open_digits(tmp_path, "large", "train")
+    with pytest.raises(
+        UserError, match="world 'huge' is unknown: choose one of small, full, large"
+    ):
+        digits.open_digits(tmp_path, "huge", "train")
     with pytest.raises(UserError, match="split 'validation' is unknown"):
         digits.open_digits(tmp_path, "small", "validation")
     (tmp_path / "file").write_text("")

@@ -15,7 +15,7 @@ from sprint_jax.metrics.digits import Judge, PixelFeatures, diversity, frechet_d
 from sprint_jax.metrics.frechet import frechet
 
 RED, GREEN, BLUE, YELLOW, PURPLE, CYAN = range(6)
-WORLDS = ["small", "full"]
+WORLDS = ["small", "full", "large"]
 
 
 @pytest.fixture(scope="module")
@@ -33,7 +33,7 @@ def test_held_out_scenes_read_back(judges, world):
     images = digits.draw_images(world, prompts, "test", seed=2)
     readings = judges[world].read(images)
     report = judging.prompt_accuracy(readings, prompts, world)
-    # Measured over 3,000: 0.990 (small) and 0.984 (full), what the classifier makes of handwriting.
+    # Measured over 3,000: 0.990 (small) and 0.984 (large), what the classifier makes of handwriting.
     assert report["overall"]["accuracy"] >= 0.97
     assert set(report) == {"overall", *digits.get_world(world).categories}
     for category in digits.get_world(world).categories:
@@ -68,16 +68,16 @@ def test_noise_and_flat_grey_are_unreadable(judges, world):
 
 
 def test_a_single_nan_makes_its_image_unreadable_and_no_other(judges):
-    images = digits.draw_images("full", ["a red 3"] * 3, "train", seed=0)
+    images = digits.draw_images("large", ["a red 3"] * 3, "train", seed=0)
     images[1, 0, 15, 2] = np.nan
-    assert judges["full"].right(images, ["a red 3"] * 3).tolist() == [True, False, True]
+    assert judges["large"].right(images, ["a red 3"] * 3).tolist() == [True, False, True]
 
 
 def test_readings_name_colors_digits_cells_and_ink(judges):
     ink, _ = digits.strokes()
     three, seven = digits.handwriting("train")[3][0], digits.handwriting("train")[7][0]
     scene = Scene((2, 2), CYAN, (Mark(1, 3, RED, three), Mark(2, 7, PURPLE, seven)))
-    (reading,) = judges["full"].read(picture(scene)[None])
+    (reading,) = judges["large"].read(picture(scene)[None])
     assert reading.readable and reading.background == CYAN
     assert reading.digits.tolist() == [-1, 3, 7, -1]
     assert reading.colors.tolist() == [-1, RED, PURPLE, -1]
@@ -137,7 +137,7 @@ def test_a_scene_that_is_wrong_in_one_way_is_judged_wrong(judges, what, fields):
         return picture(dataclasses.replace(scene, marks=tuple(marks)))
 
     images = np.stack([image(RIGHT), image(dataclasses.replace(RIGHT, **fields))])
-    assert judges["full"].right(images, [CAPTION] * 2).tolist() == [True, False], what
+    assert judges["large"].right(images, [CAPTION] * 2).tolist() == [True, False], what
 
 
 @pytest.mark.parametrize(
@@ -160,15 +160,15 @@ def test_a_scene_that_is_wrong_in_one_way_is_judged_wrong(judges, what, fields):
     ],
 )
 def test_a_caption_asks_for_what_it_says_and_nothing_else(judges, shown, asked, right):
-    images = digits.draw_images("full", [shown] * 20, "train", seed=0)
-    assert (judges["full"].right(images, [asked] * 20) == right).all()
+    images = digits.draw_images("large", [shown] * 20, "train", seed=0)
+    assert (judges["large"].right(images, [asked] * 20) == right).all()
 
 
 def test_accuracy_has_binomial_errors_per_category(judges):
     shown = ["a red 3"] * 8 + ["two 3s"] * 4
     asked = ["a red 3"] * 6 + ["a blue 3"] * 2 + ["two 3s"] * 3 + ["two 4s"]
-    readings = judges["full"].read(digits.draw_images("full", shown, "train", seed=0))
-    report = judging.prompt_accuracy(readings, asked, "full")
+    readings = judges["large"].read(digits.draw_images("large", shown, "train", seed=0))
+    report = judging.prompt_accuracy(readings, asked, "large")
     assert list(report) == ["overall", "colors", "counting"]
     assert report["overall"] == pytest.approx(
         {"accuracy": 0.75, "standard_error": 0.125, "count": 12}
@@ -178,9 +178,9 @@ def test_accuracy_has_binomial_errors_per_category(judges):
 
 
 def test_reading_a_thousand_images_takes_seconds_at_most(judges):
-    images = digits.draw_images("full", ["two 3s"] * 1000, "train", seed=0)
+    images = digits.draw_images("large", ["two 3s"] * 1000, "train", seed=0)
     start = time.perf_counter()
-    judges["full"].read(images)
+    judges["large"].read(images)
     assert time.perf_counter() - start < 5  # 0.3 s measured
 
 
@@ -211,10 +211,12 @@ def test_frechet_distance_parts_real_from_impoverished(world):
 
 
 def test_diversity_is_one_for_real_scenes_and_falls_with_each_collapse(judges):
-    prompts = [prompt for prompt in digits.held_out_prompts("full", 24, seed=1) for _ in range(16)]
+    prompts = [prompt for prompt in digits.held_out_prompts("large", 24, seed=1) for _ in range(16)]
     prompts = sorted(prompts)
     real = diversity(
-        judges["full"].read(digits.draw_images("full", prompts, "train", seed=2)), prompts, "full"
+        judges["large"].read(digits.draw_images("large", prompts, "train", seed=2)),
+        prompts,
+        "large",
     )
     assert real["groups"] == len(set(prompts))
     for name in ("color", "handwriting", "combined"):
@@ -222,8 +224,8 @@ def test_diversity_is_one_for_real_scenes_and_falls_with_each_collapse(judges):
 
     # One image for each caption, 16 times.
     starts = [prompts.index(prompt) for prompt in prompts]
-    frozen = digits.draw_images("full", prompts, "train", seed=2)[starts]
-    collapsed = diversity(judges["full"].read(frozen), prompts, "full")
+    frozen = digits.draw_images("large", prompts, "train", seed=2)[starts]
+    collapsed = diversity(judges["large"].read(frozen), prompts, "large")
     assert collapsed["color"] < 1e-6 and collapsed["combined"] < 1e-3
 
     # One handwriting of each digit, in all colours; and the reverse.
@@ -239,26 +241,26 @@ def test_diversity_is_one_for_real_scenes_and_falls_with_each_collapse(judges):
             images.append(picture(dataclasses.replace(scene, marks=tuple(marks))))
         return np.stack(images)
 
-    one_hand = diversity(judges["full"].read(draw(one_hand=True)), prompts, "full")
+    one_hand = diversity(judges["large"].read(draw(one_hand=True)), prompts, "large")
     assert one_hand["handwriting"] < 0.02 and one_hand["color"] == pytest.approx(1, abs=0.06)
 
 
 def test_noise_is_not_diversity(judges):
     noise = np.random.default_rng(0).normal(0, 1, (8, 16, 16, 3))
-    report = diversity(judges["full"].read(noise), ["a 3"] * 8, "full")
+    report = diversity(judges["large"].read(noise), ["a 3"] * 8, "large")
     assert report["groups"] == 0 and np.isnan(report["combined"])
 
 
 def test_errors_of_users(judges):
-    images = digits.draw_images("full", ["a 3"] * 2, "test", seed=0)
+    images = digits.draw_images("large", ["a 3"] * 2, "test", seed=0)
     with pytest.raises(UserError, match=r"images have shape \(2, 16, 16, 3\): the world 'small'"):
         judges["small"].read(images)
     with pytest.raises(UserError, match="2 images with 1 captions"):
-        judges["full"].right(images, ["a 3"])
+        judges["large"].right(images, ["a 3"])
     with pytest.raises(UserError, match="not of the digits world"):
-        judges["full"].right(images, ["a 3", "a cat"])
-    with pytest.raises(UserError, match="world 'large' is unknown"):
-        Judge.fit("large")
+        judges["large"].right(images, ["a 3", "a cat"])
+    with pytest.raises(UserError, match="world 'huge' is unknown"):
+        Judge.fit("huge")
     features = PixelFeatures(np.zeros(768), np.eye(64, 768))
     with pytest.raises(UserError, match="at least 128 and 256"):
         frechet_distance(images, images, features)

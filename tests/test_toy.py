@@ -94,7 +94,7 @@ def test_space_to_depth_is_exact(array, factor):
     np.testing.assert_array_equal(np.asarray(latents)[1, 1, 0], block)
 
 
-@pytest.mark.parametrize("world", ["small", "full"])
+@pytest.mark.parametrize("world", list(digits.WORLDS))
 def test_latents_of_the_world_have_about_unit_variance(world):
     prompts = digits.held_out_prompts(world, 600, seed=0)
     latents = SpaceToDepth().encode(digits.draw_images(world, prompts, "train", seed=0))

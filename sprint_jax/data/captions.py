@@ -170,12 +170,13 @@ def draw_prompt(generator: np.random.Generator, cells: tuple[int, int]) -> Promp
     if kind == "counting":
         count = int(generator.choice(list(COUNTS.values())))
     if kind == "position":
-        relation = RELATIONS[generator.integers(len(RELATIONS))]
+        fitting = RELATIONS if cells[0] > 1 else RELATIONS[:2]
+        relation = fitting[generator.integers(len(fitting))]
     digits = generator.permutation(10)[: 1 + (kind in ("pair", "position"))]
     named = generator.random(1 + len(digits)) < 0.5
-    if cells == (1, 1) and named.all():
-        # One cell and both colours said would leave only the handwriting to chance.
-        named[generator.integers(2)] = False
+    if len(digits) * count == cells[0] * cells[1] and named.all():
+        # Every cell taken and every colour said would leave only the handwriting to chance.
+        named[generator.integers(len(named))] = False
     background, *colors = (
         int(color) if said else None
         for color, said in zip(generator.permutation(len(COLORS)), named, strict=False)

@@ -60,7 +60,8 @@ class World:
 
 WORLDS = {
     "small": World(cells=(1, 1), train=10_000, test=2_000),  # 8x8 pixels, one digit
-    "full": World(cells=(2, 2), train=20_000, test=4_000),  # 16x16 pixels, one or two digits
+    "full": World(cells=(1, 2), train=20_000, test=4_000),  # 8x16 pixels, one or two digits
+    "large": World(cells=(2, 2), train=20_000, test=4_000),  # 16x16 pixels, likewise
 }
 
 
@@ -136,7 +137,7 @@ def draw_scene(
     if len(things) > rows * columns or (prompt.relation and line < 2):
         raise UserError(
             f"caption {write_caption(prompt)!r} does not fit in {rows}x{columns} cells: "
-            "use the world 'full'"
+            "use the world 'large'"
         )
 
     said = {prompt.background, *(thing.color for thing in things)}
@@ -220,7 +221,7 @@ class DigitsConfig(tfds.core.BuilderConfig):
 
 
 class Digits(tfds.core.GeneratorBasedBuilder):
-    """The digits world for TFDS: configs 'small' and 'full', splits 'train' and 'test'.
+    """The digits world for TFDS: configs 'small', 'full' and 'large', splits 'train' and 'test'.
 
     Use it through `open_digits`, or as any builder:
     ``Digits(data_dir=..., config='full', file_format='array_record')``. Per cell (row-major), with

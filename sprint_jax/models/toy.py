@@ -96,7 +96,7 @@ class SpaceToDepth:
     Attributes:
       factor: side of a block; latents are ``factor`` times smaller, with ``3 factor^2`` channels.
       scaling_factor: latents are pixels times this. The default gives the scenes of the digits
-        world about unit variance: pixels have standard deviation 0.91 (small) and 0.96 (full).
+        world about unit variance: pixels have standard deviation 0.91 (small) to 0.96 (large).
     """
 
     factor: int = 2
