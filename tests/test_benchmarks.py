@@ -6,8 +6,10 @@ Milliseconds are not judged: one round of a network of one block, compiled in a 
 import importlib.util
 import json
 import math
+import subprocess
 
 import jax
+import numpy as np
 import pytest
 from runs import ROOT, quick_compilation
 
@@ -128,3 +130,34 @@ def test_a_wrong_flag_is_one_line(benchmark):
         benchmark.main(["--rounds=0"])
     with pytest.raises(UserError, match="scan=false"):
         benchmark.build("small", ["--config.model.scan=true"])
+
+
+def test_arms_of_the_cpu_benchmark_compute_the_same():
+    cpu = load("cpu")
+    (dense, arguments), (linear, _) = (
+        cpu.projection(arm(640)) for arm in (cpu.nn.Dense, cpu.Linear)
+    )
+    for one, other in zip(
+        *(jax.tree.leaves(arm(*arguments)) for arm in (dense, linear)), strict=True
+    ):
+        np.testing.assert_allclose(one, other, rtol=1e-4, atol=1e-3)  # sums of 1,024 products
+
+
+def test_memory_settings_reach_a_process_of_their_own(monkeypatch):
+    cpu, seen = load("cpu"), []
+
+    def run(words, env, **_):
+        seen.append((words[1:], env["GLIBC_TUNABLES"]))
+        return subprocess.CompletedProcess(words, 0, stdout="2.5\n")
+
+    monkeypatch.setattr(cpu.subprocess, "run", run)
+    assert [cpu.in_environment(tunables) for tunables in cpu.ENVIRONMENTS.values()] == [2.5] * 3
+    assert [tunables for _, tunables in seen] == list(cpu.ENVIRONMENTS.values())
+    assert all(words == [cpu.__file__, "--child"] for words, _ in seen)
+
+
+def test_ratios_are_taken_within_rounds(capsys):
+    load("cpu").report("projection", {"slow": [4.0, 9.0, 8.0], "fast": [1.0, 3.0, 4.0]})
+    line = json.loads(capsys.readouterr().out)
+    assert line["ms"] == {"slow": [4, 8, 9], "fast": [1, 3, 4]}
+    assert line["ratio to fast"] == {"slow": [2, 3, 4]} and line["rounds"] == 3
