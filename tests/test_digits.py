@@ -56,7 +56,9 @@ def test_captions_parse_back_to_their_scene(world):
     for prompt, scene in draws(world, 3000):
         caption = write_caption(prompt)
         assert parse_caption(caption) == prompt
-        assert set(caption.split()) <= vocabulary and len(caption.split()) <= 11
+        words = caption.split()
+        assert len(words) <= 10
+        assert {word[:1] if word[0].isdigit() else word for word in words} <= vocabulary
         seen.add(prompt.category)
 
         values, colors = per_cell(scene)

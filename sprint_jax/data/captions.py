@@ -19,6 +19,7 @@ import numpy as np
 from sprint_jax.errors import UserError
 
 COLORS = ("red", "green", "blue", "yellow", "purple", "cyan")
+DIGITS = tuple("0123456789")
 RELATIONS = ("left of", "right of", "above", "below")
 COUNTS = {"two": 2}
 CATEGORIES = (
@@ -166,7 +167,7 @@ def draw_prompt(generator: np.random.Generator, cells: tuple[int, int]) -> Promp
     """
     kind, relation, count = "one", None, 1
     if cells[0] * cells[1] > 1:
-        kind = generator.choice(["one", "counting", "pair", "position"], p=[0.3, 0.15, 0.3, 0.25])
+        kind = generator.choice(["one", "counting", "pair", "position"], p=[0.4, 0.2, 0.2, 0.2])
     if kind == "counting":
         count = int(generator.choice(list(COUNTS.values())))
     if kind == "position":
@@ -186,7 +187,6 @@ def draw_prompt(generator: np.random.Generator, cells: tuple[int, int]) -> Promp
 
 
 def vocabulary() -> tuple[str, ...]:
-    """Every word of the grammar, in a fixed order."""
+    """Every word of the grammar, in a fixed order; the plural of a digit is the digit and ``s``."""
     relations = " ".join(RELATIONS).split()
-    numbers = [f"{digit}{ending}" for ending in ("", "s") for digit in range(10)]
-    return tuple(dict.fromkeys(["a", "and", "on", *COUNTS, *relations, *COLORS, *numbers]))
+    return tuple(dict.fromkeys(["a", "and", "on", *COUNTS, *relations, *COLORS, "s", *DIGITS]))

@@ -9,46 +9,46 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from sprint_jax.data.captions import vocabulary
+from sprint_jax.data.captions import COLORS, DIGITS, vocabulary
 from sprint_jax.errors import UserError
 
 
 class WordEncoder:
     """Frozen random word embeddings, each in the context of the words before it, in place of Gemma-2.
 
-    The state after word k is ``state_k = 0.6 P state_{k-1} + 0.8 word_k`` with a fixed permutation P
-    of the features, and its token ``(state_k + position_k) / sqrt(2)``. Words and positions are drawn
-    from N(0, 1), so a feature has unit variance. As with a causal language model, the token of a
-    digit tells the colour said before it, which the transformer could not find out by itself: SANA
-    projects each text token alone. Cross-attention, which does not see the order of tokens, sees
-    that of words.
+    The state after word k is ``state_k = 0.5 P state_{k-1} + sqrt(0.75) word_k`` with a fixed
+    permutation P of the features, and its token ``sqrt(0.84) state_k + 0.4 position_k``. Words and
+    positions are drawn from N(0, 1), so a feature has unit variance. As with a causal language model,
+    the token of a digit tells the colour said before it, which the transformer could not find out by
+    itself: SANA projects each text token alone. Cross-attention, which does not see the order of
+    tokens, sees that of words. As there, words of a kind (colours, digits) are alike, with 0.3 of their
+    variance in common, and a plural is its noun and a second token.
+
+    What a token is made of decides how soon a network follows captions: where only a sixth of its
+    variance told which digit was meant, half of it the position, teachers drew clean pictures of
+    arbitrary digits for three times as many updates.
 
     Attributes:
       length: tokens L of every caption; the longest caption of the digits world takes 11.
       features: size Ct of a token.
     """
 
-    def __init__(
-        self,
-        length: int = 12,
-        features: int = 64,
-        seed: int = 0,
-        words: Sequence[str] | None = None,
-    ):
-        """``words`` is the vocabulary, by default that of the digits world."""
+    def __init__(self, length: int = 12, features: int = 64, seed: int = 0):
         self.length = length
         self.features = features
-        self._rows = {
-            word: row for row, word in enumerate(vocabulary() if words is None else words, 1)
-        }
+        self._rows = {word: row for row, word in enumerate(vocabulary(), 1)}
         # RandomState, whose stream NumPy has frozen: checkpoints rely on these vectors.
         random = np.random.RandomState(seed)
         positions = random.standard_normal((length, features))
         # Row 0 is the begin token.
         table = random.standard_normal((len(self._rows) + 1, features))
         self._permutation = random.permutation(features)
-        self._positions = (positions / np.sqrt(2)).astype(np.float32)
-        self._table = (table / np.sqrt(2)).astype(np.float32)
+        for kind in (COLORS, DIGITS):
+            common = random.standard_normal(features)
+            rows = [self._rows[word] for word in kind]
+            table[rows] = np.sqrt(0.3) * common + np.sqrt(0.7) * table[rows]
+        self._positions = (0.4 * positions).astype(np.float32)
+        self._table = (np.sqrt(0.84) * table).astype(np.float32)
 
     def encode(self, captions: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
         """Encodes captions; words are parted by spaces, and '' is the null prompt (a begin token).
@@ -66,18 +66,25 @@ class WordEncoder:
         rows = np.zeros((len(captions), self.length), np.int32)
         mask = np.zeros((len(captions), self.length), np.int32)
         for caption, row, kept in zip(captions, rows, mask, strict=True):
-            tokens = [self._row(word, caption) for word in caption.split()]
+            tokens = [
+                self._row(token, caption) for word in caption.split() for token in self._split(word)
+            ]
             if len(tokens) >= self.length:
                 raise UserError(
-                    f"caption {caption!r} has {len(tokens)} words: use at most {self.length - 1}"
+                    f"caption {caption!r} has {len(tokens)} tokens: use at most {self.length - 1}"
                 )
             row[1 : 1 + len(tokens)] = tokens
             kept[: 1 + len(tokens)] = 1
         text = self._table[rows]
         for k in range(1, self.length):
-            text[:, k] = 0.6 * text[:, k - 1, self._permutation] + 0.8 * text[:, k]
+            text[:, k] = 0.5 * text[:, k - 1, self._permutation] + np.sqrt(0.75) * text[:, k]
         text = (text + self._positions) * mask[..., None].astype(np.float32)
         return text, mask
+
+    def _split(self, word: str) -> list[str]:
+        """The tokens of a word: a plural that is not in the vocabulary is its noun and ``s``."""
+        plural = word[-1] == "s" and word not in self._rows and {word[:-1], "s"} <= set(self._rows)
+        return [word[:-1], "s"] if plural else [word]
 
     def _row(self, word: str, caption: str) -> int:
         row = self._rows.get(word)
