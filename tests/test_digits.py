@@ -75,14 +75,9 @@ def test_captions_parse_back_to_their_scene(world):
 
 
 def test_every_caption_leaves_a_color_or_a_place_to_chance():
-    for prompt, _ in draws("small", 2000):
-        assert prompt.background is None or prompt.things[0].color is None
-    open_places = 0
-    for prompt, _ in draws("full", 4000):
-        colors = [prompt.background, *(thing.color for thing in prompt.things)]
-        assert None in colors or len(prompt.things) == 1
-        open_places += None not in colors
-    assert open_places > 100  # fully coloured, but left or right
+    for world in ("small", "full"):
+        for prompt, _ in draws(world, 2000):
+            assert None in (prompt.background, *(thing.color for thing in prompt.things))
     # In the large world even the most specific captions leave a row or a column open.
     generator = np.random.default_rng(0)
     whole = parse_caption("a red 3 left of a green 7 on blue")
@@ -164,6 +159,12 @@ def test_what_a_caption_leaves_open_is_uniform():
     np.testing.assert_allclose(backgrounds, [0, 0.2, 0.2, 0.2, 0.2, 0.2], atol=0.03)
     np.testing.assert_allclose(others, [0, 0.2, 0.2, 0.2, 0.2, 0.2], atol=0.03)
     np.testing.assert_allclose(columns, [0.5, 0.5, 0, 0], atol=0.032)
+
+
+def test_in_a_single_row_things_stand_from_the_left():
+    for prompt, scene in draws("full", 500):
+        if prompt.relation is None:
+            assert [mark.cell for mark in scene.marks] == list(range(len(prompt.things)))
 
 
 def test_render_mixes_by_ink():

@@ -175,8 +175,8 @@ def draw_prompt(generator: np.random.Generator, cells: tuple[int, int]) -> Promp
         relation = fitting[generator.integers(len(fitting))]
     digits = generator.permutation(10)[: 1 + (kind in ("pair", "position"))]
     named = generator.random(1 + len(digits)) < 0.5
-    if len(digits) * count == cells[0] * cells[1] and named.all():
-        # Every cell taken and every colour said would leave only the handwriting to chance.
+    if cells[0] == 1 and named.all():
+        # Places in a single row are not open: all colours said would leave only the handwriting.
         named[generator.integers(len(named))] = False
     background, *colors = (
         int(color) if said else None

@@ -6,9 +6,10 @@ handwritten digit (scikit-learn's 1,797 digits) in a colour that is not the back
 is held out for the test split.
 
 A caption such as ``a red 3 left of a green 7`` names each colour with probability 1/2. What it does
-not say (a colour, a place, the handwriting) is uniform in the data. Every caption that is written
-here leaves at least one vivid thing, a colour or a place, to chance: the mean image of a caption is
-therefore wrong, which is what a distilled model that averages draws. Categories are GenEval's.
+not say (a colour, the handwriting, in ``large`` a place) is uniform in the data. Every caption that
+is written here leaves at least one vivid thing, a colour or a place, to chance: the mean image of a
+caption is therefore wrong, which is what a distilled model that averages draws. Categories are
+GenEval's.
 
 `Digits` is an ordinary TFDS builder, to be copied for other data: it writes and reads ArrayRecord
 without TensorFlow. (Its image feature is a ``Tensor``: TFDS encodes ``Image`` with TensorFlow.)
@@ -126,6 +127,8 @@ def draw_scene(
 
     Two things stand side by side in the order of the caption, unless it says another place: with
     every place left to chance, a small teacher took ten times as long to learn what a caption says.
+    In a world of one row a lone thing stands in the first cell: of those whose cell was left to
+    chance, a teacher with guidance drew a third in neither.
 
     Raises:
       UserError: the prompt does not fit in a grid of ``cells``, or the split is unknown.
@@ -155,9 +158,9 @@ def draw_scene(
         places = [across * columns + p if sideways else p * columns + across for p in (near, far)]
         if prompt.relation in ("right of", "below"):
             places.reverse()
-    elif len(things) == 2 and columns > 1:
+    elif rows == 1 or (len(things) == 2 and columns > 1):
         first = generator.integers(rows) * columns
-        places = [first, first + 1]
+        places = range(first, first + len(things))
     else:
         places = generator.permutation(rows * columns)[: len(things)]
 
