@@ -67,8 +67,8 @@ def test_captions_parse_back_to_their_scene(world):
         assert scene.background not in [mark.color for mark in scene.marks]
         hands = [mark.handwriting for mark in scene.marks]
         assert len(set(hands)) == len(hands), "the same handwriting twice"
-        shades = {mark.color for mark in scene.marks}
-        assert len(shades) == (1 if prompt.category == "counting" else len(scene.marks))
+        said = {thing.color for thing in prompt.things}  # None: those not said share one
+        assert len({mark.color for mark in scene.marks}) == len(said)
         for mark in scene.marks:
             assert mark.handwriting in digits.handwriting("train")[mark.digit]
     assert seen == set(digits.get_world(world).categories)

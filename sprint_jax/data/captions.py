@@ -163,7 +163,7 @@ def _stand(relation: str, first: int, second: int, columns: int) -> bool:
 def draw_prompt(generator: np.random.Generator, cells: tuple[int, int]) -> Prompt:
     """Draws what a caption says: digits, relation, and each colour with probability 1/2.
 
-    The colours said are distinct, as they are in scenes (several equal digits share one colour).
+    The colours said are distinct (several equal digits share one).
     """
     kind, relation, count = "one", None, 1
     if cells[0] * cells[1] > 1:

@@ -128,7 +128,7 @@ def draw_scene(
     Two things stand side by side in the order of the caption, unless it says another place: with
     every place left to chance, a small teacher took ten times as long to learn what a caption says.
     In a world of one row a lone thing stands in the first cell: of those whose cell was left to
-    chance, a teacher with guidance drew a third in neither.
+    chance, a teacher with guidance drew a third in neither. Things whose colour is not said share one.
 
     Raises:
       UserError: the prompt does not fit in a grid of ``cells``, or the split is unknown.
@@ -146,11 +146,8 @@ def draw_scene(
     said = {prompt.background, *(thing.color for thing in things)}
     unsaid = [int(c) for c in generator.permutation(len(COLORS)) if c not in said]
     background = unsaid.pop() if prompt.background is None else prompt.background
-    if prompt.counts:
-        shared = unsaid.pop() if things[0].color is None else things[0].color
-        colors = [shared] * len(things)
-    else:
-        colors = [unsaid.pop() if thing.color is None else thing.color for thing in things]
+    shared = unsaid.pop()
+    colors = [shared if thing.color is None else thing.color for thing in things]
 
     if prompt.relation:
         near, far = sorted(generator.permutation(line)[:2])
