@@ -311,7 +311,7 @@ def test_commands_in_their_own_process(data, models, tmp_path):
     cases = [
         (2, start([*words(TEACHER, data, tmp_path / "run"), "--config.step=3"]), "'steps'"),
         (1, start(words(TEACHER, data, tmp_path / "foreign")), "no config.json"),
-        (1, start(words(TEACHER, data, tmp_path / "run", data__batch_size=12)), "batch_size=12"),
+        (2, start(words(TEACHER, data, tmp_path / "run", data__batch_size=12)), "batch_size=12"),
         (2, start([*model, "--prompt", "a 3", "--steps", "7"], "sample"), "7"),
     ]
     for code, process, part in cases:
