@@ -67,7 +67,9 @@ def test_eight_devices_equal_one(stage, shape, configs, singles, single_losses):
     for step, (row, expected) in enumerate(zip(run(built), single_losses[stage], strict=True)):
         for name in (name for name in expected if name.startswith("loss/")):
             message = f"{name} at step {step + 1}"
-            np.testing.assert_allclose(row[name], expected[name], rtol=1e-5, err_msg=message)
+            # The total may come near 0 as a difference of losses of order 1, of which 1e-6 is 8 ulp.
+            close = dict(rtol=1e-5, atol=1e-6)
+            np.testing.assert_allclose(row[name], expected[name], **close, err_msg=message)
 
 
 def check_placement(built, fsdp):
