@@ -27,7 +27,7 @@ def get_config(arg=None):
     # Positions, as the 2K models have them: left and right are learned sooner.
     c.model.interpolation_scale = 1.0
     c.log.sample_guidance = 3.0
-    c.sampler.midpoint = 0.8  # 192 numbers a picture: at 1.3 hardly anything is left of it
+    c.sampler.midpoint = 0.8  # of so small a picture hardly anything is left at 1.3
     c.ema_decay = 0.998
     teacher(c, world) if stage == "teacher" else student(c, world)
     return c
@@ -53,9 +53,9 @@ def student(c, world):
     c.scm.tangent_warmup = 100
     c.ladd.weight = 1.0
     c.ladd.taps = (1, 3, 5)
-    c.ladd.token_norm = (
-        True  # with 16 tokens a picture, batch norm leaves the heads nothing to tell
-    )
-    c.ladd.time_mean = -2.0  # little noise: what is wrong with one step is seen in single pixels
+    # With 16 or 32 tokens a picture, batch norm leaves the heads nothing to tell; and what is wrong
+    # with one step is seen in single pixels, at little noise.
+    c.ladd.token_norm = True
+    c.ladd.time_mean = -2.0
     c.ladd.optimizer.learning_rate = 1e-3
     c.ladd.optimizer.b1 = 0.0

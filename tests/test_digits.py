@@ -264,9 +264,9 @@ def test_processes_may_write_at_once_and_none_imports_tensorflow(tmp_path):
 
 def test_the_loser_of_a_race_reads_the_winner_s_records(tmp_path):
     digits.open_digits(tmp_path, "small", "test")
-    before = (tmp_path / "digits/small/1.0.0").stat().st_ino
+    before = (tmp_path / "digits/small/2.0.0").stat().st_ino
     digits._prepare(tmp_path, "small")  # another process has finished meanwhile
-    assert (tmp_path / "digits/small/1.0.0").stat().st_ino == before
+    assert (tmp_path / "digits/small/2.0.0").stat().st_ino == before
     assert [path.name for path in tmp_path.iterdir()] == ["digits"]
 
 
@@ -280,8 +280,8 @@ def test_errors_of_users(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match=r"cannot write the digits to .*file"):
         digits.open_digits(tmp_path / "file", "small", "train")
-    broken = tmp_path / "digits/small/1.0.0"
+    broken = tmp_path / "digits/small/2.0.0"
     broken.mkdir(parents=True)
     (broken / "junk").write_text("")
-    with pytest.raises(UserError, match=r"1\.0\.0 is not a whole data set: delete it"):
+    with pytest.raises(UserError, match=r"2\.0\.0 is not a whole data set: delete it"):
         digits.open_digits(tmp_path, "small", "train")

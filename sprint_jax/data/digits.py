@@ -228,8 +228,8 @@ class Digits(tfds.core.GeneratorBasedBuilder):
     -1 for an empty cell: ``digits``, ``colors`` and ``handwriting`` (row of `strokes`).
     """
 
-    VERSION = tfds.core.Version("1.0.0")
-    RELEASE_NOTES: ClassVar = {"1.0.0": "First release."}
+    VERSION = tfds.core.Version("2.0.0")
+    RELEASE_NOTES: ClassVar = {"2.0.0": "Scenes of 'full' in one row; that of 1.0.0 is 'large'."}
     BUILDER_CONFIGS: ClassVar = [DigitsConfig(name=name, world=w) for name, w in WORLDS.items()]
     # Nothing is downloaded. Without this line TFDS 4.9.10 looks for a list of checksums and needs
     # the package importlib_resources, which it does not declare (tensorflow/datasets#11212); a

@@ -83,7 +83,9 @@ class WordEncoder:
 
     def _split(self, word: str) -> list[str]:
         """The tokens of a word: a plural that is not in the vocabulary is its noun and ``s``."""
-        plural = word[-1] == "s" and word not in self._rows and {word[:-1], "s"} <= set(self._rows)
+        plural = (
+            word[-1] == "s" and word not in self._rows and {word[:-1], "s"} <= self._rows.keys()
+        )
         return [word[:-1], "s"] if plural else [word]
 
     def _row(self, word: str, caption: str) -> int:
