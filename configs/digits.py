@@ -35,14 +35,14 @@ def get_config(arg=None):
 
 def teacher(c, world):
     c.stage = "flow"
-    c.steps = 2000 if world == "small" else 4000
+    c.steps = 1800 if world == "small" else 4000
     c.optimizer.learning_rate = 1.5e-3
     c.optimizer.decay_steps = c.steps
 
 
 def student(c, world):
     c.stage = "distill"
-    c.steps = 400 if world == "small" else 1200
+    c.steps = 300 if world == "small" else 1200
     c.model.guidance_embeds = True
     c.optimizer.learning_rate = 3e-4
     c.optimizer.decay_steps = c.steps
