@@ -1,11 +1,17 @@
 #!/usr/bin/env bash
 # Runs the whole test suite, or the part that the arguments name:
 #   launch/test.sh [tests/test_config.py] [-k words] [any other pytest argument]
+#   launch/test.sh --parity [...]    installs torch and diffusers too and compares with them
 # Needs no network once .venv is there, no accelerator and no downloads.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 source launch/_env.sh
-environment dev
+extras=dev
+if [ "${1:-}" = --parity ]; then
+  extras=dev,parity
+  shift
+fi
+environment "$extras"
 
 # One file stays on one worker, so that what a file trains once is shared by its tests.
 exec .venv/bin/python -m pytest --numprocesses auto --maxprocesses 8 --dist loadfile "$@"

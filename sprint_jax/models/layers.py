@@ -59,13 +59,18 @@ class RMSNorm(nn.Module):
     dtype: Dtype
     epsilon: float = 1e-5
     initial: float = 1.0
+    use_bias: bool = False
 
     @nn.compact
     def __call__(self, x: Array) -> Array:
         weight = self.param("weight", nn.initializers.constant(self.initial), (x.shape[-1],))
         x = wide(x)
         x = x * jax.lax.rsqrt(jnp.square(x).mean(-1, keepdims=True) + self.epsilon)
-        return (x * jnp.broadcast_to(weight, x.shape)).astype(self.dtype)
+        x = x * jnp.broadcast_to(weight, x.shape)
+        if self.use_bias:
+            bias = self.param("bias", nn.initializers.zeros, (x.shape[-1],))
+            x = x + jnp.broadcast_to(bias, x.shape)
+        return x.astype(self.dtype)
 
 
 def sinusoid(t: Array, channels: int = 256, max_period: float = 10000.0) -> Array:

@@ -1,0 +1,37 @@
+"""Names and layouts of DC-AE's tensors in diffusers' AutoencoderDC."""
+
+import re
+
+import jax
+
+from ..models.dc_ae import AutoencoderDC
+from .tables import CONV, DEPTHWISE, LINEAR, POINTWISE, SAME, Entry, Layout, grouped, make_table
+
+
+def dc_ae_table(autoencoder: AutoencoderDC) -> dict[str, Entry]:
+    """The table of an autoencoder, encoder and decoder."""
+    shapes = jax.eval_shape(autoencoder.init, jax.random.key(0))
+    return make_table(shapes, _name, _layout)
+
+
+def _name(path: tuple[str, ...]) -> str:
+    """'encoder', 'down_blocks_0_1', 'conv1', 'kernel' -> 'encoder.down_blocks.0.1.conv1.weight'."""
+    half, *modules, leaf = path
+    modules = [re.sub(r"_(\d+)(?=_|$)", r".\1", module) for module in modules]
+    if leaf in ("proj_in", "proj_out"):
+        modules, leaf = [*modules, leaf], "weight"
+    leaf = "weight" if leaf == "kernel" else leaf
+    return ".".join([half, *modules, leaf]).replace("conv_out_norm", "conv_out.norm")
+
+
+def _layout(path: tuple[str, ...], shape: tuple[int, ...]) -> Layout:
+    module, leaf = path[-2:]
+    if leaf in ("weight", "bias"):
+        return SAME
+    if leaf == "proj_in" or module == "conv_depth":
+        return DEPTHWISE
+    if leaf == "proj_out":
+        return grouped(shape[0])
+    if module in ("to_q", "to_k", "to_v", "to_out"):
+        return LINEAR
+    return POINTWISE if module in ("conv_inverted", "conv_point") else CONV

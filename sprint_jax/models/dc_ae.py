@@ -1,0 +1,317 @@
+"""DC-AE: the deep-compression autoencoder of SANA; pixels [B,H,W,3] to latents [B,H/32,W/32,32] and back.
+
+Convolutional stages at high resolution, stages of linear attention at low, and shortcuts that only
+move pixels into channels and back (arXiv 2410.10733). Checked against the forward pass of diffusers'
+AutoencoderDC, whose config fields and weight names these are (`interop.dc_ae`). Both networks are
+deterministic.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from einops import rearrange
+from flax import linen as nn
+
+from ..errors import UserError
+from .convolution import Conv3x3, depthwise_conv, group_mean, pixel_shuffle, pixel_unshuffle
+from .layers import GLUMBConv, Linear, RMSNorm, wide
+from .tiling import Tiling
+
+Array = jax.Array
+
+ACTIVATIONS = {"silu": nn.silu, "relu": nn.relu}
+
+
+class ResBlock(nn.Module):
+    """``x + norm(conv2(act(conv1(x))))``."""
+
+    activation: str
+    dtype: Any
+
+    @nn.compact
+    def __call__(self, x: Array) -> Array:
+        d = x.shape[-1]
+        y = ACTIVATIONS[self.activation](Conv3x3(d, self.dtype, name="conv1")(x))
+        y = Conv3x3(d, self.dtype, use_bias=False, name="conv2")(y)
+        return x + RMSNorm(self.dtype, use_bias=True, name="norm")(y)
+
+
+class MultiscaleLinearAttention(nn.Module):
+    """``x + norm(attention(x))``: ReLU linear attention over q, k, v and over blurred copies of them.
+
+    ``to_q, to_k, to_v`` are thirds of one projection to 3C channels, of which each ``3 head_dim``
+    consecutive ones are the q, k and v of a head. (Diffusers switches to a quadratic form for pictures of
+    few tokens; it is the same function, and small.)
+    """
+
+    head_dim: int
+    scales: tuple[int, ...]
+    dtype: Any
+
+    @nn.compact
+    def __call__(self, x: Array) -> Array:
+        d = x.shape[-1]
+
+        def project(name, features=d):
+            return Linear(features, use_bias=False, dtype=self.dtype, name=name)
+
+        qkv = jnp.concatenate([project(name)(x) for name in ("to_q", "to_k", "to_v")], axis=-1)
+        maps = [qkv]
+        for i, size in enumerate(self.scales):
+            name = f"to_qkv_multiscale_{i}"
+            maps.append(MultiscaleProjection(size, self.head_dim, self.dtype, name=name)(qkv))
+        qkv = rearrange(
+            wide(jnp.concatenate(maps, axis=-1)),
+            "b h w (n s c) -> s b (h w) n c",
+            s=3,
+            c=self.head_dim,
+        )
+        q, k, v = nn.relu(qkv[0]), nn.relu(qkv[1]), qkv[2]
+        highest = jax.lax.Precision.HIGHEST
+        state = jnp.einsum("btnc,btnd->bncd", k, v, precision=highest)
+        numerator = jnp.einsum("btnc,bncd->btnd", q, state, precision=highest)
+        denominator = jnp.einsum("btnc,bnc->btn", q, k.sum(1), precision=highest)
+        out = (numerator / (denominator[..., None] + 1e-15)).astype(self.dtype)
+        out = project("to_out")(out.reshape(*x.shape[:-1], -1))
+        return x + RMSNorm(self.dtype, use_bias=True, name="norm_out")(out)
+
+
+class MultiscaleProjection(nn.Module):
+    """Depthwise convolution of q, k and v, then a linear map within each head's q, k or v."""
+
+    size: int
+    head_dim: int
+    dtype: Any
+
+    @nn.compact
+    def __call__(self, qkv: Array) -> Array:
+        d, c = qkv.shape[-1], self.head_dim
+        init = nn.initializers.lecun_normal()
+        blur = self.param("proj_in", init, (self.size, self.size, d))
+        kernel = self.param("proj_out", init, (d // c, c, c))
+        x = rearrange(depthwise_conv(qkv, blur), "b h w (g i) -> b h w g i", i=c)
+        x = jnp.einsum("bhwgi,gio->bhwgo", x, kernel.astype(self.dtype))
+        return x.reshape(qkv.shape)
+
+
+class EfficientViTBlock(nn.Module):
+    """Multi-scale linear attention, then a gated convolutional MLP, each normed and added."""
+
+    head_dim: int
+    scales: tuple[int, ...]
+    dtype: Any
+
+    @nn.compact
+    def __call__(self, x: Array) -> Array:
+        d = x.shape[-1]
+        x = MultiscaleLinearAttention(self.head_dim, self.scales, self.dtype, name="attn")(x)
+        conv_out = GLUMBConv(d, 4 * d, self.dtype, name="conv_out")
+        return x + RMSNorm(self.dtype, use_bias=True, name="conv_out_norm")(conv_out(x))
+
+
+class DownBlock(nn.Module):
+    """Half the size, by a strided convolution or pixel unshuffling, plus a shortcut of channel means."""
+
+    features: int
+    unshuffle: bool
+    shortcut: bool
+    dtype: Any
+
+    @nn.compact
+    def __call__(self, x: Array) -> Array:
+        if self.unshuffle:
+            y = pixel_unshuffle(Conv3x3(self.features // 4, self.dtype, name="conv")(x))
+        else:
+            y = Conv3x3(self.features, self.dtype, stride=2, name="conv")(x)
+        return y + group_mean(pixel_unshuffle(x), self.features) if self.shortcut else y
+
+
+class UpBlock(nn.Module):
+    """Twice the size, by nearest neighbours or pixel shuffling, plus a shortcut of repeated channels."""
+
+    features: int
+    interpolate: bool
+    shortcut: bool
+    dtype: Any
+
+    @nn.compact
+    def __call__(self, x: Array) -> Array:
+        if self.interpolate:
+            y = Conv3x3(self.features, self.dtype, upsample=True, name="conv")(x)
+        else:
+            y = pixel_shuffle(Conv3x3(4 * self.features, self.dtype, name="conv")(x))
+        if not self.shortcut:
+            return y
+        return y + pixel_shuffle(jnp.repeat(x, 4 * self.features // x.shape[-1], axis=-1))
+
+
+def per_stage(value, i: int):
+    """The entry of stage ``i`` in a config field that may be one value for all stages."""
+    return value if isinstance(value, str) else value[i]
+
+
+def make_block(c: "AutoencoderDC", block_types, scales, i: int, activation: str) -> Callable:
+    """The block class of stage ``i``, bound to its fields: ``block(dtype, name=...)``."""
+    if per_stage(block_types, i) == "ResBlock":
+        return functools.partial(ResBlock, activation)
+    return functools.partial(EfficientViTBlock, c.attention_head_dim, tuple(scales[i]))
+
+
+class Encoder(nn.Module):
+    """Pixels [B, H, W, 3] to latents [B, H/f, W/f, latent_channels], not scaled."""
+
+    config: "AutoencoderDC"
+    dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: Array) -> Array:
+        c = self.config
+        widths, layers = c.encoder_block_out_channels, c.encoder_layers_per_block
+        unshuffle = c.downsample_block_type == "pixel_unshuffle"
+
+        def down(features, shortcut, name):
+            return DownBlock(features, unshuffle, shortcut, self.dtype, name=name)
+
+        x = x.astype(self.dtype)
+        if layers[0]:
+            x = Conv3x3(widths[0], self.dtype, name="conv_in")(x)
+        else:
+            x = down(widths[1], False, "conv_in")(x)
+        for i, count in enumerate(layers):
+            block = make_block(c, c.encoder_block_types, c.encoder_qkv_multiscales, i, "silu")
+            for j in range(count):
+                x = block(self.dtype, name=f"down_blocks_{i}_{j}")(x)
+            if i + 1 < len(widths) and count:
+                x = down(widths[i + 1], True, f"down_blocks_{i}_{count}")(x)
+        out = Conv3x3(c.latent_channels, self.dtype, name="conv_out")(x)
+        return wide(out + group_mean(x, c.latent_channels) if c.encoder_out_shortcut else out)
+
+
+class Decoder(nn.Module):
+    """Latents [B, h, w, latent_channels], not scaled, to pixels [B, f h, f w, 3], not clamped."""
+
+    config: "AutoencoderDC"
+    dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, z: Array) -> Array:
+        c = self.config
+        widths, layers = c.decoder_block_out_channels, c.decoder_layers_per_block
+        interpolate = c.upsample_block_type == "interpolate"
+
+        def up(features, shortcut, name):
+            return UpBlock(features, interpolate, shortcut, self.dtype, name=name)
+
+        z = z.astype(self.dtype)
+        x = Conv3x3(widths[-1], self.dtype, name="conv_in")(z)
+        if c.decoder_in_shortcut:
+            x = x + jnp.repeat(z, widths[-1] // c.latent_channels, axis=-1)
+        for i, count in reversed(list(enumerate(layers))):
+            first = int(i + 1 < len(widths) and count > 0)
+            if first:
+                x = up(widths[i], True, f"up_blocks_{i}_0")(x)
+            act = per_stage(c.decoder_act_fns, i)
+            block = make_block(c, c.decoder_block_types, c.decoder_qkv_multiscales, i, act)
+            for j in range(first, first + count):
+                x = block(self.dtype, name=f"up_blocks_{i}_{j}")(x)
+        x = RMSNorm(self.dtype, use_bias=True, name="norm_out")(x)
+        x = ACTIVATIONS[c.decoder_conv_act_fn](x)
+        if layers[0]:
+            return wide(Conv3x3(c.in_channels, self.dtype, name="conv_out")(x))
+        return wide(up(c.in_channels, False, "conv_out")(x))
+
+
+@dataclasses.dataclass(frozen=True)
+class AutoencoderDC:
+    """A DC-AE by its config; fields are those of diffusers' AutoencoderDC, defaults those of
+    dc-ae-f32c32-sana-1.0 and -1.1, which differ in weights only.
+
+    Parameters are ``{'encoder': ..., 'decoder': ...}``; either half works without the other.
+
+    Raises:
+      UserError: a block type, norm or activation that no published SANA autoencoder has.
+    """
+
+    in_channels: int = 3
+    latent_channels: int = 32
+    attention_head_dim: int = 32
+    encoder_block_types: str | tuple[str, ...] = ("ResBlock",) * 3 + ("EfficientViTBlock",) * 3
+    decoder_block_types: str | tuple[str, ...] = ("ResBlock",) * 3 + ("EfficientViTBlock",) * 3
+    encoder_block_out_channels: tuple[int, ...] = (128, 256, 512, 512, 1024, 1024)
+    decoder_block_out_channels: tuple[int, ...] = (128, 256, 512, 512, 1024, 1024)
+    encoder_layers_per_block: tuple[int, ...] = (2, 2, 2, 3, 3, 3)
+    decoder_layers_per_block: tuple[int, ...] = (3, 3, 3, 3, 3, 3)
+    encoder_qkv_multiscales: tuple[tuple[int, ...], ...] = ((), (), (), (5,), (5,), (5,))
+    decoder_qkv_multiscales: tuple[tuple[int, ...], ...] = ((), (), (), (5,), (5,), (5,))
+    upsample_block_type: str = "interpolate"
+    downsample_block_type: str = "Conv"
+    decoder_norm_types: str | tuple[str, ...] = "rms_norm"
+    decoder_act_fns: str | tuple[str, ...] = "silu"
+    encoder_out_shortcut: bool = True
+    decoder_in_shortcut: bool = True
+    decoder_conv_act_fn: str = "relu"
+    scaling_factor: float = 0.41407
+    dtype: Any = jnp.float32
+
+    def __post_init__(self):
+        known = {
+            "encoder_block_types": ("ResBlock", "EfficientViTBlock"),
+            "decoder_block_types": ("ResBlock", "EfficientViTBlock"),
+            "decoder_norm_types": ("rms_norm",),
+            "decoder_act_fns": tuple(ACTIVATIONS),
+            "decoder_conv_act_fn": tuple(ACTIVATIONS),
+        }
+        for field, allowed in known.items():
+            value = getattr(self, field)
+            for entry in (value,) if isinstance(value, str) else value:
+                if entry not in allowed:
+                    raise UserError(
+                        f"autoencoder config: {field} '{entry}' is not one of {', '.join(allowed)}"
+                    )
+
+    @property
+    def factor(self) -> int:
+        """Side of the square of pixels behind one latent."""
+        return 2 ** (len(self.encoder_block_out_channels) - 1)
+
+    def init(self, key: Array) -> dict:
+        """Fresh parameters, float32; under `jax.eval_shape`, the shapes of all of them."""
+        keys = jax.random.split(key)
+        pixels = jnp.zeros((1, self.factor, self.factor, self.in_channels))
+        latents = jnp.zeros((1, 1, 1, self.latent_channels))
+        return {
+            "encoder": Encoder(self).init(keys[0], pixels)["params"],
+            "decoder": Decoder(self).init(keys[1], latents)["params"],
+        }
+
+    def encode(self, params, pixels: Array, tile: Tiling | None = None) -> Array:
+        """Pixels [B, H, W, 3] in [-1, 1] to scaled latents [B, H/f, W/f, latent_channels], float32.
+
+        Raises:
+          UserError: height or width is not a multiple of the factor.
+        """
+        f = self.factor
+        if pixels.shape[1] % f or pixels.shape[2] % f:
+            raise UserError(
+                f"pixels are {pixels.shape[1]}x{pixels.shape[2]}: sides must be multiples of {f}"
+            )
+        encoder = Encoder(self, self.dtype)
+
+        def apply(x):
+            return encoder.apply({"params": params["encoder"]}, x)
+
+        return (tile.encode(apply, pixels, f) if tile else apply(pixels)) * self.scaling_factor
+
+    def decode(self, params, latents: Array, tile: Tiling | None = None) -> Array:
+        """Scaled latents [B, h, w, latent_channels] to pixels [B, f h, f w, 3], not clamped, float32."""
+        decoder = Decoder(self, self.dtype)
+
+        def apply(z):
+            return decoder.apply({"params": params["decoder"]}, z)
+
+        z = latents / self.scaling_factor
+        return tile.decode(apply, z, self.factor) if tile else apply(z)

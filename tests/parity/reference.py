@@ -1,0 +1,42 @@
+"""Reference models of diffusers with random weights, at sizes that tests can afford."""
+
+import torch
+from diffusers import AutoencoderDC
+
+TINY_DC_AE = dict(
+    in_channels=3,
+    latent_channels=4,
+    attention_head_dim=4,
+    encoder_block_types=("ResBlock", "ResBlock", "EfficientViTBlock"),
+    decoder_block_types=("ResBlock", "ResBlock", "EfficientViTBlock"),
+    encoder_block_out_channels=(8, 8, 16),
+    decoder_block_out_channels=(8, 8, 16),
+    encoder_layers_per_block=(1, 2, 1),
+    decoder_layers_per_block=(2, 1, 1),
+    encoder_qkv_multiscales=((), (), (5,)),
+    decoder_qkv_multiscales=((), (), (5,)),
+    upsample_block_type="interpolate",
+    downsample_block_type="Conv",
+    scaling_factor=0.41407,
+)
+
+
+def randomize(model: torch.nn.Module, seed: int = 0, std: float = 0.3) -> torch.nn.Module:
+    """Draws every parameter anew, so that norms and biases are far from 0 and 1."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.copy_(torch.randn(parameter.shape, generator=generator) * std + 0.2)
+    return model.eval()
+
+
+def tiny_dc_ae(**changes) -> AutoencoderDC:
+    return randomize(AutoencoderDC(**(TINY_DC_AE | changes)))
+
+
+def channels_first(array) -> torch.Tensor:
+    return torch.tensor(array).permute(0, 3, 1, 2)
+
+
+def channels_last(tensor: torch.Tensor):
+    return tensor.permute(0, 2, 3, 1).numpy()
