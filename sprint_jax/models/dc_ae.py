@@ -18,7 +18,7 @@ from flax import linen as nn
 
 from ..errors import UserError
 from .convolution import Conv3x3, depthwise_conv, group_mean, pixel_shuffle, pixel_unshuffle
-from .layers import GLUMBConv, Linear, RMSNorm, wide
+from .layers import GLUMBConv, Linear, RMSNorm, linear_attention, wide
 from .tiling import Tiling
 
 Array = jax.Array
@@ -64,18 +64,9 @@ class MultiscaleLinearAttention(nn.Module):
         for i, size in enumerate(self.scales):
             name = f"to_qkv_multiscale_{i}"
             maps.append(MultiscaleProjection(size, self.head_dim, self.dtype, name=name)(qkv))
-        qkv = rearrange(
-            wide(jnp.concatenate(maps, axis=-1)),
-            "b h w (n s c) -> s b (h w) n c",
-            s=3,
-            c=self.head_dim,
-        )
-        q, k, v = nn.relu(qkv[0]), nn.relu(qkv[1]), qkv[2]
-        highest = jax.lax.Precision.HIGHEST
-        state = jnp.einsum("btnc,btnd->bncd", k, v, precision=highest)
-        numerator = jnp.einsum("btnc,bncd->btnd", q, state, precision=highest)
-        denominator = jnp.einsum("btnc,bnc->btn", q, k.sum(1), precision=highest)
-        out = (numerator / (denominator[..., None] + 1e-15)).astype(self.dtype)
+        qkv = jnp.concatenate(maps, axis=-1)
+        heads = rearrange(qkv, "b h w (n s c) -> s b (h w) n c", s=3, c=self.head_dim)
+        out = linear_attention(*heads).astype(self.dtype)
         out = project("to_out")(out.reshape(*x.shape[:-1], -1))
         return x + RMSNorm(self.dtype, use_bias=True, name="norm_out")(out)
 
