@@ -6,15 +6,13 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import jax
 import jax.numpy as jnp
-from safetensors.numpy import save_file
 
 from ..errors import UserError
 from ..models.dc_ae import AutoencoderDC
 from ..training.log import write_json_atomic
 from .dc_ae import dc_ae_table
-from .files import load_params, open_safetensors, save_safetensors
+from .files import load_params, open_safetensors, save_safetensors, write_safetensors
 from .sana import config_from_fields, fields_from_config, sana_table
 from .tables import LINEAR, SAME, Entry
 
@@ -79,8 +77,8 @@ def save_transformer(
     (folder / LOGVAR).unlink(missing_ok=True)
     save_safetensors(folder, STEM, sana_table(fields), params, dtype)
     if "logvar_linear" in params:
-        head = {f"logvar_linear.{k}": v for k, v in params["logvar_linear"].items()}
-        save_file({k: jax.device_get(v) for k, v in head.items()}, folder / LOGVAR)
+        width = params["scale_shift_table"].shape[-1]
+        write_safetensors(folder / LOGVAR, logvar_table(width), params, jnp.float32)
     config = {"_class_name": "SanaTransformer2DModel"} | config_from_fields(fields)
     write_json_atomic(folder / "config.json", config)
 

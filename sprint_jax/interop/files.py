@@ -5,6 +5,8 @@ beside what stays on it.
 """
 
 import json
+import re
+import zipfile
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -92,43 +94,60 @@ def open_torch(path: Path, key: str | None = None) -> Tensors:
 
     Args:
       path: the file; mapped into memory, not read at once.
-      key: the entry of the file that holds them, e.g. 'state_dict'; None if the file is that dict.
+      key: the entry that holds them, e.g. 'state_dict', in files that are not that dict themselves.
 
     Raises:
-      UserError: torch is not installed, or the file is missing, damaged, not of tensors alone, or without
-        the key.
+      UserError: torch is not installed, or the file is missing, damaged or not of tensors alone, or a
+        tensor is not of floating point.
     """
-    try:
-        import torch
-    except ImportError:
-        raise UserError(
-            f"{path}: reading .pth files needs torch: pip install torch, or convert the file to safetensors"
-        ) from None
+    torch = import_torch(path)
     if not path.is_file():
         raise UserError(f"{path} is missing")
+    if not zipfile.is_zipfile(path):
+        raise UserError(f"{path} is cut short, or no file that torch 1.6 or newer wrote")
     try:
         found = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except Exception as error:  # torch, pickle and zip raise a dozen classes
-        reason = str(error).strip().partition("\n")[0]
+        # Torch's own text advises to load without this protection; its reason stands at the end.
+        text = str(error).strip().rpartition("WeightsUnpickler error: ")[2]
+        reason = text.partition("\n")[0].partition(" Please")[0]
         raise UserError(
-            f"{path} is no file of tensors alone, and was not loaded: {reason}"
+            f"{path} is no file of tensors alone, and was not loaded: {reason} If you trust the file, save "
+            "its tensors anew without what else it holds"
         ) from error
-    if key is not None:
-        if not isinstance(found, dict) or key not in found:
-            raise UserError(f"{path} has no entry '{key}': is it a checkpoint of another kind?")
+    if isinstance(found, dict) and key in found:
         found = found[key]
-    wrong = [name for name, value in found.items() if not isinstance(value, torch.Tensor)]
-    if wrong:
-        raise UserError(f"{path}: entry {wrong[0]} is no tensor")
+    if not isinstance(found, dict):
+        raise UserError(f"{path} holds no tensors by name: is it a checkpoint of another kind?")
+    for name, value in found.items():
+        if not isinstance(value, torch.Tensor):
+            raise UserError(f"{path}: entry {name} is no tensor")
+        if value.dtype not in (torch.float64, torch.float32, torch.float16, torch.bfloat16):
+            raise UserError(f"{path}: tensor {name} is {value.dtype}, not a float")
     shapes = {name: tuple(tensor.shape) for name, tensor in found.items()}
 
     def read(name):
-        tensor = found[name]
+        tensor = found[name].detach()
         if tensor.dtype == torch.bfloat16:  # NumPy has no such type of its own
             return tensor.view(torch.uint16).numpy().view(jnp.bfloat16)
         return tensor.numpy()
 
     return Tensors(str(path), shapes, read)
+
+
+def import_torch(path: Path):
+    """Torch, which only ``.pth`` and ``.pt`` files need.
+
+    Raises:
+      UserError: it is not installed.
+    """
+    try:
+        import torch
+    except ImportError:
+        raise UserError(
+            f"{path}: .pth and .pt files need torch: pip install torch, or use safetensors files"
+        ) from None
+    return torch
 
 
 def load_params(
@@ -212,7 +231,7 @@ def save_safetensors(
     shard_bytes: int = SHARD_BYTES,
 ) -> None:
     """Writes ``stem``.safetensors, or numbered files and their index if it would be larger than
-    ``shard_bytes``; file by file under another name first, so that none is seen half-written."""
+    ``shard_bytes``; file by file, each of which appears when it is whole."""
     folder.mkdir(parents=True, exist_ok=True)
     shards: list[list[str]] = [[]]
     size = 0
@@ -229,10 +248,7 @@ def save_safetensors(
     files = names if count > 1 else [f"{stem}.safetensors"]
     _remove_old(folder, stem, keep=files)
     for file, shard in zip(files, shards, strict=True):
-        partial = folder / f"{file}.partial"
-        tensors = {name: to_torch(params, table[name], dtype) for name in shard}
-        save_file(tensors, partial, metadata={"format": "pt"})
-        partial.replace(folder / file)
+        write_safetensors(folder / file, {name: table[name] for name in shard}, params, dtype)
     if count > 1:
         weight_map = {
             name: file for file, shard in zip(files, shards, strict=True) for name in shard
@@ -242,8 +258,17 @@ def save_safetensors(
         write_json_atomic(folder / f"{stem}.safetensors.index.json", index)
 
 
+def write_safetensors(path: Path, table: dict[str, Entry], params: Tree, dtype: Any) -> None:
+    """Writes the tensors of a table to one file, which appears when it is whole."""
+    partial = path.with_name(f"{path.name}.partial")
+    tensors = {name: to_torch(params, entry, dtype) for name, entry in table.items()}
+    save_file(tensors, partial, metadata={"format": "pt"})
+    partial.replace(path)
+
+
 def _remove_old(folder: Path, stem: str, keep: Iterable[str]) -> None:
     """Files of an earlier save that a loader would take for part of this one."""
-    for path in folder.glob(f"{stem}*.safetensors*"):
-        if path.name not in keep:
+    part = re.compile(rf"{re.escape(stem)}(-\d+-of-\d+)?\.safetensors(\.index\.json|\.partial)?")
+    for path in folder.iterdir():
+        if part.fullmatch(path.name) and path.name not in keep:
             path.unlink()

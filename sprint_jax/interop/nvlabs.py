@@ -1,0 +1,195 @@
+"""Checkpoints of NVlabs/Sana, the authors' code: transformers in ``.pth`` files.
+
+Names are translated to diffusers', which `sana_table` knows; queries, keys and values that lie in one
+tensor there are parts of it along the first axis. The files are read by torch's weights-only loader,
+which runs no code that a file might hold. All of this needs torch.
+"""
+
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+
+from ..errors import UserError
+from .diffusers import logvar_table
+from .files import Tensors, import_torch, load_params, open_torch, to_torch
+from .sana import sana_table
+from .tables import SAME, Entry, check_names
+
+KEY = "state_dict"  # the entry of a file that holds the tensors
+NULL_TEXT = "y_embedder.y_embedding"
+# What NVlabs' modules keep beside their parameters: the text features of no prompt, and positions.
+_BUFFERS = (NULL_TEXT, "pos_embed")
+
+# Diffusers' modules and NVlabs'. Modules of one NVlabs name lie one after another in its tensor.
+_OUTER = {
+    "patch_embed.proj": "x_embedder.proj",
+    "time_embed.timestep_embedder.linear_1": "t_embedder.mlp.0",
+    "time_embed.timestep_embedder.linear_2": "t_embedder.mlp.2",
+    "time_embed.emb.timestep_embedder.linear_1": "t_embedder.mlp.0",
+    "time_embed.emb.timestep_embedder.linear_2": "t_embedder.mlp.2",
+    "time_embed.guidance_embedder.linear_1": "cfg_embedder.mlp.0",
+    "time_embed.guidance_embedder.linear_2": "cfg_embedder.mlp.2",
+    "time_embed.linear": "t_block.1",
+    "caption_projection.linear_1": "y_embedder.y_proj.fc1",
+    "caption_projection.linear_2": "y_embedder.y_proj.fc2",
+    "caption_norm": "attention_y_norm",
+    "scale_shift_table": "final_layer.scale_shift_table",
+    "proj_out": "final_layer.linear",
+}
+_BLOCK = {
+    "scale_shift_table": "scale_shift_table",
+    "attn1.to_q": "attn.qkv",
+    "attn1.to_k": "attn.qkv",
+    "attn1.to_v": "attn.qkv",
+    "attn1.norm_q": "attn.q_norm",
+    "attn1.norm_k": "attn.k_norm",
+    "attn1.to_out.0": "attn.proj",
+    "attn2.to_q": "cross_attn.q_linear",
+    "attn2.to_k": "cross_attn.kv_linear",
+    "attn2.to_v": "cross_attn.kv_linear",
+    "attn2.norm_q": "cross_attn.q_norm",
+    "attn2.norm_k": "cross_attn.k_norm",
+    "attn2.to_out.0": "cross_attn.proj",
+    "ff.conv_inverted": "mlp.inverted_conv.conv",
+    "ff.conv_depth": "mlp.depth_conv.conv",
+    "ff.conv_point": "mlp.point_conv.conv",
+}
+
+
+def load_transformer(
+    path: str | Path,
+    fields: dict[str, Any],
+    dtype: Any = jnp.float32,
+    *,
+    shardings: Callable | None = None,
+) -> tuple[dict[str, Any], Any]:
+    """The transformer of a ``.pth`` file of NVlabs/Sana.
+
+    Args:
+      path: the file; its entry 'state_dict' is read, other entries are not.
+      fields: of SanaTransformer, since the file does not say them: one of ``SIZES``, for a Sprint model
+        '600m' or '1600m', for its teacher '600m-teacher' or '1600m-teacher'.
+      dtype: of the parameters returned.
+      shardings: see `files.load_params`.
+
+    Returns:
+      ``(fields, params)``: fields for ``SanaTransformer(**fields)``, with ``logvar`` where the file has
+      that head. The buffers ``y_embedder.y_embedding`` and ``pos_embed`` are left out.
+
+    Raises:
+      UserError: torch is not installed; the file is missing, damaged or holds code; a tensor is unknown,
+        missing, of another shape or not of floating point.
+    """
+    found = open_torch(Path(path), KEY)
+    width = fields["num_attention_heads"] * fields.get("attention_head_dim", 32)
+    head = {
+        name: shape for name, shape in found.shapes.items() if name.startswith("logvar_linear.")
+    }
+    body = {n: s for n, s in found.shapes.items() if n not in head and n not in _BUFFERS}
+    fields = {key: value for key, value in fields.items() if key != "logvar"}
+    tensors = _under_diffusers_names(found._replace(shapes=body), fields)
+    params = load_params(sana_table(fields), tensors, dtype, shardings)
+    if head:
+        side = found._replace(shapes=head)
+        params |= load_params(logvar_table(width), side, dtype, shardings)
+        fields["logvar"] = True
+    return fields, params
+
+
+def save_transformer(
+    path: str | Path, fields: dict[str, Any], params: Any, dtype: Any = jnp.float32
+) -> None:
+    """Writes a ``.pth`` file for NVlabs' code, without the buffers, which that code makes itself.
+
+    The whole model is on the host once more while it is written.
+
+    Args:
+      path: the file; appears when it is whole.
+      fields: of SanaTransformer; params: its parameters.
+      dtype: of the weights written, float32 or bfloat16.
+
+    Raises:
+      UserError: torch is not installed.
+    """
+    path = Path(path)
+    torch = import_torch(path)
+
+    def tensor(array):
+        if array.dtype == jnp.bfloat16:
+            return torch.from_numpy(array.view(np.uint16)).view(torch.bfloat16)
+        return torch.from_numpy(array)
+
+    arrays = to_nvlabs(params, fields, dtype)
+    partial = path.with_name(path.name + ".partial")
+    torch.save({KEY: {name: tensor(array) for name, array in arrays.items()}}, partial)
+    partial.replace(path)
+
+
+def to_nvlabs(
+    params: Any, fields: dict[str, Any], dtype: Any = jnp.float32
+) -> dict[str, np.ndarray]:
+    """Arrays under NVlabs' names, the logvar head included if there is one."""
+    table = sana_table(fields)
+    arrays = {
+        name: np.concatenate([to_torch(params, table[part], dtype) for part in parts])
+        for name, parts in nvlabs_names(fields).items()
+    }
+    if "logvar_linear" in params:
+        head = logvar_table(params["scale_shift_table"].shape[-1])
+        arrays |= {name: to_torch(params, entry, dtype) for name, entry in head.items()}
+    return arrays
+
+
+def load_null_text(path: str | Path) -> np.ndarray:
+    """Text features of the empty prompt that a file was trained with, float32 [tokens, caption_channels].
+
+    Raises:
+      UserError: the file cannot be read, as in `load_transformer`, or does not have them.
+    """
+    found = open_torch(Path(path), KEY)
+    if NULL_TEXT not in found.shapes:
+        raise UserError(f"{path} has no tensor {NULL_TEXT}: it was saved without that buffer")
+    return found.read(NULL_TEXT).astype(np.float32)
+
+
+def nvlabs_names(fields: dict[str, Any]) -> dict[str, tuple[str, ...]]:
+    """NVlabs' name of each tensor -> diffusers' names of what it holds, in order along the first axis."""
+    names: dict[str, tuple[str, ...]] = {}
+    rank = {module: i for i, module in enumerate((*_OUTER, *_BLOCK))}
+    for name in sorted(sana_table(fields), key=lambda name: rank[_split(name)[1]]):
+        block, module, leaf = _split(name)
+        theirs = f"blocks.{block}.{_BLOCK[module]}{leaf}" if block else _OUTER[module] + leaf
+        names[theirs] = (*names.get(theirs, ()), name)
+    return names
+
+
+def _split(name: str) -> tuple[str | None, str, str]:
+    """'transformer_blocks.3.attn1.to_q.weight' -> '3', 'attn1.to_q', '.weight'."""
+    match = re.fullmatch(r"(?:transformer_blocks\.(\d+)\.)?(.*?)(\.weight|\.bias|)", name)
+    return match.groups()
+
+
+def _under_diffusers_names(found: Tensors, fields: dict[str, Any]) -> Tensors:
+    """The tensors of an NVlabs file as diffusers would hold them.
+
+    Raises:
+      UserError: a tensor is unknown, missing, or of another shape; by its NVlabs name.
+    """
+    table, names = sana_table(fields), nvlabs_names(fields)
+    whole = {}
+    for name, parts in names.items():
+        first, *rest = table[parts[0]].shape
+        whole[name] = Entry((), None, SAME, (first * len(parts), *rest))
+    check_names(whole, found.shapes, found.origin)
+    where = {part: (name, i) for name, parts in names.items() for i, part in enumerate(parts)}
+
+    def read(part):
+        name, i = where[part]
+        rows = table[part].shape[0]
+        return found.read(name)[i * rows : (i + 1) * rows]
+
+    return Tensors(found.origin, {part: table[part].shape for part in where}, read)
