@@ -108,12 +108,14 @@ def open_torch(path: Path, key: str | None = None) -> Tensors:
     try:
         found = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except Exception as error:  # torch, pickle and zip raise a dozen classes
-        # Torch's own text advises to load without this protection; its reason stands at the end.
-        text = str(error).strip().rpartition("WeightsUnpickler error: ")[2]
-        reason = text.partition("\n")[0].partition(" Please")[0]
+        # Torch's own text advises to load without this protection.
+        code = re.search(r"GLOBAL (\S+)", str(error))
+        reason = str(error).rpartition("WeightsUnpickler error: ")[2].strip().partition("\n")[0]
+        if code:
+            reason = f"it holds {code[1]}, and such files can run code"
         raise UserError(
-            f"{path} is no file of tensors alone, and was not loaded: {reason} If you trust the file, save "
-            "its tensors anew without what else it holds"
+            f"{path} was not loaded, since it is no file of tensors alone: {reason}. If you trust it, save "
+            "its tensors anew without the rest"
         ) from error
     if isinstance(found, dict) and key in found:
         found = found[key]

@@ -1,7 +1,7 @@
 """Reference models of diffusers with random weights, at sizes that tests can afford."""
 
 import torch
-from diffusers import AutoencoderDC
+from diffusers import AutoencoderDC, SanaTransformer2DModel
 
 TINY_DC_AE = dict(
     in_channels=3,
@@ -20,6 +20,21 @@ TINY_DC_AE = dict(
     scaling_factor=0.41407,
 )
 
+TINY_SANA = dict(
+    in_channels=4,
+    out_channels=4,
+    num_attention_heads=3,
+    attention_head_dim=8,
+    num_layers=3,
+    num_cross_attention_heads=2,
+    cross_attention_head_dim=12,
+    cross_attention_dim=24,
+    caption_channels=10,
+    sample_size=8,
+    qk_norm="rms_norm_across_heads",
+    timestep_scale=0.001,
+)
+
 
 def randomize(model: torch.nn.Module, seed: int = 0, std: float = 0.3) -> torch.nn.Module:
     """Draws every parameter anew, so that norms and biases are far from 0 and 1."""
@@ -32,6 +47,25 @@ def randomize(model: torch.nn.Module, seed: int = 0, std: float = 0.3) -> torch.
 
 def tiny_dc_ae(**changes) -> AutoencoderDC:
     return randomize(AutoencoderDC(**(TINY_DC_AE | changes)))
+
+
+def randomize_scaled(model: torch.nn.Module, seed: int = 0) -> torch.nn.Module:
+    """Draws every parameter anew: kernels keep the scale of activations, so that no branch of a deep
+    model drowns the others, and the rest is 0.4 to 1.6 of either sign."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            new = torch.randn(parameter.shape, generator=generator)
+            if parameter.ndim > 1 and name.endswith("weight"):
+                parameter.copy_(new / parameter[0].numel() ** 0.5)
+            else:
+                size = torch.rand(parameter.shape, generator=generator) * 1.2 + 0.4
+                parameter.copy_(size * new.sign())
+    return model.eval()
+
+
+def tiny_sana(seed: int = 0, **changes) -> SanaTransformer2DModel:
+    return randomize_scaled(SanaTransformer2DModel(**(TINY_SANA | changes)), seed)
 
 
 def channels_first(array) -> torch.Tensor:
