@@ -1,0 +1,152 @@
+"""LADD heads against a derivation in torch, whose own spectral norm keeps the weights, and their files.
+
+Errors are max|a - b| / max|b|. Observed: at most 5e-7.
+"""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import nn
+from torch.nn.utils import spectral_norm
+
+from sprint_jax.errors import UserError
+from sprint_jax.interop.discriminator import load_heads, save_heads
+from sprint_jax.models.discriminator import DiscriminatorHeads, init_heads, update_spectral
+
+pytestmark = pytest.mark.filterwarnings("ignore")
+WIDTH = 12
+
+
+class GroupNorm(nn.Module):
+    """Tokens [B, d, N] normalized over the tokens of up to eight samples, channel by channel."""
+
+    def __init__(self, width):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(width))
+        self.bias = nn.Parameter(torch.zeros(width))
+
+    def forward(self, x):
+        groups = -(-len(x) // 8)
+        grouped = x.view(groups, -1, *x.shape[1:])
+        mean = grouped.mean((1, 3), keepdim=True)
+        variance = grouped.var((1, 3), unbiased=False, keepdim=True)
+        x = ((grouped - mean) / torch.sqrt(variance + 1e-5)).view(x.shape)
+        return x * self.weight[None, :, None] + self.bias[None, :, None]
+
+
+class Residual(nn.Module):
+    def __init__(self, fn):
+        super().__init__()
+        self.fn = fn
+
+    def forward(self, x):
+        return (self.fn(x) + x) / 2**0.5
+
+
+class Head(nn.Module):
+    def __init__(self, width):
+        super().__init__()
+
+        def stage(kernel_size):
+            conv = nn.Conv1d(
+                width, width, kernel_size, padding=kernel_size // 2, padding_mode="circular"
+            )
+            return nn.Sequential(spectral_norm(conv), GroupNorm(width), nn.LeakyReLU(0.2))
+
+        self.main = nn.Sequential(stage(1), Residual(stage(9)))
+        self.cls = spectral_norm(nn.Conv1d(width, 1, 1))
+
+    def forward(self, x):
+        return self.cls(self.main(x))[:, 0]
+
+
+@pytest.fixture
+def heads():
+    torch.manual_seed(0)
+    heads = nn.ModuleList(Head(WIDTH) for _ in range(3))
+    with torch.no_grad():
+        for parameter in heads.parameters():
+            parameter.copy_(torch.randn(parameter.shape) * 0.5 + 0.2)
+    return heads.train()
+
+
+def draw(batch):
+    random = np.random.default_rng(0)
+    return tuple(random.normal(size=(batch, 3, 5, WIDTH)).astype(np.float32) for _ in range(3))
+
+
+def theirs(heads, features):
+    """Logits [B, heads * tokens]."""
+    tokens = [torch.tensor(f).flatten(1, 2).transpose(1, 2) for f in features]
+    with torch.no_grad():
+        return torch.cat([head(x) for head, x in zip(heads, tokens, strict=True)], 1).numpy()
+
+
+def ours(loaded, features):
+    return np.asarray(
+        DiscriminatorHeads().apply({"params": loaded["params"]}, features, loaded["spectral"])
+    )
+
+
+def assert_close(actual, expected):
+    np.testing.assert_allclose(actual, expected, rtol=0, atol=2e-5 * np.abs(expected).max())
+
+
+@pytest.mark.parametrize("batch", [4, 16])
+@pytest.mark.parametrize("form", ["NVlabs", "script"])
+def test_logits(tmp_path, heads, batch, form):
+    features = draw(batch)
+    theirs(heads.train(), features)  # moves the vectors of the spectral norm, as a D step does
+    path = tmp_path / "heads.pth"
+    state = heads.state_dict()
+    if form == "NVlabs":
+        state = {"state_dict": {f"heads.{name}": tensor for name, tensor in state.items()}}
+    torch.save(state, path)
+    loaded = load_heads(path)
+    assert_close(ours(loaded, features), theirs(heads.eval(), features))
+    # One step of training in both: the vectors of one power iteration, and logits with them.
+    moved = loaded | {"spectral": update_spectral(loaded["params"], loaded["spectral"])}
+    expected = theirs(heads.train(), features)
+    assert_close(ours(moved, features), expected)
+    if form == "script":
+        torch.save(heads.state_dict(), path)
+        jax.tree.map(assert_close, moved, load_heads(path))
+
+
+def test_our_file_is_theirs(tmp_path, heads):
+    torch.save(heads.state_dict(), tmp_path / "disc_heads.pt")
+    loaded = load_heads(tmp_path / "disc_heads.pt")
+    save_heads(tmp_path / "heads.safetensors", loaded)
+    again = load_heads(tmp_path / "heads.safetensors")
+    jax.tree.map(np.testing.assert_array_equal, loaded, again)
+    state = load_file(tmp_path / "heads.safetensors")
+    state = {name.removeprefix("heads."): tensor for name, tensor in state.items()}
+    assert state.keys() == heads.state_dict().keys()
+    assert all(torch.equal(state[name], tensor) for name, tensor in heads.state_dict().items())
+    heads.load_state_dict(state)
+
+
+def test_tree_is_that_of_fresh_heads(tmp_path, heads):
+    torch.save(heads.state_dict(), tmp_path / "heads.pt")
+    fresh = init_heads(tuple(jnp.asarray(f) for f in draw(1)), jax.random.key(0))
+    loaded = load_heads(tmp_path / "heads.pt")
+    assert jax.tree.map(jnp.shape, loaded) == jax.tree.map(jnp.shape, fresh)
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"1.cls.weight_u": None}, r"tensor heads\.1\.cls\.weight_u is missing"),
+        ({"1.cls.scale": torch.ones(1)}, r"tensor heads\.1\.cls\.scale has no place"),
+        ({"1.cls.weight_u": torch.ones(2)}, r"heads\.1\.cls\.weight_u has shape \(2,\)"),
+        ({"0.main.0.0.weight_orig": None}, "has no LADD heads"),
+    ],
+)
+def test_wrong_tensors_are_refused(tmp_path, heads, change, message):
+    state = {k: v for k, v in (dict(heads.state_dict()) | change).items() if v is not None}
+    torch.save(state, tmp_path / "heads.pt")
+    with pytest.raises(UserError, match=message):
+        load_heads(tmp_path / "heads.pt")
