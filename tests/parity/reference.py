@@ -1,5 +1,6 @@
 """Reference models of diffusers with random weights, at sizes that tests can afford."""
 
+import numpy as np
 import torch
 from diffusers import AutoencoderDC, SanaTransformer2DModel
 
@@ -74,3 +75,28 @@ def channels_first(array) -> torch.Tensor:
 
 def channels_last(tensor: torch.Tensor):
     return tensor.permute(0, 2, 3, 1).numpy()
+
+
+def sana_inputs(fields: dict, size: tuple[int, int], seed: int = 0, tokens: int = 10) -> tuple:
+    """Inputs of SanaTransformer: three samples, whose texts are 1, 7 and all tokens long."""
+    random = np.random.default_rng(seed)
+    x = random.normal(size=(3, *size, fields["in_channels"])).astype(np.float32)
+    t = np.array([0.2, 0.7, 1.0000036], np.float32)
+    text = random.normal(size=(3, tokens, fields["caption_channels"])).astype(np.float32)
+    mask = (np.arange(tokens)[None] < np.array([1, 7, tokens])[:, None]).astype(np.int32)
+    guidance = np.array([0.4, 0.45, 0.5], np.float32) if fields.get("guidance_embeds") else None
+    return x, t, text, mask, guidance
+
+
+def sana_velocity(model: SanaTransformer2DModel, x, t, text, mask, guidance) -> np.ndarray:
+    """Diffusers' output; its pipelines show a network with guidance the flow time itself."""
+    scale = 1.0 if guidance is not None else 1000 * model.config.timestep_scale
+    with torch.no_grad():
+        out = model(
+            channels_first(x).to(model.dtype),
+            torch.tensor(text).to(model.dtype),
+            timestep=torch.tensor(t) * scale,
+            guidance=None if guidance is None else torch.tensor(guidance),
+            encoder_attention_mask=torch.tensor(mask),
+        ).sample
+    return channels_last(out.float())

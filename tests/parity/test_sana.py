@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 from diffusers import SanaTransformer2DModel
-from reference import channels_first, channels_last, tiny_sana
+from reference import sana_inputs, sana_velocity, tiny_sana
 
 from sprint_jax.interop.diffusers import load_transformer, save_transformer
 from sprint_jax.interop.files import save_safetensors
@@ -18,32 +18,6 @@ from sprint_jax.interop.sana import config_from_fields, sana_table
 from sprint_jax.models.sana import SIZES, SanaTransformer
 
 pytestmark = pytest.mark.filterwarnings("ignore")
-TOKENS = 10
-
-
-def draw(fields, size, seed=0):
-    """Inputs of three samples, whose texts are 1, 7 and all tokens long."""
-    random = np.random.default_rng(seed)
-    x = random.normal(size=(3, *size, fields["in_channels"])).astype(np.float32)
-    t = np.array([0.2, 0.7, 1.0000036], np.float32)
-    text = random.normal(size=(3, TOKENS, fields["caption_channels"])).astype(np.float32)
-    mask = (np.arange(TOKENS)[None] < np.array([1, 7, TOKENS])[:, None]).astype(np.int32)
-    guidance = np.array([0.4, 0.45, 0.5], np.float32) if fields.get("guidance_embeds") else None
-    return x, t, text, mask, guidance
-
-
-def theirs(model, x, t, text, mask, guidance):
-    """Diffusers' velocity; its pipelines show a network with guidance the flow time itself."""
-    scale = 1.0 if guidance is not None else 1000 * model.config.timestep_scale
-    with torch.no_grad():
-        out = model(
-            channels_first(x).to(model.dtype),
-            torch.tensor(text).to(model.dtype),
-            timestep=torch.tensor(t) * scale,
-            guidance=None if guidance is None else torch.tensor(guidance),
-            encoder_attention_mask=torch.tensor(mask),
-        ).sample
-    return channels_last(out.float())
 
 
 def ours(fields, **changes):
@@ -88,8 +62,8 @@ def test_velocity(tmp_path, case):
     model = tiny_sana(**changes)
     model.save_pretrained(tmp_path)
     fields, params = load_transformer(tmp_path)
-    x, t, text, mask, guidance = draw(fields, size)
-    expected = theirs(model, x, t, text, mask, guidance)
+    x, t, text, mask, guidance = sana_inputs(fields, size)
+    expected = sana_velocity(model, x, t, text, mask, guidance)
     run = ours(fields)
     assert relative_error(run(params, x, t, text, mask, guidance), expected) < 2e-5
     # Nothing drowns the conditions: another mask or time changes the result.
@@ -105,14 +79,14 @@ def test_bfloat16_is_as_near_to_float32_as_diffusers(tmp_path, guidance):
         model = tiny_sana(seed, guidance_embeds=guidance)
         model.save_pretrained(tmp_path)
         fields, params = load_transformer(tmp_path)
-        x, t, text, mask, scale = draw(fields, (6, 6), seed)
+        x, t, text, mask, scale = sana_inputs(fields, (6, 6), seed)
         x, text = (np.array(jnp.asarray(a, jnp.bfloat16), np.float32) for a in (x, text))
         inputs = (x, t, text, mask, scale)
-        expected = theirs(model, *inputs)
+        expected = sana_velocity(model, *inputs)
         params = jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), params)
         run = run or ours(fields, dtype=jnp.bfloat16)
         errors["ours"].append(run(params, *inputs) - expected)
-        errors["theirs"].append(theirs(model.to(torch.bfloat16), *inputs) - expected)
+        errors["theirs"].append(sana_velocity(model.to(torch.bfloat16), *inputs) - expected)
     scale = np.abs(expected).max()
     largest = {who: np.mean([np.abs(e).max() for e in each]) for who, each in errors.items()}
     typical = {who: np.sqrt(np.mean(np.square(each))) for who, each in errors.items()}
