@@ -21,13 +21,13 @@ WIDTH = dict(
 )
 MODELS = {
     "student": dict(guidance_embeds=True, out_channels=6),
-    "teacher": dict(patch_size=2, interpolation_scale=2.0),
+    "teacher": dict(patch_size=2, interpolation_scale=2.0, num_layers=1),
 }
 
 
 def main() -> None:
     for name, changes in MODELS.items():
-        model = tiny_sana(**WIDTH, **changes)
+        model = tiny_sana(**(WIDTH | changes))
         model.save_pretrained(FOLDER / name)
         inputs = sana_inputs(model.config, (4, 6))
         arrays = dict(zip(("x", "t", "text", "mask", "guidance"), inputs, strict=True))
