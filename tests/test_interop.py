@@ -125,6 +125,14 @@ def test_many_files_and_what_an_earlier_save_left(folder, student):
     assert_same(load_transformer(folder)[1], params)
 
 
+def test_folder_of_a_broken_save_is_refused(folder, student):
+    fields, params = student
+    with pytest.raises(KeyError, match="proj_out"):
+        save_transformer(folder, fields, {k: v for k, v in params.items() if k != "proj_out"})
+    with pytest.raises(UserError, match=r"config\.json is missing"):
+        load_transformer(folder)
+
+
 def change_config(folder, **changes):
     path = folder / "config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | changes))
@@ -308,4 +316,4 @@ def test_loading_takes_little_more_memory_than_the_file(tmp_path):
     assert 60e6 < (tmp_path / WEIGHTS).stat().st_size < 70e6
     # Holding the file and the parameters, or all leaves twice, would be 2.
     peak = benchmark.measure(tmp_path, "float32", 1)["peak_per_file"]
-    assert 1 < peak < 1.3
+    assert 0.9 < peak < 1.3

@@ -65,8 +65,9 @@ def save_transformer(
 ) -> None:
     """Writes a folder that diffusers' ``SanaTransformer2DModel.from_pretrained`` loads.
 
-    Weights come first and the config last, so that a folder with a config is whole. The logvar head, if
-    there is one, goes into a file of its own, in float32: training can go on from the folder.
+    Weights come first and the config last, so that a folder with a config is whole; an old config goes
+    before them. The logvar head, if there is one, goes into a file of its own, in float32: training can
+    go on from the folder.
 
     Args:
       folder: made if missing.
@@ -74,7 +75,8 @@ def save_transformer(
       dtype: of the weights written.
     """
     folder = Path(folder)
-    (folder / LOGVAR).unlink(missing_ok=True)
+    for old in ("config.json", LOGVAR):
+        (folder / old).unlink(missing_ok=True)
     save_safetensors(folder, STEM, sana_table(fields), params, dtype)
     if "logvar_linear" in params:
         width = params["scale_shift_table"].shape[-1]

@@ -93,7 +93,8 @@ def open_torch(path: Path, key: str | None = None) -> Tensors:
     """The tensors of a ``.pth`` or ``.pt`` file, by torch's weights-only loader, which runs no code.
 
     Args:
-      path: the file; mapped into memory, not read at once.
+      path: the file; mapped, not read at once. Its pages count as this process's memory while the result
+        is in use, but the system takes them back when it needs them.
       key: the entry that holds them, e.g. 'state_dict', in files that are not that dict themselves.
 
     Raises:
@@ -192,7 +193,8 @@ def load_params(
         for name, entry in parts[path]:
             place = buffer if entry.layer is None else buffer[entry.layer]
             place[...] = entry.layout.read(tensors.read(name))
-        leaves[path] = _put(buffer, places, path)
+        # Transfers run beside this thread, and each holds its buffer until it is done.
+        leaves[path] = jax.block_until_ready(_put(buffer, places, path))
         del buffer
     return _nest(leaves)
 
