@@ -128,7 +128,7 @@ def consistency_sample(
 
     def step(x, inputs):
         angle, next_angle, z = inputs
-        value = F(x / sigma_d, jnp.full(len(x), angle)).astype(jnp.float32)
+        value = F(x / sigma_d, jnp.full(x.shape[:1], angle)).astype(jnp.float32)
         x0 = predict_x0(x, value, angle, sigma_d)
         return add_noise(x0, sigma_d * z, next_angle), None
 
@@ -186,7 +186,7 @@ def flow_euler_sample(
 
     def step(x, inputs):
         t, change = inputs
-        return x + change * velocity(x, jnp.full(len(x), t)).astype(jnp.float32), None
+        return x + change * velocity(x, jnp.full(x.shape[:1], t)).astype(jnp.float32), None
 
     inputs = (grid[:-1].astype(np.float32), np.diff(grid).astype(np.float32))
     return jax.lax.scan(step, jnp.asarray(noise, jnp.float32), inputs)[0]
@@ -219,7 +219,7 @@ def trigflow_euler_sample(
 
     def step(x, inputs):
         angle, turn = inputs
-        value = F(x / sigma_d, jnp.full(len(x), angle)).astype(jnp.float32)
+        value = F(x / sigma_d, jnp.full(x.shape[:1], angle)).astype(jnp.float32)
         return predict_x0(x, value, turn, sigma_d), None
 
     inputs = (angles[:-1].astype(np.float32), (-np.diff(angles)).astype(np.float32))
@@ -258,7 +258,7 @@ def dpm_solver_sample(
     def step(carry, row):
         x, previous_x0 = carry
         time, sigma, a, b, c = row
-        v = velocity(x, jnp.full(len(x), time)).astype(jnp.float32)
+        v = velocity(x, jnp.full(x.shape[:1], time)).astype(jnp.float32)
         x0 = flow_predict_x0(x, v, sigma)
         return (a * x + b * x0 + c * previous_x0, x0), None
 
