@@ -1,30 +1,108 @@
 """Folders as diffusers writes and reads them: ``config.json`` beside safetensors files."""
 
-import contextlib
 import dataclasses
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import jax
 import jax.numpy as jnp
-from safetensors import SafetensorError, safe_open
-from safetensors.flax import save_file
+from safetensors.numpy import save_file
 
 from ..errors import UserError
 from ..models.dc_ae import AutoencoderDC
 from ..training.log import write_json_atomic
 from .dc_ae import dc_ae_table
-from .tables import Entry, check_names, from_torch, to_torch
+from .files import load_params, open_safetensors, save_safetensors
+from .sana import config_from_fields, fields_from_config, sana_table
+from .tables import LINEAR, SAME, Entry
 
-WEIGHTS = "diffusion_pytorch_model.safetensors"
+STEM = "diffusion_pytorch_model"
+WEIGHTS = f"{STEM}.safetensors"
+LOGVAR = "logvar_linear.safetensors"  # beside the weights, where diffusers does not look
 
 
-def load_autoencoder(folder: str | Path, dtype=jnp.float32) -> tuple[AutoencoderDC, Any]:
+def load_transformer(
+    path: str | Path,
+    dtype: Any = jnp.float32,
+    *,
+    fields: dict[str, Any] | None = None,
+    shardings: Callable | None = None,
+) -> tuple[dict[str, Any], Any]:
+    """The transformer of a diffusers folder (``transformer/`` of a pipeline), or of one safetensors file.
+
+    Args:
+      path: a folder with ``config.json`` and weights, in one file or by an index; or one file.
+      dtype: of the parameters returned.
+      fields: of SanaTransformer, e.g. one of ``SIZES``, for a file that has no ``config.json`` beside it.
+      shardings: see `files.load_params`.
+
+    Returns:
+      ``(fields, params)``: fields for ``SanaTransformer(**fields)``. A logvar head that
+      `save_transformer` wrote comes with them, as field ``logvar``.
+
+    Raises:
+      UserError: a file is missing, cut short or of another class; a config key or a tensor is unknown,
+        missing or misshapen.
+    """
+    path = Path(path)
+    folder = path.parent if path.is_file() else path
+    if fields is None:
+        config = read_config(folder, "SanaTransformer2DModel")
+        fields = fields_from_config(config, f"{folder}/config.json")
+    fields = {key: value for key, value in fields.items() if key != "logvar"}
+    tensors = open_safetensors(path, STEM)
+    params = load_params(sana_table(fields), tensors, dtype, shardings)
+    if (folder / LOGVAR).is_file():
+        width = params["scale_shift_table"].shape[-1]
+        side = open_safetensors(folder / LOGVAR)
+        params |= load_params(logvar_table(width), side, dtype, shardings)
+        fields["logvar"] = True
+    return fields, params
+
+
+def save_transformer(
+    folder: str | Path, fields: dict[str, Any], params: Any, dtype: Any = jnp.float32
+) -> None:
+    """Writes a folder that diffusers' ``SanaTransformer2DModel.from_pretrained`` loads.
+
+    Weights come first and the config last, so that a folder with a config is whole. The logvar head, if
+    there is one, goes into a file of its own, in float32: training can go on from the folder.
+
+    Args:
+      folder: made if missing.
+      fields: of SanaTransformer; params: its parameters.
+      dtype: of the weights written.
+    """
+    folder = Path(folder)
+    (folder / LOGVAR).unlink(missing_ok=True)
+    save_safetensors(folder, STEM, sana_table(fields), params, dtype)
+    if "logvar_linear" in params:
+        head = {f"logvar_linear.{k}": v for k, v in params["logvar_linear"].items()}
+        save_file({k: jax.device_get(v) for k, v in head.items()}, folder / LOGVAR)
+    config = {"_class_name": "SanaTransformer2DModel"} | config_from_fields(fields)
+    write_json_atomic(folder / "config.json", config)
+
+
+def logvar_table(width: int) -> dict[str, Entry]:
+    """The table of the file of a logvar head."""
+    path = ("logvar_linear", "kernel")
+    return {
+        "logvar_linear.weight": Entry(path, None, LINEAR, (1, width)),
+        "logvar_linear.bias": Entry(("logvar_linear", "bias"), None, SAME, (1,)),
+    }
+
+
+def load_autoencoder(
+    folder: str | Path, dtype: Any = jnp.float32, *, shardings: Callable | None = None
+) -> tuple[AutoencoderDC, Any]:
     """The autoencoder of a diffusers folder (``vae/`` of a pipeline).
 
     Args:
       folder: has ``config.json`` of an AutoencoderDC and its weights, in one file or by an index.
       dtype: of the parameters returned.
+      shardings: see `files.load_params`.
 
     Returns:
       ``(autoencoder, params)``; ``autoencoder.dtype`` is float32 whatever the parameters are in.
@@ -34,34 +112,34 @@ def load_autoencoder(folder: str | Path, dtype=jnp.float32) -> tuple[Autoencoder
         missing or misshapen.
     """
     folder = Path(folder)
-    config = _read_config(folder, "AutoencoderDC")
+    config = read_config(folder, "AutoencoderDC")
     fields = {field.name for field in dataclasses.fields(AutoencoderDC)} - {"dtype"}
     unknown = sorted(set(config) - fields)
     if unknown:
         raise UserError(f"{folder}/config.json: key '{unknown[0]}' is unknown")
     autoencoder = AutoencoderDC(**{key: _tuples(value) for key, value in config.items()})
-    return autoencoder, _read_tensors(folder, dc_ae_table(autoencoder), dtype)
+    tensors = open_safetensors(folder, STEM)
+    return autoencoder, load_params(dc_ae_table(autoencoder), tensors, dtype, shardings)
 
 
 def save_autoencoder(
-    folder: str | Path, autoencoder: AutoencoderDC, params, dtype=jnp.float32
+    folder: str | Path, autoencoder: AutoencoderDC, params: Any, dtype: Any = jnp.float32
 ) -> None:
     """Writes a folder that diffusers' ``AutoencoderDC.from_pretrained`` loads. Weights come first and
     the config last, so that a folder with a config is whole."""
     folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    tensors = to_torch(dc_ae_table(autoencoder), params)
-    tensors = {name: jnp.asarray(tensor, dtype) for name, tensor in tensors.items()}
-    partial = folder / f"{WEIGHTS}.partial"
-    save_file(tensors, partial, metadata={"format": "pt"})
-    partial.replace(folder / WEIGHTS)
+    save_safetensors(folder, STEM, dc_ae_table(autoencoder), params, dtype)
     config = dataclasses.asdict(autoencoder)
     del config["dtype"]
     write_json_atomic(folder / "config.json", {"_class_name": "AutoencoderDC"} | config)
 
 
-def _read_config(folder: Path, class_name: str) -> dict[str, Any]:
-    """``config.json`` without the keys that diffusers keeps for itself."""
+def read_config(folder: Path, class_name: str) -> dict[str, Any]:
+    """``config.json`` without the keys that diffusers keeps for itself.
+
+    Raises:
+      UserError: it is missing, damaged, or of another class.
+    """
     path = folder / "config.json"
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
@@ -77,34 +155,3 @@ def _read_config(folder: Path, class_name: str) -> dict[str, Any]:
 
 def _tuples(value):
     return tuple(_tuples(item) for item in value) if isinstance(value, list) else value
-
-
-def _read_tensors(folder: Path, table: dict[str, Entry], dtype) -> Any:
-    """Parameters from the safetensors files of ``folder``, one tensor at a time."""
-    with contextlib.ExitStack() as stack:
-        where = {}
-        for path in _weight_files(folder):
-            try:
-                file = stack.enter_context(safe_open(path, framework="flax"))
-            except FileNotFoundError:
-                raise UserError(f"{path} is missing") from None
-            except (OSError, SafetensorError) as error:
-                raise UserError(f"{path} is no whole safetensors file: {error}") from error
-            for name in file.keys():  # noqa: SIM118 - not a dict
-                if name in where:
-                    raise UserError(f"{path}: tensor {name} is in another file as well")
-                where[name] = file
-        shapes = {name: file.get_slice(name).get_shape() for name, file in where.items()}
-        check_names(table, shapes, str(folder))
-        return from_torch(table, lambda name: where[name].get_tensor(name).astype(dtype))
-
-
-def _weight_files(folder: Path) -> list[Path]:
-    index = folder / f"{WEIGHTS}.index.json"
-    if not index.exists():
-        return [folder / WEIGHTS]
-    try:
-        names = json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()
-        return [folder / name for name in sorted(set(names))]
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise UserError(f"{index} cannot be read: {error!r}") from error

@@ -1,14 +1,14 @@
 """Name tables: where each tensor of a torch model lies in our parameters, and in which layout.
 
 A table is a dict from torch's name to an `Entry`, made from the shapes of our parameters, so that it
-is total: every tensor and every leaf is in it once. It serves both directions.
+is total: every tensor and every leaf is in it once. It serves both directions. Reading and writing
+files by a table is in `files`.
 """
 
 from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
 import jax
-import numpy as np
 
 from ..errors import UserError
 
@@ -46,22 +46,35 @@ def grouped(groups: int) -> Layout:
 
 
 class Entry(NamedTuple):
-    """A tensor's path in our parameters, its layout, and torch's shape."""
+    """A tensor's place in our parameters, its layout, and torch's shape.
+
+    Attributes:
+      path: keys of the leaf.
+      layer: index on the leaf's leading axis, where the layers of a model are stacked on one; else None.
+      layout: between torch's array and ours, or ours at that index.
+      shape: of torch's array.
+    """
 
     path: tuple[str, ...]
+    layer: int | None
     layout: Layout
     shape: tuple[int, ...]
 
 
 def make_table(
-    shapes: Tree, name: Callable[[tuple[str, ...]], str], layout: Callable[..., Layout]
+    shapes: Tree,
+    name: Callable[[tuple[str, ...]], str],
+    layout: Callable[..., Layout],
+    stacked: str | None = None,
 ) -> dict[str, Entry]:
     """The table of a model.
 
     Args:
       shapes: our parameters, or their `jax.eval_shape`.
-      name: torch's name of the leaf at a path of keys.
-      layout: ``layout(path, shape)`` of it.
+      name: torch's name of the leaf at a path of keys. Under the key ``stacked`` it gets the layer's number
+        as the path's second key.
+      layout: ``layout(path, shape)`` of it; under ``stacked``, of one layer.
+      stacked: first key of leaves [layers, ...], each of which is one tensor per layer.
 
     Raises:
       ValueError: two leaves have one name.
@@ -69,13 +82,16 @@ def make_table(
     table = {}
     for keys, leaf in jax.tree_util.tree_leaves_with_path(shapes):
         path = tuple(key.key for key in keys)
-        entry = layout(path, leaf.shape)
-        torch_shape = jax.eval_shape(
-            entry.write, jax.ShapeDtypeStruct(leaf.shape, leaf.dtype)
-        ).shape
-        if name(path) in table:
-            raise ValueError(f"two parameters are called {name(path)}")
-        table[name(path)] = Entry(path, entry, torch_shape)
+        shape, layers = leaf.shape, (None,)
+        if path[0] == stacked:
+            shape, layers = leaf.shape[1:], range(leaf.shape[0])
+        between = layout(path, shape)
+        torch_shape = jax.eval_shape(between.write, jax.ShapeDtypeStruct(shape, leaf.dtype)).shape
+        for layer in layers:
+            torch_name = name(path if layer is None else (path[0], str(layer), *path[1:]))
+            if torch_name in table:
+                raise ValueError(f"two parameters are called {torch_name}")
+            table[torch_name] = Entry(path, layer, between, torch_shape)
     return table
 
 
@@ -104,25 +120,3 @@ def check_names(table: dict[str, Entry], shapes: dict[str, Iterable[int]], origi
 
 def _more(names: list[str]) -> str:
     return f" (and {len(names) - 1} more)" if len(names) > 1 else ""
-
-
-def from_torch(table: dict[str, Entry], read: Callable[[str], Any]) -> Tree:
-    """Our parameters from torch's tensors; ``read(name)`` gives one of them, checked already."""
-    params: dict = {}
-    for name, entry in table.items():
-        node = params
-        for key in entry.path[:-1]:
-            node = node.setdefault(key, {})
-        node[entry.path[-1]] = entry.layout.read(read(name))
-    return params
-
-
-def to_torch(table: dict[str, Entry], params: Tree) -> dict[str, np.ndarray]:
-    """Torch's tensors, contiguous NumPy arrays, from our parameters; dtypes are kept."""
-    tensors = {}
-    for name, entry in table.items():
-        leaf = params
-        for key in entry.path:
-            leaf = leaf[key]
-        tensors[name] = np.ascontiguousarray(entry.layout.write(np.asarray(leaf)))
-    return tensors

@@ -1,0 +1,249 @@
+"""Tensors in files: safetensors, one file or several by an index, and torch's own behind a safe loader.
+
+Parameters go from the file to their devices leaf by leaf: the host never holds more than one leaf
+beside what stays on it.
+"""
+
+import json
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save_file
+
+from ..errors import UserError
+from ..training.log import write_json_atomic
+from .tables import Entry, check_names
+
+Tree = Any
+
+SHARD_BYTES = 5 * 10**9  # the largest file that hubs and file systems take without complaint
+
+
+class Tensors(NamedTuple):
+    """The tensors of one model, still in their files.
+
+    Attributes:
+      origin: file or folder, for messages.
+      shapes: by name.
+      read: ``read(name)``, a NumPy array in torch's layout.
+    """
+
+    origin: str
+    shapes: dict[str, tuple[int, ...]]
+    read: Callable[[str], np.ndarray]
+
+
+def open_safetensors(path: Path, stem: str = "model") -> Tensors:
+    """The tensors of a safetensors file, or of a folder with ``stem``.safetensors, or with an index of
+    several files, ``stem``.safetensors.index.json.
+
+    Raises:
+      UserError: a file is missing, cut short or no safetensors, a name is in two files, or a tensor is
+        not of floating point.
+    """
+    where: dict[str, Path] = {}
+    shapes = {}
+    for file in [path] if path.is_file() else _weight_files(path, stem):
+        with _open(file) as opened:
+            for name in opened.keys():  # noqa: SIM118 - not a dict
+                if name in where:
+                    raise UserError(f"{file}: tensor {name} is in another file as well")
+                tensor = opened.get_slice(name)
+                if tensor.get_dtype() not in ("F64", "F32", "F16", "BF16"):
+                    raise UserError(f"{file}: tensor {name} is {tensor.get_dtype()}, not a float")
+                where[name], shapes[name] = file, tuple(tensor.get_shape())
+
+    def read(name):
+        # Opened anew each time: pages of a mapped file count as this process's until it is closed.
+        with _open(where[name]) as opened:
+            return opened.get_tensor(name)
+
+    return Tensors(str(path), shapes, read)
+
+
+def _open(file: Path):
+    try:
+        return safe_open(file, framework="numpy")
+    except FileNotFoundError:
+        raise UserError(f"{file} is missing") from None
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"{file} is no whole safetensors file: {error}") from error
+
+
+def _weight_files(folder: Path, stem: str) -> list[Path]:
+    index = folder / f"{stem}.safetensors.index.json"
+    single = folder / f"{stem}.safetensors"
+    if single.exists() or not index.exists():
+        return [single]
+    try:
+        names = json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()
+        return [folder / name for name in sorted(set(names))]
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UserError(f"{index} cannot be read: {error!r}") from error
+
+
+def open_torch(path: Path, key: str | None = None) -> Tensors:
+    """The tensors of a ``.pth`` or ``.pt`` file, by torch's weights-only loader, which runs no code.
+
+    Args:
+      path: the file; mapped into memory, not read at once.
+      key: the entry of the file that holds them, e.g. 'state_dict'; None if the file is that dict.
+
+    Raises:
+      UserError: torch is not installed, or the file is missing, damaged, not of tensors alone, or without
+        the key.
+    """
+    try:
+        import torch
+    except ImportError:
+        raise UserError(
+            f"{path}: reading .pth files needs torch: pip install torch, or convert the file to safetensors"
+        ) from None
+    if not path.is_file():
+        raise UserError(f"{path} is missing")
+    try:
+        found = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except Exception as error:  # torch, pickle and zip raise a dozen classes
+        reason = str(error).strip().partition("\n")[0]
+        raise UserError(
+            f"{path} is no file of tensors alone, and was not loaded: {reason}"
+        ) from error
+    if key is not None:
+        if not isinstance(found, dict) or key not in found:
+            raise UserError(f"{path} has no entry '{key}': is it a checkpoint of another kind?")
+        found = found[key]
+    wrong = [name for name, value in found.items() if not isinstance(value, torch.Tensor)]
+    if wrong:
+        raise UserError(f"{path}: entry {wrong[0]} is no tensor")
+    shapes = {name: tuple(tensor.shape) for name, tensor in found.items()}
+
+    def read(name):
+        tensor = found[name]
+        if tensor.dtype == torch.bfloat16:  # NumPy has no such type of its own
+            return tensor.view(torch.uint16).numpy().view(jnp.bfloat16)
+        return tensor.numpy()
+
+    return Tensors(str(path), shapes, read)
+
+
+def load_params(
+    table: dict[str, Entry],
+    tensors: Tensors,
+    dtype: Any,
+    shardings: Callable[[Tree], Tree] | None = None,
+) -> Tree:
+    """Our parameters, each leaf straight to its devices.
+
+    Args:
+      table: of the model.
+      tensors: names and shapes must be those of the table.
+      dtype: of the result.
+      shardings: from the tree of `jax.ShapeDtypeStruct` to that of shardings, e.g. a partial
+        `training.sharding.state_shardings`; by default all goes to the default device.
+
+    Raises:
+      UserError: see `tables.check_names`.
+    """
+    check_names(table, tensors.shapes, tensors.origin)
+    parts: dict[tuple, list[tuple[str, Entry]]] = {}
+    for name, entry in table.items():
+        parts.setdefault(entry.path, []).append((name, entry))
+
+    def struct(entries):
+        entry = entries[0][1]
+        one = jax.ShapeDtypeStruct(entry.shape, dtype)
+        shape = jax.eval_shape(entry.layout.read, one).shape
+        return jax.ShapeDtypeStruct(
+            shape if entry.layer is None else (len(entries), *shape), jnp.dtype(dtype)
+        )
+
+    structs = {path: struct(entries) for path, entries in parts.items()}
+    places = shardings(_nest(structs)) if shardings else None
+    leaves = {}
+    # The largest first: its buffer on the host is gone before the others' memory is needed.
+    for path in sorted(structs, key=lambda path: -structs[path].size):
+        buffer = np.empty(structs[path].shape, structs[path].dtype)
+        for name, entry in parts[path]:
+            place = buffer if entry.layer is None else buffer[entry.layer]
+            place[...] = entry.layout.read(tensors.read(name))
+        leaves[path] = _put(buffer, places, path)
+        del buffer
+    return _nest(leaves)
+
+
+def _put(buffer: np.ndarray, places: Tree | None, path: tuple[str, ...]) -> jax.Array:
+    if places is None:
+        return jax.device_put(buffer)
+    for key in path:
+        places = places[key]
+    return jax.make_array_from_callback(buffer.shape, places, lambda index: buffer[index])
+
+
+def _nest(leaves: dict[tuple, Any]) -> Tree:
+    tree: dict = {}
+    for path, leaf in leaves.items():
+        node = tree
+        for key in path[:-1]:
+            node = node.setdefault(key, {})
+        node[path[-1]] = leaf
+    return tree
+
+
+def to_torch(params: Tree, entry: Entry, dtype: Any = None) -> np.ndarray:
+    """The tensor of one entry, contiguous and in torch's layout, from our parameters."""
+    leaf = params
+    for key in entry.path:
+        leaf = leaf[key]
+    leaf = leaf if entry.layer is None else leaf[entry.layer]
+    return np.ascontiguousarray(entry.layout.write(np.asarray(leaf)).astype(dtype or leaf.dtype))
+
+
+def save_safetensors(
+    folder: Path,
+    stem: str,
+    table: dict[str, Entry],
+    params: Tree,
+    dtype: Any,
+    shard_bytes: int = SHARD_BYTES,
+) -> None:
+    """Writes ``stem``.safetensors, or numbered files and their index if it would be larger than
+    ``shard_bytes``; file by file under another name first, so that none is seen half-written."""
+    folder.mkdir(parents=True, exist_ok=True)
+    shards: list[list[str]] = [[]]
+    size = 0
+    width = jnp.dtype(dtype).itemsize
+    for name, entry in table.items():
+        nbytes = int(np.prod(entry.shape)) * width
+        if shards[-1] and size + nbytes > shard_bytes:
+            shards.append([])
+            size = 0
+        shards[-1].append(name)
+        size += nbytes
+    count = len(shards)
+    names = [f"{stem}-{i:05d}-of-{count:05d}.safetensors" for i in range(1, count + 1)]
+    files = names if count > 1 else [f"{stem}.safetensors"]
+    _remove_old(folder, stem, keep=files)
+    for file, shard in zip(files, shards, strict=True):
+        partial = folder / f"{file}.partial"
+        tensors = {name: to_torch(params, table[name], dtype) for name in shard}
+        save_file(tensors, partial, metadata={"format": "pt"})
+        partial.replace(folder / file)
+    if count > 1:
+        weight_map = {
+            name: file for file, shard in zip(files, shards, strict=True) for name in shard
+        }
+        total = sum(int(np.prod(entry.shape)) for entry in table.values()) * width
+        index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+        write_json_atomic(folder / f"{stem}.safetensors.index.json", index)
+
+
+def _remove_old(folder: Path, stem: str, keep: Iterable[str]) -> None:
+    """Files of an earlier save that a loader would take for part of this one."""
+    for path in folder.glob(f"{stem}*.safetensors*"):
+        if path.name not in keep:
+            path.unlink()

@@ -1,0 +1,129 @@
+"""Names, layouts and config of SanaTransformer in diffusers' SanaTransformer2DModel."""
+
+import re
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from ..errors import UserError
+from ..models.sana import SanaTransformer, from_fields
+from .tables import DEPTHWISE, LINEAR, POINTWISE, SAME, Entry, Layout, make_table
+
+# Fields that are a config key of the same name and meaning.
+_SHARED = (
+    "in_channels",
+    "out_channels",
+    "num_attention_heads",
+    "attention_head_dim",
+    "num_layers",
+    "num_cross_attention_heads",
+    "cross_attention_head_dim",
+    "caption_channels",
+    "mlp_ratio",
+    "patch_size",
+    "sample_size",
+    "attention_bias",
+    "guidance_embeds",
+    "timestep_scale",
+    "interpolation_scale",
+)
+# What the network always does, as the config says it; diffusers' defaults where it does not.
+_FIXED = {"norm_elementwise_affine": False, "norm_eps": 1e-6, "guidance_embeds_scale": 0.1}
+_QK_NORM = "rms_norm_across_heads"
+
+
+def sana_table(fields: dict[str, Any]) -> dict[str, Entry]:
+    """The table of a transformer, by its fields; the logvar head, which diffusers lacks, is not in it."""
+    model = from_fields(fields, logvar=False)
+    shapes = jax.eval_shape(model.init, jax.random.key(0), *example_inputs(model))["params"]
+
+    def name(path):
+        return _name(path, model.guidance_embeds)
+
+    def layout(path, shape):
+        return _layout(path, model)
+
+    return make_table(shapes, name, layout, stacked="transformer_blocks")
+
+
+def example_inputs(model: SanaTransformer) -> tuple:
+    """The smallest inputs of a transformer, zeros; for `jax.eval_shape` and ``init``."""
+    p = model.patch_size
+    inputs = (
+        jnp.zeros((1, p, p, model.in_channels)),
+        jnp.zeros(1),
+        jnp.zeros((1, 1, model.caption_channels)),
+        jnp.ones((1, 1), jnp.int32),
+    )
+    return inputs + (jnp.zeros(1),) if model.guidance_embeds else inputs
+
+
+def fields_from_config(config: dict[str, Any], origin: str) -> dict[str, Any]:
+    """Fields of SanaTransformer from a diffusers config without its private keys.
+
+    Diffusers' Sprint pipelines show a network with guidance the flow time in [0, 1], whatever its
+    ``timestep_scale`` says; in our terms that is 0.001.
+
+    Raises:
+      UserError: a key is unknown, or says something that the network does not do.
+    """
+    known = {*_SHARED, *_FIXED, "qk_norm", "cross_attention_dim", "dropout"}
+    unknown = sorted(set(config) - known)
+    if unknown:
+        raise UserError(f"{origin}: key '{unknown[0]}' is unknown")
+    for key, value in _FIXED.items():
+        if config.get(key, value) != value:
+            raise UserError(f"{origin}: {key} {config[key]!r} is not supported, only {value!r}")
+    if config.get("qk_norm") not in (None, _QK_NORM):
+        raise UserError(f"{origin}: qk_norm {config['qk_norm']!r} is not None or {_QK_NORM!r}")
+    fields = {key: config[key] for key in _SHARED if key in config}
+    fields["qk_norm"] = config.get("qk_norm") is not None
+    if fields.get("out_channels", 32) is None:
+        fields["out_channels"] = fields.get("in_channels", 32)
+    if fields.get("guidance_embeds"):
+        fields["timestep_scale"] = 0.001
+    model = from_fields(fields)
+    width = config.get("cross_attention_dim", model.features)
+    if width != model.features:
+        raise UserError(
+            f"{origin}: cross_attention_dim {width} differs from the width {model.features}"
+        )
+    return fields
+
+
+def config_from_fields(fields: dict[str, Any]) -> dict[str, Any]:
+    """The config of diffusers' SanaTransformer2DModel for fields of SanaTransformer."""
+    model = from_fields(fields)
+    config = {key: getattr(model, key) for key in _SHARED}
+    config["qk_norm"] = _QK_NORM if model.qk_norm else None
+    return config | {"cross_attention_dim": model.features, "dropout": 0.0} | _FIXED
+
+
+def _name(path: tuple[str, ...], guidance_embeds: bool) -> str:
+    """'transformer_blocks', '3', 'attn1', 'to_out_0', 'kernel' ->
+    'transformer_blocks.3.attn1.to_out.0.weight'."""
+    *modules, leaf = path
+    if modules[:2] == ["time_embed", "timestep_embedder"] and not guidance_embeds:
+        modules.insert(1, "emb")
+    leaf = "weight" if leaf == "kernel" else leaf
+    return re.sub(r"to_out_(\d)", r"to_out.\1", ".".join([*modules, leaf]))
+
+
+def _layout(path: tuple[str, ...], model: SanaTransformer) -> Layout:
+    module, leaf = path[-2:] if len(path) > 1 else ("", path[0])
+    if leaf != "kernel":
+        return SAME
+    if module == "proj":
+        return _patches(model.patch_size)
+    if module == "conv_depth":
+        return DEPTHWISE
+    return POINTWISE if module in ("conv_inverted", "conv_point") else LINEAR
+
+
+def _patches(p: int) -> Layout:
+    """[out, in, p, p] and [p * p * in, out]."""
+    return Layout(
+        lambda a: a.transpose(2, 3, 1, 0).reshape(-1, a.shape[0]),
+        lambda a: a.reshape(p, p, -1, a.shape[-1]).transpose(3, 2, 0, 1),
+    )
