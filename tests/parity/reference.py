@@ -1,8 +1,12 @@
 """Reference models of diffusers and transformers with random weights, at sizes that tests can afford."""
 
+import json
+from collections.abc import Iterable
+
+import tokenizers
 import torch
 from diffusers import AutoencoderDC
-from transformers import Gemma2Config, Gemma2Model
+from transformers import Gemma2Config, Gemma2Model, GemmaTokenizer
 
 TINY_DC_AE = dict(
     in_channels=3,
@@ -22,7 +26,7 @@ TINY_DC_AE = dict(
 )
 
 TINY_GEMMA2 = dict(
-    vocab_size=320,
+    vocab_size=600,
     hidden_size=32,
     intermediate_size=48,
     num_hidden_layers=4,
@@ -56,6 +60,27 @@ def tiny_gemma2(**changes) -> Gemma2Model:
             if isinstance(module, torch.nn.Linear | torch.nn.Embedding):
                 module.weight.sub_(0.2)
     return model
+
+
+def tiny_tokenizer(texts: Iterable[str], vocab_size: int = TINY_GEMMA2["vocab_size"]):
+    """A GemmaTokenizer trained on texts: byte-pair encoding with a token for every byte, where spaces
+    begin words and nothing else parts them."""
+    trained = tokenizers.Tokenizer(tokenizers.models.BPE())
+    trained.normalizer = tokenizers.normalizers.Replace(" ", "▁")
+    trained.pre_tokenizer = tokenizers.pre_tokenizers.Split("▁", "merged_with_next")
+    first = ["<pad>", "<eos>", "<bos>", "<unk>", "<mask>", *(f"<0x{i:02X}>" for i in range(256))]
+    trainer = tokenizers.trainers.BpeTrainer(
+        vocab_size=vocab_size - len(first), show_progress=False
+    )
+    trained.train_from_iterator(texts, trainer)
+    model = json.loads(trained.to_str())["model"]
+    tokens = first + sorted(model["vocab"], key=model["vocab"].get)
+    return GemmaTokenizer(
+        vocab={token: i for i, token in enumerate(tokens)},
+        merges=[tuple(pair) for pair in model["merges"]],
+        add_bos_token=True,
+        add_eos_token=False,
+    )
 
 
 def channels_first(array) -> torch.Tensor:
