@@ -6,7 +6,6 @@ Writes 00000.png, 00001.png, ... and grid.png, all of them with their captions.
 """
 
 import argparse
-import re
 from pathlib import Path
 
 import numpy as np
@@ -24,7 +23,7 @@ def main(argv: list[str]) -> None:
     """The command; ``argv`` are its words. Raises UserError for what cannot be drawn."""
     flags = _parser().parse_args(argv)
     prompts = _prompts(flags)
-    height, width = _size(flags.size)
+    height, width = cli.parse_size(flags.size)
     for flag in ("scale", "batch", "images_per_prompt"):
         if getattr(flags, flag) < 1:
             raise UserError(f"--{flag.replace('_', '-')} must be at least 1", exit_code=2)
@@ -100,15 +99,6 @@ def _prompts(flags: argparse.Namespace) -> list[str]:
     if not prompts:
         raise UserError("give --prompt P or --prompts FILE", exit_code=2)
     return prompts
-
-
-def _size(text: str | None) -> tuple[int | None, int | None]:
-    if text is None:
-        return None, None
-    match = re.fullmatch(r"(\d+)x(\d+)", text)
-    if match is None:
-        raise UserError(f"--size {text} must be HEIGHTxWIDTH, such as 16x16", exit_code=2)
-    return int(match[1]), int(match[2])
 
 
 def _output_folder(name: str) -> Path:
