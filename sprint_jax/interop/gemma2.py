@@ -109,7 +109,9 @@ def _from_config(config: dict[str, Any], origin: str, dtype: Any) -> Gemma2:
     if config.get("rope_parameters") is not None:  # where transformers 5 keeps rope_theta
         rope = {"rope_type": "default"} | config["rope_parameters"]
         if set(rope) - {"rope_theta"} != {"rope_type"} or rope["rope_type"] != "default":
-            raise UserError(f"{origin}: rope_parameters {rope!r} are not supported, only rope_theta")
+            raise UserError(
+                f"{origin}: rope_parameters {rope!r} are not supported, only rope_theta"
+            )
         fields |= {key: rope[key] for key in ("rope_theta",) if key in rope}
     if fields.get("layer_types") is not None:
         fields["layer_types"] = tuple(fields["layer_types"])

@@ -43,7 +43,7 @@ SPECIAL = [
     "\u200b zero width and \u00a0 no-break",
     ": a colon first",
     "User Prompt: again",
-    'quotes "double" and \'single\'',
+    "quotes \"double\" and 'single'",
     "\x00\x01 control",
     " ".join(WORDS * 60),
     "x" * 3000,
