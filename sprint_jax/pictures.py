@@ -57,7 +57,7 @@ def to_pixels(
     Raises:
       UserError: another number of images, or arrays of another shape or dtype.
     """
-    if isinstance(images, Image.Image) or (isinstance(images, np.ndarray) and images.ndim == 3):
+    if isinstance(images, Image.Image) or (isinstance(images, np.ndarray) and images.ndim < 4):
         images = [images]
     if len(images) not in (1, count):
         raise UserError(f"{len(images)} images for {count} pictures: give one, or one for each")

@@ -131,8 +131,8 @@ class SprintPipeline:
           strength: how much of ``image`` may change, above 0 and at most 1, where it is ignored. See
             `trigflow.image_schedule`.
           negative: what a teacher is guided away from.
-          binning: draw at the nearest of the sizes that 1024-pixel models were trained on, then scale and cut to
-            the size asked for.
+          binning: draw at the nearest of the sizes that 1024-pixel models were trained on, then scale and
+            cut to the size asked for.
           solver: for a teacher, one of `SOLVERS` (default 'dpm').
           batch_size: at most so many pictures at once.
 
@@ -191,7 +191,9 @@ class SprintPipeline:
         count = len(prompts)
         size = min(batch_size, count)
         if image is not None:
-            pixels = to_pixels(image, count, *(self.autoencoder.factor * side for side in shape[:2]))
+            pixels = to_pixels(
+                image, count, *(self.autoencoder.factor * side for side in shape[:2])
+            )
         for start in range(0, count, size):
             # A short last batch is filled up, so that every batch runs the same program.
             indices = np.minimum(np.arange(start, start + size), count - 1)

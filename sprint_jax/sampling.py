@@ -87,7 +87,8 @@ def consistency_sample(
 ) -> Array:
     """Multistep consistency sampling, the published SANA-Sprint loop (diffusers' SCMScheduler).
 
-    From ``x = sigma_d noise``, or ``sigma_d (cos(u) start + sin(u) noise)``, at each angle u ``x0 = cos(u) x - sin(u) sigma_d F(x / sigma_d, u)``
+    From ``x = sigma_d noise``, or ``sigma_d (cos(u) start + sin(u) noise)``, at each angle u
+    ``x0 = cos(u) x - sin(u) sigma_d F(x / sigma_d, u)``
     and then, with fresh noise at the next angle, ``x = cos(u') x0 + sin(u') sigma_d noise'``.
 
     Args:

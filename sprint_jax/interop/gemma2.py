@@ -104,16 +104,26 @@ def _from_config(config: dict[str, Any], origin: str, dtype: Any) -> Gemma2:
             raise UserError(
                 f"{origin}: {key} {config[key]!r} is not supported, only {allowed[0]!r}"
             )
-    names = {field.name for field in dataclasses.fields(Gemma2)} - {"dtype"}
-    fields = {key: value for key, value in config.items() if key in names}
-    if config.get("rope_parameters") is not None:  # where transformers 5 keeps rope_theta
-        rope = {"rope_type": "default"} | config["rope_parameters"]
-        if set(rope) - {"rope_theta"} != {"rope_type"} or rope["rope_type"] != "default":
-            raise UserError(f"{origin}: rope_parameters {rope!r} are not supported, only rope_theta")
-        fields |= {key: rope[key] for key in ("rope_theta",) if key in rope}
-    if fields.get("layer_types") is not None:
-        fields["layer_types"] = tuple(fields["layer_types"])
-    return Gemma2(**fields, dtype=jnp.dtype(dtype))
+    defaults = {field.name: field.default for field in dataclasses.fields(Gemma2)}
+    fields = {key: config[key] for key in defaults.keys() & config.keys() - {"dtype"}}
+    rope = config.get("rope_parameters")  # where transformers 5 keeps rope_theta
+    if rope is not None:
+        if not isinstance(rope, dict) or rope.keys() - {"rope_theta"} != {"rope_type"}:
+            raise UserError(f"{origin}: rope_parameters {rope!r} are not supported")
+        if rope["rope_type"] != "default":
+            raise UserError(f"{origin}: rope_type {rope['rope_type']!r} is not supported")
+        fields["rope_theta"] = rope.get("rope_theta", defaults["rope_theta"])
+    types = fields.pop("layer_types", None)
+    for key, value in fields.items():
+        kinds = int if isinstance(defaults[key], int) else (int, float)
+        absent = value is None and key in ("attn_logit_softcapping", "sliding_window")
+        if not absent and (not isinstance(value, kinds) or value <= 0):
+            kind = "whole number" if kinds is int else "number"
+            raise UserError(f"{origin}: {key} {value!r} must be a {kind} above 0")
+    if types is not None and not isinstance(types, list):
+        raise UserError(f"{origin}: layer_types {types!r} must be a list")
+    types = None if types is None else tuple(types)
+    return Gemma2(**fields, layer_types=types, dtype=jnp.dtype(dtype))
 
 
 def _without_head(tensors: Tensors) -> Tensors:

@@ -31,7 +31,9 @@ def download(repository: str) -> Path:
             f"{repository} is gated: accept its terms on the hub and set HF_TOKEN"
         ) from error
     except (RepositoryNotFoundError, HFValidationError) as error:
-        raise UserError(f"{repository} is neither a folder here nor a repository on the hub") from error
+        raise UserError(
+            f"{repository} is neither a folder here nor a repository on the hub"
+        ) from error
     except OSError as error:
         reason = str(error).partition("\n")[0]
         raise UserError(

@@ -11,7 +11,7 @@ import pytest
 import torch
 from diffusers import SanaPipeline, SanaSprintPipeline
 from reference import tiny_gemma2, tiny_tokenizer
-from transformers import GemmaTokenizer
+from transformers import Gemma2Model, GemmaTokenizer
 
 from sprint_jax.interop.gemma2 import load_text_encoder
 from sprint_jax.prompts import (
@@ -25,7 +25,7 @@ from sprint_jax.prompts import (
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 
-WORDS = "a red cat sits on the 3 old walls of Paris, painted in oil; un chat à l'ombre".split()
+SENTENCE = "a red cat sits on the 3 old walls of Paris, painted in oil; un chat à l'ombre"
 SPECIAL = [
     "",
     " ",
@@ -43,9 +43,9 @@ SPECIAL = [
     "\u200b zero width and \u00a0 no-break",
     ": a colon first",
     "User Prompt: again",
-    'quotes "double" and \'single\'',
+    "quotes \"double\" and 'single'",
     "\x00\x01 control",
-    " ".join(WORDS * 60),
+    " ".join([SENTENCE] * 60),
     "x" * 3000,
 ]
 
@@ -54,7 +54,7 @@ def varied_prompts(count: int = 200) -> list[str]:
     random = np.random.default_rng(0)
     drawn = []
     for _ in range(count - len(SPECIAL)):
-        words = random.choice(WORDS, random.integers(1, 60))
+        words = random.choice(SENTENCE.split(), random.integers(1, 60))
         text = random.choice([" ", "  ", ", ", "\n"]).join(words)
         drawn.append(text.upper() if random.random() < 0.2 else text)
     return SPECIAL + drawn
@@ -72,7 +72,7 @@ class Echo(torch.nn.Module):
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("pipeline")
-    tokenizer = tiny_tokenizer([INSTRUCTION, *SPECIAL[:10], *WORDS])
+    tokenizer = tiny_tokenizer([INSTRUCTION, *SPECIAL[:10], SENTENCE])
     tokenizer.save_pretrained(folder / "tokenizer")
     tiny_gemma2(vocab_size=len(tokenizer)).save_pretrained(folder / "text_encoder")
     return folder
@@ -108,7 +108,9 @@ def test_tokens_of_200_prompts(folder, instruction):
     assert len(prompts) == 200
     lines = instruction.split("\n") if instruction else None
     ids, mask = numpy(
-        *reference(folder, Echo()).encode_prompt(prompts, complex_human_instruction=lines)
+        *reference(folder, Echo()).encode_prompt(
+            prompts, device="cpu", complex_human_instruction=lines
+        )
     )
     ours = tokenize(load_tokenizer(folder / "tokenizer"), prompts, instruction)
     np.testing.assert_array_equal(ours.ids[:, ours.kept], ids[..., 0])
@@ -127,7 +129,7 @@ def test_the_end_of_the_instruction_depends_on_the_prompt(folder):
 
 @pytest.mark.parametrize("length", [300, 20])
 def test_features_of_the_pipeline(folder, length):
-    text_encoder = tiny_gemma2(vocab_size=600).from_pretrained(folder / "text_encoder")
+    text_encoder = Gemma2Model.from_pretrained(folder / "text_encoder")
     gemma, params = load_text_encoder(folder / "text_encoder")
     tokenizer = load_tokenizer(folder / "tokenizer")
     prompts = SPECIAL[:8] + SPECIAL[-2:]
@@ -135,6 +137,7 @@ def test_features_of_the_pipeline(folder, length):
         text, mask = numpy(
             *reference(folder, text_encoder).encode_prompt(
                 prompts,
+                device="cpu",
                 complex_human_instruction=published_instruction(),
                 max_sequence_length=length,
             )
@@ -150,11 +153,12 @@ def test_features_of_the_pipeline(folder, length):
 
 
 def test_negative_prompts_have_no_instruction(folder):
-    text_encoder = tiny_gemma2(vocab_size=600).from_pretrained(folder / "text_encoder")
+    text_encoder = Gemma2Model.from_pretrained(folder / "text_encoder")
     negative = ["", "Blurry, ugly", "low quality"]
     with torch.no_grad():
         _, _, text, mask = reference(folder, text_encoder, SanaPipeline).encode_prompt(
             ["a cat"] * 3,
+            device="cpu",
             negative_prompt=negative,
             complex_human_instruction=published_instruction(),
         )
