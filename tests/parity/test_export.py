@@ -1,6 +1,6 @@
 """Exported folders in diffusers' own pipelines, and a whole pipeline as StableHLO.
 
-Errors are max|a - b| / max|b|, float32; observed at most 3e-6.
+Errors are max|a - b| / max|b|, float32; observed at most 1.3e-6.
 """
 
 import json
@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 from reference import channels_first, channels_last, tiny_dc_ae, tiny_gemma2, tiny_tokenizer
+from runs import quick_compilation
 from tiny_pipeline import centered
 from workdirs import make_workdir
 
@@ -24,6 +25,12 @@ pytestmark = pytest.mark.filterwarnings("ignore")
 
 PROMPTS = ["a red 3 on blue", "a green 7 on yellow"]
 NO_PARTS = dict(vae=None, text_encoder=None, tokenizer=None)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def quick():
+    with quick_compilation():
+        yield
 
 
 @pytest.fixture(scope="module")
@@ -65,9 +72,16 @@ def relative_error(ours, theirs) -> float:
     return float(np.abs(np.asarray(ours) - theirs).max() / np.abs(theirs).max())
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize("which", ["ema", "raw"])
-@pytest.mark.parametrize("stage", ["distill", "flow"])
+@pytest.mark.parametrize(
+    ("stage", "which", "dtype"),
+    [
+        ("distill", "ema", "float32"),
+        ("distill", "raw", "bfloat16"),
+        ("distill", "ema", "bfloat16"),
+        ("flow", "raw", "float32"),
+        ("flow", "ema", "bfloat16"),
+    ],
+)
 def test_transformer_in_diffusers(models, tmp_path, stage, which, dtype):
     out = run(models[stage], tmp_path / "out", "--params", which, "--dtype", dtype)
     stored = diffusers.SanaTransformer2DModel.from_pretrained(
@@ -125,7 +139,7 @@ def test_latents_of_a_pipeline_without_a_base(models, tmp_path, steps):
     expected = ours.denoise(
         text, mask, channels_last(noise), steps=steps, guidance=3.0, step_noise=step_noise
     )
-    assert relative_error(expected, channels_last(found)) < 1e-4
+    assert relative_error(expected, channels_last(found)) < 2e-5
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
