@@ -83,10 +83,12 @@ def consistency_sample(
     sigma_d: float,
     step_noise: Array | None = None,
     key: Array | None = None,
+    start: Array | None = None,
 ) -> Array:
     """Multistep consistency sampling, the published SANA-Sprint loop (diffusers' SCMScheduler).
 
-    From ``x = sigma_d noise``, at each angle u ``x0 = cos(u) x - sin(u) sigma_d F(x / sigma_d, u)``
+    From ``x = sigma_d noise``, or ``sigma_d (cos(u) start + sin(u) noise)``, at each angle u
+    ``x0 = cos(u) x - sin(u) sigma_d F(x / sigma_d, u)``
     and then, with fresh noise at the next angle, ``x = cos(u') x0 + sin(u') sigma_d noise'``.
 
     Args:
@@ -97,6 +99,7 @@ def consistency_sample(
       sigma_d: standard deviation of TrigFlow's data.
       step_noise: [steps - 1, B, h, w, C], the fresh noise, N(0, 1); else drawn from ``key``.
       key: for fresh noise; image i's draws depend on (key, i) only. Not needed for one step.
+      start: latents [B, h, w, C] of images to change; the schedule then begins at a smaller angle.
 
     Returns:
       The last x0 over sigma_d: latents [B, h, w, C], float32.
@@ -119,6 +122,8 @@ def consistency_sample(
         )
 
     x = sigma_d * jnp.asarray(noise, jnp.float32)
+    if start is not None:
+        x = add_noise(sigma_d * jnp.asarray(start, jnp.float32), x, np.float32(schedule[0]))
     # The last x0 is renoised at angle 0, which leaves it as it is, bit for bit.
     fresh = jnp.zeros((1, *noise.shape), jnp.float32)
     if steps > 1:
