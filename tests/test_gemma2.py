@@ -56,7 +56,7 @@ def test_padding_and_later_tokens_are_not_seen(loaded, arrays):
     assert (after[2, 13:] != before[2, 13:]).any(-1).all()
 
 
-@pytest.mark.parametrize("past", [1, 10, 19])
+@pytest.mark.parametrize("past", [1, 10])
 def test_constant_prefix(loaded, arrays, past):
     gemma, params = loaded
     ids = jnp.asarray(arrays["ids"]).at[:, :past].set(arrays["ids"][:1, :past])

@@ -25,6 +25,9 @@ INDIRECT = {"array-record"}
 # For the tests alone.
 DEVELOPMENT = {"pytest", "pytest-xdist", "ruff", "torch", "diffusers", "transformers"}
 
+# Of these a function may import what only it needs; nothing of the kind is imported with a module.
+OPTIONAL = {"torch", "diffusers", "transformers"}
+
 # Written so that no pattern matches itself.
 UNWANTED = {
     "a path of one machine": r"(?<![\w.$}~*])/(?:home|root|Users|work|farm|tmp|mnt)/\w",
@@ -146,9 +149,20 @@ def distributions(module: str) -> set[str]:
 def test_every_import_is_a_requirement():
     listed = set(requirements())
     for module, files in imports_of({"sprint_jax", "configs", "launch", "benchmarks"}).items():
-        assert distributions(module) & listed, f"{module} of {sorted(files)}: requirements.txt"
+        known = listed | (OPTIONAL if module in OPTIONAL else set())
+        assert distributions(module) & known, f"{module} of {sorted(files)}: requirements.txt"
     for module, files in imports_of({"tests"}).items():
         assert distributions(module) & (listed | DEVELOPMENT), f"{module} of {sorted(files)}"
+
+
+def test_optional_libraries_are_imported_by_functions_only():
+    for path, text in text_files().items():
+        if path.suffix == ".py" and path.parts[0] == "sprint_jax":
+            for node in ast.parse(text).body:
+                names = [alias.name for alias in getattr(node, "names", []) if hasattr(alias, "name")]
+                names.append(getattr(node, "module", None) or "")
+                if isinstance(node, ast.Import | ast.ImportFrom):
+                    assert not {name.partition(".")[0] for name in names} & OPTIONAL, path
 
 
 def test_every_requirement_is_imported():
