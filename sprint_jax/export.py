@@ -194,6 +194,7 @@ def model_card(c: Config, student: bool, source: dict[str, Any], base: Path | No
     if base is None:
         how.append('output_type="latent"')
     other = " Other step counts take `intermediate_timesteps=None`." if student else ""
+    call = ",\n    ".join([given, "height=height", "width=width", *how])
     return f"""\
 ---
 library_name: diffusers
@@ -204,11 +205,13 @@ pipeline_tag: text-to-image
 from diffusers import {name}
 
 pipe = {name}.from_pretrained("."{none})
-out = pipe({given}, height=height, width=width, {", ".join(how)})
+out = pipe(
+    {call},
+)
 ```
 
-Trained on latents of {height // autoencoder.factor} x {width // autoencoder.factor}: `height` and `width`
-are `pipe.vae_scale_factor` times that.{other}
+Trained on latents of {height // autoencoder.factor} x {width // autoencoder.factor} (rows x columns): `height`
+and `width` are `pipe.vae_scale_factor` times that.{other}
 
 Exported by sprint_jax from the {source["params"]} parameters of step {source["step"]} of
 `{source["workdir"]}`, as {source["dtype"]}. Hash of the parameters: `{source["hash"]}`.
