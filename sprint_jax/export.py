@@ -29,10 +29,11 @@ from .config import Config
 from .errors import UserError
 from .interop import hub, pipeline_folder
 from .interop.stablehlo import export_pipeline
-from .loading import read_index
+from .loading import SETTINGS, read_index
 from .pipeline import SprintPipeline
 from .training.checkpoint import load_params
 from .training.fingerprint import fingerprint
+from .training.log import write_json_atomic
 from .training.setup import read_workdir_config, toy_parts
 
 
@@ -134,6 +135,7 @@ def export_diffusers(flags: argparse.Namespace, folder: Path) -> list[str]:
         base_index=index,
     )
     pipeline_folder.check_saved(folder / "transformer", fields, params, dtype)
+    write_json_atomic(folder / SETTINGS, _settings(c))
     source = _source(flags, meta, params)
     (folder / "README.md").write_text(model_card(c, student, source, base), encoding="utf-8")
     report = [f"the transformer reads back as the {flags.params} parameters of step {meta['step']}"]
@@ -180,6 +182,13 @@ def _source(flags: argparse.Namespace, meta: dict[str, Any], params: Any) -> dic
         "dtype": flags.dtype,
         "hash": fingerprint(params),
     }
+
+
+def _settings(c: Config) -> dict[str, Any]:
+    """How the training itself samples, for `loading.from_folder`."""
+    autoencoder, _, (height, width) = toy_parts(c.data.world)
+    size = [height // autoencoder.factor, width // autoencoder.factor]
+    return {"midpoint": c.sampler.midpoint, "guidance": c.log.sample_guidance, "latents": size}
 
 
 def model_card(c: Config, student: bool, source: dict[str, Any], base: Path | None) -> str:

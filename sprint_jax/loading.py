@@ -21,6 +21,9 @@ from .training.checkpoint import load_params
 from .training.setup import read_workdir_config, toy_parts
 from .training.sharding import state_shardings
 
+# What a pipeline folder of diffusers has no place for; beside its model_index.json, from `export`.
+SETTINGS = "sprint_jax.json"
+
 # Pipeline classes of diffusers whose parts are those of ours, and the stage of their transformer.
 STAGES = {
     "SanaSprintPipeline": "distill",
@@ -80,7 +83,7 @@ def _read_training(c: Config) -> tuple[Any, dict[str, Any]]:
 
 def from_folder(folder: Path, dtype: Any, shardings: Any = None) -> dict[str, Any]:
     """The same from a pipeline folder of diffusers, with ``transformer``, ``vae``, ``text_encoder``,
-    ``tokenizer`` and ``scheduler``.
+    ``tokenizer`` and ``scheduler``, and with the settings of an `export` if it is one.
 
     Raises:
       UserError: something is missing, damaged, of another class, or does not fit the rest.
@@ -110,7 +113,10 @@ def from_folder(folder: Path, dtype: Any, shardings: Any = None) -> dict[str, An
             f"{model.caption_channels}"
         )
     config = dataclasses.replace(config, dtype=jnp.dtype(dtype))
-    side = config.factor * model.sample_size
+    settings = {"midpoint": 1.3, "guidance": 4.5, "latents": [model.sample_size] * 2}
+    if (folder / SETTINGS).is_file():
+        settings |= _read_json(folder / SETTINGS)
+    height, width = (config.factor * side for side in settings["latents"])
     return dict(
         model=model,
         params=tree,
@@ -119,9 +125,9 @@ def from_folder(folder: Path, dtype: Any, shardings: Any = None) -> dict[str, An
         stage=stage,
         sigma_d=scheduler.get("sigma_data", 0.5),
         shift=scheduler.get("flow_shift", scheduler.get("shift", 3.0)),
-        midpoint=1.3,
-        guidance=4.5,
-        size=(side, side),
+        midpoint=settings["midpoint"],
+        guidance=settings["guidance"],
+        size=(height, width),
         integer_times=True,
         meta={"path": str(folder)},
     )

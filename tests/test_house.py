@@ -20,8 +20,9 @@ NO_TEXT = {".png", ".jpg", ".gif", ".safetensors"}
 # The libraries this project is written for, imported or not.
 GIVEN = {"jax", "flax", "optax", "orbax-checkpoint", "chex", "tensorflow-datasets"}
 GIVEN |= {"ml-collections", "einops"}
-# Imported by tensorflow-datasets when it reads or writes records, not by it at installation.
-INDIRECT = {"array-record"}
+# Imported by tensorflow-datasets when it reads or writes records, and by jax.export; not brought along by
+# their installation.
+INDIRECT = {"array-record", "flatbuffers"}
 # For the tests alone.
 DEVELOPMENT = {"pytest", "pytest-xdist", "ruff", "torch", "diffusers", "transformers"}
 

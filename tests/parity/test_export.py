@@ -159,6 +159,13 @@ def test_whole_pipeline_with_a_base(models, base, tmp_path, stage, dtype):
     ).images
     assert images.shape == (2, 32, 64, 3) and np.isfinite(images).all() and images.std() > 0.01
     assert type(pipe.vae) is diffusers.AutoencoderDC and pipe.vae.config.latent_channels == 12
+    # Here the folder samples as the training did: the same midpoint, guidance and size.
+    here, trained = (
+        SprintPipeline.from_pretrained(out),
+        SprintPipeline.from_pretrained(models[stage]),
+    )
+    assert (here.midpoint, here.guidance) == (trained.midpoint, trained.guidance)
+    assert here.latent_shape() == trained.latent_shape()
 
 
 def test_teachers_scheduler_takes_our_times(models, tmp_path):
