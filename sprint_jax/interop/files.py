@@ -42,7 +42,7 @@ class Tensors(NamedTuple):
 
 def open_safetensors(path: Path, stem: str = "model") -> Tensors:
     """The tensors of a safetensors file, or of a folder with ``stem``.safetensors, or with an index of
-    several files, ``stem``.safetensors.index.json.
+    several files, ``stem``.safetensors.index.json; else of its ``bf16`` or ``fp16`` variant.
 
     Raises:
       UserError: a file is missing, cut short or no safetensors, a name is in two files, or a tensor is
@@ -78,9 +78,15 @@ def _open(file: Path):
 
 
 def _weight_files(folder: Path, stem: str) -> list[Path]:
-    index = folder / f"{stem}.safetensors.index.json"
-    single = folder / f"{stem}.safetensors"
-    if single.exists() or not index.exists():
+    # Hub repositories may hold weights as a variant alone, named by its dtype.
+    for variant in ("", ".bf16", ".fp16"):
+        single = folder / f"{stem}{variant}.safetensors"
+        index = folder / f"{stem}.safetensors.index{variant}.json"
+        if single.exists() or index.exists():
+            break
+    else:
+        return [folder / f"{stem}.safetensors"]
+    if single.exists():
         return [single]
     try:
         names = json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()

@@ -4,6 +4,7 @@ Errors are max|a - b| / max|b|. Observed: at most 6e-7.
 """
 
 import diffusers
+import jax
 import numpy as np
 import pytest
 import torch
@@ -109,3 +110,14 @@ def test_round_trip_is_bit_equal(tmp_path, dtype):
     theirs, ours = model.state_dict(), again.state_dict()
     assert theirs.keys() == ours.keys()
     assert all(torch.equal(theirs[name], ours[name]) for name in theirs)
+
+
+@pytest.mark.parametrize("shard_size", ["10GB", "4KB"])
+def test_variants_by_dtype(tmp_path, shard_size):
+    model = tiny_dc_ae()
+    model.save_pretrained(tmp_path / "whole")
+    model.save_pretrained(tmp_path / "half", variant="bf16", max_shard_size=shard_size)
+    files = sorted(path.name for path in (tmp_path / "half").iterdir())
+    assert all("bf16" in name for name in files if name != "config.json"), files
+    whole, half = (load_autoencoder(tmp_path / name)[1] for name in ("whole", "half"))
+    jax.tree.map(np.testing.assert_array_equal, whole, half)
