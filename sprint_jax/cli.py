@@ -11,10 +11,14 @@ Exit codes: 0 success, 1 failure, 2 wrong usage, 130 interrupted.
 import argparse
 import difflib
 import errno
+import os
 import re
 import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import NoReturn
+
+import jax
 
 from .config import Config, load_config
 from .errors import UserError
@@ -86,6 +90,21 @@ def make_parser(command: str, description: str | None) -> Parser:
       description: shown by ``--help`` as it is; usually the module's docstring.
     """
     return Parser(prog=f"python -m sprint_jax.{command}", description=description)
+
+
+def use_compilation_cache() -> None:
+    """Keeps compiled programs on disk, so that a command's second start compiles nothing.
+
+    In ``~/.cache/sprint_jax`` (or below ``XDG_CACHE_HOME``), up to 4 GB, the least used go first; where
+    ``JAX_COMPILATION_CACHE_DIR`` is set, even to nothing, JAX's own settings hold.
+    """
+    if "JAX_COMPILATION_CACHE_DIR" in os.environ:
+        return
+    home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    jax.config.update("jax_compilation_cache_dir", str(Path(home) / "sprint_jax"))
+    # With a limit JAX locks the folder, which commands that run side by side need.
+    jax.config.update("jax_compilation_cache_max_size", 4 * 10**9)
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
 
 
 def parse_size(text: str | None) -> tuple[int | None, int | None]:

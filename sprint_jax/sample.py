@@ -24,6 +24,7 @@ GRID_LIMIT = 400  # pictures; a larger grid is neither looked at nor quickly ope
 def main(argv: list[str]) -> None:
     """The command; ``argv`` are its words. Raises UserError for what cannot be drawn."""
     flags = _parser().parse_args(argv)
+    cli.use_compilation_cache()
     prompts = _prompts(flags)
     height, width = cli.parse_size(flags.size)
     for flag in ("scale", "batch", "images_per_prompt"):

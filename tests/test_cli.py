@@ -5,6 +5,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import jax
 import pytest
 
 from sprint_jax import cli
@@ -154,3 +155,23 @@ cli.run_command(main)
     assert result.stdout == ""
     assert result.stderr.startswith("error: unknown flag --hlep, nearest is --help")
     assert result.stderr.count("\n") == 1
+
+
+def test_compiled_programs_are_kept_unless_the_user_decides(tmp_path, monkeypatch):
+    names = (
+        "jax_compilation_cache_dir",
+        "jax_compilation_cache_max_size",
+        "jax_persistent_cache_min_compile_time_secs",
+    )
+    before = {name: getattr(jax.config, name) for name in names}
+    try:
+        cli.use_compilation_cache()  # conftest.py has set the variable
+        assert {name: getattr(jax.config, name) for name in names} == before
+        monkeypatch.delenv("JAX_COMPILATION_CACHE_DIR")
+        monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+        cli.use_compilation_cache()
+        assert jax.config.jax_compilation_cache_dir == str(tmp_path / "sprint_jax")
+        assert jax.config.jax_compilation_cache_max_size > 0
+    finally:
+        for name, value in before.items():
+            jax.config.update(name, value)
