@@ -128,6 +128,7 @@ def save_autoencoder(
     """Writes a folder that diffusers' ``AutoencoderDC.from_pretrained`` loads. Weights come first and
     the config last, so that a folder with a config is whole."""
     folder = Path(folder)
+    (folder / "config.json").unlink(missing_ok=True)
     save_safetensors(folder, STEM, dc_ae_table(autoencoder), params, dtype)
     config = dataclasses.asdict(autoencoder)
     del config["dtype"]

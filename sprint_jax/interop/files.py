@@ -99,8 +99,7 @@ def open_torch(path: Path, key: str | None = None) -> Tensors:
     """The tensors of a ``.pth`` or ``.pt`` file, by torch's weights-only loader, which runs no code.
 
     Args:
-      path: the file; mapped, not read at once. Its pages count as this process's memory while the result
-        is in use, but the system takes them back when it needs them.
+      path: the file; mapped, not read at once.
       key: the entry that holds them, e.g. 'state_dict', in files that are not that dict themselves.
 
     Raises:
@@ -112,6 +111,31 @@ def open_torch(path: Path, key: str | None = None) -> Tensors:
         raise UserError(f"{path} is missing")
     if not zipfile.is_zipfile(path):
         raise UserError(f"{path} is cut short, or no file that torch 1.6 or newer wrote")
+    found = _map_torch(torch, path, key)
+    for name, value in found.items():
+        if not isinstance(value, torch.Tensor):
+            raise UserError(f"{path}: entry {name} is no tensor")
+        if value.dtype not in (torch.float64, torch.float32, torch.float16, torch.bfloat16):
+            raise UserError(f"{path}: tensor {name} is {value.dtype}, not a float")
+    shapes = {name: tuple(tensor.shape) for name, tensor in found.items()}
+    limit, seen = path.stat().st_size // 8, 0
+
+    def read(name):
+        nonlocal found, seen
+        if seen > limit:
+            # Pages that were read count as this process's memory until the file is mapped anew.
+            found, seen = _map_torch(torch, path, key), 0
+        tensor = found[name].detach()
+        seen += tensor.nbytes
+        if tensor.dtype == torch.bfloat16:  # NumPy has no such type of its own
+            return tensor.view(torch.uint16).numpy().view(jnp.bfloat16)
+        return tensor.numpy()
+
+    return Tensors(str(path), shapes, read)
+
+
+def _map_torch(torch, path: Path, key: str | None) -> dict[str, Any]:
+    """What a file of torch holds, mapped into memory; UserError unless that is a dict of plain things."""
     try:
         found = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except Exception as error:  # torch, pickle and zip raise a dozen classes
@@ -128,20 +152,7 @@ def open_torch(path: Path, key: str | None = None) -> Tensors:
         found = found[key]
     if not isinstance(found, dict):
         raise UserError(f"{path} holds no tensors by name: is it a checkpoint of another kind?")
-    for name, value in found.items():
-        if not isinstance(value, torch.Tensor):
-            raise UserError(f"{path}: entry {name} is no tensor")
-        if value.dtype not in (torch.float64, torch.float32, torch.float16, torch.bfloat16):
-            raise UserError(f"{path}: tensor {name} is {value.dtype}, not a float")
-    shapes = {name: tuple(tensor.shape) for name, tensor in found.items()}
-
-    def read(name):
-        tensor = found[name].detach()
-        if tensor.dtype == torch.bfloat16:  # NumPy has no such type of its own
-            return tensor.view(torch.uint16).numpy().view(jnp.bfloat16)
-        return tensor.numpy()
-
-    return Tensors(str(path), shapes, read)
+    return found
 
 
 def import_torch(path: Path):
