@@ -4,8 +4,9 @@
     python -m sprint_jax.benchmark parity --size mid
 
 train times the forward pass, the JVP, forward and backward, and the sCM branch (JVP, forward and
-backward) of a transformer. parity compares outputs only. Weights and inputs are random. Arms take turns
-in every round; see `sprint_jax.timing`. Ratios are times of others over ours. On Linux start it with
+backward) of a transformer. parity compares outputs only. Weights and inputs are random; blocks have
+their weights apart (`unstack_blocks`) unless --stacked is given. Arms take turns in every round; see
+`sprint_jax.timing`. Ratios are times of others over ours. On Linux start it with
 GLIBC_TUNABLES=glibc.malloc.hugetlb=1, as the launch scripts do.
 """
 
@@ -21,7 +22,7 @@ import jax
 from . import cli
 from .errors import UserError
 from .interop import reference
-from .models.sana import SanaTransformer
+from .models.sana import SanaTransformer, stack, unstack_blocks
 from .timing import first_call, paired_rounds, summarize
 from .workloads import NETWORK, STUDENTS, compiled, network_calls, network_inputs
 
@@ -77,6 +78,8 @@ def network_lines(flags: argparse.Namespace, timed: bool) -> Iterator[dict]:
     else:
         params = random_params(model, inputs)
     inputs = jax.device_put(inputs)
+    if not flags.stacked:
+        params = jax.jit(unstack_blocks)(params)
     for name in flags.only:
         call, seconds = compiled(network_calls(model)[name], params, inputs)
         line = {"workload": name, "size": flags.size, "image": flags.image, "batch": flags.batch}
@@ -112,6 +115,8 @@ def network_error(fields: dict, ours, theirs, arms: reference.TransformerArms) -
         pairs = zip(ours, map(reference.to_numpy, theirs), strict=True)
         return max(reference.relative_error(*pair) for pair in pairs)
     loss, gradient = ours
+    blocks = stack(gradient["transformer_blocks"])
+    gradient = gradient | {"transformer_blocks": blocks}
     error = reference.gradient_error(fields, gradient, arms.gradient())
     return max(error, reference.relative_error(loss, reference.to_numpy(theirs)))
 
@@ -142,6 +147,7 @@ def _parser() -> cli.Parser:
         add("--batch", type=_count, default=1, metavar="B", help="pictures at once (default 1)")
         add("--only", type=_names, default=NETWORK, help=f"some of {','.join(NETWORK)}")
         add("--threads", type=_count, metavar="T", help="cores to use (default: all there are)")
+        add("--stacked", action="store_true", help="blocks' weights on one axis, blocks in a scan")
         add("--out", metavar="FILE", help="JSON lines are added to this file")
         if command == "train":
             add("--rounds", type=_count, default=25, metavar="N", help="turns of each arm (25)")

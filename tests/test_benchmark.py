@@ -4,6 +4,7 @@ import json
 import os
 import sys
 
+import jax
 import numpy as np
 import pytest
 
@@ -105,7 +106,9 @@ def test_foreign_load_is_what_our_cores_did_without_us(tmp_path, monkeypatch):
     stat.write_text("cpu 7 7\n" + line(0, 0, 0, 0, 0) + line(1, 0, 0, 0, 0) + line(2, 5, 5, 5, 5))
     load = timing.ForeignLoad(stat)
     # Core 0: 1.2 s busy and 0.8 s not; core 2: 0.3 s of it stolen, 1.7 s not; core 1 is not ours.
-    stat.write_text("cpu 9 9\n" + line(0, 120, 50, 30, 0) + line(1, 9, 0, 0, 0) + line(2, 5, 175, 5, 35))
+    stat.write_text(
+        "cpu 9 9\n" + line(0, 120, 50, 30, 0) + line(1, 9, 0, 0, 0) + line(2, 5, 175, 5, 35)
+    )
     assert load.share() == pytest.approx((1.2 + 0.3 - 1.0) / 4)
 
 
@@ -132,7 +135,7 @@ def test_workloads_agree_with_one_another():
     model = workloads.SanaTransformer(**SMALL)
     inputs = workloads.network_inputs(SMALL, 2, 64, 64)
     params = benchmark.random_params(model, inputs)
-    calls = workloads.network_calls(model)
+    calls = {name: jax.jit(call) for name, call in workloads.network_calls(model).items()}
     assert tuple(calls) == workloads.NETWORK
     out = calls["forward"](params, inputs)
     primal, tangent = calls["jvp"](params, inputs)
