@@ -11,6 +11,7 @@ Exit codes: 0 success, 1 failure, 2 wrong usage, 130 interrupted.
 import argparse
 import difflib
 import errno
+import re
 import sys
 from collections.abc import Callable
 from typing import NoReturn
@@ -85,6 +86,16 @@ def make_parser(command: str, description: str | None) -> Parser:
       description: shown by ``--help`` as it is; usually the module's docstring.
     """
     return Parser(prog=f"python -m sprint_jax.{command}", description=description)
+
+
+def parse_size(text: str | None) -> tuple[int | None, int | None]:
+    """(height, width) of a ``--size HxW``; Nones where it is not given. UserError for other words."""
+    if text is None:
+        return None, None
+    match = re.fullmatch(r"(\d+)x(\d+)", text)
+    if match is None:
+        raise UserError(f"--size {text} must be HEIGHTxWIDTH, such as 16x16", exit_code=2)
+    return int(match[1]), int(match[2])
 
 
 def add_config(parser: Parser) -> None:

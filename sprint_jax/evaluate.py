@@ -28,7 +28,8 @@ from .metrics.report import (
     measure_real,
     number,
 )
-from .pipeline import SprintPipeline, to_bytes
+from .pictures import to_bytes
+from .pipeline import SprintPipeline
 from .sheet import Cell, draw_sheet
 from .training.log import Progress, write_json_atomic
 from .training.setup import read_workdir_config

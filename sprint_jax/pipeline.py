@@ -17,12 +17,10 @@ import numpy as np
 from PIL import Image
 
 from . import sampling, trigflow
-from .data.digits import CELL, get_world
 from .errors import UserError
-from .models.sana import SanaTransformer, from_fields
-from .models.toy import SpaceToDepth, WordEncoder
-from .training.checkpoint import load_params
-from .training.setup import read_workdir_config
+from .loading import load_parts
+from .models.sana import SanaTransformer
+from .pictures import nearest_size, resize_and_crop, to_bytes, to_pixels
 
 Array = jax.Array
 
@@ -35,16 +33,18 @@ class SprintPipeline:
     Args:
       model: a SanaTransformer.
       params: its parameters; may be sharded over a mesh.
-      autoencoder: has ``decode(latents) -> pixels`` and the integer ``factor`` between their sizes.
-      text_encoder: has ``encode(prompts) -> (text [B, L, Ct], mask [B, L])``; '' is the null
-        prompt of classifier-free guidance.
+      autoencoder: has ``encode(pixels) -> latents``, ``decode(latents) -> pixels`` and the integer ``factor``
+        between their sizes; compiled by itself where that matters.
+      text_encoder: has ``encode(prompts) -> (text [B, L, Ct], mask [B, L])``, and ``encode_plain`` for what
+        guidance leads away from, where '' is the null prompt.
       stage: 'distill' for a student, 'flow' for a teacher.
       sigma_d: standard deviation of TrigFlow's data.
       shift: resolution shift of a teacher's sampling times.
       midpoint: second angle of a student's two-step schedule.
       guidance: CFG scale where none is asked for.
       size: (height, width) in pixels of pictures whose size is not asked for.
-      meta: where the parameters come from; `from_pretrained` gives that of their checkpoint.
+      integer_times: show a teacher times cut to thousandths, as diffusers does (`sampling.dpm_solver_sample`).
+      meta: where the parameters come from.
     """
 
     def __init__(
@@ -60,58 +60,40 @@ class SprintPipeline:
         midpoint: float,
         guidance: float,
         size: tuple[int, int],
+        integer_times: bool = False,
         meta: dict[str, Any] | None = None,
     ):
         self.model, self.params = model, params
         self.autoencoder, self.text_encoder = autoencoder, text_encoder
         self.stage, self.sigma_d, self.shift, self.midpoint = stage, sigma_d, shift, midpoint
         self.guidance, self.size, self.meta = guidance, size, meta or {}
-        self._student = jax.jit(self._student_sample, static_argnames="steps")
+        self.integer_times = integer_times
+        self._student = jax.jit(self._student_sample, static_argnames="schedule")
         self._teacher = jax.jit(self._teacher_sample, static_argnames=("steps", "solver"))
-        self._decode = jax.jit(lambda x0: jnp.clip(autoencoder.decode(x0), -1, 1))
 
     @classmethod
     def from_pretrained(
-        cls, path: str | Path, dtype: Any = jnp.float32, params: str = "ema"
+        cls,
+        path: str | Path,
+        dtype: Any = jnp.float32,
+        params: str = "ema",
+        *,
+        mesh: jax.sharding.Mesh | None = None,
     ) -> "SprintPipeline":
-        """Loads a student or a teacher from the workdir of its training.
+        """Loads a student or a teacher.
 
         Args:
-          path: the workdir.
-          dtype: of parameters and of the network's matmuls; samplers stay float32.
-          params: 'ema' or 'raw'.
+          path: the workdir of a training, a pipeline folder of diffusers (SanaSprintPipeline or
+            SanaPipeline), or the id of one on the Hugging Face hub, which is downloaded once.
+          dtype: of parameters and of the networks' matmuls; samplers stay float32.
+          params: of a workdir, 'ema' or 'raw'.
+          mesh: of `training.sharding.make_mesh`, over which parameters are split; by default they lie on
+            the default device.
 
         Raises:
-          UserError: if path is no workdir, or has no checkpoint. A diffusers folder and a hub id
-            are not supported in this version.
+          UserError: if path is none of these, or something in it is missing, damaged or not supported.
         """
-        _require_workdir(path)
-        config = read_workdir_config(str(path))
-        try:
-            stage, sigma_d, shift = config.stage, config.sigma_d, config.flow.shift
-            midpoint = config.sampler.midpoint
-            guidance = config.log.sample_guidance
-            fields, cells = dict(config.model), get_world(config.data.world).cells
-        except AttributeError as error:
-            raise UserError(f"{Path(path) / 'config.json'} is not of a training: {error}") from None
-        student = stage == "distill"
-        # The published student is its teacher plus an embedding of guidance.
-        model = from_fields(fields, **({"guidance_embeds": True} if student else {}))
-        tree, meta = load_params(str(path), params)
-        tree = jax.tree.map(lambda leaf: leaf.astype(dtype), tree)
-        return cls(
-            model.clone(dtype=jnp.dtype(dtype)),
-            tree,
-            SpaceToDepth(),
-            WordEncoder(),
-            stage=stage,
-            sigma_d=sigma_d,
-            shift=shift,
-            midpoint=midpoint,
-            guidance=guidance,
-            size=(CELL * cells[0], CELL * cells[1]),
-            meta=meta,
-        )
+        return cls(**load_parts(path, dtype, params, mesh))
 
     @property
     def is_student(self) -> bool:
@@ -128,6 +110,10 @@ class SprintPipeline:
         width: int | None = None,
         images_per_prompt: int = 1,
         *,
+        image: Any = None,
+        strength: float = 0.6,
+        negative: str = "",
+        binning: bool = False,
         solver: str | None = None,
         batch_size: int = 64,
     ) -> list[Image.Image]:
@@ -136,10 +122,17 @@ class SprintPipeline:
         Args:
           prompts: one sentence each.
           steps: 1 to 4 for a student (default 2); any number for a teacher (default 20).
-          guidance: CFG scale; default that of the training's own samples.
+          guidance: CFG scale; default that of the training's own samples, 4.5 for published models.
           seed: picture i of the list depends on (seed, i) and its prompt, on no other picture.
           height, width: in pixels; default the size of the training pictures.
           images_per_prompt: pictures of one prompt follow each other in the result.
+          image: to start from instead of noise, one for all or one for each picture of the result; students
+            only. See `pictures.to_pixels`.
+          strength: how much of ``image`` may change, above 0 and at most 1, where it is ignored. See
+            `trigflow.image_schedule`.
+          negative: what a teacher is guided away from.
+          binning: draw at the nearest of the sizes that 1024-pixel models were trained on, then scale and
+            cut to the size asked for.
           solver: for a teacher, one of `SOLVERS` (default 'dpm').
           batch_size: at most so many pictures at once.
 
@@ -147,13 +140,25 @@ class SprintPipeline:
           PIL images, ``len(prompts) * images_per_prompt``.
 
         Raises:
-          UserError: for an empty list, or a step count, size or solver that cannot be.
+          UserError: for an empty list, or a step count, size, image or solver that cannot be.
         """
         if isinstance(prompts, str):
             raise UserError(f"prompts must be a list of sentences, not the sentence {prompts!r}")
         repeated = [prompt for prompt in prompts for _ in range(images_per_prompt)]
-        run = dict(steps=steps, guidance=guidance, seed=seed, height=height, width=width)
-        batches = self.draw(repeated, **run, solver=solver, batch_size=batch_size)
+        batches = self.draw(
+            repeated,
+            steps=steps,
+            guidance=guidance,
+            seed=seed,
+            height=height,
+            width=width,
+            image=image,
+            strength=strength,
+            negative=negative,
+            binning=binning,
+            solver=solver,
+            batch_size=batch_size,
+        )
         return [Image.fromarray(picture) for batch in batches for picture in batch]
 
     def draw(
@@ -165,6 +170,10 @@ class SprintPipeline:
         seed: int = 0,
         height: int | None = None,
         width: int | None = None,
+        image: Any = None,
+        strength: float = 0.6,
+        negative: str = "",
+        binning: bool = False,
         solver: str | None = None,
         batch_size: int = 64,
     ) -> Iterator[np.ndarray]:
@@ -175,26 +184,37 @@ class SprintPipeline:
         """
         if not prompts:
             raise UserError("there is nothing to draw: give at least one prompt")
-        steps = self.steps_or_default(steps, solver)
-        shape = self.latent_shape(height, width)
-        text, mask = self.encode_text(prompts)
+        schedule = self.schedule(steps, solver, strength if image is not None else None)
+        asked = (height or self.size[0], width or self.size[1])
+        drawn = nearest_size(*asked) if binning else (height, width)
+        shape = self.latent_shape(*drawn)
         count = len(prompts)
         size = min(batch_size, count)
+        if image is not None:
+            pixels = to_pixels(
+                image, count, *(self.autoencoder.factor * side for side in shape[:2])
+            )
         for start in range(0, count, size):
             # A short last batch is filled up, so that every batch runs the same program.
             indices = np.minimum(np.arange(start, start + size), count - 1)
-            noise, step_noise = self.draw_noise(seed, indices, shape, steps)
-            run = dict(steps=steps, guidance=guidance, step_noise=step_noise, solver=solver)
-            x0 = self.denoise(text[indices], mask[indices], noise, **run)
-            yield to_bytes(np.asarray(self.decode(x0))[: count - start])
+            text, mask = self.encode_text([prompts[i] for i in indices])
+            noise, step_noise = self.draw_noise(seed, indices, shape, len(schedule) - 1)
+            how = dict(guidance=guidance, step_noise=step_noise, solver=solver, negative=negative)
+            if image is not None:
+                how |= dict(start=self.autoencoder.encode(pixels[indices]), strength=strength)
+            x0 = self.denoise(text, mask, noise, steps=steps, **how)
+            pictures = self.autoencoder.decode(x0)
+            if binning:
+                pictures = resize_and_crop(pictures, *asked)
+            yield to_bytes(np.asarray(pictures)[: count - start])
 
-    def encode_text(self, prompts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
+    def encode_text(self, prompts: Sequence[str]) -> tuple[Array, Array]:
         """Text features [B, L, Ct] float32 and mask [B, L] int32 (1 keeps)."""
         return self.text_encoder.encode(list(prompts))
 
     def decode(self, x0: Array) -> Array:
         """Latents [B, h, w, C] to pixels [B, H, W, 3], clipped to [-1, 1]."""
-        return self._decode(x0)
+        return jnp.clip(self.autoencoder.decode(x0), -1, 1)
 
     def latent_shape(self, height: int | None = None, width: int | None = None) -> tuple:
         """(h, w, C) of the latents of a picture; UserError unless both sides fit the network."""
@@ -206,23 +226,37 @@ class SprintPipeline:
         factor = self.autoencoder.factor
         return height // factor, width // factor, self.model.in_channels
 
-    def steps_or_default(self, steps: int | None, solver: str | None = None) -> int:
-        """The number of steps to take: ``steps``, or the usual one if None.
+    def schedule(
+        self, steps: int | None = None, solver: str | None = None, strength: float | None = None
+    ) -> tuple[float, ...]:
+        """A student's angles, or as many zeros for a teacher: one more than it takes steps.
+
+        Args:
+          steps: None for the usual number.
+          strength: of changing an image, else None.
 
         Raises:
-          UserError: if this network cannot take so many, or not with that solver.
+          UserError: if this network cannot take so many steps, or not with that solver or from an image.
         """
         if self.is_student and solver is not None:
             raise UserError(f"solver {solver} is for teachers, this is a student", exit_code=2)
         if solver is not None and solver not in SOLVERS:
             raise UserError(f"solver {solver!r} is not one of {', '.join(SOLVERS)}", exit_code=2)
-        if steps is None:
-            return 2 if self.is_student else 20
-        if self.is_student and steps not in (1, 2, 3, 4):
+        steps = steps if steps is not None else 2 if self.is_student else 20
+        if not self.is_student:
+            if strength is not None:
+                raise UserError("an image to start from is for students, this is a teacher", 2)
+            if steps < 1:
+                raise UserError(f"steps must be at least 1, not {steps}", exit_code=2)
+            return (0.0,) * (steps + 1)
+        if steps not in (1, 2, 3, 4):
             raise UserError(f"steps must be 1, 2, 3 or 4 for a student, not {steps}", exit_code=2)
-        if steps < 1:
-            raise UserError(f"steps must be at least 1, not {steps}", exit_code=2)
-        return steps
+        angles = trigflow.step_schedule(steps, midpoint=self.midpoint)
+        if strength is None:
+            return angles
+        if not 0 < strength <= 1:
+            raise UserError(f"strength must be above 0 and at most 1, not {strength}", exit_code=2)
+        return trigflow.image_schedule(angles, strength)
 
     def draw_noise(
         self, seed: int, indices: Array, shape: tuple[int, int, int], steps: int
@@ -249,9 +283,12 @@ class SprintPipeline:
         steps: int | None = None,
         guidance: float | Array | None = None,
         step_noise: Array | None = None,
+        start: Array | None = None,
+        strength: float = 0.6,
+        negative: str = "",
         solver: str | None = None,
     ) -> Array:
-        """Noise to latents; compiled once for each step count, shape and solver.
+        """Noise to latents; compiled once for each schedule, shape and solver.
 
         Args:
           text, mask: of `encode_text`.
@@ -259,32 +296,37 @@ class SprintPipeline:
           steps: see `__call__`.
           guidance: CFG scale, a scalar or [B]; default as in `__call__`.
           step_noise: [steps-1, B, h, w, C], what a student renoises with; by default drawn for
-            pictures 0..B-1 of seed 0.
-          solver: see `__call__`.
+            pictures 0..B-1 of seed 0. From an image the steps are those of `schedule`.
+          start: latents [B, h, w, C] of images to change; strength: see `__call__`.
+          negative, solver: see `__call__`.
 
         Returns:
           Latents [B, h, w, C] float32.
 
         Raises:
-          UserError: for steps, solver or step_noise that do not fit.
+          UserError: for steps, solver, strength or step_noise that do not fit.
         """
-        steps = self.steps_or_default(steps, solver)
+        schedule = self.schedule(steps, solver, strength if start is not None else None)
         guidance = self.guidance if guidance is None else guidance
         guidance = jnp.broadcast_to(jnp.asarray(guidance, jnp.float32), noise.shape[:1])
+        run = len(schedule) - 1
         if self.is_student:
+            if negative:
+                raise UserError("a student's guidance is embedded: it takes no negative prompt", 2)
             if step_noise is None:
-                _, step_noise = self.draw_noise(0, np.arange(len(noise)), noise.shape[1:], steps)
-            expected = (steps - 1, *noise.shape)
+                _, step_noise = self.draw_noise(0, np.arange(len(noise)), noise.shape[1:], run)
+            expected = (run - 1, *noise.shape)
             if step_noise is not None and tuple(step_noise.shape) != expected:
                 raise UserError(f"step_noise has shape {step_noise.shape}, not {expected}")
-            return self._student(self.params, text, mask, noise, guidance, step_noise, steps=steps)
+            inputs = (text, mask, noise, guidance, step_noise, start)
+            return self._student(self.params, *inputs, schedule=schedule)
         if step_noise is not None:
             raise UserError("step_noise is for students: a teacher's solvers draw no noise")
-        null = self.encode_text([""])
-        static = dict(steps=steps, solver=solver or "dpm")
+        null = self.text_encoder.encode_plain([negative])
+        static = dict(steps=run, solver=solver or "dpm")
         return self._teacher(self.params, text, mask, noise, guidance, *null, **static)
 
-    def _student_sample(self, params, text, mask, noise, guidance, step_noise, *, steps):
+    def _student_sample(self, params, text, mask, noise, guidance, step_noise, start, *, schedule):
         # The published models saw CFG scales times 0.1.
         told = guidance * 0.1 if self.model.guidance_embeds else None
 
@@ -294,9 +336,10 @@ class SprintPipeline:
         return sampling.consistency_sample(
             trigflow.to_trigflow(velocity),
             noise,
-            schedule=trigflow.step_schedule(steps, midpoint=self.midpoint),
+            schedule=schedule,
             sigma_d=self.sigma_d,
             step_noise=step_noise,
+            start=start,
         )
 
     def _teacher_sample(
@@ -311,26 +354,14 @@ class SprintPipeline:
             return guided(x, t, text, mask)
 
         if solver == "dpm":
-            return sampling.dpm_solver_sample(velocity, noise, steps=steps, shift=self.shift)
+            return sampling.dpm_solver_sample(
+                velocity,
+                noise,
+                steps=steps,
+                shift=self.shift,
+                integer_times=self.integer_times,
+            )
         if solver == "flow_euler":
             return sampling.flow_euler_sample(velocity, noise, steps=steps, shift=self.shift)
         F = trigflow.to_trigflow(velocity)
         return sampling.trigflow_euler_sample(F, noise, steps=steps, sigma_d=self.sigma_d)
-
-
-def to_bytes(pixels: np.ndarray) -> np.ndarray:
-    """Pixels in [-1, 1] of any shape as uint8 0..255, rounded."""
-    return np.rint((np.clip(pixels, -1, 1) + 1) * 127.5).astype(np.uint8)
-
-
-def _require_workdir(path: str | Path) -> None:
-    folder = Path(path)
-    if (folder / "config.json").is_file() and (folder / "checkpoints").is_dir():
-        return
-    if (folder / "model_index.json").is_file() or (folder / "transformer").is_dir():
-        raise UserError(f"{path} is a diffusers folder: this version reads training workdirs only")
-    if folder.exists():
-        raise UserError(f"{path} is not a training workdir: it has no config.json and checkpoints")
-    raise UserError(
-        f"{path} does not exist: give a training workdir (this version does not read hub ids)"
-    )

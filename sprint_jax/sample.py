@@ -1,14 +1,15 @@
-"""Draws pictures with a trained student or teacher.
+"""Draws pictures with a student or a teacher.
 
     python -m sprint_jax.sample --model runs/student --prompt "a red 3 on blue" --steps 2 --out DIR
 
-Writes 00000.png, 00001.png, ... and grid.png, all of them with their captions.
+The model is the workdir of a training, a pipeline folder of diffusers, or an id on the hub. Writes
+00000.png, 00001.png, ... and grid.png, all of them with their captions.
 """
 
 import argparse
-import re
 from pathlib import Path
 
+import jax.numpy as jnp
 import numpy as np
 from PIL import Image
 
@@ -24,12 +25,14 @@ def main(argv: list[str]) -> None:
     """The command; ``argv`` are its words. Raises UserError for what cannot be drawn."""
     flags = _parser().parse_args(argv)
     prompts = _prompts(flags)
-    height, width = _size(flags.size)
+    height, width = cli.parse_size(flags.size)
     for flag in ("scale", "batch", "images_per_prompt"):
         if getattr(flags, flag) < 1:
             raise UserError(f"--{flag.replace('_', '-')} must be at least 1", exit_code=2)
     out = _output_folder(flags.out)
-    pipe = SprintPipeline.from_pretrained(flags.model, params=flags.params)
+    image = _image(flags.image)
+    dtype = jnp.dtype(flags.dtype)
+    pipe = SprintPipeline.from_pretrained(flags.model, dtype, params=flags.params)
     images = pipe(
         prompts,
         steps=flags.steps,
@@ -38,6 +41,10 @@ def main(argv: list[str]) -> None:
         height=height,
         width=width,
         images_per_prompt=flags.images_per_prompt,
+        image=image,
+        strength=flags.strength,
+        negative=flags.negative,
+        binning=flags.binning,
         solver=flags.solver,
         batch_size=flags.batch,
     )
@@ -69,7 +76,7 @@ def write_pictures(
 def _parser() -> cli.Parser:
     parser = cli.make_parser("sample", __doc__)
     add = parser.add_argument
-    add("--model", required=True, metavar="DIR", help="workdir of a training")
+    add("--model", required=True, metavar="DIR", help="a workdir, a diffusers folder or a hub id")
     add("--prompt", action="append", default=[], metavar="P", help="may be given several times")
     add("--prompts", metavar="FILE", help="a text file, one prompt in each line")
     add("--steps", type=int, help="1 to 4 for a student (default 2); any for a teacher (20)")
@@ -79,6 +86,15 @@ def _parser() -> cli.Parser:
     add("--out", required=True, metavar="DIR", help="where the pictures go; made if missing")
     add("--params", choices=("ema", "raw"), default="ema", help="which weights (default ema)")
     add("--images-per-prompt", type=int, default=1, metavar="N", help="default 1")
+    add("--image", metavar="FILE", help="a picture to change instead of noise (students)")
+    add("--strength", type=float, default=0.6, metavar="S", help="of its change, 0 to 1 (0.6)")
+    add("--negative", default="", metavar="P", help="a prompt to stay away from (teachers)")
+    add(
+        "--binning",
+        action="store_true",
+        help="draw at a size that 1024-pixel models know, then cut",
+    )
+    add("--dtype", choices=("float32", "bfloat16"), default="float32", help="default float32")
     add("--solver", choices=SOLVERS, help="for a teacher (default dpm)")
     add("--scale", type=int, default=1, metavar="N", help="enlarge the files by a whole factor")
     add("--batch", type=int, default=64, metavar="N", help="pictures at once (default 64)")
@@ -102,13 +118,15 @@ def _prompts(flags: argparse.Namespace) -> list[str]:
     return prompts
 
 
-def _size(text: str | None) -> tuple[int | None, int | None]:
-    if text is None:
-        return None, None
-    match = re.fullmatch(r"(\d+)x(\d+)", text)
-    if match is None:
-        raise UserError(f"--size {text} must be HEIGHTxWIDTH, such as 16x16", exit_code=2)
-    return int(match[1]), int(match[2])
+def _image(name: str | None) -> Image.Image | None:
+    if name is None:
+        return None
+    try:
+        with Image.open(name) as image:
+            return image.convert("RGB")
+    except (OSError, ValueError, Image.DecompressionBombError) as error:
+        reason = getattr(error, "strerror", None) or "it is not a picture that can be read"
+        raise UserError(f"--image {name}: {reason}") from error
 
 
 def _output_folder(name: str) -> Path:

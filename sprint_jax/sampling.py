@@ -83,10 +83,12 @@ def consistency_sample(
     sigma_d: float,
     step_noise: Array | None = None,
     key: Array | None = None,
+    start: Array | None = None,
 ) -> Array:
     """Multistep consistency sampling, the published SANA-Sprint loop (diffusers' SCMScheduler).
 
-    From ``x = sigma_d noise``, at each angle u ``x0 = cos(u) x - sin(u) sigma_d F(x / sigma_d, u)``
+    From ``x = sigma_d noise``, or ``sigma_d (cos(u) start + sin(u) noise)``, at each angle u
+    ``x0 = cos(u) x - sin(u) sigma_d F(x / sigma_d, u)``
     and then, with fresh noise at the next angle, ``x = cos(u') x0 + sin(u') sigma_d noise'``.
 
     Args:
@@ -97,6 +99,7 @@ def consistency_sample(
       sigma_d: standard deviation of TrigFlow's data.
       step_noise: [steps - 1, B, h, w, C], the fresh noise, N(0, 1); else drawn from ``key``.
       key: for fresh noise; image i's draws depend on (key, i) only. Not needed for one step.
+      start: latents [B, h, w, C] of images to change; the schedule then begins at a smaller angle.
 
     Returns:
       The last x0 over sigma_d: latents [B, h, w, C], float32.
@@ -119,6 +122,8 @@ def consistency_sample(
         )
 
     x = sigma_d * jnp.asarray(noise, jnp.float32)
+    if start is not None:
+        x = add_noise(sigma_d * jnp.asarray(start, jnp.float32), x, np.float32(schedule[0]))
     # The last x0 is renoised at angle 0, which leaves it as it is, bit for bit.
     fresh = jnp.zeros((1, *noise.shape), jnp.float32)
     if steps > 1:
@@ -128,7 +133,7 @@ def consistency_sample(
 
     def step(x, inputs):
         angle, next_angle, z = inputs
-        value = F(x / sigma_d, jnp.full(len(x), angle)).astype(jnp.float32)
+        value = F(x / sigma_d, jnp.full(x.shape[:1], angle)).astype(jnp.float32)
         x0 = predict_x0(x, value, angle, sigma_d)
         return add_noise(x0, sigma_d * z, next_angle), None
 
@@ -186,7 +191,7 @@ def flow_euler_sample(
 
     def step(x, inputs):
         t, change = inputs
-        return x + change * velocity(x, jnp.full(len(x), t)).astype(jnp.float32), None
+        return x + change * velocity(x, jnp.full(x.shape[:1], t)).astype(jnp.float32), None
 
     inputs = (grid[:-1].astype(np.float32), np.diff(grid).astype(np.float32))
     return jax.lax.scan(step, jnp.asarray(noise, jnp.float32), inputs)[0]
@@ -219,7 +224,7 @@ def trigflow_euler_sample(
 
     def step(x, inputs):
         angle, turn = inputs
-        value = F(x / sigma_d, jnp.full(len(x), angle)).astype(jnp.float32)
+        value = F(x / sigma_d, jnp.full(x.shape[:1], angle)).astype(jnp.float32)
         return predict_x0(x, value, turn, sigma_d), None
 
     inputs = (angles[:-1].astype(np.float32), (-np.diff(angles)).astype(np.float32))
@@ -258,7 +263,7 @@ def dpm_solver_sample(
     def step(carry, row):
         x, previous_x0 = carry
         time, sigma, a, b, c = row
-        v = velocity(x, jnp.full(len(x), time)).astype(jnp.float32)
+        v = velocity(x, jnp.full(x.shape[:1], time)).astype(jnp.float32)
         x0 = flow_predict_x0(x, v, sigma)
         return (a * x + b * x0 + c * previous_x0, x0), None
 

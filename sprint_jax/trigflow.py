@@ -190,3 +190,20 @@ def step_schedule(
     if steps == 2:
         return (max_time, midpoint, 0.0)
     return tuple(max_time * (steps - i) / steps for i in range(steps + 1))
+
+
+def image_schedule(schedule: tuple[float, ...], strength: float) -> tuple[float, ...]:
+    """The part of a schedule that changes a given image by ``strength``.
+
+    As diffusers' image-to-image pipeline, the last ``ceil(steps * strength)`` steps. Where that would be all of
+    them, and the image would be ignored at any strength (two steps at 0.6, its default), the angles are
+    scaled by the strength instead. Strength 1 is the whole schedule.
+
+    Raises:
+      ValueError: if ``strength`` is not in (0, 1].
+    """
+    if not 0 < strength <= 1:
+        raise ValueError(f"strength must be above 0 and at most 1, got {strength}")
+    steps = len(schedule) - 1
+    first = int(steps - steps * strength)
+    return schedule[first:] if first else tuple(strength * angle for angle in schedule)

@@ -10,7 +10,7 @@ from sprint_jax import evaluate
 from sprint_jax.data.digits import draw_images
 from sprint_jax.errors import UserError
 from sprint_jax.metrics import report
-from sprint_jax.pipeline import to_bytes
+from sprint_jax.pictures import to_bytes
 
 
 @pytest.fixture(scope="module")

@@ -20,10 +20,14 @@ NO_TEXT = {".png", ".jpg", ".gif", ".safetensors"}
 # The libraries this project is written for, imported or not.
 GIVEN = {"jax", "flax", "optax", "orbax-checkpoint", "chex", "tensorflow-datasets"}
 GIVEN |= {"ml-collections", "einops"}
-# Imported by tensorflow-datasets when it reads or writes records, not by it at installation.
-INDIRECT = {"array-record"}
+# Imported by tensorflow-datasets when it reads or writes records, and by jax.export; not brought along by
+# their installation.
+INDIRECT = {"array-record", "flatbuffers"}
 # For the tests alone.
 DEVELOPMENT = {"pytest", "pytest-xdist", "ruff", "torch", "diffusers", "transformers"}
+
+# Of these a function may import what only it needs; nothing of the kind is imported with a module.
+OPTIONAL = {"torch", "diffusers", "transformers"}
 
 # Written so that no pattern matches itself.
 UNWANTED = {
@@ -146,9 +150,23 @@ def distributions(module: str) -> set[str]:
 def test_every_import_is_a_requirement():
     listed = set(requirements())
     for module, files in imports_of({"sprint_jax", "configs", "launch", "benchmarks"}).items():
-        assert distributions(module) & listed, f"{module} of {sorted(files)}: requirements.txt"
+        known = listed | (OPTIONAL if module in OPTIONAL else set())
+        assert distributions(module) & known, f"{module} of {sorted(files)}: requirements.txt"
     for module, files in imports_of({"tests"}).items():
         assert distributions(module) & (listed | DEVELOPMENT), f"{module} of {sorted(files)}"
+
+
+def test_optional_libraries_are_imported_by_functions_only():
+    for path, text in text_files().items():
+        if path.suffix == ".py" and path.parts[0] == "sprint_jax":
+            for node in ast.parse(text).body:
+                names = [
+                    alias.name for alias in getattr(node, "names", []) if hasattr(alias, "name")
+                ]
+                names.append(getattr(node, "module", None) or "")
+                # A relative import is of a module of ours, such as interop.diffusers.
+                if isinstance(node, ast.Import | ast.ImportFrom) and not getattr(node, "level", 0):
+                    assert not {name.partition(".")[0] for name in names} & OPTIONAL, path
 
 
 def test_every_requirement_is_imported():

@@ -120,6 +120,25 @@ def test_a_program_is_compiled_once_for_steps_and_shape(folders):
     assert pipe._student._cache_size() == 2
 
 
+def test_an_image_is_changed_by_its_strength(student):
+    random = np.random.default_rng(0)
+    image = random.integers(0, 256, (8, 8, 3), dtype=np.uint8)
+
+    def drawn(image, strength, steps=2):
+        return arrays(student(PROMPTS, seed=2, image=image, strength=strength, steps=steps))
+
+    assert np.abs(drawn(image, 1e-7, 1) - image[None].astype(np.int32)).max() <= 2
+    # Diffusers ignores the image here.
+    assert np.abs(drawn(image, 0.6) - drawn(255 - image, 0.6)).max() > 10
+    whole = student(PROMPTS, seed=2, steps=2, image=Image.fromarray(image), strength=1.0)
+    ignored = student(PROMPTS, seed=2, steps=2)
+    # cos(1.5708) of the image is left.
+    assert np.abs(arrays(whole) - arrays(ignored)).max() <= 1
+    each = [image, 255 - image, image]
+    own, one = drawn(each, 1e-7, 1), drawn(image, 1e-7, 1)
+    assert np.abs(own[::2] - one[::2]).max() <= 1 and np.abs(own[1] - one[1]).max() > 100
+
+
 def test_guidance_reaches_the_student(student):
     text, mask, noise, _ = inputs(student, steps=1)
     low = student.denoise(text, mask, noise, steps=1, guidance=1.0)
@@ -197,6 +216,10 @@ def test_solvers_of_a_teacher_agree_in_the_limit(teacher):
         (dict(prompts="a 3"), "must be a list"),
         (dict(prompts=["a rad 3"]), "'red'"),
         (dict(images_per_prompt=0), "at least one prompt"),
+        (dict(image=np.zeros((8, 8), np.uint8)), r"an image is uint8 \(8, 8\)"),
+        (dict(image=[np.zeros((8, 8, 3), np.uint8)] * 2), "2 images for 3 pictures"),
+        (dict(image=Image.new("L", (9, 5)), strength=0.0), "strength must be above 0"),
+        (dict(negative="a 4"), "takes no negative prompt"),
     ],
 )
 def test_what_a_student_refuses(student, arguments, message):
@@ -214,22 +237,32 @@ def test_what_denoise_refuses(student, teacher):
         teacher.denoise(text, mask, noise, solver="euler")
     with pytest.raises(UserError, match="at least 1"):
         teacher.denoise(text, mask, noise, steps=0)
+    with pytest.raises(UserError, match="an image to start from is for students"):
+        teacher(PROMPTS, image=Image.new("RGB", (8, 8)))
 
 
-def test_what_is_no_workdir(tmp_path, folders):
-    with pytest.raises(UserError, match=r"does not exist.*hub ids"):
-        SprintPipeline.from_pretrained("Efficient-Large-Model/Sana_Sprint_0.6B_1024px")
-    with pytest.raises(UserError, match="not a training workdir"):
-        SprintPipeline.from_pretrained(tmp_path)
-    (tmp_path / "model_index.json").write_text("{}")
-    with pytest.raises(UserError, match="is a diffusers folder"):
+def test_a_teacher_is_guided_away_from_the_negative_prompt(teacher):
+    text, mask, noise, _ = inputs(teacher)
+    run = dict(steps=3, guidance=0.0)
+    away = teacher.denoise(text, mask, noise, negative="a 4", **run)
+    other_text, other_mask = teacher.encode_text(["a 4"] * 3)
+    conditional = teacher.denoise(other_text, other_mask, noise, steps=3, guidance=1.0)
+    scale = float(np.abs(conditional).max())
+    np.testing.assert_allclose(away, conditional, atol=1e-4 * scale)
+    assert np.abs(np.asarray(away - teacher.denoise(text, mask, noise, **run))).max() > 0.01
+
+
+def test_what_is_no_pipeline(tmp_path, folders):
+    with pytest.raises(UserError, match="does not exist: give a training workdir, a diffusers fol"):
+        SprintPipeline.from_pretrained(tmp_path / "nothing")
+    with pytest.raises(UserError, match="neither a training workdir"):
         SprintPipeline.from_pretrained(tmp_path)
     with pytest.raises(UserError, match="'ema' or 'raw'"):
         SprintPipeline.from_pretrained(folders["distill"], params="best")
     foreign = tmp_path / "foreign"
     (foreign / "checkpoints").mkdir(parents=True)
     (foreign / "config.json").write_text('{"stage": "flow"}')
-    with pytest.raises(UserError, match=r"foreign.config\.json is not of a training.*'sigma_d'"):
+    with pytest.raises(UserError, match=r"foreign.config\.json is not of a training.*'data'"):
         SprintPipeline.from_pretrained(foreign)
 
 
@@ -261,6 +294,9 @@ def test_command_writes_pictures_and_a_grid(folders, tmp_path, capsys, student):
         (["--prompts", "missing.txt"], "missing.txt: No such file", 1),
         (["--out", "EMPTY"], "there is a file in its place", 1),
         (["--model", "nowhere"], "nowhere does not exist", 1),
+        (["--image", "missing.png"], "--image missing.png: No such file", 1),
+        (["--image", "EMPTY"], "is not a picture that can be read", 1),
+        (["--negative", "a 4"], "takes no negative prompt", 2),
         (["--step", "2"], "unknown flag --step, nearest is --steps", 2),
     ],
 )

@@ -217,3 +217,18 @@ def test_max_time_replaces_with_its_probability():
     assert abs(both - 0.09) < 5 * math.sqrt(0.09 * 0.91 / t.size) * 1.5
     np.testing.assert_array_equal(trigflow.with_max_time(jax.random.key(2), t, 0.0), t)
     assert bool((trigflow.with_max_time(jax.random.key(2), t, 1.0, max_time=1.2) == 1.2).all())
+
+
+def test_image_schedules():
+    two, four = trigflow.step_schedule(2), trigflow.step_schedule(4)
+    # Diffusers' own, where it uses the image.
+    assert trigflow.image_schedule(two, 0.5) == (1.3, 0.0)
+    assert trigflow.image_schedule(four, 0.5) == four[2:]
+    assert trigflow.image_schedule(four, 0.1) == four[3:]
+    assert trigflow.image_schedule(four, 1.0) == four
+    # Where it would start from noise alone, with two steps at its default strength.
+    np.testing.assert_allclose(trigflow.image_schedule(two, 0.6), (0.6 * 1.5708, 0.78, 0))
+    np.testing.assert_allclose(trigflow.image_schedule(trigflow.step_schedule(1), 0.3)[0], 0.47124)
+    for strength in (0, -0.1, 1.01, float("nan")):
+        with pytest.raises(ValueError, match="strength must be above 0 and at most 1"):
+            trigflow.image_schedule(two, strength)

@@ -41,12 +41,21 @@ def random_params(fields: dict, seed: int):
     return jax.tree.map(draw, shapes)
 
 
+def trained_params(fields: dict, seed: int):
+    """As a training leaves them: a student has a logvar head, which its config does not mention."""
+    params = random_params(fields, seed)
+    if fields["guidance_embeds"]:
+        params["logvar_linear"] = random_params(fields | {"logvar": True}, seed)["logvar_linear"]
+    return params
+
+
 def make_workdir(folder: Path, stage: str, world: str = "small") -> Path:
     """Writes config.json and a checkpoint of step 7 whose EMA and raw parameters differ."""
     folder.mkdir()
     config = tiny_config(stage, world)
     (folder / "config.json").write_text(json.dumps(config))
-    state = {"ema": random_params(config["model"], 1), "params": random_params(config["model"], 2)}
+    fields = config["model"]
+    state = {"ema": trained_params(fields, 1), "params": trained_params(fields, 2)}
     with Checkpoints(folder / "checkpoints", keep=1) as checkpoints:
         checkpoints.save(STEP, state, {"stage": stage})
     return folder

@@ -6,9 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import jax
 import jax.numpy as jnp
-from safetensors.numpy import save_file
 
 from ..errors import UserError
 from ..models.dc_ae import AutoencoderDC
@@ -79,8 +77,8 @@ def save_transformer(
     (folder / LOGVAR).unlink(missing_ok=True)
     save_safetensors(folder, STEM, sana_table(fields), params, dtype)
     if "logvar_linear" in params:
-        head = {f"logvar_linear.{k}": v for k, v in params["logvar_linear"].items()}
-        save_file({k: jax.device_get(v) for k, v in head.items()}, folder / LOGVAR)
+        width = params["scale_shift_table"].shape[-1]
+        save_safetensors(folder, Path(LOGVAR).stem, logvar_table(width), params, jnp.float32)
     config = {"_class_name": "SanaTransformer2DModel"} | config_from_fields(fields)
     write_json_atomic(folder / "config.json", config)
 

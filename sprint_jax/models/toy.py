@@ -81,6 +81,10 @@ class WordEncoder:
         text = (text + self._positions) * mask[..., None].astype(np.float32)
         return text, mask
 
+    def encode_plain(self, captions: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
+        """`encode`: there is no instruction here that a negative prompt would do without."""
+        return self.encode(captions)
+
     def _split(self, word: str) -> list[str]:
         """The tokens of a word: a plural that is not in the vocabulary is its noun and ``s``."""
         plural = (

@@ -1,0 +1,136 @@
+"""Names, config and folders of Gemma-2 as transformers writes and reads them."""
+
+import dataclasses
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from ..errors import UserError
+from ..models.gemma2 import Gemma2
+from ..training.log import write_json_atomic
+from .files import Tensors, load_params, open_safetensors, save_safetensors
+from .tables import LINEAR, SAME, Entry, make_table
+
+STEM = "model"
+CLASSES = ("Gemma2Model", "Gemma2ForCausalLM")
+
+# What the network always does, as the config says it, and transformers' default where it does not.
+# Keys that are neither here nor fields of Gemma2 are about training, generation or storage.
+_FIXED = {
+    "model_type": ("gemma2",),
+    "hidden_activation": ("gelu_pytorch_tanh",),
+    "attention_bias": (False,),
+    "use_bidirectional_attention": (None, False),
+    "rope_scaling": (None,),
+    "quantization_config": (None,),
+}
+
+
+def gemma2_table(gemma: Gemma2) -> dict[str, Entry]:
+    """The table of a text encoder, in the names of transformers' Gemma2Model."""
+    shapes = jax.eval_shape(gemma.init, jax.random.key(0))
+    return make_table(shapes, _name, _layout, stacked="layers")
+
+
+def _name(path: tuple[str, ...]) -> str:
+    return ".".join(path).replace("kernel", "weight")
+
+
+def _layout(path: tuple[str, ...], shape: tuple[int, ...]):
+    return LINEAR if path[-1] == "kernel" else SAME
+
+
+def load_text_encoder(
+    folder: str | Path, dtype: Any = jnp.float32, *, shardings: Callable | None = None
+) -> tuple[Gemma2, Any]:
+    """The Gemma-2 of a transformers folder (``text_encoder/`` of a pipeline).
+
+    Args:
+      folder: has ``config.json`` of a Gemma2Model or a Gemma2ForCausalLM, whose head is ignored, and its
+        weights, in one file or by an index.
+      dtype: of the parameters and of the network's matmuls.
+      shardings: see `files.load_params`.
+
+    Returns:
+      ``(gemma, params)``.
+
+    Raises:
+      UserError: a file is missing, cut short or of another class; the config asks for something that
+        `Gemma2` does not do; a tensor is unknown, missing or misshapen.
+    """
+    folder = Path(folder)
+    gemma = _from_config(_read_config(folder), f"{folder}/config.json", dtype)
+    tensors = _without_head(open_safetensors(folder, STEM))
+    return gemma, load_params(gemma2_table(gemma), tensors, dtype, shardings)
+
+
+def save_text_encoder(
+    folder: str | Path, gemma: Gemma2, params: Any, dtype: Any = jnp.float32
+) -> None:
+    """Writes a folder that transformers' ``Gemma2Model.from_pretrained`` loads. Weights come first and
+    the config last, so that a folder with a config is whole."""
+    folder = Path(folder)
+    save_safetensors(folder, STEM, gemma2_table(gemma), params, dtype)
+    config = {"architectures": ["Gemma2Model"], "model_type": "gemma2"}
+    config |= {"torch_dtype": jnp.dtype(dtype).name, "hidden_activation": "gelu_pytorch_tanh"}
+    fields = dataclasses.asdict(gemma)
+    del fields["dtype"]
+    if gemma.layer_types is None:
+        del fields["layer_types"]
+    write_json_atomic(folder / "config.json", config | fields)
+
+
+def _read_config(folder: Path) -> dict[str, Any]:
+    path = folder / "config.json"
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError(f"{path} is missing: is this the folder of one text encoder?") from None
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path} cannot be read: {error}") from error
+    found = config.get("architectures") if isinstance(config, dict) else None
+    if not isinstance(found, list) or len(found) != 1 or found[0] not in CLASSES:
+        raise UserError(f"{path}: architectures is {found!r}, not one of {', '.join(CLASSES)}")
+    return config
+
+
+def _from_config(config: dict[str, Any], origin: str, dtype: Any) -> Gemma2:
+    for key, allowed in _FIXED.items():
+        if config.get(key, allowed[0]) not in allowed:
+            raise UserError(
+                f"{origin}: {key} {config[key]!r} is not supported, only {allowed[0]!r}"
+            )
+    defaults = {field.name: field.default for field in dataclasses.fields(Gemma2)}
+    fields = {key: config[key] for key in defaults.keys() & config.keys() - {"dtype"}}
+    rope = config.get("rope_parameters")  # where transformers 5 keeps rope_theta
+    if rope is not None:
+        if not isinstance(rope, dict) or rope.keys() - {"rope_theta"} != {"rope_type"}:
+            raise UserError(f"{origin}: rope_parameters {rope!r} are not supported")
+        if rope["rope_type"] != "default":
+            raise UserError(f"{origin}: rope_type {rope['rope_type']!r} is not supported")
+        fields["rope_theta"] = rope.get("rope_theta", defaults["rope_theta"])
+    types = fields.pop("layer_types", None)
+    for key, value in fields.items():
+        kinds = int if isinstance(defaults[key], int) else (int, float)
+        absent = value is None and key in ("attn_logit_softcapping", "sliding_window")
+        if not absent and (not isinstance(value, kinds) or value <= 0):
+            kind = "whole number" if kinds is int else "number"
+            raise UserError(f"{origin}: {key} {value!r} must be a {kind} above 0")
+    if types is not None and not isinstance(types, list):
+        raise UserError(f"{origin}: layer_types {types!r} must be a list")
+    types = None if types is None else tuple(types)
+    return Gemma2(**fields, layer_types=types, dtype=jnp.dtype(dtype))
+
+
+def _without_head(tensors: Tensors) -> Tensors:
+    """The tensors of the bare model in a file of one with a head, which is tied to the embedding."""
+    head, model = "lm_head.weight", "model."
+    if not any(name.startswith(model) for name in tensors.shapes):
+        return tensors
+    names = {name.removeprefix(model): name for name in tensors.shapes if name != head}
+    shapes = {short: tensors.shapes[name] for short, name in names.items()}
+    return Tensors(tensors.origin, shapes, lambda name: tensors.read(names[name]))

@@ -1,0 +1,41 @@
+"""Pipelines by their id on the Hugging Face hub."""
+
+import re
+from pathlib import Path
+
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import GatedRepoError, HFValidationError, RepositoryNotFoundError
+
+from ..errors import UserError
+
+# What a pipeline needs: no pickles, no other framework's weights, no pictures of a model card.
+_FILES = ["*.json", "*.safetensors", "tokenizer/*"]
+
+
+def is_hub_id(path: str | Path) -> bool:
+    """Whether ``path`` may be one: two plain words with a slash between, and no file."""
+    return re.fullmatch(r"[\w.-]+/[\w.-]+", str(path)) is not None and not Path(path).exists()
+
+
+def download(repository: str) -> Path:
+    """The folder of a hub repository, downloaded unless the local cache has it.
+
+    Raises:
+      UserError: there is none of that id, it wants a licence to be accepted, or the network is down and
+        the cache has none.
+    """
+    try:
+        return Path(snapshot_download(repository, allow_patterns=_FILES))
+    except GatedRepoError as error:
+        raise UserError(
+            f"{repository} is gated: accept its terms on the hub and set HF_TOKEN"
+        ) from error
+    except (RepositoryNotFoundError, HFValidationError) as error:
+        raise UserError(
+            f"{repository} is neither a folder here nor a repository on the hub"
+        ) from error
+    except OSError as error:
+        reason = str(error).partition("\n")[0]
+        raise UserError(
+            f"{repository} is no folder here and could not be had from the hub: {reason}"
+        ) from error

@@ -1,0 +1,265 @@
+"""Gemma-2 as a text encoder: token ids to the hidden states after the final norm.
+
+A causal transformer (arXiv 2408.00118) with grouped queries, soft-capped scores and norms on both
+sides of attention and MLP; layers of even index see a sliding window. Layers are stacked on a leading
+axis and run by `jax.lax.scan`. Nothing is generated, so there is no logit head and no growing cache;
+`Gemma2.prefix_cache` keeps what never changes of prompts that all begin with the same tokens.
+Checked against the forward pass of transformers' Gemma2Model, whose config fields and weight names
+these are (`interop.gemma2`).
+"""
+
+import dataclasses
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from einops import rearrange
+from flax import linen as nn
+
+from ..errors import UserError
+from .layers import Linear, wide
+
+Array = jax.Array
+
+
+class Prefix(NamedTuple):
+    """What the tokens after a constant prefix of P tokens, and its reader, need of it.
+
+    Attributes:
+      keys, values: of every layer, keys rotated; [layers, P, kv heads, head_dim].
+      hidden: the prefix's own hidden states after the final norm [P, hidden], float32.
+    """
+
+    keys: Array
+    values: Array
+    hidden: Array
+
+
+@dataclasses.dataclass(frozen=True)
+class Gemma2:
+    """A Gemma-2 by its config; fields are those of transformers' Gemma2Config, defaults those of
+    gemma-2-2b, which is SANA's text encoder.
+
+    Fields that are not transformers':
+      dtype: of matmul inputs and of the residual stream. Norms, rotations, scores and softmax are
+        float32. Parameters may be stored in it or in float32.
+
+    Raises:
+      UserError: head counts that do not divide, an odd head_dim, or layer types that are unknown or not
+        one per layer.
+    """
+
+    vocab_size: int = 256000
+    hidden_size: int = 2304
+    intermediate_size: int = 9216
+    num_hidden_layers: int = 26
+    num_attention_heads: int = 8
+    num_key_value_heads: int = 4
+    head_dim: int = 256
+    rope_theta: float = 10000.0
+    rms_norm_eps: float = 1e-6
+    query_pre_attn_scalar: float = 256
+    attn_logit_softcapping: float | None = 50.0
+    sliding_window: int | None = 4096
+    layer_types: tuple[str, ...] | None = None
+    dtype: Any = jnp.float32
+
+    def __post_init__(self):
+        if self.num_attention_heads % self.num_key_value_heads:
+            raise UserError(
+                f"text encoder config: num_attention_heads {self.num_attention_heads} is not a "
+                f"multiple of num_key_value_heads {self.num_key_value_heads}"
+            )
+        if self.head_dim % 2:
+            raise UserError(f"text encoder config: head_dim {self.head_dim} must be even")
+        types = self.layer_types or ()
+        unknown = sorted(set(types) - {"sliding_attention", "full_attention"})
+        if unknown:
+            raise UserError(f"text encoder config: layer type '{unknown[0]}' is unknown")
+        if types and len(types) != self.num_hidden_layers:
+            raise UserError(
+                f"text encoder config: {len(types)} layer_types for {self.num_hidden_layers} layers"
+            )
+
+    def init(self, key: Array) -> dict:
+        """Fresh parameters, float32; under `jax.eval_shape`, the shapes of all of them."""
+        keys = jax.random.split(key, self.num_hidden_layers + 1)
+        x = jnp.zeros((1, 1, self.hidden_size))
+        inputs = (x, _rotation(self, 0, 1), jnp.ones((1, 1, 1), bool), None)
+        layer = DecoderLayer(self)
+        embedding = jax.random.normal(keys[-1], (self.vocab_size, self.hidden_size))
+        return {
+            "embed_tokens": {"weight": 0.02 * embedding},
+            "layers": jax.vmap(lambda k: layer.init(k, *inputs)["params"])(keys[:-1]),
+            "norm": _norm(self).init(key, x)["params"],
+        }
+
+    def encode(self, params, ids: Array, mask: Array, prefix: Prefix | None = None) -> Array:
+        """Hidden states after the final norm.
+
+        Args:
+          params: as of `init`.
+          ids: tokens [B, T]; with a prefix of P tokens, those at positions P and on.
+          mask: [B, T]; 1 for tokens, 0 for padding, which must be on the right.
+          prefix: of `prefix_cache`, the tokens before ``ids`` in every row; the result is then the
+            same as if they had been given, without their states.
+
+        Returns:
+          [B, T, hidden_size] float32. States of padding mean nothing, but are the reference's too.
+        """
+        return self._run(params, ids, mask, prefix, keep=False)[0]
+
+    def prefix_cache(self, params, ids: Array) -> Prefix:
+        """The `Prefix` of tokens [P] with which every row begins, the begin token first."""
+        hidden, (keys, values) = self._run(
+            params, ids[None], jnp.ones((1, len(ids)), jnp.int32), None, keep=True
+        )
+        return Prefix(keys[:, 0], values[:, 0], hidden[0])
+
+    def _run(self, params, ids, mask, prefix, keep):
+        """Hidden states, and if ``keep`` all layers' keys and values [layers, B, T, heads, c]."""
+        past = 0 if prefix is None else prefix.keys.shape[1]
+        length = ids.shape[1]
+        mask = jnp.pad(mask.astype(bool), ((0, 0), (past, 0)), constant_values=True)
+        distance = np.arange(past, past + length)[:, None] - np.arange(past + length)[None]
+        visible = mask[:, None] & (distance >= 0)[None]
+        rotation = _rotation(self, past, length)
+        layer = DecoderLayer(self, parent=None)
+
+        def step(x, inputs):
+            weights, window, cached = inputs
+            seen = visible & (distance < window)[None]
+            x, new = layer.apply({"params": weights}, x, rotation, seen, cached)
+            return x, new if keep else None
+
+        x = params["embed_tokens"]["weight"][ids].astype(self.dtype)
+        x = x * jnp.asarray(self.hidden_size**0.5, self.dtype)
+        cached = None if prefix is None else (prefix.keys, prefix.values)
+        windows = jnp.asarray(self._windows(past + length))
+        x, kept = jax.lax.scan(step, x, (params["layers"], windows, cached))
+        final = dataclasses.replace(self, dtype=wide(x).dtype)
+        return _norm(final).apply({"params": params["norm"]}, x), kept
+
+    def _windows(self, length: int) -> np.ndarray:
+        """How many tokens each layer sees of a sequence, the current one included; int32 [layers]."""
+        types = self.layer_types
+        if types is None:
+            pairs = ("sliding_attention", "full_attention")
+            types = [pairs[i % 2] for i in range(self.num_hidden_layers)]
+        window = length if self.sliding_window is None else self.sliding_window
+        return np.array([length if t == "full_attention" else window for t in types], np.int32)
+
+
+class RMSNorm(nn.Module):
+    """Root-mean-square norm times ``1 + weight``, float32 inside."""
+
+    epsilon: float
+    dtype: Any
+
+    @nn.compact
+    def __call__(self, x: Array) -> Array:
+        weight = wide(self.param("weight", nn.initializers.zeros, (x.shape[-1],)))
+        x = wide(x)
+        x = x * jax.lax.rsqrt(jnp.square(x).mean(-1, keepdims=True) + self.epsilon)
+        return (x * jnp.broadcast_to(1 + weight, x.shape)).astype(self.dtype)
+
+
+def _norm(c: Gemma2, name: str | None = None) -> RMSNorm:
+    return RMSNorm(c.rms_norm_eps, c.dtype, name=name)
+
+
+def _linear(c: Gemma2, features: int, name: str) -> Linear:
+    init = nn.initializers.normal(0.02)
+    return Linear(features, use_bias=False, dtype=c.dtype, kernel_init=init, name=name)
+
+
+def _rotation(c: Gemma2, start: int, length: int) -> tuple[Array, Array]:
+    """Cosines and sines [length, head_dim / 2] of positions ``start`` and on, float32."""
+    # In float32 at every step, as the reference: at position 500 an angle rounds by 3e-5.
+    exponents = np.arange(0, c.head_dim, 2, dtype=np.float32) / np.float32(c.head_dim)
+    frequencies = np.float32(1) / np.float32(c.rope_theta) ** exponents
+    angles = np.arange(start, start + length, dtype=np.float32)[:, None] * frequencies[None]
+    return jnp.cos(angles), jnp.sin(angles)
+
+
+def _rotate(x: Array, rotation: tuple[Array, Array]) -> Array:
+    """Turns pairs made of the first and second half of the channels of ``x`` [B, T, heads, c]."""
+    cos, sin = (a[None, :, None] for a in rotation)
+    first, second = jnp.split(wide(x), 2, axis=-1)
+    return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
+
+
+class Attention(nn.Module):
+    """Softmax attention with grouped queries, rotated positions and soft-capped scores."""
+
+    config: Gemma2
+
+    @nn.compact
+    def __call__(self, x: Array, rotation, visible: Array, past) -> tuple[Array, tuple]:
+        """Args:
+          x: [B, T, hidden].
+          rotation: of `_rotation`, for the T positions.
+          visible: [B or 1, T, P + T]; True where a query may look.
+          past: keys and values [P, kv heads, head_dim] that come before, or None.
+
+        Returns:
+          ``(output [B, T, hidden], (keys, values) [B, T, kv heads, head_dim] of x)``.
+        """
+        c = self.config
+
+        def project(heads, name):
+            out = _linear(c, heads * c.head_dim, name)(x)
+            return out.reshape(*x.shape[:2], heads, c.head_dim)
+
+        q = _rotate(project(c.num_attention_heads, "q_proj"), rotation).astype(c.dtype)
+        k = _rotate(project(c.num_key_value_heads, "k_proj"), rotation).astype(c.dtype)
+        v = project(c.num_key_value_heads, "v_proj")
+        new = (k, v)
+        if past is not None:
+            k, v = (
+                jnp.concatenate([_repeat(a, len(x)), b], axis=1)
+                for a, b in zip(past, new, strict=True)
+            )
+        # Each key serves a group of adjacent queries.
+        q = rearrange(q, "b t (n g) c -> b t n g c", n=c.num_key_value_heads)
+        scores = jnp.einsum("btngc,bsnc->bngts", q, k, preferred_element_type=wide(q).dtype)
+        scores = scores * c.query_pre_attn_scalar**-0.5
+        if c.attn_logit_softcapping is not None:
+            scores = c.attn_logit_softcapping * jnp.tanh(scores / c.attn_logit_softcapping)
+        scores = jnp.where(visible[:, None, None], scores, jnp.finfo(scores.dtype).min)
+        weights = jax.nn.softmax(scores, axis=-1).astype(c.dtype)
+        out = jnp.einsum("bngts,bsnc->btngc", weights, v).reshape(*x.shape[:2], -1)
+        return _linear(c, c.hidden_size, "o_proj")(out), new
+
+
+def _repeat(a: Array, batch: int) -> Array:
+    return jnp.broadcast_to(a[None], (batch, *a.shape))
+
+
+class MLP(nn.Module):
+    """``down(gelu(gate x) up x)`` with the tanh approximation of GELU."""
+
+    config: Gemma2
+
+    @nn.compact
+    def __call__(self, x: Array) -> Array:
+        c = self.config
+        gate = nn.gelu(_linear(c, c.intermediate_size, "gate_proj")(x), approximate=True)
+        up = _linear(c, c.intermediate_size, "up_proj")(x)
+        return _linear(c, c.hidden_size, "down_proj")(gate * up)
+
+
+class DecoderLayer(nn.Module):
+    """Attention, then MLP, each between two norms and added; arguments and result as `Attention`."""
+
+    config: Gemma2
+
+    @nn.compact
+    def __call__(self, x: Array, rotation, visible: Array, past) -> tuple[Array, tuple]:
+        c = self.config
+        attention = Attention(c, name="self_attn")
+        y, new = attention(_norm(c, "input_layernorm")(x), rotation, visible, past)
+        x = x + _norm(c, "post_attention_layernorm")(y)
+        y = MLP(c, name="mlp")(_norm(c, "pre_feedforward_layernorm")(x))
+        return x + _norm(c, "post_feedforward_layernorm")(y), new

@@ -1,0 +1,79 @@
+"""Pictures between files and networks: bytes, sizes that 1024-pixel models know, resizing."""
+
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from PIL import Image
+
+from .errors import UserError
+
+Array = jax.Array
+
+# (height, width) of the published 1024-pixel models, about a megapixel each, from wide to tall
+# (diffusers' ASPECT_RATIO_1024_BIN).
+SIZES_1024 = (
+    ((512, 2048), (512, 1856), (576, 1792), (576, 1728), (576, 1664), (640, 1600), (640, 1536))
+    + ((704, 1472), (704, 1408), (704, 1344), (768, 1344), (768, 1280), (832, 1216), (832, 1152))
+    + ((896, 1152), (896, 1088), (960, 1088), (960, 1024), (1024, 1024), (1024, 960), (1088, 960))
+    + ((1088, 896), (1152, 896), (1152, 832), (1216, 832), (1280, 768), (1344, 768), (1408, 704))
+    + ((1472, 704), (1536, 640), (1600, 640), (1728, 576), (2048, 512))
+)
+
+
+def to_bytes(pixels: np.ndarray) -> np.ndarray:
+    """Pixels in [-1, 1] of any shape as uint8 0..255, rounded."""
+    return np.rint((np.clip(pixels, -1, 1) + 1) * 127.5).astype(np.uint8)
+
+
+def nearest_size(height: int, width: int, sizes: Sequence[tuple[int, int]] = SIZES_1024):
+    """The (height, width) of ``sizes`` whose aspect ratio, to two decimals, is nearest."""
+    return min(sizes, key=lambda size: abs(round(size[0] / size[1], 2) - height / width))
+
+
+def resize_and_crop(pixels: Array, height: int, width: int) -> Array:
+    """[B, H, W, C] scaled bilinearly to cover height x width, and its middle cut out; unchanged if it fits."""
+    old = pixels.shape[1:3]
+    if old == (height, width):
+        return pixels
+    ratio = max(height / old[0], width / old[1])
+    new = (int(old[0] * ratio), int(old[1] * ratio))
+    shape = (pixels.shape[0], *new, pixels.shape[3])
+    pixels = jax.image.resize(pixels, shape, "linear", antialias=False)
+    top, left = (new[0] - height) // 2, (new[1] - width) // 2
+    return pixels[:, top : top + height, left : left + width]
+
+
+def to_pixels(
+    images: Image.Image | np.ndarray | Sequence, count: int, height: int, width: int
+) -> Array:
+    """Images to start from as float32 pixels [count, height, width, 3] in [-1, 1].
+
+    Args:
+      images: one image for all, or one for each of ``count`` pictures. PIL images of any size and mode are
+        resized (Lanczos); arrays are uint8 [H, W, 3] and treated alike.
+
+    Raises:
+      UserError: another number of images, or arrays of another shape or dtype.
+    """
+    if isinstance(images, Image.Image) or (isinstance(images, np.ndarray) and images.ndim < 4):
+        images = [images]
+    if len(images) not in (1, count):
+        raise UserError(f"{len(images)} images for {count} pictures: give one, or one for each")
+    rows = np.stack([_read(image, height, width) for image in images])
+    rows = rows.astype(np.float32) / 127.5 - 1
+    return jnp.broadcast_to(rows, (count, *rows.shape[1:]))
+
+
+def _read(image: Image.Image | np.ndarray, height: int, width: int) -> np.ndarray:
+    if not isinstance(image, Image.Image):
+        if image.dtype != np.uint8 or image.ndim != 3 or image.shape[-1] != 3:
+            raise UserError(
+                f"an image is {image.dtype} {image.shape}: give uint8 [H, W, 3], or a PIL image"
+            )
+        image = Image.fromarray(image)
+    image = image.convert("RGB")
+    if image.size != (width, height):
+        image = image.resize((width, height), Image.Resampling.LANCZOS)
+    return np.asarray(image)

@@ -1,0 +1,170 @@
+"""Prompts, tokens and text features against the SANA pipelines of diffusers, with a trained tokenizer.
+
+Tokens, kept positions and masks must be equal. Errors of features are max|a - b| / max|b| over all
+positions, padding included; observed at most 1.2e-6.
+"""
+
+import inspect
+
+import numpy as np
+import pytest
+import torch
+from diffusers import SanaPipeline, SanaSprintPipeline
+from reference import tiny_gemma2, tiny_tokenizer
+from transformers import Gemma2Model, GemmaTokenizer
+
+from sprint_jax.interop.gemma2 import load_text_encoder
+from sprint_jax.prompts import (
+    BOUNDARY,
+    INSTRUCTION,
+    INSTRUCTION_NVLABS,
+    TextEncoder,
+    load_tokenizer,
+    tokenize,
+)
+
+pytestmark = pytest.mark.filterwarnings("ignore")
+
+SENTENCE = "a red cat sits on the 3 old walls of Paris, painted in oil; un chat à l'ombre"
+SPECIAL = [
+    "",
+    " ",
+    "\n",
+    "\n\n a cat\n\non a wall \n",
+    "   leading and trailing   ",
+    "two  spaces   three",
+    "A RED CAT, UPPER CASE; ÄÖÜ ẞ İ",
+    "一只猫坐在墙上",
+    "猫 and 🐈‍⬛ and 👩🏽‍🚀 in space 🚀🚀",
+    "<b>bold</b> &amp; <eos> <bos> <pad> <0x41> </s>",
+    "<bos>begins twice",
+    "\ttab\tand\r\nreturn",
+    "▁ is the sign of a space",
+    "\u200b zero width and \u00a0 no-break",
+    ": a colon first",
+    "User Prompt: again",
+    "quotes \"double\" and 'single'",
+    "\x00\x01 control",
+    " ".join([SENTENCE] * 60),
+    "x" * 3000,
+]
+
+
+def varied_prompts(count: int = 200) -> list[str]:
+    random = np.random.default_rng(0)
+    drawn = []
+    for _ in range(count - len(SPECIAL)):
+        words = random.choice(SENTENCE.split(), random.integers(1, 60))
+        text = random.choice([" ", "  ", ", ", "\n"]).join(words)
+        drawn.append(text.upper() if random.random() < 0.2 else text)
+    return SPECIAL + drawn
+
+
+class Echo(torch.nn.Module):
+    """Stands for a text encoder whose features are the ids that it was given."""
+
+    dtype = torch.float32
+
+    def forward(self, ids, attention_mask):
+        return (ids[..., None].float(),)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("pipeline")
+    tokenizer = tiny_tokenizer([INSTRUCTION, *SPECIAL[:10], SENTENCE])
+    tokenizer.save_pretrained(folder / "tokenizer")
+    tiny_gemma2(vocab_size=len(tokenizer)).save_pretrained(folder / "text_encoder")
+    return folder
+
+
+def reference(folder, text_encoder, kind=SanaSprintPipeline):
+    tokenizer = GemmaTokenizer.from_pretrained(folder / "tokenizer")
+    parts = dict(vae=None, transformer=None, scheduler=None)
+    return kind(tokenizer=tokenizer, text_encoder=text_encoder, **parts)
+
+
+def published_instruction(kind=SanaSprintPipeline) -> list[str]:
+    return inspect.signature(kind.__call__).parameters["complex_human_instruction"].default
+
+
+def numpy(*tensors):
+    return [tensor.numpy() for tensor in tensors]
+
+
+def relative_error(ours, theirs) -> float:
+    assert ours.shape == theirs.shape
+    return float(np.abs(np.asarray(ours) - theirs).max() / np.abs(theirs).max())
+
+
+def test_the_instruction_is_the_published_one():
+    for kind in (SanaPipeline, SanaSprintPipeline):
+        assert "\n".join(published_instruction(kind)) == INSTRUCTION
+
+
+@pytest.mark.parametrize("instruction", [INSTRUCTION, INSTRUCTION_NVLABS, "short: ", None])
+def test_tokens_of_200_prompts(folder, instruction):
+    prompts = varied_prompts()
+    assert len(prompts) == 200
+    lines = instruction.split("\n") if instruction else None
+    ids, mask = numpy(
+        *reference(folder, Echo()).encode_prompt(
+            prompts, device="cpu", complex_human_instruction=lines
+        )
+    )
+    ours = tokenize(load_tokenizer(folder / "tokenizer"), prompts, instruction)
+    np.testing.assert_array_equal(ours.ids[:, ours.kept], ids[..., 0])
+    np.testing.assert_array_equal(ours.mask[:, ours.kept], mask)
+    assert mask.min() == 0 and mask.all(1).any(), "no prompt was padded, or none was cut"
+
+
+def test_the_end_of_the_instruction_depends_on_the_prompt(folder):
+    # Otherwise the tests above and below would not show what `BOUNDARY` is for.
+    tokenizer = load_tokenizer(folder / "tokenizer")
+    alone = np.array(tokenizer.encode(INSTRUCTION))
+    ids = tokenize(tokenizer, varied_prompts(), INSTRUCTION).ids[:, : len(alone)]
+    differs = (ids != alone[None]).any(0)
+    assert differs[-1] and not differs[:-BOUNDARY].any()
+
+
+@pytest.mark.parametrize("length", [300, 20])
+def test_features_of_the_pipeline(folder, length):
+    text_encoder = Gemma2Model.from_pretrained(folder / "text_encoder")
+    gemma, params = load_text_encoder(folder / "text_encoder")
+    tokenizer = load_tokenizer(folder / "tokenizer")
+    prompts = SPECIAL[:8] + SPECIAL[-2:]
+    with torch.no_grad():
+        text, mask = numpy(
+            *reference(folder, text_encoder).encode_prompt(
+                prompts,
+                device="cpu",
+                complex_human_instruction=published_instruction(),
+                max_sequence_length=length,
+            )
+        )
+    encoder = TextEncoder(gemma, params, tokenizer, length=length, batch_size=4)
+    ours, ours_mask = encoder.encode(prompts)
+    np.testing.assert_array_equal(ours_mask, mask)
+    assert relative_error(ours, text) < 2e-5
+
+    tokens = tokenize(tokenizer, prompts, INSTRUCTION, length)
+    uncached = gemma.encode(params, tokens.ids, tokens.mask)[:, tokens.kept]
+    assert relative_error(uncached, text) < 2e-5
+
+
+def test_negative_prompts_have_no_instruction(folder):
+    text_encoder = Gemma2Model.from_pretrained(folder / "text_encoder")
+    negative = ["", "Blurry, ugly", "low quality"]
+    with torch.no_grad():
+        _, _, text, mask = reference(folder, text_encoder, SanaPipeline).encode_prompt(
+            ["a cat"] * 3,
+            device="cpu",
+            negative_prompt=negative,
+            complex_human_instruction=published_instruction(),
+        )
+    encoder = TextEncoder(
+        *load_text_encoder(folder / "text_encoder"), load_tokenizer(folder / "tokenizer")
+    )
+    ours, ours_mask = encoder.encode_plain(negative)
+    np.testing.assert_array_equal(ours_mask, mask.numpy())
+    assert relative_error(ours, text.numpy()) < 2e-5
