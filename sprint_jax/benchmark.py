@@ -1,12 +1,14 @@
 """Times the networks, beside diffusers' if asked to, and writes JSON lines.
 
-    python -m sprint_jax.benchmark train --size tiny --against diffusers --rounds 25
-    python -m sprint_jax.benchmark parity --size mid
+    python -m sprint_jax.benchmark train --size tiny --against diffusers
+    python -m sprint_jax.benchmark sample --size 600m --dtype bfloat16 --against diffusers
+    python -m sprint_jax.benchmark parity --size mid --against diffusers
 
-train times the forward pass, the JVP, forward and backward, and the sCM branch (JVP, forward and
-backward) of a transformer. parity compares outputs only. Weights and inputs are random; blocks have
-their weights apart (`unstack_blocks`) unless --stacked is given. Arms take turns in every round; see
-`sprint_jax.timing`. Ratios are times of others over ours. On Linux start it with
+sample times text encoder, transformer, decoder, and the whole from prompts to pictures. train times the
+forward pass, the JVP, forward and backward, and the sCM branch (JVP, forward and backward) of a
+transformer. parity compares outputs only. Weights are random unless --model is given, inputs always;
+blocks have their weights apart (`unstack_blocks`) unless --stacked is given. Arms take turns in every
+round; see `sprint_jax.timing`. Ratios are times of others over ours. On Linux start it with
 GLIBC_TUNABLES=glibc.malloc.hugetlb=1, as the launch scripts do.
 """
 
@@ -15,19 +17,20 @@ import json
 import os
 import platform
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import jax
 
-from . import cli
+from . import cli, inference_parts
 from .errors import UserError
 from .interop import reference
 from .models.sana import SanaTransformer, stack, unstack_blocks
 from .timing import first_call, paired_rounds, summarize
-from .workloads import NETWORK, STUDENTS, compiled, network_calls, network_inputs
+from .workloads import NETWORK, STUDENTS, compiled, network_calls, network_inputs, random_params
 
 OURS = "sprint_jax"
-TOLERANCE = 1e-4  # between two orders of the same float32 sums
+# Relative L2 between two orders of the same sums.
+TOLERANCE = {"float32": 1e-4, "bfloat16": 2e-2}
 
 
 def main(argv: list[str]) -> None:
@@ -37,8 +40,13 @@ def main(argv: list[str]) -> None:
         _use_cores(flags.threads)
     if flags.against:
         reference.import_torch().set_num_threads(len(os.sched_getaffinity(0)))
-    lines = [header(argv)]
-    for line in network_lines(flags, timed=flags.command == "train"):
+    first = {}
+    if flags.command == "sample":
+        _check_parts(flags)
+        if "whole" in flags.parts:  # in processes of its own, before this one takes the device
+            first = inference_parts.first_picture(flags.model, flags.dtype, flags.image)
+    lines = [header(argv) | ({"first_picture_s": first} if first else {})]
+    for line in sample_lines(flags) if flags.command == "sample" else network_lines(flags):
         lines.append(line)
         print(table_row(line), flush=True)
     if flags.out:
@@ -59,13 +67,9 @@ def header(argv: list[str]) -> dict:
     }
 
 
-def network_lines(flags: argparse.Namespace, timed: bool) -> Iterator[dict]:
-    """One line per workload of ``train`` or ``parity``.
-
-    Raises:
-      UserError: an output differs from diffusers' by more than rounding.
-    """
-    fields = STUDENTS[flags.size]
+def network_lines(flags: argparse.Namespace) -> Iterator[dict]:
+    """One line per workload of ``train`` or ``parity``."""
+    fields, timed = STUDENTS[flags.size], flags.command == "train"
     model = SanaTransformer(**fields)
     inputs = network_inputs(fields, flags.batch, *flags.image)
     theirs = {}
@@ -83,28 +87,65 @@ def network_lines(flags: argparse.Namespace, timed: bool) -> Iterator[dict]:
     for name in flags.only:
         call, seconds = compiled(network_calls(model)[name], params, inputs)
         line = {"workload": name, "size": flags.size, "image": flags.image, "batch": flags.batch}
-        line |= {"cold_s": {OURS: round(seconds, 2)}, "relative_error": {}}
-        calls = {OURS: call} | {arm: each[name] for arm, each in theirs.items() if name in each}
-        for arm in list(calls)[1:]:
-            line["cold_s"][arm] = round(first_call(calls[arm]), 2)
-            error = network_error(fields, call(), calls[arm](), eager)
-            line["relative_error"][arm] = float(f"{error:.2g}")
-            if not error < TOLERANCE:
-                raise UserError(f"{name} of {arm} differs from ours by {error:.2g}: not timed")
-        if timed:
-            line |= summarize(paired_rounds(calls, flags.rounds), OURS)
-        yield line
+        others = {arm: each[name] for arm, each in theirs.items() if name in each}
+
+        def error(ours, theirs):
+            return network_error(fields, ours, theirs, eager)
+
+        yield measured(
+            line, call, seconds, others, error, TOLERANCE["float32"], timed and flags.rounds
+        )
 
 
-def random_params(model: SanaTransformer, inputs: dict) -> dict:
-    """Parameters that are nowhere zero, as those of layers that start at zero would be."""
-    arrays = (inputs[key] for key in ("x", "t", "text", "mask", "guidance"))
-    keys = jax.random.split(jax.random.key(0))
-    params = jax.jit(model.init)(keys[0], *arrays)["params"]
-    leaves, tree = jax.tree.flatten(params)
-    keys = jax.random.split(keys[1], len(leaves))
-    noise = [0.02 * jax.random.normal(k, a.shape) for k, a in zip(keys, leaves, strict=True)]
-    return jax.tree.map(jax.numpy.add, params, jax.tree.unflatten(tree, noise))
+def sample_lines(flags: argparse.Namespace) -> Iterator[dict]:
+    """One line per part, batch size and step count of ``sample``."""
+    setup = inference_parts.Setup(
+        folder=flags.model,
+        size=flags.size,
+        dtype=flags.dtype,
+        device=inference_parts.torch_device() if flags.against else "cpu",
+        image=flags.image,
+        against=bool(flags.against),
+        torch_compile=not flags.no_compile,
+        stacked=flags.stacked,
+    )
+    for part in inference_parts.parts(setup, flags.parts, flags.batch, flags.steps):
+        line = {"workload": part.name, "size": flags.model or flags.size, "dtype": flags.dtype}
+        line |= {"image": flags.image, "batch": part.batch}
+        tolerance = TOLERANCE[flags.dtype]
+        line = measured(
+            line, part.ours, part.cold_s, part.theirs, part.error, tolerance, flags.rounds
+        )
+        if OURS in line["ms"]:
+            line["pictures_per_s"] = float(f"{1e3 * part.batch / line['ms'][OURS][1]:.4g}")
+        yield line | {"peak_gb": inference_parts.peak_memory()}
+
+
+def measured(line, ours, seconds, others, error, tolerance, rounds) -> dict:
+    """A line with what was measured.
+
+    Args:
+      line: what it is about.
+      ours, others: calls; {arm: call}. seconds: that ours took to compile.
+      error: ``error(ours, theirs)`` of two results; None compares nothing.
+      tolerance: the largest error that is timed.
+      rounds: None to compare only.
+
+    Raises:
+      UserError: a result differs from ours by more than rounding.
+    """
+    line |= {"cold_s": {OURS: round(seconds, 2)}, "relative_error": {}}
+    for arm, call in others.items():
+        line["cold_s"][arm] = round(first_call(call), 2)
+        if error is None:
+            continue
+        found = error(ours(), call())
+        line["relative_error"][arm] = float(f"{found:.2g}")
+        if not found < tolerance:
+            raise UserError(
+                f"{line['workload']} of {arm} differs from ours by {found:.2g}: not timed"
+            )
+    return line | summarize(paired_rounds({OURS: ours} | others, rounds), OURS) if rounds else line
 
 
 def network_error(fields: dict, ours, theirs, arms: reference.TransformerArms) -> float:
@@ -138,21 +179,47 @@ def table_row(line: dict) -> str:
 
 def _parser() -> cli.Parser:
     parser = cli.make_parser("benchmark", __doc__)
-    commands = parser.add_subparsers(dest="command", required=True, metavar="{train,parity}")
-    for command, about in (("train", "time the network"), ("parity", "compare the network")):
-        add = commands.add_parser(command, help=about).add_argument
+    commands = parser.add_subparsers(dest="command", required=True, metavar="{sample,train,parity}")
+    sample = commands.add_parser("sample", help="time parts of inference")
+    train = commands.add_parser("train", help="time the network")
+    parity = commands.add_parser("parity", help="compare the network")
+    for command in (sample, train, parity):
+        add = command.add_argument
         add("--against", choices=("diffusers",), help="compare with diffusers, same weights")
         add("--size", choices=tuple(STUDENTS), default="tiny", help="of the network (default tiny)")
-        add("--image", type=_image, default=(512, 512), metavar="HxW", help="default 512x512")
-        add("--batch", type=_count, default=1, metavar="B", help="pictures at once (default 1)")
-        add("--only", type=_names, default=NETWORK, help=f"some of {','.join(NETWORK)}")
         add("--threads", type=_count, metavar="T", help="cores to use (default: all there are)")
         add("--stacked", action="store_true", help="blocks' weights on one axis, blocks in a scan")
         add("--out", metavar="FILE", help="JSON lines are added to this file")
-        if command == "train":
-            add("--rounds", type=_count, default=25, metavar="N", help="turns of each arm (25)")
-            add("--no-compile", action="store_true", help="leave torch.compile out")
+    for command in (sample, train):
+        add = command.add_argument
+        add("--rounds", type=_count, default=25, metavar="N", help="turns of each arm (default 25)")
+        add("--no-compile", action="store_true", help="leave torch.compile out")
+    for command in (train, parity):
+        add = command.add_argument
+        add("--image", type=_image, default=(512, 512), metavar="HxW", help="default 512x512")
+        add("--batch", type=_count, default=1, metavar="B", help="pictures at once (default 1)")
+        add("--only", type=_names(NETWORK), default=NETWORK, help=f"some of {','.join(NETWORK)}")
+    add = sample.add_argument
+    add("--model", metavar="DIR", help="a pipeline folder instead of random weights")
+    add("--image", type=_image, default=(1024, 1024), metavar="HxW", help="default 1024x1024")
+    add("--batch", type=_counts, default=(1, 10), metavar="B,...", help="pictures at once (1,10)")
+    add("--steps", type=_counts, default=(1, 2, 4), metavar="S,...", help="of the whole (1,2,4)")
+    add("--dtype", choices=tuple(TOLERANCE), default="float32", help="default float32")
+    names = inference_parts.PARTS
+    add(
+        "--parts",
+        type=_names(names),
+        help=f"some of {','.join(names)}; text and whole need --model",
+    )
     return parser
+
+
+def _check_parts(flags: argparse.Namespace) -> None:
+    possible = inference_parts.PARTS if flags.model else inference_parts.OF_SIZE
+    flags.parts = flags.parts or possible
+    missing = [name for name in flags.parts if name not in possible]
+    if missing:
+        raise UserError(f"--parts {missing[0]} needs --model, a pipeline folder", exit_code=2)
 
 
 def _count(text: str) -> int:
@@ -168,11 +235,18 @@ def _image(text: str) -> tuple[int, int]:
     return int(match[1]), int(match[2])
 
 
-def _names(text: str) -> tuple[str, ...]:
-    unknown = sorted(set(text.split(",")) - set(NETWORK))
-    if unknown:
-        raise argparse.ArgumentTypeError(f"'{unknown[0]}' is not one of {', '.join(NETWORK)}")
-    return tuple(text.split(","))
+def _counts(text: str) -> tuple[int, ...]:
+    return tuple(_count(each) for each in text.split(","))
+
+
+def _names(known: tuple[str, ...]) -> Callable:
+    def parse(text: str) -> tuple[str, ...]:
+        unknown = sorted(set(text.split(",")) - set(known))
+        if unknown:
+            raise argparse.ArgumentTypeError(f"'{unknown[0]}' is not one of {', '.join(known)}")
+        return tuple(text.split(","))
+
+    return parse
 
 
 def _use_cores(count: int) -> None:

@@ -99,6 +99,17 @@ def network_calls(model: SanaTransformer) -> dict[str, Callable]:
     return dict(zip(NETWORK, (forward, jvp, backward, scm), strict=True))
 
 
+def random_params(model: SanaTransformer, inputs: dict) -> dict:
+    """Parameters that are nowhere zero, as those of layers that start at zero would be."""
+    arrays = (inputs[key] for key in ("x", "t", "text", "mask", "guidance"))
+    keys = jax.random.split(jax.random.key(0))
+    params = jax.jit(model.init)(keys[0], *arrays)["params"]
+    leaves, tree = jax.tree.flatten(params)
+    keys = jax.random.split(keys[1], len(leaves))
+    noise = [0.02 * jax.random.normal(k, a.shape) for k, a in zip(keys, leaves, strict=True)]
+    return jax.tree.map(jnp.add, params, jax.tree.unflatten(tree, noise))
+
+
 def compiled(function: Callable, *arguments: Any) -> tuple[Callable, float]:
     """The compiled function as a call without arguments that waits for its result, and the seconds that
     tracing and compiling took. A compiled program cannot compile again."""

@@ -134,7 +134,7 @@ def test_train_writes_a_line_per_workload(small, tmp_path, capsys):
 def test_workloads_agree_with_one_another():
     model = workloads.SanaTransformer(**SMALL)
     inputs = workloads.network_inputs(SMALL, 2, 64, 64)
-    params = benchmark.random_params(model, inputs)
+    params = workloads.random_params(model, inputs)
     calls = {name: jax.jit(call) for name, call in workloads.network_calls(model).items()}
     assert tuple(calls) == workloads.NETWORK
     out = calls["forward"](params, inputs)

@@ -7,6 +7,7 @@ Functions take and return NumPy arrays in our layout, channels last.
 import contextlib
 import copy
 import functools
+import inspect
 import tempfile
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -73,13 +74,83 @@ def make_autoencoder(dtype: Any = np.float32) -> tuple[Any, AutoencoderDC, Any]:
         return model, *load_autoencoder(Path(folder), dtype)
 
 
+def load_transformer_module(folder: str) -> Any:
+    """Diffusers' transformer of a pipeline folder."""
+    import_torch()
+    import diffusers
+
+    return diffusers.SanaTransformer2DModel.from_pretrained(folder, subfolder="transformer").eval()
+
+
+def load_autoencoder_module(folder: str) -> Any:
+    """Diffusers' autoencoder of a pipeline folder."""
+    import_torch()
+    import diffusers
+
+    return diffusers.AutoencoderDC.from_pretrained(folder, subfolder="vae").eval()
+
+
+def decoder_arms(model, latents, device: str, dtype: str, torch_compile: bool) -> dict:
+    """{arm: call} of an AutoencoderDC's decoder on latents [B, h, w, C], not scaled."""
+    torch = import_torch()
+    decoder = model.decoder.to(device, getattr(torch, dtype))
+    first = to_torch(latents, device, dtype)
+
+    def arm(network, z):
+        def decode():
+            with torch.no_grad():
+                return network(z)
+
+        return waiting(decode, device)
+
+    arms = {EAGER: arm(decoder, first)}
+    if torch_compile:
+        arms[COMPILED] = arm(compiler(device)(decoder), first)
+    last = copy.deepcopy(decoder).to(memory_format=torch.channels_last)
+    arms[CHANNELS_LAST] = arm(last, first.to(memory_format=torch.channels_last))
+    return arms
+
+
+class PipelineArms:
+    """SanaSprintPipeline of a folder, eager: its prompts' features, and its pictures."""
+
+    def __init__(self, folder: str, device: str, dtype: str):
+        torch = import_torch()
+        import diffusers
+
+        self.device = device
+        self.pipeline = diffusers.SanaSprintPipeline.from_pretrained(
+            folder, torch_dtype=getattr(torch, dtype)
+        ).to(device)
+        self.pipeline.set_progress_bar_config(disable=True)
+
+    def text(self, prompts: list[str]) -> Callable:
+        """A call that encodes prompts behind the pipeline's usual instruction."""
+        torch = import_torch()
+        default = inspect.signature(self.pipeline.__call__).parameters
+        instruction = default["complex_human_instruction"].default
+
+        def encode():
+            with torch.no_grad():
+                return self.pipeline.encode_prompt(prompts, complex_human_instruction=instruction)
+
+        return waiting(encode, self.device)
+
+    def whole(self, prompts: list[str], steps: int, height: int, width: int) -> Callable:
+        """A call from prompts to pictures."""
+        how = dict(num_inference_steps=steps, height=height, width=width)
+        if steps != 2:
+            how["intermediate_timesteps"] = None
+        return waiting(lambda: self.pipeline(prompts, **how).images, self.device)
+
+
 def to_torch(array, device: str = "cpu", dtype: str | None = None) -> Any:
-    """An array [B, h, w, C] as a contiguous tensor [B, C, h, w]; others as they are."""
+    """An array [B, h, w, C] as a contiguous tensor [B, C, h, w]; others as they are, times in float32."""
     torch = import_torch()
     tensor = torch.tensor(np.asarray(array), device=device)
     if tensor.ndim == 4:
         tensor = tensor.permute(0, 3, 1, 2).contiguous()
-    if dtype is None or not tensor.is_floating_point():
+    if dtype is None or not tensor.is_floating_point() or tensor.ndim == 1:
         return tensor
     return tensor.to(getattr(torch, dtype))
 
