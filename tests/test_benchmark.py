@@ -7,9 +7,12 @@ import sys
 import jax
 import numpy as np
 import pytest
+from runs import quick_compilation
 
-from sprint_jax import benchmark, timing, workloads
+from sprint_jax import benchmark, inference_parts, timing, workloads
 from sprint_jax.errors import UserError
+from sprint_jax.models import sana
+from sprint_jax.models.dc_ae import AutoencoderDC
 
 # One narrow block: the command's paths, compiled in a second or two.
 SMALL = workloads.STUDENTS["tiny"] | dict(
@@ -18,6 +21,14 @@ SMALL = workloads.STUDENTS["tiny"] | dict(
     num_cross_attention_heads=2,
     cross_attention_head_dim=32,
     caption_channels=16,
+)
+
+TINY_DECODER = AutoencoderDC(
+    decoder_block_out_channels=(32, 32),
+    encoder_block_out_channels=(32, 32),
+    decoder_block_types=("ResBlock", "EfficientViTBlock"),
+    decoder_layers_per_block=(1, 1),
+    decoder_qkv_multiscales=((), (5,)),
 )
 
 
@@ -148,6 +159,42 @@ def test_workloads_agree_with_one_another():
     assert all(np.any(leaf != 0) for leaf in (gradient["proj_out"]["kernel"], out))
 
 
+def test_sample_times_transformer_and_decoder(small, tmp_path, monkeypatch):
+    monkeypatch.setattr(inference_parts, "AutoencoderDC", lambda: TINY_DECODER)
+    out = tmp_path / "out.jsonl"
+    words = ["sample", "--image=32x64", "--batch=1,2", "--rounds=1", f"--out={out}"]
+    benchmark.main(words)
+    head, *lines = map(json.loads, out.read_text().splitlines())
+    assert "first_picture_s" not in head
+    found = [(line["workload"], line["batch"]) for line in lines]
+    assert found == [("transformer", 1), ("transformer", 2), ("decoder", 1), ("decoder", 2)]
+    for line in lines:
+        assert line["image"] == [32, 64] and line["dtype"] == "float32"
+        assert line["peak_gb"]["process"] > 0 and line["cold_s"]["sprint_jax"] > 0
+        assert ("pictures_per_s" in line) == (line["rounds"] == 1)
+
+
+def test_blocks_apart_compute_what_the_stack_does():
+    fields = SMALL | dict(num_layers=2)
+    inputs = workloads.network_inputs(fields, 1, 64, 64)
+    model = workloads.SanaTransformer(**fields)
+    params = workloads.random_params(model, inputs)
+    apart = sana.unstack_blocks(params)
+    assert len(apart["transformer_blocks"]) == 2
+    call = jax.jit(workloads.network_calls(model)["backward"])
+    with quick_compilation():
+        (loss, gradient), (loss_apart, gradient_apart) = call(params, inputs), call(apart, inputs)
+    stacked = sana.stack(gradient_apart["transformer_blocks"])
+    gradient_apart = gradient_apart | {"transformer_blocks": stacked}
+    np.testing.assert_allclose(loss, loss_apart, rtol=1e-6)
+    # Two orders of the same float32 sums.
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5 * np.abs(a).max(), rtol=1e-4),
+        gradient,
+        gradient_apart,
+    )
+
+
 def test_without_torch_one_line_says_what_to_install(monkeypatch):
     monkeypatch.setitem(sys.modules, "torch", None)
     with pytest.raises(UserError, match=r"needs torch: pip install -e .\[parity\]"):
@@ -163,6 +210,8 @@ def test_without_torch_one_line_says_what_to_install(monkeypatch):
         (["parity", "--only=forward,backwards"], "'backwards' is not one of"),
         (["train", "--threads=999"], "--threads 999"),
         (["parity", "--rounds=3"], "--rounds"),
+        (["sample", "--parts=whole"], "--parts whole needs --model"),
+        (["sample", "--batch=1,x"], "'x' must be a whole number"),
     ],
 )
 def test_wrong_flags_are_one_line(words, message):

@@ -46,3 +46,14 @@ def test_a_difference_is_refused(monkeypatch):
     monkeypatch.setitem(benchmark.TOLERANCE, "float32", 1e-12)
     with pytest.raises(UserError, match="forward of diffusers differs from ours"):
         benchmark.main(["train", "--against=diffusers", "--image=64x64", "--only=forward"])
+
+
+def test_sample_compares_transformer_and_decoder(tmp_path):
+    out = tmp_path / "out.jsonl"
+    words = ["sample", "--against=diffusers", "--image=32x32", "--batch=1", "--rounds=1"]
+    benchmark.main([*words, "--no-compile", f"--out={out}"])
+    _, transformer, decoder = map(json.loads, out.read_text().splitlines())
+    assert set(transformer["relative_error"]) == {"diffusers"}
+    assert set(decoder["relative_error"]) == {"diffusers", "diffusers channels last"}
+    for line in transformer, decoder:
+        assert max(line["relative_error"].values()) < 5e-5
