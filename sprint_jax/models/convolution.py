@@ -37,25 +37,56 @@ def upsampled_conv3x3(x: Array, kernel: Array) -> Array:
     Returns:
       [B, 2h, 2w, D].
     """
+    return jax.lax.platform_dependent(
+        x, kernel, cpu=_upsampled_by_phases, default=_upsampled_at_once
+    )
+
+
+def _upsampled_at_once(x, kernel):
+    """One convolution to all four phases, whose first starts one source row earlier than the second."""
     height, width = x.shape[1:3]
     # Output row 2h + phase reads kernel rows 0, 1, 2 at source rows (h-1, h, h), (h, h, h+1).
     taps = jnp.asarray([[[1, 0, 0], [0, 1, 1]], [[1, 1, 0], [0, 0, 1]]], kernel.dtype)
     phases = jnp.einsum("ypi,xqj,ijcd->pqcdyx", taps, taps, kernel, precision="highest")
     out = convolve(x, phases.reshape(*phases.shape[:3], -1).astype(x.dtype))
     out = rearrange(out, "b h w (d y x) -> y x b h w d", y=2, x=2)
-    # Phase 0 starts one source row earlier than phase 1.
     rows = [[out[y, x, :, y : y + height, x : x + width] for x in (0, 1)] for y in (0, 1)]
     return rearrange(jnp.stack([jnp.stack(row) for row in rows]), "y x b h w d -> b (h y) (w x) d")
+
+
+def _upsampled_by_phases(x, kernel):
+    """One convolution per phase: XLA's CPU backend is twice as fast at outputs of the size of ``x``."""
+
+    def halves(kernel, axis):
+        first, middle, last = jnp.split(kernel, 3, axis)
+        yield jnp.concatenate([first, middle + last], axis)
+        yield jnp.concatenate([first + middle, last], axis)
+
+    out = [
+        jnp.stack(
+            [
+                _convolve(x, phase.astype(x.dtype), (1 - dy, dy), (1 - dx, dx))
+                for dx, phase in enumerate(halves(row, 1))
+            ],
+            3,
+        )
+        for dy, row in enumerate(halves(kernel, 0))
+    ]
+    return rearrange(jnp.stack(out, 2), "b h y w x d -> b (h y) (w x) d")
 
 
 def convolve(x: Array, kernel: Array, stride: int = 1, groups: int = 1) -> Array:
     """2-D cross-correlation of [B, H, W, C] with zero padding 1 (k // 2 for odd kernels)."""
     pad = max(1, kernel.shape[0] // 2)
+    return _convolve(x, kernel, (pad, pad), (pad, pad), stride, groups)
+
+
+def _convolve(x, kernel, rows, columns, stride=1, groups=1):
     return jax.lax.conv_general_dilated(
         x,
         kernel,
         (stride, stride),
-        ((pad, pad), (pad, pad)),
+        (rows, columns),
         dimension_numbers=("NHWC", "HWIO", "NHWC"),
         feature_group_count=groups,
     )

@@ -1,0 +1,145 @@
+"""Timing of two or more ways to do one thing on a machine that others may use too.
+
+Arms take turns within every round (A, B, A, B, ...), since speeds of one machine differ by half from
+one hour to the next, and ratios are taken round by round. A round during which other processes took
+more than a share of our cores is dropped and counted.
+"""
+
+import os
+import statistics
+import time
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import NamedTuple
+
+WARM_CALLS = 3
+FOREIGN_LIMIT = 0.12
+# Linux counts processor time in hundredths of a second: a turn this long keeps the share of others
+# exact to a few percent.
+TURN_SECONDS = 0.2
+
+
+class Round(NamedTuple):
+    """One turn of every arm.
+
+    Attributes:
+      ms: {arm: milliseconds per call}.
+      foreign: share of our cores that others had meanwhile; None where it is not recorded.
+    """
+
+    ms: dict[str, float]
+    foreign: float | None
+
+
+class ForeignLoad:
+    """The share of this process's cores that other processes, or the host of a virtual machine, take.
+
+    Made from ``/proc/stat``; where there is none, `share` is None.
+    """
+
+    def __init__(self, stat: Path = Path("/proc/stat")):
+        self._stat = stat
+        self.start()
+
+    def start(self) -> None:
+        """Begins the span that the next `share` is of."""
+        self._began = self._read()
+
+    def share(self) -> float | None:
+        """Foreign busy time over all time of our cores since `start`."""
+        ended = self._read()
+        if ended is None or self._began is None:
+            return None
+        busy, total, own = (b - a for a, b in zip(self._began, ended, strict=True))
+        return max(0.0, (busy - own) / total) if total > 0 else 0.0
+
+    def _read(self) -> tuple[float, float, float] | None:
+        """Seconds busy, seconds at all, and of our own, summed over our cores."""
+        try:
+            lines = self._stat.read_text().splitlines()
+        except OSError:
+            return None
+        ours = {f"cpu{core}" for core in os.sched_getaffinity(0)}
+        busy = total = 0.0
+        for name, *counts in (line.split() for line in lines if line.startswith("cpu")):
+            if name in ours:
+                ticks = [
+                    int(count) for count in counts[:8]
+                ]  # the rest, guests, is in the first two
+                total += sum(ticks)
+                busy += sum(ticks) - ticks[3] - ticks[4]  # idle, waiting for a disk
+        rate = os.sysconf("SC_CLK_TCK")
+        return busy / rate, total / rate, time.process_time()
+
+
+def first_call(call: Callable[[], object]) -> float:
+    """Seconds that a call takes the first time, compilation and all."""
+    began = time.perf_counter()
+    call()
+    return time.perf_counter() - began
+
+
+def paired_rounds(
+    arms: dict[str, Callable[[], object]],
+    rounds: int,
+    *,
+    clock: Callable[[], float] = time.perf_counter,
+    load: ForeignLoad | None = None,
+) -> list[Round]:
+    """Times arms in turns; a turn is one call that does not count and then enough that do.
+
+    Args:
+      arms: calls that return when their work is done.
+      rounds: how many turns each arm gets.
+      clock: seconds; load: meter of foreign load. Both for tests.
+    """
+    calls = {}
+    for name, call in arms.items():
+        for _ in range(WARM_CALLS):
+            began = clock()
+            call()
+            seconds = clock() - began
+        calls[name] = max(1, round(TURN_SECONDS / max(seconds, 1e-6)))
+    load = load or ForeignLoad()
+    taken = []
+    for _ in range(rounds):
+        load.start()
+        ms = {}
+        for name, call in arms.items():
+            call()
+            began = clock()
+            for _ in range(calls[name]):
+                call()
+            ms[name] = 1e3 * (clock() - began) / calls[name]
+        taken.append(Round(ms, load.share()))
+    return taken
+
+
+def summarize(rounds: list[Round], base: str, limit: float = FOREIGN_LIMIT) -> dict:
+    """What rounds say: milliseconds of each arm, and other arms over ``base``, round by round.
+
+    Returns:
+      'rounds' kept, 'dropped', 'foreign' [minimum, median, maximum] of all rounds or 'not recorded',
+      'ms' {arm: [minimum, median, maximum]} and 'ratio' {other arm: the same}, above 1 where ``base`` is
+      faster. Without a clean round the last two are empty.
+    """
+    clean = [each for each in rounds if each.foreign is None or each.foreign <= limit]
+    loads = [each.foreign for each in rounds if each.foreign is not None]
+    summary = {
+        "rounds": len(clean),
+        "dropped": len(rounds) - len(clean),
+        "foreign": spread(loads) if loads else "not recorded",
+        "ms": {},
+        "ratio": {},
+    }
+    for name in clean[0].ms if clean else ():
+        summary["ms"][name] = spread(each.ms[name] for each in clean)
+        if name != base:
+            summary["ratio"][name] = spread(each.ms[name] / each.ms[base] for each in clean)
+    return summary
+
+
+def spread(values: Iterable[float]) -> list[float]:
+    """[minimum, median, maximum] to four digits."""
+    values = list(values)
+    return [float(f"{f(values):.4g}") for f in (min, statistics.median, max)]

@@ -1,0 +1,59 @@
+"""The benchmark beside diffusers, at a size that says nothing about speed."""
+
+import json
+
+import pytest
+
+from sprint_jax import benchmark, workloads
+from sprint_jax.errors import UserError
+
+pytestmark = pytest.mark.filterwarnings("ignore")
+
+SMALL = workloads.STUDENTS["tiny"] | dict(
+    num_attention_heads=2,
+    num_layers=2,
+    num_cross_attention_heads=2,
+    cross_attention_head_dim=32,
+    caption_channels=16,
+)
+
+
+@pytest.fixture(autouse=True)
+def small(monkeypatch):
+    monkeypatch.setitem(workloads.STUDENTS, "tiny", SMALL)
+
+
+def test_train_times_both_and_compares_what_they_return(tmp_path):
+    out = tmp_path / "out.jsonl"
+    words = ["train", "--against=diffusers", "--image=64x96", "--batch=2", "--rounds=2"]
+    benchmark.main([*words, "--no-compile", f"--out={out}"])
+    _, *lines = map(json.loads, out.read_text().splitlines())
+    assert [line["workload"] for line in lines] == list(workloads.NETWORK)
+    for line in lines:
+        assert line["rounds"] + line["dropped"] == 2
+        assert set(line["cold_s"]) == {"sprint_jax", "diffusers"}
+        # float32 sums in two orders; observed at most 4e-6.
+        assert line["relative_error"]["diffusers"] < 5e-5
+
+
+def test_parity_times_nothing(capsys):
+    benchmark.main(["parity", "--against=diffusers", "--image=64x64", "--only=jvp"])
+    line = capsys.readouterr().out
+    assert "relative error diffusers" in line and " ms" not in line
+
+
+def test_a_difference_is_refused(monkeypatch):
+    monkeypatch.setitem(benchmark.TOLERANCE, "float32", 1e-12)
+    with pytest.raises(UserError, match="forward of diffusers differs from ours"):
+        benchmark.main(["train", "--against=diffusers", "--image=64x64", "--only=forward"])
+
+
+def test_sample_compares_transformer_and_decoder(tmp_path):
+    out = tmp_path / "out.jsonl"
+    words = ["sample", "--against=diffusers", "--image=32x32", "--batch=1", "--rounds=1"]
+    benchmark.main([*words, "--no-compile", f"--out={out}"])
+    _, transformer, decoder = map(json.loads, out.read_text().splitlines())
+    assert set(transformer["relative_error"]) == {"diffusers"}
+    assert set(decoder["relative_error"]) == {"diffusers", "diffusers channels last"}
+    for line in transformer, decoder:
+        assert max(line["relative_error"].values()) < 5e-5
