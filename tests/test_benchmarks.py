@@ -15,6 +15,7 @@ from runs import ROOT, quick_compilation
 
 from sprint_jax import train
 from sprint_jax.errors import UserError
+from sprint_jax.models.gemma2 import Gemma2
 
 TINY = ["--rounds=1", "--batch=4", "--world=small", "--config.model.num_layers=1"]
 TINY += ["--config.ladd.taps=0"]
@@ -161,3 +162,21 @@ def test_ratios_are_taken_within_rounds(capsys):
     line = json.loads(capsys.readouterr().out)
     assert line["ms"] == {"slow": [4, 8, 9], "fast": [1, 3, 4]}
     assert line["ratio to fast"] == {"slow": [2, 3, 4]} and line["rounds"] == 3
+
+
+def test_savings_compare_equal_things(monkeypatch):
+    savings, printed = load("savings"), []
+    monkeypatch.setattr(savings, "STAGES", [(2, 8, 4)])
+    monkeypatch.setattr(savings, "INSTRUCTION", 5)
+    monkeypatch.setattr(savings, "PROMPT", 4)
+    tiny = dict(num_hidden_layers=2, hidden_size=16, intermediate_size=32, vocab_size=1000)
+    tiny |= dict(num_attention_heads=2, num_key_value_heads=1, head_dim=8, query_pre_attn_scalar=8)
+    monkeypatch.setattr(savings, "Gemma2", lambda **_: Gemma2(**tiny))
+    monkeypatch.setattr(savings, "print", lambda line, flush: printed.append(line), raising=False)
+    savings.main(["--rounds=1"])
+    about, *lines = map(json.loads, printed)
+    assert about["jax"] == jax.__version__
+    assert [line["what"] for line in lines] == ["upsampling", "instruction"]
+    # Sums of float32 products in another order.
+    assert all(line["error"] < 1e-5 for line in lines)
+    assert all(line["rounds"] + line["dropped"] == 1 for line in lines)
