@@ -7,6 +7,8 @@ The model is the workdir of a training, a pipeline folder of diffusers, or an id
 """
 
 import argparse
+import contextlib
+from collections.abc import Iterator
 from pathlib import Path
 
 import jax.numpy as jnp
@@ -30,11 +32,19 @@ def main(argv: list[str]) -> None:
     for flag in ("scale", "batch", "images_per_prompt"):
         if getattr(flags, flag) < 1:
             raise UserError(f"--{flag.replace('_', '-')} must be at least 1", exit_code=2)
-    out = _output_folder(flags.out)
     image = _image(flags.image)
+    with _output_folder(flags.out) as out:
+        images = _draw(flags, prompts, image, height, width)
+        captions = [prompt for prompt in prompts for _ in range(flags.images_per_prompt)]
+        write_pictures(out, images, captions, scale=flags.scale)
+        print(f"{len(images)} pictures: {out}/00000.png ... {len(images) - 1:05d}.png")
+        print(f"with captions: {out}/grid.png")
+
+
+def _draw(flags, prompts, image, height, width) -> list[Image.Image]:
     dtype = jnp.dtype(flags.dtype)
     pipe = SprintPipeline.from_pretrained(flags.model, dtype, params=flags.params)
-    images = pipe(
+    return pipe(
         prompts,
         steps=flags.steps,
         guidance=flags.guidance,
@@ -49,10 +59,6 @@ def main(argv: list[str]) -> None:
         solver=flags.solver,
         batch_size=flags.batch,
     )
-    captions = [prompt for prompt in prompts for _ in range(flags.images_per_prompt)]
-    write_pictures(out, images, captions, scale=flags.scale)
-    print(f"{len(images)} pictures: {out}/00000.png ... {len(images) - 1:05d}.png")
-    print(f"with captions: {out}/grid.png")
 
 
 def write_pictures(
@@ -130,13 +136,22 @@ def _image(name: str | None) -> Image.Image | None:
         raise UserError(f"--image {name}: {reason}") from error
 
 
-def _output_folder(name: str) -> Path:
+@contextlib.contextmanager
+def _output_folder(name: str) -> Iterator[Path]:
+    """The folder of that name, made before anything is computed; one that it made goes after an error."""
     out = Path(name)
+    made = [folder for folder in (out, *out.parents) if not folder.exists()]
     try:
         out.mkdir(parents=True, exist_ok=True)
     except (FileExistsError, NotADirectoryError) as error:
         raise UserError(f"--out {name}: there is a file in its place; name a directory") from error
-    return out
+    try:
+        yield out
+    except BaseException:
+        for folder in made:
+            with contextlib.suppress(OSError):  # not empty
+                folder.rmdir()
+        raise
 
 
 if __name__ == "__main__":
