@@ -40,18 +40,25 @@ def main(argv: list[str]) -> None:
         _use_cores(flags.threads)
     if flags.against:
         reference.import_torch().set_num_threads(len(os.sched_getaffinity(0)))
-    first = {}
     if flags.command == "sample":
         _check_parts(flags)
-        if "whole" in flags.parts:  # in processes of its own, before this one takes the device
-            first = inference_parts.first_picture(flags.model, flags.dtype, flags.image)
-    lines = [header(argv) | ({"first_picture_s": first} if first else {})]
-    for line in sample_lines(flags) if flags.command == "sample" else network_lines(flags):
-        lines.append(line)
-        print(table_row(line), flush=True)
-    if flags.out:
-        with open(flags.out, "a", encoding="utf-8") as file:
-            file.writelines(json.dumps(line) + "\n" for line in lines)
+    with open(flags.out or os.devnull, "a", encoding="utf-8") as file:
+        for line in report(flags, argv):
+            # One by one: a run that is stopped keeps what it has measured.
+            file.write(json.dumps(line) + "\n")
+            file.flush()
+            if "workload" in line:
+                print(table_row(line), flush=True)
+
+
+def report(flags: argparse.Namespace, argv: list[str]) -> Iterator[dict]:
+    """All lines of the command."""
+    if flags.command == "sample" and "whole" in flags.parts:
+        # In processes of its own, before this one takes the device and its memory.
+        seconds = inference_parts.first_picture(flags.model, flags.dtype, flags.image)
+        yield {"workload": "first picture", "seconds": seconds, "relative_error": {}}
+    yield header(argv)
+    yield from sample_lines(flags) if flags.command == "sample" else network_lines(flags)
 
 
 def header(argv: list[str]) -> dict:
@@ -165,6 +172,7 @@ def network_error(fields: dict, ours, theirs, arms: reference.TransformerArms) -
 def table_row(line: dict) -> str:
     """A line for people: what each arm took, and its time over ours."""
     cells = [f"{line['workload']:<9}"]
+    cells += [f"{name} {seconds} s" for name, seconds in line.get("seconds", {}).items()]
     for arm, ms in line.get("ms", {}).items():
         cell = f"{arm} {ms[1]:.5g} ms"
         if arm in line["ratio"]:

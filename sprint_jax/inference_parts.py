@@ -145,20 +145,24 @@ def _decoder(setup: Setup, batches) -> Iterator[Part]:
 
 def _pipeline(setup: Setup, names, batches, steps) -> Iterator[Part]:
     pipe = SprintPipeline.from_pretrained(setup.folder, jnp.dtype(setup.dtype))
-    theirs = None
+    theirs = {}
     if setup.against:
-        theirs = reference.PipelineArms(setup.folder, setup.device, setup.dtype)
+        theirs[reference.EAGER] = reference.PipelineArms(setup.folder, setup.device, setup.dtype)
+        if setup.torch_compile:
+            theirs[reference.COMPILED] = theirs[reference.EAGER].compiled()
     height, width = setup.image
     for batch in batches:
         prompts = [f"a photo of {number} birds on a wire" for number in range(1, batch + 1)]
         if "text" in names:
             call = _call(pipe.encode_text, prompts)
-            arms = {reference.EAGER: theirs.text(prompts)} if theirs else {}
+            arms = {
+                arm: each.text(prompts) for arm, each in theirs.items() if arm == reference.EAGER
+            }
             yield Part("text", batch, call, _seconds(call), arms, None)
         for count in steps if "whole" in names else ():
             how = dict(steps=count, height=height, width=width, batch_size=batch)
             call = _call(pipe, prompts, **how)
-            arms = {reference.EAGER: theirs.whole(prompts, count, height, width)} if theirs else {}
+            arms = {arm: each.whole(prompts, count, height, width) for arm, each in theirs.items()}
             yield Part(f"whole, {count} steps", batch, call, _seconds(call), arms, None)
 
 

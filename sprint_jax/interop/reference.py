@@ -112,7 +112,7 @@ def decoder_arms(model, latents, device: str, dtype: str, torch_compile: bool) -
 
 
 class PipelineArms:
-    """SanaSprintPipeline of a folder, eager: its prompts' features, and its pictures."""
+    """SanaSprintPipeline of a folder: its prompts' features, and its pictures."""
 
     def __init__(self, folder: str, device: str, dtype: str):
         torch = import_torch()
@@ -123,6 +123,19 @@ class PipelineArms:
             folder, torch_dtype=getattr(torch, dtype)
         ).to(device)
         self.pipeline.set_progress_bar_config(disable=True)
+
+    def compiled(self) -> "PipelineArms":
+        """The same with transformer and decoder compiled, on the same weights."""
+        other = copy.copy(self)
+        compile_module = compiler(self.device)
+        parts = dict(self.pipeline.components)
+        parts["transformer"] = compile_module(parts["transformer"])
+        parts["vae"] = copy.copy(parts["vae"])
+        parts["vae"]._modules = dict(parts["vae"]._modules)  # the copy shares it otherwise
+        parts["vae"].decoder = compile_module(parts["vae"].decoder)
+        other.pipeline = type(self.pipeline)(**parts)
+        other.pipeline.set_progress_bar_config(disable=True)
+        return other
 
     def text(self, prompts: list[str]) -> Callable:
         """A call that encodes prompts behind the pipeline's usual instruction."""
@@ -139,6 +152,7 @@ class PipelineArms:
     def whole(self, prompts: list[str], steps: int, height: int, width: int) -> Callable:
         """A call from prompts to pictures."""
         how = dict(num_inference_steps=steps, height=height, width=width)
+        how["use_resolution_binning"] = False
         if steps != 2:
             how["intermediate_timesteps"] = None
         return waiting(lambda: self.pipeline(prompts, **how).images, self.device)

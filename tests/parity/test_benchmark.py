@@ -3,6 +3,7 @@
 import json
 
 import pytest
+from tiny_pipeline import saved, tiny_pipeline
 
 from sprint_jax import benchmark, workloads
 from sprint_jax.errors import UserError
@@ -57,3 +58,16 @@ def test_sample_compares_transformer_and_decoder(tmp_path):
     assert set(decoder["relative_error"]) == {"diffusers", "diffusers channels last"}
     for line in transformer, decoder:
         assert max(line["relative_error"].values()) < 5e-5
+
+
+def test_sample_times_a_pipeline_folder(tmp_path, capsys):
+    folder = saved(tiny_pipeline(student=True), tmp_path / "pipeline")
+    out = tmp_path / "out.jsonl"
+    words = ["sample", "--against=diffusers", f"--model={folder}", "--image=32x64", "--batch=2"]
+    benchmark.main([*words, "--steps=1,2", "--rounds=1", "--no-compile", f"--out={out}"])
+    first, _, *lines = map(json.loads, out.read_text().splitlines())
+    assert first["seconds"]["cold"] > first["seconds"]["warm"] > 0
+    names = ["transformer", "decoder", "text", "whole, 1 steps", "whole, 2 steps"]
+    assert [line["workload"] for line in lines] == names
+    assert all("diffusers" in line["cold_s"] for line in lines)
+    assert "first picture  cold" in capsys.readouterr().out
