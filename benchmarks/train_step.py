@@ -31,12 +31,12 @@ import jax.numpy as jnp
 import numpy as np
 
 from sprint_jax import cli, losses, train
+from sprint_jax.atomic import write_json_atomic
 from sprint_jax.config import load_config
 from sprint_jax.data.digits import held_out_prompts
 from sprint_jax.errors import UserError
 from sprint_jax.models.discriminator import update_spectral
 from sprint_jax.training import setup, sharding
-from sprint_jax.training.log import write_json_atomic
 
 DIGITS = Path(__file__).resolve().parent.parent / "configs" / "digits.py"
 FORWARD, SCM = "student forward", "sCM without teacher"

@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from . import cli
+from .atomic import write_json_atomic
 from .data.digits import draw_images, get_world
 from .errors import UserError
 from .metrics.report import (
@@ -31,7 +32,7 @@ from .metrics.report import (
 from .pictures import to_bytes
 from .pipeline import SprintPipeline
 from .sheet import Cell, draw_sheet
-from .training.log import Progress, write_json_atomic
+from .training.log import Progress
 from .training.setup import read_workdir_config
 
 SHEET_ROWS = 12

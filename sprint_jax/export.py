@@ -25,6 +25,7 @@ import jax
 import jax.numpy as jnp
 
 from . import cli
+from .atomic import write_json_atomic
 from .config import Config
 from .errors import UserError
 from .interop import hub, pipeline_folder
@@ -33,7 +34,6 @@ from .loading import SETTINGS, read_index
 from .pipeline import SprintPipeline
 from .training.checkpoint import load_params
 from .training.fingerprint import fingerprint
-from .training.log import write_json_atomic
 from .training.setup import read_workdir_config, toy_parts
 
 

@@ -18,6 +18,7 @@ import numpy as np
 import optax
 
 from . import cli, losses, sampling, trigflow
+from .atomic import write_json_atomic
 from .config import Config
 from .data.loader import prefetch
 from .errors import UserError
@@ -27,7 +28,7 @@ from .training.accumulate import gradients
 from .training.checkpoint import Checkpoints
 from .training.diagnostics import binned, tangent_checks
 from .training.interrupt import Stop, explain_nonfinite
-from .training.log import MetricLog, Progress, write_json_atomic
+from .training.log import MetricLog, Progress
 from .training.setup import Nets
 from .training.state import TrainState, ema_update, select, tree_norm
 

@@ -176,7 +176,7 @@ def test_sample_times_transformer_and_decoder(small, tmp_path, monkeypatch):
 
 def test_blocks_apart_compute_what_the_stack_does():
     fields = SMALL | dict(num_layers=2)
-    inputs = workloads.network_inputs(fields, 1, 64, 64)
+    inputs = workloads.network_inputs(fields, 1, 32, 64)
     model = workloads.SanaTransformer(**fields)
     params = workloads.random_params(model, inputs)
     apart = sana.unstack_blocks(params)

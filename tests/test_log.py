@@ -13,13 +13,13 @@ import pytest
 from PIL import Image
 from tensorboardX.proto.event_pb2 import Event, SessionLog
 
+from sprint_jax.atomic import write_json_atomic
 from sprint_jax.errors import UserError
 from sprint_jax.training.log import (
     MetricLog,
     Progress,
     draw_curves,
     read_metrics,
-    write_json_atomic,
 )
 
 

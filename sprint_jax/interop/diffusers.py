@@ -8,9 +8,9 @@ from typing import Any
 
 import jax.numpy as jnp
 
+from ..atomic import write_json_atomic
 from ..errors import UserError
 from ..models.dc_ae import AutoencoderDC
-from ..training.log import write_json_atomic
 from .dc_ae import dc_ae_table
 from .files import load_params, open_safetensors, save_safetensors, write_safetensors
 from .sana import config_from_fields, fields_from_config, sana_table

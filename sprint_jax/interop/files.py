@@ -17,8 +17,8 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
+from ..atomic import write_json_atomic
 from ..errors import UserError
-from ..training.log import write_json_atomic
 from .tables import Entry, check_names
 
 Tree = Any

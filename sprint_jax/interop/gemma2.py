@@ -9,9 +9,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from ..atomic import write_json_atomic
 from ..errors import UserError
 from ..models.gemma2 import Gemma2
-from ..training.log import write_json_atomic
 from .files import Tensors, load_params, open_safetensors, save_safetensors
 from .tables import LINEAR, SAME, Entry, make_table
 

@@ -13,10 +13,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from ..atomic import write_json_atomic
 from ..errors import UserError
 from ..models.sana import SanaTransformer, from_fields
 from ..training.fingerprint import fingerprint
-from ..training.log import write_json_atomic
 from .diffusers import load_transformer, read_config, save_transformer
 
 PARTS = ("vae", "text_encoder", "tokenizer")  # what a base gives

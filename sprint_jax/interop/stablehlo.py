@@ -26,9 +26,9 @@ from jax import export
 from safetensors.numpy import load_file, save_file
 
 from .. import __version__, sampling, trigflow
+from ..atomic import write_json_atomic
 from ..autoencoder import Autoencoder
 from ..errors import UserError
-from ..training.log import write_json_atomic
 from . import load_stablehlo
 
 PLATFORMS = ("cpu", "cuda", "tpu")

@@ -20,39 +20,14 @@ from PIL import Image
 from tensorboardX import SummaryWriter
 from tqdm import tqdm
 
+from ..atomic import write_atomic
 from ..errors import UserError
 
 SYNC_SECONDS = 5.0
 
 
-def _write_atomic(path: Path, content: bytes) -> None:
-    temporary = path.with_name(f"{path.name}.tmp")
-    try:
-        with temporary.open("wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    except OSError as error:
-        raise UserError(f"cannot write {path}: {error.strerror}") from error
-
-
 def _line(record: dict[str, Any]) -> bytes:
     return json.dumps(record, allow_nan=False).encode() + b"\n"
-
-
-def write_json_atomic(path: str | Path, value: Any) -> None:
-    """Writes ``value`` as indented JSON so that a reader finds the old file or the new one, whole.
-
-    Only process 0 writes.
-
-    Raises:
-      UserError: naming the file, when it cannot be written.
-      ValueError, TypeError: when ``value`` has non-finite numbers or is not JSON.
-    """
-    if jax.process_index() == 0:
-        text = json.dumps(value, indent=2, allow_nan=False) + "\n"
-        _write_atomic(Path(path), text.encode())
 
 
 def read_metrics(path: str | Path) -> list[dict[str, Any]]:
@@ -94,7 +69,7 @@ class MetricLog:
         try:
             (self.workdir / "samples").mkdir(parents=True, exist_ok=True)
             records = [record for record in read_metrics(self.path) if record["step"] <= kept]
-            _write_atomic(self.path, b"".join(map(_line, records)))
+            write_atomic(self.path, b"".join(map(_line, records)))
             self._file = self.path.open("ab")
             # File names hold the time in whole seconds: a quick restart would overwrite the first.
             self._board = SummaryWriter(

@@ -1,0 +1,41 @@
+"""Files that are never seen half-written."""
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from .errors import UserError
+
+
+def write_atomic(path: Path, content: bytes) -> None:
+    """Writes a file so that a reader finds the old one or the new one, whole.
+
+    Raises:
+      UserError: naming the file, when it cannot be written.
+    """
+    temporary = path.with_name(f"{path.name}.tmp")
+    try:
+        with temporary.open("wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    except OSError as error:
+        raise UserError(f"cannot write {path}: {error.strerror}") from error
+
+
+def write_json_atomic(path: str | Path, value: Any) -> None:
+    """Writes ``value`` as indented JSON so that a reader finds the old file or the new one, whole.
+
+    Only process 0 writes.
+
+    Raises:
+      UserError: naming the file, when it cannot be written.
+      ValueError, TypeError: when ``value`` has non-finite numbers or is not JSON.
+    """
+    if jax.process_index() == 0:
+        text = json.dumps(value, indent=2, allow_nan=False) + "\n"
+        write_atomic(Path(path), text.encode())
