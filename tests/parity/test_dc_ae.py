@@ -64,8 +64,7 @@ def test_encode_and_decode(tmp_path, changes, size):
     assert max(errors(tiny_dc_ae(**changes), tmp_path, *size)) < 5e-5
 
 
-@pytest.mark.parametrize("tile", [Tiling(32, 24), Tiling(32, 16)])
-@pytest.mark.parametrize("size", [(64, 88), (40, 24)])
+@pytest.mark.parametrize("size, tile", [((64, 88), Tiling(32, 24)), ((40, 24), Tiling(32, 16))])
 def test_tiles(tmp_path, tile, size):
     assert max(errors(tiny_dc_ae(), tmp_path, *size, tile)) < 5e-5
 
