@@ -197,7 +197,7 @@ def test_blocks_apart_compute_what_the_stack_does():
 
 def test_without_torch_one_line_says_what_to_install(monkeypatch):
     monkeypatch.setitem(sys.modules, "torch", None)
-    with pytest.raises(UserError, match=r"needs torch: pip install -e .\[parity\]"):
+    with pytest.raises(UserError, match=r"needs (torch|diffusers): pip install -e .\[parity\]"):
         benchmark.main(["train", "--against=diffusers"])
 
 
