@@ -21,7 +21,9 @@ def get_config(arg=None):
     c.seed = 0  # data order, noise, times and initial weights are functions of it
     c.steps = 1000  # generator updates in all
     c.teacher = ""  # distill: workdir of the frozen teacher (its EMA is used)
-    c.init = ""  # warm start: workdir whose EMA replaces fresh weights at step 0, and nothing else
+    c.init = (
+        ""  # warm start at step 0, of weights alone: from a workdir (its EMA) or an exported folder
+    )
     c.sigma_d = 0.5  # TrigFlow's standard deviation of data and noise
     c.ema_decay = 0.999  # of the moving average that is sampled and exported
     c.accumulate = 1  # microbatches per update; the batch size is that of the whole update

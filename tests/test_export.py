@@ -20,6 +20,7 @@ from sprint_jax.interop import pipeline_folder, stablehlo
 from sprint_jax.interop.diffusers import load_transformer
 from sprint_jax.models.sana import from_fields
 from sprint_jax.training.checkpoint import load_params
+from sprint_jax.training.setup import warm_params
 
 STORED = Path(__file__).parent / "parity" / "stored"
 # Programs of symbolic and of fixed batch may add in another order: observed 3e-7.
@@ -323,3 +324,13 @@ def test_teacher_in_bfloat16_at_another_size(models, tmp_path, capsys):
     expected = raw["scale_shift_table"].astype(jnp.bfloat16)
     assert params["scale_shift_table"].dtype == jnp.bfloat16
     np.testing.assert_array_equal(params["scale_shift_table"], expected)
+
+
+def test_training_goes_on_from_an_export(models, tmp_path):
+    """With every parameter, the logvar head included."""
+    out = tmp_path / "out"
+    export.main(["--workdir", str(models["distill"]), "--out", str(out), "--format", "diffusers"])
+    trained, _ = load_params(str(models["distill"]), "ema")
+    assert "logvar_linear" in trained
+    jax.tree.map(np.testing.assert_array_equal, warm_params(str(out)), trained)
+    jax.tree.map(np.testing.assert_array_equal, warm_params(str(models["distill"])), trained)

@@ -16,6 +16,7 @@ from ..config import Config, diff
 from ..data.digits import get_world, held_out_prompts, open_digits
 from ..data.loader import encode_online, make_batches
 from ..errors import UserError
+from ..interop.diffusers import load_transformer
 from ..models.discriminator import DiscriminatorHeads, init_heads
 from ..models.sana import SanaTransformer, from_fields
 from ..models.toy import SpaceToDepth, WordEncoder
@@ -266,6 +267,14 @@ def make_preview(
     return preview
 
 
+def warm_params(path: str, shardings: Callable[[Tree], Tree] | None = None) -> Tree:
+    """Parameters to start from: a workdir's EMA, or those of a pipeline folder such as an export's."""
+    folder = Path(path) / "transformer"
+    if folder.is_dir():
+        return load_transformer(folder, shardings=shardings)[1]
+    return load_params(path, "ema", shardings=shardings)[0]
+
+
 def init_state(
     c: Config, nets: Nets, batch: dict, frozen: dict, mesh: jax.sharding.Mesh
 ) -> TrainState:
@@ -276,7 +285,7 @@ def init_state(
     """
     warm = {}
     if c.init:
-        warm, _ = load_params(c.init, "ema", shardings=lambda tree: state_shardings(mesh, tree))
+        warm = warm_params(c.init, lambda tree: state_shardings(mesh, tree))
 
     def init(teacher, warm, key):
         rows = jax.tree.map(lambda a: jnp.zeros((1, *a.shape[1:]), a.dtype), batch)
