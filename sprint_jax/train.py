@@ -8,6 +8,7 @@ The same line starts a run, resumes it exactly, or reports that it is done. A ba
 Frozen networks are arguments (``frozen``); randomness is a function of (seed, step).
 """
 
+import contextlib
 import functools
 import sys
 from pathlib import Path
@@ -21,14 +22,15 @@ from . import cli, losses, sampling, trigflow
 from .atomic import write_json_atomic
 from .config import Config
 from .data.loader import prefetch
-from .errors import UserError
 from .models.discriminator import update_spectral
 from .training import setup, sharding
 from .training.accumulate import gradients
 from .training.checkpoint import Checkpoints
+from .training.clock import Clock
 from .training.diagnostics import binned, tangent_checks
-from .training.interrupt import Stop, explain_nonfinite
+from .training.interrupt import Stop, check_finite
 from .training.log import MetricLog, Progress
+from .training.profile import Profile
 from .training.setup import Nets
 from .training.state import TrainState, ema_update, select, tree_norm
 
@@ -315,20 +317,16 @@ def train(c: Config, workdir: Path, overridden: list[str]) -> None:
     checks = jax.jit(functools.partial(check_tangent, nets, c)) if c.stage == "distill" else None
     preview = setup.make_preview(c, nets, data)
     options = {key: c.log[key] for key in c.log}
-    total, limit, depth = c.steps, c.max_nonfinite, c.data.prefetch
-    unread = sorted(set(c.unread()) & set(overridden))
-    if unread:
-        raise UserError(
-            f"config.{unread[0]} is not read by stage '{c.stage}'; leave it out", exit_code=2
-        )
+    profile = Profile(workdir / "profile", options)
+    total, limit, depth, images = c.steps, c.max_nonfinite, c.data.prefetch, c.data.batch_size
+    setup.check_overridden(c, overridden)
 
     # --- Resume
     workdir.mkdir(parents=True, exist_ok=True)
     meta = {"stage": c.stage, "teacher_hash": origin.get("hash", ""), "teacher": origin}
     expected = {key: meta[key] for key in ("stage", "teacher_hash")}
-    checkpoints = Checkpoints(
-        workdir / "checkpoints", keep=options["keep"], every=options["checkpoint_every"]
-    )
+    keep, every = options["keep"], options["checkpoint_every"]
+    checkpoints = Checkpoints(workdir / "checkpoints", keep=keep, every=every)
     restored = checkpoints.restore_latest(state, expected)
     state = restored[0] if restored else state
     start = int(state.step)
@@ -337,41 +335,48 @@ def train(c: Config, workdir: Path, overridden: list[str]) -> None:
         return
     write_json_atomic(workdir / "config.json", c.to_dict())
 
-    # --- Loop
-    size = sum(leaf.size for leaf in jax.tree.leaves(state.params)) / 1e6
-    print(f"{c.stage}: {size:.2f} M parameters, {mesh.size} device(s); compiling", flush=True)
+    # --- Loop: the host prepares one step while the devices work on the one before.
+    print(f"{setup.describe(c, state, mesh)}; compiling", flush=True)
     updates = [program.compile() for program in lowered]
-    feed = prefetch(data.batches, start * len(updates), depth)
-    stop = Stop()
-    in_a_row = np.zeros(())
-    progress = Progress(total, start)
-    with checkpoints, MetricLog(workdir, resume_step=start) as log:
+    place = functools.partial(sharding.to_devices, mesh)
+    feed = contextlib.closing(prefetch(data.batches, start * len(updates), depth, place))
+    lines = MetricLog(workdir, resume_step=start, progress=Progress(total, start))
+    stop, in_a_row, clock = Stop(), np.zeros(()), Clock(start, images)
+    with checkpoints, profile, feed as batches, lines as log:
         for step in range(start + 1, total + 1):
+            profile.at(step, state)
             metrics = {}
             for update in updates:
-                batch = sharding.to_devices(mesh, next(feed)[1])
-                state, more = update(state, batch, frozen)
+                with clock("data_wait"):
+                    _, batch = next(batches)
+                with clock("step"):
+                    state, more = update(state, batch, frozen)
                 metrics |= more
             stopping = stop.requested  # read once: a signal from here on stops the next step
             last = step == total or stopping
-            # The value of the step before, so that the device always has work queued.
+            sample = step % options["sample_every"] == 0 or step == total
+            save = step % every == 0 or last
+            # The value of the step before, so that the devices always have work queued; this step's
+            # own where the state itself is needed next.
             before, in_a_row = in_a_row, metrics["health/in_a_row"]
-            if int(in_a_row if last else before) >= limit:
-                raise UserError(explain_nonfinite(workdir, step, metrics, limit))
+            with clock("step"):
+                bad = int(jax.device_get(in_a_row if sample or save else before))
+            with clock("log"):
+                log.flush()  # the line of the step before
             if checks and step % options["diagnostics_every"] == 0:
                 metrics |= checks(state, batch, frozen)
             if step % options["every"] == 0 or last:
-                values = {name: float(value) for name, value in jax.device_get(metrics).items()}
-                log.write(step, values)
-                shown = {name: value for name, value in values.items() if name.startswith("loss/")}
-                progress.update(step, shown)
-            if step % options["sample_every"] == 0 or step == total:
-                for name, params in (("raw", state.params), ("ema", state.ema)):
-                    log.image(step, name, preview(params, frozen))
-                log.curves()
-            if last or step % options["checkpoint_every"] == 0:
-                log.sync()  # so that no crash leaves the metrics behind the checkpoint
-            checkpoints.save(step, state, meta, force=last)
+                log.defer(step, metrics | clock.lap(step))
+            check_finite(bad, limit, workdir, step, metrics)
+            with clock("log"):
+                if sample:
+                    for name, params in (("raw", state.params), ("ema", state.ema)):
+                        log.image(step, name, preview(params, frozen))
+                    log.curves()
+                if save:
+                    log.sync()  # so that no crash leaves the metrics behind the checkpoint
+            with clock("checkpoint"):
+                checkpoints.save(step, state, meta, force=last)
             if stopping:
                 break
     if stop.requested:
@@ -387,9 +392,7 @@ def main(argv: list[str]) -> None:
         "--workdir", required=True, metavar="DIR", help="made if missing; resumed if not"
     )
     flags, config = cli.parse_with_config(parser, argv)
-    words, _ = cli.split_overrides(argv)
-    overridden = [word.removeprefix("--config.").partition("=")[0] for word in words]
-    train(config, Path(flags.workdir), overridden)
+    train(config, Path(flags.workdir), cli.overridden_keys(argv))
 
 
 if __name__ == "__main__":
