@@ -88,9 +88,7 @@ def main(argv):
     parser.add_argument("--steps", type=int, default=60, help="of each run (default 60)")
     parser.add_argument("--rounds", type=int, default=15, help="turns of every arm (default 15)")
     parser.add_argument("--world", default="full", help="full (default), small or large")
-    parser.add_argument(
-        "--data", default="runs/data", metavar="DIR", help="where the data set lies"
-    )
+    parser.add_argument("--data", default="data", metavar="DIR", help="where the data set lies")
     words, rest = cli.split_overrides(argv)
     flags = parser.parse_args(rest)
     if flags.steps < 30 or flags.rounds < 1:
