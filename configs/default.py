@@ -39,7 +39,7 @@ def get_config(arg=None):
     c.data.world = "full"
     c.data.dir = "data"  # where the built dataset lies
     c.data.batch_size = 64  # global batch of one update
-    c.data.prefetch = 4  # batches prepared ahead
+    c.data.prefetch = 4  # batches that wait on the devices ahead of their use
 
     c.optimizer = optimizer_fields(1e-3)
     c.optimizer.name = "adamw"  # or 'came'
@@ -98,6 +98,9 @@ def get_config(arg=None):
     )
     c.log.checkpoint_every = 500
     c.log.keep = 3  # checkpoints
+    c.log.profile_start = 0  # first step of a trace in WORKDIR/profile/host_K; 0: none
+    c.log.profile_steps = 3  # steps in the trace
+    c.log.profile_hosts = (0,)  # process indices that trace
     return c
 
 

@@ -8,6 +8,7 @@ The same line starts a run, resumes it exactly, or reports that it is done. A ba
 Frozen networks are arguments (``frozen``); randomness is a function of (seed, step).
 """
 
+import contextlib
 import functools
 import sys
 from pathlib import Path
@@ -16,19 +17,20 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from . import cli, losses, sampling, trigflow
+from . import cli, losses, trigflow
 from .atomic import write_json_atomic
 from .config import Config
 from .data.loader import prefetch
-from .errors import UserError
 from .models.discriminator import update_spectral
-from .training import checks, setup, sharding
+from .training import checks, closures, setup, sharding
 from .training.accumulate import gradients
 from .training.checkpoint import Checkpoints
+from .training.clock import Clock
 from .training.diagnostics import binned, tangent_checks
-from .training.interrupt import Stop, explain_nonfinite
+from .training.interrupt import Stop, check_finite
 from .training.log import MetricLog, Progress
 from .training.preview import make_preview
+from .training.profile import Profile
 from .training.setup import Nets
 from .training.sharding import in_use
 from .training.state import TrainState, apply_gradients, apply_head_gradients, health
@@ -74,17 +76,17 @@ def _generator_update(nets, c, state, batch, frozen):
 
     def consistency(params, batch, key):
         keys = jax.random.split(key, 7)
-        x0, text, mask = _data(c, batch)
-        guidance = _guidance(c, keys[0], x0)
-        teacher = _teacher_with_cfg(nets, frozen, text, mask, guidance)
-        student = _student(nets, text, mask, guidance, dtype=c.scm.jvp_dtype)
+        x0, text, mask = closures.images_of(c, batch)
+        guidance = closures.draw_guidance(c, keys[0], x0)
+        teacher = closures.guided_teacher_of(nets, frozen, text, mask, guidance)
+        student = closures.student_of(nets, text, mask, guidance, dtype=c.scm.jvp_dtype)
         t = trigflow.sample_time(keys[1], x0.shape[:1], c.scm.time_mean, c.scm.time_std, c.sigma_d)
         loss, aux = losses.scm_loss(
             student,
             teacher,
             in_use(nets.model, params),
             x0,
-            _noise(c, keys[2], x0),
+            closures.draw_noise(c, keys[2], x0),
             t,
             sigma_d=c.sigma_d,
             warmup=jnp.minimum(1.0, state.step / c.scm.tangent_warmup)
@@ -98,16 +100,20 @@ def _generator_update(nets, c, state, batch, frozen):
 
     def adversarial(params, batch, key):
         keys = jax.random.split(key, 7)
-        x0, text, mask = _data(c, batch)
-        student = _student(nets, text, mask, _guidance(c, keys[0], x0))
-        fake = _generate(c, student, in_use(nets.model, params), x0, keys[3], keys[4])
+        x0, text, mask = closures.images_of(c, batch)
+        student = closures.student_of(nets, text, mask, closures.draw_guidance(c, keys[0], x0))
+        fake = closures.generate(c, student, in_use(nets.model, params), x0, keys[3], keys[4])
         t = trigflow.sample_time(
             keys[5], x0.shape[:1], c.ladd.time_mean, c.ladd.time_std, c.sigma_d
         )
-        features = _features(nets, c, frozen, text, mask)
-        heads = _heads(nets, state.disc["params"], state.disc["spectral"])
+        features = closures.features_of(nets, c, frozen, text, mask)
+        heads = closures.heads_of(nets, state.disc["params"], state.disc["spectral"])
         loss, gan = losses.ladd_generator_loss(
-            lambda x, t: heads(features(x, t)), fake, _noise(c, keys[6], x0), t, c.sigma_d
+            lambda x, t: heads(features(x, t)),
+            fake,
+            closures.draw_noise(c, keys[6], x0),
+            t,
+            c.sigma_d,
         )
         return c.ladd.weight * loss, {"generator_logits": gan["logits"], "fake": fake}
 
@@ -134,21 +140,21 @@ def discriminator_update(nets: Nets, c, state: TrainState, batch: dict, frozen: 
 
     def loss(params, batch, key):
         keys = jax.random.split(key, 9)
-        x0, text, mask = _data(c, batch)
+        x0, text, mask = closures.images_of(c, batch)
         count = x0.shape[:1]
         fake = batch.get("fake")
         if fake is None:
-            student = _student(nets, text, mask, _guidance(c, keys[0], x0))
-            fake = _generate(c, student, student_params, x0, keys[1], keys[2])
+            student = closures.student_of(nets, text, mask, closures.draw_guidance(c, keys[0], x0))
+            fake = closures.generate(c, student, student_params, x0, keys[1], keys[2])
 
         def noisy(x0, time_key, noise_key):
             t = trigflow.sample_time(time_key, count, c.ladd.time_mean, c.ladd.time_std, c.sigma_d)
-            return x0, _noise(c, noise_key, x0), t
+            return x0, closures.draw_noise(c, noise_key, x0), t
 
         rolled = noisy(jnp.roll(x0, 1, axis=0), keys[7], keys[8]) if c.ladd.misaligned else None
         return losses.ladd_discriminator_loss(
-            _features(nets, c, frozen, text, mask),
-            _heads(nets, params, spectral),
+            closures.features_of(nets, c, frozen, text, mask),
+            closures.heads_of(nets, params, spectral),
             noisy(x0, keys[3], keys[4]),
             noisy(jax.lax.stop_gradient(fake), keys[5], keys[6]),
             rolled,
@@ -174,85 +180,20 @@ def joint_update(nets: Nets, c, state: TrainState, batch: dict, frozen: dict):
 def check_tangent(nets: Nets, c, state: TrainState, batch: dict, frozen: dict) -> dict:
     """The student's tangent against a central difference, and in bfloat16 against float32."""
     keys = jax.random.split(jax.random.fold_in(jax.random.key(c.seed), state.step), 3)
-    x0, text, mask = _data(c, batch)
-    guidance = _guidance(c, keys[0], x0)
+    x0, text, mask = closures.images_of(c, batch)
+    guidance = closures.draw_guidance(c, keys[0], x0)
     t = trigflow.sample_time(keys[1], x0.shape[:1], c.scm.time_mean, c.scm.time_std, c.sigma_d)
-    x = trigflow.add_noise(x0, _noise(c, keys[2], x0), t) / c.sigma_d
+    x = trigflow.add_noise(x0, closures.draw_noise(c, keys[2], x0), t) / c.sigma_d
     scale = jnp.cos(t) * jnp.sin(t)
-    dx = trigflow.expand(scale, x) * _teacher_with_cfg(nets, frozen, text, mask, guidance)(x, t)
+    dx = trigflow.expand(scale, x) * closures.guided_teacher_of(nets, frozen, text, mask, guidance)(
+        x, t
+    )
 
     def F(dtype):
-        student = _student(nets, text, mask, guidance, dtype)
+        student = closures.student_of(nets, text, mask, guidance, dtype)
         return lambda x, t: student(in_use(nets.model, state.params), x, t)[0]
 
     return tangent_checks(F(jnp.float32), F(jnp.bfloat16), x, t, dx, scale)
-
-
-def _data(c, batch):
-    return batch["latents"] * c.sigma_d, batch["text"], batch["mask"]
-
-
-def _noise(c, key, x0):
-    return c.sigma_d * jax.random.normal(key, x0.shape)
-
-
-def _guidance(c, key, x0):
-    """A CFG scale per sample, [B]."""
-    return jax.random.choice(key, jnp.asarray(c.scm.guidance, jnp.float32), x0.shape[:1])
-
-
-def _student(nets, text, mask, guidance, dtype=None):
-    """``student(params, x, t) -> (F, logvar)`` of one batch; matmuls in ``dtype`` where it is given."""
-    model = nets.model.clone(dtype=jnp.dtype(dtype)) if dtype else nets.model
-
-    def student(params, x, t):
-        def velocity(x_fm, t_fm):
-            return model.apply(
-                {"params": params}, x_fm, t_fm, text, mask, guidance * 0.1, with_logvar=True
-            )
-
-        return trigflow.to_trigflow(velocity)(x, t)
-
-    return student
-
-
-def _teacher_with_cfg(nets, frozen, text, mask, guidance):
-    """``teacher(x, t) -> F`` with classifier-free guidance against the empty prompt."""
-
-    def velocity(x_fm, t_fm, text, mask):
-        return nets.teacher.apply({"params": frozen["teacher"]}, x_fm, t_fm, text, mask)
-
-    F = trigflow.to_trigflow(velocity)
-    guided = sampling.with_cfg(F, guidance, frozen["null_text"][None], frozen["null_mask"][None])
-    return lambda x, t: guided(x, t, text, mask)
-
-
-def _features(nets, c, frozen, text, mask):
-    """``features(x, t)``: the frozen teacher's tapped blocks on TrigFlow inputs."""
-
-    def features(x, t):
-        x_fm, t_fm = trigflow.flow_inputs(x, t)
-        return nets.teacher.apply(
-            {"params": frozen["teacher"]}, x_fm, t_fm, text, mask, taps=tuple(c.ladd.taps)
-        )
-
-    return features
-
-
-def _heads(nets, params, spectral):
-    """``heads(features) -> logits`` of the given parameters."""
-    params = in_use(nets.model, params)
-    return lambda features: nets.heads.apply({"params": params}, features, spectral)
-
-
-def _generate(c, student, params, x0, time_key, noise_key):
-    """The student's image from real images noised to random times, often to the largest."""
-    keys = jax.random.split(time_key)
-    t = trigflow.sample_time(keys[0], x0.shape[:1], c.scm.time_mean, c.scm.time_std, c.sigma_d)
-    t = trigflow.with_max_time(keys[1], t, c.ladd.max_time_probability)
-    x_t = trigflow.add_noise(x0, _noise(c, noise_key, x0), t)
-    F, _ = student(params, x_t / c.sigma_d, t)
-    return trigflow.predict_x0(x_t, F, t, c.sigma_d)
 
 
 def lower_updates(c: Config, nets: Nets, state: TrainState, batch: dict, frozen: dict) -> list:
@@ -309,20 +250,16 @@ def train(c: Config, workdir: Path, overridden: list[str]) -> None:
         diagnose = jax.jit(functools.partial(check_tangent, nets, c), out_shardings=everywhere)
     preview = make_preview(c, nets, data, mesh)
     options = {key: c.log[key] for key in c.log}
-    total, limit, depth = c.steps, c.max_nonfinite, c.data.prefetch
-    unread = sorted(set(c.unread()) & set(overridden))
-    if unread:
-        raise UserError(
-            f"config.{unread[0]} is not read by stage '{c.stage}'; leave it out", exit_code=2
-        )
+    profile = Profile(workdir / "profile", options)
+    total, limit, depth, images = c.steps, c.max_nonfinite, c.data.prefetch, c.data.batch_size
+    checks.check_overridden(c, overridden)
 
     # --- Resume
     workdir.mkdir(parents=True, exist_ok=True)
     meta = {"stage": c.stage, "teacher_hash": origin.get("hash", ""), "teacher": origin}
     expected = {key: meta[key] for key in ("stage", "teacher_hash")}
-    checkpoints = Checkpoints(
-        workdir / "checkpoints", keep=options["keep"], every=options["checkpoint_every"]
-    )
+    keep, every = options["keep"], options["checkpoint_every"]
+    checkpoints = Checkpoints(workdir / "checkpoints", keep=keep, every=every)
     restored = checkpoints.restore_latest(state, expected)
     state = restored[0] if restored else state
     start = int(state.step)
@@ -331,41 +268,47 @@ def train(c: Config, workdir: Path, overridden: list[str]) -> None:
         return
     write_json_atomic(workdir / "config.json", c.to_dict())
 
-    # --- Loop
-    size = sum(leaf.size for leaf in jax.tree.leaves(state.params)) / 1e6
-    print(f"{c.stage}: {size:.2f} M parameters, {mesh.size} device(s); compiling", flush=True)
+    # --- Loop: the host prepares one step while the devices work on the one before.
+    print(f"{setup.describe(c, state, mesh)}; compiling", flush=True)
     updates = [program.compile() for program in lowered]
-    feed = prefetch(data.batches, start * len(updates), depth)
-    stop = Stop()
-    in_a_row = np.zeros(())
-    progress = Progress(total, start)
-    with checkpoints, MetricLog(workdir, resume_step=start) as log:
+    feed = prefetch(data.batches, start * len(updates), depth, to_devices)
+    lines = MetricLog(workdir, resume_step=start, progress=Progress(total, start))
+    stop, in_a_row, clock = Stop(), np.zeros(()), Clock(start, images)
+    with checkpoints, profile, contextlib.closing(feed) as batches, lines as log:
         for step in range(start + 1, total + 1):
+            profile.at(step, state)
             metrics = {}
             for update in updates:
-                batch = to_devices(next(feed)[1])
-                state, more = update(state, batch, frozen)
+                with clock("data_wait"):
+                    _, batch = next(batches)
+                with clock("step"):
+                    state, more = update(state, batch, frozen)
                 metrics |= more
             stopping = stop.requested  # read once: a signal from here on stops the next step
             last = step == total or stopping
-            # The value of the step before, so that the device always has work queued.
+            sample = preview and (step % options["sample_every"] == 0 or step == total)
+            save = step % every == 0 or last
+            # The value of the step before, so that the devices always have work queued; this step's
+            # own where the state itself is needed next.
             before, in_a_row = in_a_row, metrics["health/in_a_row"]
-            if int(in_a_row if last else before) >= limit:
-                raise UserError(explain_nonfinite(workdir, step, metrics, limit))
+            with clock("step"):
+                bad = int(jax.device_get(in_a_row if sample or save else before))
+            with clock("log"):
+                log.flush()  # the line of the step before
             if diagnose and step % options["diagnostics_every"] == 0:
                 metrics |= diagnose(state, batch, frozen)
             if step % options["every"] == 0 or last:
-                values = {name: float(value) for name, value in jax.device_get(metrics).items()}
-                log.write(step, values)
-                shown = {name: value for name, value in values.items() if name.startswith("loss/")}
-                progress.update(step, shown)
-            if preview and (step % options["sample_every"] == 0 or step == total):
-                for name, params in (("raw", state.params), ("ema", state.ema)):
-                    log.image(step, name, preview(params, frozen))
-                log.curves()
-            if last or step % options["checkpoint_every"] == 0:
-                log.sync()  # so that no crash leaves the metrics behind the checkpoint
-            checkpoints.save(step, state, meta, force=last)
+                log.defer(step, metrics | clock.lap(step))
+            check_finite(bad, limit, workdir, step, metrics)
+            with clock("log"):
+                if sample:
+                    for name, params in (("raw", state.params), ("ema", state.ema)):
+                        log.image(step, name, preview(params, frozen))
+                    log.curves()
+                if save:
+                    log.sync()  # so that no crash leaves the metrics behind the checkpoint
+            with clock("checkpoint"):
+                checkpoints.save(step, state, meta, force=last)
             if stopping:
                 break
     if stop.requested:
@@ -381,9 +324,7 @@ def main(argv: list[str]) -> None:
         "--workdir", required=True, metavar="DIR", help="made if missing; resumed if not"
     )
     flags, config = cli.parse_with_config(parser, argv)
-    words, _ = cli.split_overrides(argv)
-    overridden = [word.removeprefix("--config.").partition("=")[0] for word in words]
-    train(config, Path(flags.workdir), overridden)
+    train(config, Path(flags.workdir), cli.overridden_keys(argv))
 
 
 if __name__ == "__main__":

@@ -198,6 +198,38 @@ def test_prefetch_works_ahead_by_its_depth_and_no_more():
     assert not prefetch_threads()
 
 
+def test_no_more_than_depth_batches_are_placed_ahead():
+    placed, third = [], threading.Event()
+
+    def batches(i):
+        if i == 3:
+            third.set()
+        return i
+
+    def place(i):
+        placed.append((i, threading.current_thread().name))
+        return {"x": 10 * i}
+
+    ahead = prefetch(batches, 0, 2, place)
+    assert next(ahead) == (0, {"x": 0})
+    assert third.wait(10)
+    time.sleep(0.1)
+    # 0 is in use, 1 and 2 wait; 3 is ready, but on the host.
+    assert placed == [(0, "prefetch"), (1, "prefetch"), (2, "prefetch")]
+    assert next(ahead) == (1, {"x": 10})
+    ahead.close()
+    assert not prefetch_threads()
+
+
+def test_an_error_in_placing_reaches_the_consumer():
+    def place(i):
+        raise UserError("no room on the device")
+
+    with pytest.raises(UserError, match="no room on the device"):
+        next(prefetch(lambda i: i, 0, 2, place))
+    assert not prefetch_threads()
+
+
 def test_an_error_in_the_thread_reaches_the_consumer_after_the_good_batches():
     def batches(i):
         if i == 2:

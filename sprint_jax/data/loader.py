@@ -108,43 +108,47 @@ def encode_online(autoencoder, text_encoder) -> Callable[[list[dict]], Batch]:
 
 
 def prefetch(
-    batches: Callable[[int], Batch], start: int, depth: int = 2
-) -> Iterator[tuple[int, Batch]]:
-    """Yields ``(i, batches(i))`` for i = start, start + 1, ... with a thread that works ahead.
+    batches: Callable[[int], Batch],
+    start: int,
+    depth: int = 2,
+    place: Callable[[Batch], Any] = lambda batch: batch,
+) -> Iterator[tuple[int, Any]]:
+    """Yields ``(i, place(batches(i)))`` for i = start, start + 1, ... with a thread that works ahead.
 
     The thread starts with the first ``next`` and ends when the iterator is closed, by ``close()``,
-    ``contextlib.closing`` or its going out of use. An error in ``batches`` is raised here, after
-    the batches before it.
+    ``contextlib.closing`` or its going out of use. An error in ``batches`` or ``place`` is raised
+    here, after the batches before it.
 
     Args:
       batches: a function of the batch number that may be called from a thread.
       start: number of the first batch.
       depth: how many batches may wait, at least 1.
+      place: puts a batch where it is used, on devices for example, from the same thread. It is called
+        only once there is room: no more than ``depth`` placed batches wait, while one more may be
+        ready on the host.
     """
     if depth < 1:
         raise UserError(f"prefetch depth {depth} is too small: use at least 1")
-    return _prefetch(batches, start, depth)
+    return _prefetch(batches, start, depth, place)
 
 
-def _prefetch(batches, start: int, depth: int):
-    waiting: queue.Queue = queue.Queue(depth)
+def _prefetch(batches, start: int, depth: int, place):
+    waiting: queue.Queue = queue.Queue()
+    room = threading.Semaphore(depth)
     stop = threading.Event()
-
-    def put(item) -> None:
-        while not stop.is_set():
-            try:
-                return waiting.put(item, timeout=0.05)
-            except queue.Full:
-                continue
 
     def work() -> None:
         i = start
         try:
-            while not stop.is_set():
-                put((i, batches(i), None))
+            while True:
+                batch = batches(i)
+                room.acquire()
+                if stop.is_set():
+                    return
+                waiting.put((i, place(batch), None))
                 i += 1
         except BaseException as error:  # whatever it is, it belongs to the consumer
-            put((i, None, error))
+            waiting.put((i, None, error))
 
     thread = threading.Thread(target=work, name="prefetch", daemon=True)
     thread.start()
@@ -153,7 +157,9 @@ def _prefetch(batches, start: int, depth: int):
             i, batch, error = waiting.get()
             if error is not None:
                 raise error
+            room.release()
             yield i, batch
     finally:
         stop.set()
+        room.release()  # the thread may be waiting for it
         thread.join()

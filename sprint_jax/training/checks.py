@@ -6,14 +6,15 @@ import jax
 
 from ..config import Config, diff
 from ..errors import UserError
-from .setup import read_workdir_config
+from .setup import LOG_FILE, read_workdir_config
 from .sharding import batch_ways
 
 
 def check_workdir(workdir: Path, c: Config) -> None:
     """Refuses a workdir that is not this run's, before anything is computed.
 
-    A run may go on with other values of ``steps``, ``mesh``, ``log``, ``sampler`` and of where data and teacher
+    `LOG_FILE`, into which a sweep or a batch system writes, may be there before the run is. A run may
+    go on with other values of ``steps``, ``mesh``, ``log``, ``sampler`` and of where data and teacher
     lie (the teacher's hash is compared); every other key decides its numbers.
 
     Raises:
@@ -21,7 +22,7 @@ def check_workdir(workdir: Path, c: Config) -> None:
     """
     if workdir.exists() and not workdir.is_dir():
         raise UserError(f"--workdir {workdir} is a file; name a directory")
-    if not workdir.is_dir() or not any(workdir.iterdir()):
+    if not workdir.is_dir() or {path.name for path in workdir.iterdir()} <= {LOG_FILE}:
         return
     old = read_workdir_config(workdir).to_dict()
     free = ("steps", "teacher", "mesh.", "log.", "sampler.", "data.dir", "data.prefetch")
@@ -47,6 +48,15 @@ def check_values(c: Config) -> None:
         value = (c[section] if section else c)[key]
         if value < 1:
             raise UserError(f"config.{name}={value} must be at least 1", exit_code=2)
+
+
+def check_overridden(c: Config, names: list[str]) -> None:
+    """Refuses keys, set by hand, that nothing has read; call it when all that reads them has run."""
+    unread = sorted(set(c.unread()) & set(names))
+    if unread:
+        raise UserError(
+            f"config.{unread[0]} is not read by stage '{c.stage}'; leave it out", exit_code=2
+        )
 
 
 def check_batch(c: Config, mesh: jax.sharding.Mesh) -> None:

@@ -38,6 +38,7 @@ from .sharding import (
 from .state import TrainState, overlay
 
 Tree = Any
+LOG_FILE = "log.txt"  # what a run prints, where nobody watches it
 
 
 class Nets(NamedTuple):
