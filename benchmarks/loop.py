@@ -20,6 +20,7 @@ import functools
 import json
 import math
 import os
+import signal
 import sys
 import tempfile
 from pathlib import Path
@@ -42,8 +43,12 @@ SHARDED, PLAIN = "sharded", "plain"
 
 def measure_shares(c, workdir: Path) -> dict:
     """Runs `train` and reads what it logged about itself."""
-    with contextlib.redirect_stdout(sys.stderr):  # stdout is for the JSON lines
-        train.train(c, workdir, [])
+    handler = signal.getsignal(signal.SIGTERM)
+    try:
+        with contextlib.redirect_stdout(sys.stderr):  # stdout is for the JSON lines
+            train.train(c, workdir, [])
+    finally:
+        signal.signal(signal.SIGTERM, handler)  # `train` only remembers that it came
     # The first line fills queues, and the last has pictures and a checkpoint before it.
     records = read_metrics(workdir / "metrics.jsonl")[1:-1]
     line = {name: spread(record[f"time/{name}"] for record in records) for name in PARTS}

@@ -192,10 +192,8 @@ def test_the_loop_benchmark_on_the_shrunk_world(tmp_path_factory, monkeypatch):
     words = ["--config.model.num_layers=1", "--config.data.batch_size=8", "--steps=30"]
     handler = signal.getsignal(signal.SIGTERM)
     with quick_compilation():
-        try:
-            loop.main([*words, "--rounds=1", "--world=small", f"--data={data}"])
-        finally:
-            signal.signal(signal.SIGTERM, handler)
+        loop.main([*words, "--rounds=1", "--world=small", f"--data={data}"])
+        assert signal.getsignal(signal.SIGTERM) is handler
         arms = loop.step_arms(tiny("configs/digits.py:teacher,small", data))
         losses = {name: float(arm()[1]["loss/flow"]) for name, arm in arms.items()}
     about, shares, sharding = map(json.loads, printed)
