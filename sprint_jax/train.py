@@ -10,12 +10,10 @@ Frozen networks are arguments (``frozen``); randomness is a function of (seed, s
 
 import contextlib
 import functools
-import sys
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from . import cli, losses, trigflow
 from .atomic import write_json_atomic
@@ -273,7 +271,7 @@ def train(c: Config, workdir: Path, overridden: list[str]) -> None:
     updates = [program.compile() for program in lowered]
     feed = prefetch(data.batches, start * len(updates), depth, to_devices)
     lines = MetricLog(workdir, resume_step=start, progress=Progress(total, start))
-    stop, in_a_row, clock = Stop(), np.zeros(()), Clock(start, images)
+    stop, in_a_row, clock = Stop(), 0, Clock(start, images)
     with checkpoints, profile, contextlib.closing(feed) as batches, lines as log:
         for step in range(start + 1, total + 1):
             profile.at(step, state)
@@ -302,8 +300,8 @@ def train(c: Config, workdir: Path, overridden: list[str]) -> None:
             check_finite(bad, limit, workdir, step, metrics)
             with clock("log"):
                 if sample:
-                    for name, params in (("raw", state.params), ("ema", state.ema)):
-                        log.image(step, name, preview(params, frozen))
+                    log.image(step, "raw", preview(state.params, frozen))
+                    log.image(step, "ema", preview(state.ema, frozen))
                     log.curves()
                 if save:
                     log.sync()  # so that no crash leaves the metrics behind the checkpoint
@@ -311,9 +309,7 @@ def train(c: Config, workdir: Path, overridden: list[str]) -> None:
                 checkpoints.save(step, state, meta, force=last)
             if stopping:
                 break
-    if stop.requested:
-        print(f"stopped by signal at step {step}; the same line goes on from there", flush=True)
-        sys.exit(128 + stop.requested)
+    stop.leave(step)
     print(f"done: {workdir}/samples, {workdir}/curves.png, {workdir}/metrics.jsonl", flush=True)
 
 

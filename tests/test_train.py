@@ -286,7 +286,8 @@ def test_every_key_is_read_by_a_stage(whole):
     keys = set(leaves(default.get_config().to_dict()))
     assert len(keys) > 60
     unread = [set(config.unread()) for config, _ in whole.values()]
-    assert not keys & unread[0] & unread[1]
+    # No digits are of noise.
+    assert keys & unread[0] & unread[1] == {"data.latent_size", "data.text_length"}
     # What a stage has no use for is known, so that a typing error in train.py shows.
     assert {key.partition(".")[0] for key in unread[0]} == {"scm", "ladd", "teacher"}
     assert {key.partition(".")[0] for key in unread[1]} == {"flow"}

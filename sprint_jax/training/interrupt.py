@@ -1,6 +1,7 @@
 """The two ways in which a run ends before its last step: a signal, or numbers that are not finite."""
 
 import signal
+import sys
 from pathlib import Path
 
 import jax
@@ -18,6 +19,12 @@ class Stop:
 
     def _handle(self, number, frame):
         self.requested = number
+
+    def leave(self, step: int) -> None:
+        """Ends the process, with 128 + the signal as exit code, if one came; ``step`` was saved."""
+        if self.requested:
+            print(f"stopped by signal at step {step}; the same line goes on from there", flush=True)
+            sys.exit(128 + self.requested)
 
 
 def check_finite(in_a_row: int, limit: int, workdir: Path, step: int, metrics: dict) -> None:
