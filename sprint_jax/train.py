@@ -9,7 +9,6 @@ Frozen networks are arguments (``frozen``); randomness is a function of (seed, s
 """
 
 import functools
-import sys
 from pathlib import Path
 
 import jax
@@ -23,11 +22,11 @@ from .config import Config
 from .data.loader import prefetch
 from .errors import UserError
 from .models.discriminator import update_spectral
-from .training import setup, sharding
+from .training import distributed, setup, sharding
 from .training.accumulate import gradients
 from .training.checkpoint import Checkpoints
 from .training.diagnostics import binned, tangent_checks
-from .training.interrupt import Stop, explain_nonfinite
+from .training.interrupt import Stop, end_stopped, nonfinite_error
 from .training.log import MetricLog, Progress
 from .training.setup import Nets
 from .training.state import TrainState, ema_update, select, tree_norm
@@ -289,13 +288,14 @@ def lower_updates(c: Config, nets: Nets, state: TrainState, batch: dict, frozen:
     return [update.lower(state, batch, frozen) for update in jitted]
 
 
-def train(c: Config, workdir: Path, overridden: list[str]) -> None:
+def train(c: Config, workdir: Path, overridden: list[str], peers=None) -> None:
     """Runs or resumes a run to its last step.
 
     Args:
       c: the resolved config.
       workdir: made if missing; see the README for what it holds.
       overridden: dotted keys that the user set by hand; one that nothing reads is an error.
+      peers: the `training.peers.Peers` of a run of several processes.
 
     Raises:
       UserError: for whatever in config, workdir or data cannot work, before the first step; and when
@@ -306,6 +306,8 @@ def train(c: Config, workdir: Path, overridden: list[str]) -> None:
     setup.check_values(c)
     mesh = sharding.make_mesh(c.mesh.data, c.mesh.fsdp)
     setup.check_batch(c, mesh)
+    if peers:
+        peers.meet("checked")  # before process 0 puts something into the workdir
     nets = setup.build_nets(c)
     data = setup.open_data(c)
     frozen, origin = setup.load_frozen(c, data, mesh)
@@ -342,7 +344,7 @@ def train(c: Config, workdir: Path, overridden: list[str]) -> None:
     print(f"{c.stage}: {size:.2f} M parameters, {mesh.size} device(s); compiling", flush=True)
     updates = [program.compile() for program in lowered]
     feed = prefetch(data.batches, start * len(updates), depth)
-    stop = Stop()
+    stop = Stop(peers)
     in_a_row = np.zeros(())
     progress = Progress(total, start)
     with checkpoints, MetricLog(workdir, resume_step=start) as log:
@@ -352,12 +354,12 @@ def train(c: Config, workdir: Path, overridden: list[str]) -> None:
                 batch = sharding.to_devices(mesh, next(feed)[1])
                 state, more = update(state, batch, frozen)
                 metrics |= more
-            stopping = stop.requested  # read once: a signal from here on stops the next step
+            stopping = stop.after(step)
             last = step == total or stopping
             # The value of the step before, so that the device always has work queued.
             before, in_a_row = in_a_row, metrics["health/in_a_row"]
             if int(in_a_row if last else before) >= limit:
-                raise UserError(explain_nonfinite(workdir, step, metrics, limit))
+                raise nonfinite_error(workdir, step, metrics, limit)
             if checks and step % options["diagnostics_every"] == 0:
                 metrics |= checks(state, batch, frozen)
             if step % options["every"] == 0 or last:
@@ -374,9 +376,8 @@ def train(c: Config, workdir: Path, overridden: list[str]) -> None:
             checkpoints.save(step, state, meta, force=last)
             if stopping:
                 break
-    if stop.requested:
-        print(f"stopped by signal at step {step}; the same line goes on from there", flush=True)
-        sys.exit(128 + stop.requested)
+    if stopping:
+        end_stopped(stopping, step)
     print(f"done: {workdir}/samples, {workdir}/curves.png, {workdir}/metrics.jsonl", flush=True)
 
 
@@ -386,10 +387,12 @@ def main(argv: list[str]) -> None:
     parser.add_argument(
         "--workdir", required=True, metavar="DIR", help="made if missing; resumed if not"
     )
+    distributed.add_flags(parser)
     flags, config = cli.parse_with_config(parser, argv)
     words, _ = cli.split_overrides(argv)
     overridden = [word.removeprefix("--config.").partition("=")[0] for word in words]
-    train(config, Path(flags.workdir), overridden)
+    with distributed.joined(flags) as peers:
+        train(config, Path(flags.workdir), overridden, peers)
 
 
 if __name__ == "__main__":
