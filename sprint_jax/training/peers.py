@@ -202,7 +202,7 @@ class Peers:
 
     def fail(self, error: BaseException) -> None:
         """This process ends with an error: tells the others, and bounds the wait at the exit."""
-        if isinstance(error, jax.errors.JaxRuntimeError):
+        if isinstance(error, jax.errors.JaxRuntimeError) or "gloo" in str(error).lower():
             # Most likely a broken connection: within this time the watch finds out to whom.
             self._over.wait(self._silence + 5 * BEAT)
         self._over.set()
