@@ -331,7 +331,7 @@ def train(c: Config, workdir: Path, overridden: list[str], peers=None) -> None:
     checkpoints = Checkpoints(
         workdir / "checkpoints", keep=options["keep"], every=options["checkpoint_every"]
     )
-    restored = checkpoints.restore_latest(state, expected)
+    restored = checkpoints.restore_latest(state, expected, donate=True)
     state = restored[0] if restored else state
     start = int(state.step)
     if start >= total:

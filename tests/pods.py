@@ -62,7 +62,9 @@ def finish_pod(pod: list[subprocess.Popen], timeout: float = 300) -> list[Ended]
         finally:
             for process in pod:
                 process.kill()
-    return [Ended(process.returncode, *output) for process, output in zip(pod, outputs, strict=True)]
+    return [
+        Ended(process.returncode, *output) for process, output in zip(pod, outputs, strict=True)
+    ]
 
 
 def until(ready: Callable[[], bool], pod: list[subprocess.Popen], timeout: float = 300) -> None:
