@@ -48,9 +48,7 @@ def random_state(abstract: dict) -> dict:
     """Incompressible values, made on the devices."""
 
     def draw(i: int, leaf: jax.ShapeDtypeStruct) -> jax.Array:
-        make = jax.jit(
-            lambda key: jax.random.normal(key, leaf.shape), out_shardings=leaf.sharding
-        )
+        make = jax.jit(lambda key: jax.random.normal(key, leaf.shape), out_shardings=leaf.sharding)
         return jax.block_until_ready(make(jax.random.key(i)))
 
     return {name: draw(i, leaf) for i, (name, leaf) in enumerate(abstract.items())}

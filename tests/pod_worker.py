@@ -1,11 +1,12 @@
 """A run of several processes without a network to train: steps of one collective, until told to end.
 
-    python pod_worker.py [--steps N] [--fail INDEX:KIND] [--hang INDEX] FLAGS OF distributed.add_flags
+    python pod_worker.py [--steps N] [--mark DIR] [--fail INDEX:KIND] [--hang INDEX] FLAGS OF distributed.add_flags
 
-Prints ``step N`` for every step; process INDEX fails or hangs in step 5.
+Process INDEX fails or hangs in step 5; each makes a file of its number in DIR after step 3.
 """
 
 import time
+from pathlib import Path
 
 import jax
 import numpy as np
@@ -35,7 +36,9 @@ def work(flags, peers) -> None:
         step += 1
         rows = np.full(jax.local_device_count(), jax.process_index(), np.float32)
         value = float(mean(jax.make_array_from_process_local_data(split, rows)))
-        print(f"step {step} {value:g} of {jax.device_count()}", flush=True)
+        assert value == (jax.process_count() - 1) / 2
+        if step == 3 and flags.mark:
+            (Path(flags.mark) / str(jax.process_index())).touch()
         if step == 5 and flags.fail and int(flags.fail[0]) == jax.process_index():
             fail(flags.fail[2:])
         if step == 5 and flags.hang == jax.process_index():
@@ -48,6 +51,7 @@ def work(flags, peers) -> None:
 def main(argv: list[str]) -> None:
     parser = cli.make_parser("pod_worker", __doc__)
     parser.add_argument("--steps", type=int, default=10**9)
+    parser.add_argument("--mark")
     parser.add_argument("--fail", default="")
     parser.add_argument("--hang", type=int)
     distributed.add_flags(parser)

@@ -2,7 +2,6 @@
 
 import concurrent.futures
 import os
-import signal
 import socket
 import subprocess
 import sys
@@ -93,6 +92,3 @@ def survivor_of(pod: list[subprocess.Popen], victim: int, number: int) -> tuple[
 
 def errors(ended: Ended) -> list[str]:
     return [line for line in ended.err.splitlines() if line.startswith("error: ")]
-
-
-__all__ = ["signal"]
