@@ -1,6 +1,6 @@
 """A run of several processes without a network to train: steps of one collective, until told to end.
 
-    python pod_worker.py [--steps N] [--mark DIR] [--fail INDEX:KIND] [--hang INDEX] FLAGS OF distributed.add_flags
+    python pod_worker.py [--steps N] [--mark DIR] [--fail INDEX:KIND] [--hang INDEX] --distributed ...
 
 Process INDEX fails or hangs in step 5; each makes a file of its number in DIR after step 3.
 """

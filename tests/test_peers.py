@@ -162,10 +162,10 @@ def test_a_lost_process_is_named(victim, number, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("kind", "mine", "others"), [("usage", 2, 2), ("full", 1, LOST_PEER), ("bug", 1, LOST_PEER)]
+    ("index", "kind", "mine", "others"),
+    [(0, "full", 1, LOST_PEER), (1, "usage", 2, 2), (1, "bug", 1, LOST_PEER)],
 )
-@pytest.mark.parametrize("index", [0, 1])
-def test_a_failed_process_takes_the_others_along(kind, mine, others, index, tmp_path):
+def test_a_failed_process_takes_the_others_along(index, kind, mine, others, tmp_path):
     ended = finish_pod(start_pod(work(tmp_path, "--fail", f"{index}:{kind}"), devices=1))
     assert (ended[index].code, ended[1 - index].code) == (mine, others), ended
     (line,) = errors(ended[1 - index])

@@ -41,6 +41,7 @@ from .orbax_io import (
     quiet_logs,
     read,
     restore_args,
+    streamed,
 )
 
 __all__ = ["Checkpoints", "fingerprint", "load_params"]
@@ -175,7 +176,7 @@ class Checkpoints:
         record = {"meta": content[0], "leaves": content[1], "digest": digest(content)}
         size = sum(leaf.nbytes for leaf in jax.tree.leaves(state)) / jax.process_count()
         stream = size > self._async_bytes
-        kind = ocp.args.PyTreeSave if stream else ocp.args.StandardSave
+        kind = streamed if stream else ocp.args.StandardSave
         args = ocp.args.Composite(state=kind(state), meta=ocp.args.JsonSave(record))
         with self._write_errors():
             started = self._manager.save(step, args=args, force=True)

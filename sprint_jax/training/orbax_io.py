@@ -112,6 +112,12 @@ def make_writer(directory: epath.Path, keep: int) -> ocp.CheckpointManager:
     return ocp.CheckpointManager(directory, options=options, handler_registry=registry)
 
 
+def streamed(state: Any) -> ocp.args.PyTreeSave:
+    """What makes the manager of `make_writer` stream a state."""
+    # A data file is built in memory, up to this size; TensorStore's own choice is 2 GB.
+    return ocp.args.PyTreeSave(state, ocdbt_target_data_file_size=int(STREAM_GB * 1e9) // 2)
+
+
 def open_reader(directory: epath.Path, target: Any = ()) -> ocp.CheckpointManager:
     """A manager that only reads, each process by itself.
 
