@@ -1,15 +1,21 @@
 """A full disk, a read-only directory, NaN in a gradient: nothing is lost but steps since a checkpoint."""
 
 import contextlib
+import json
 import os
+import shlex
 import subprocess
+import time
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import pytest
+from pods import start_one
 from runs import (
     assert_same_bits,
     checkpoint_steps,
+    finish,
     quick_compilation,
     read_state,
     records,
@@ -20,7 +26,6 @@ from runs import (
 )
 
 from sprint_jax import train
-from sprint_jax.training.checkpoint import Checkpoints
 
 STEPS, EVERY, BROKEN = 12, 4, 8  # the disk breaks when this step is to be saved
 
@@ -37,7 +42,12 @@ def line(tmp_path_factory):
     data = write_digits(tmp_path_factory.getbasetemp() / "digits")
     options = {"steps": STEPS, "log__checkpoint_every": EVERY, "log__sample_every": 1000}
     spec = "configs/digits.py:teacher,small"
-    return lambda workdir, **changes: words(spec, data, workdir, **options | changes)
+
+    def arguments(workdir, **changes):
+        return words(spec, data, workdir, **options | changes)
+
+    arguments.config = lambda workdir: tiny(spec, data, **options).to_dict()
+    return arguments
 
 
 @pytest.fixture(scope="module")
@@ -50,10 +60,13 @@ def whole(line, tmp_path_factory):
     return workdir
 
 
+def sudo():
+    return [] if os.geteuid() == 0 else ["sudo", "-n"]
+
+
 def privileged(*command):
     """Runs a command as root; where that is not possible the test says that it shows nothing."""
-    sudo = [] if os.geteuid() == 0 else ["sudo", "-n"]
-    result = subprocess.run([*sudo, *command], capture_output=True, text=True)
+    result = subprocess.run([*sudo(), *command], capture_output=True, text=True)
     if result.returncode:
         pytest.skip(f"{' '.join(command)}: {result.stderr.strip()}; this fault is not shown here")
 
@@ -68,37 +81,20 @@ def mounted(folder, *options):
         privileged("umount", "--lazy", str(folder))
 
 
-@contextlib.contextmanager
-def breaking(monkeypatch, damage):
-    """Calls ``damage()`` just before the checkpoint of step `BROKEN` is written."""
-    save = Checkpoints.save
-
-    def broken(self, step, *arguments, **options):
-        if step == BROKEN:
-            self.wait()
-            damage()
-        return save(self, step, *arguments, **options)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(Checkpoints, "save", broken)
-        yield
+def run_until_broken(arguments, *damage):
+    """Runs ``damage``, a command, just before the checkpoint of step `BROKEN` is written; and how it ended."""
+    script = [str(Path(__file__).parent / "broken_disk.py"), str(BROKEN), shlex.join(damage)]
+    begun = time.monotonic()
+    ended = finish(start_one([*script, *arguments], devices=8))
+    assert time.monotonic() - begun < 120
+    return ended
 
 
-# What a failed write leaves behind may be reported by its threads between save and wait.
-@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 def test_full_disk(line, whole, tmp_path, monkeypatch, capfd):
     with mounted(tmp_path / "disk", "-t", "tmpfs", "-o", "size=32m,mode=1777", "tmpfs") as disk:
         workdir, ballast = disk / "run", disk / "ballast"
-
-        def fill():
-            with ballast.open("wb") as file, contextlib.suppress(OSError):
-                while True:
-                    file.write(bytes(4096))
-                    file.flush()
-
-        with breaking(monkeypatch, fill):
-            ended = run_here(line(workdir), monkeypatch, capfd)
-        assert ended.code == 1 and "disk full" in ended.error.lower().replace("is the ", "")
+        ended = run_until_broken(line(workdir), "sh", "-c", f"cat /dev/zero >{ballast} || true")
+        assert ended.code == 1 and "No space left on device" in ended.error, ended.err
         assert checkpoint_steps(workdir) == [EVERY]
         ballast.unlink()
         assert run_here(line(workdir), monkeypatch, capfd).code == 0
@@ -106,25 +102,18 @@ def test_full_disk(line, whole, tmp_path, monkeypatch, capfd):
         assert_same_bits(read_state(workdir, STEPS), read_state(whole, STEPS))
 
 
-@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 def test_checkpoints_made_read_only(line, whole, tmp_path, monkeypatch, capfd):
     """By a mount, since root may write whatever the mode bits say."""
     workdir = tmp_path / "run"
     folder = workdir / "checkpoints"
-    with contextlib.ExitStack() as mounts:
-
-        def freeze():
-            mounts.enter_context(mounted(folder, "--bind", str(folder)))
-            privileged("mount", "-o", "remount,ro,bind", str(folder))
-
-        with breaking(monkeypatch, freeze):
-            ended = run_here(line(workdir), monkeypatch, capfd)
-        assert ended.code == 1 and str(folder) in ended.error
+    folder.mkdir(parents=True)
+    (workdir / "config.json").write_text(json.dumps(line.config(workdir)))
+    with mounted(folder, "--bind", str(folder)):
+        freeze = [*sudo(), "mount", "-o", "remount,ro,bind", str(folder)]
+        ended = run_until_broken(line(workdir), *freeze)
+        assert ended.code == 1 and str(folder) in ended.error, ended.err
         assert "Read-only file system" in ended.error
         assert checkpoint_steps(workdir) == [EVERY]
-        # Nor can a run start there: it says so, and leaves the checkpoint alone.
-        ended = run_here(line(workdir), monkeypatch, capfd)
-        assert ended.code == 1 and "ead-only" in ended.error
     assert run_here(line(workdir), monkeypatch, capfd).code == 0
     assert records(workdir) == records(whole)
     assert_same_bits(read_state(workdir, STEPS), read_state(whole, STEPS))

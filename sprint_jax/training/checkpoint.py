@@ -200,7 +200,8 @@ class Checkpoints:
         if reason is not None:
             raise UserError(
                 f"a checkpoint in {self.directory} could not be written ({reason}); "
-                "is the disk full? The complete ones were left alone"
+                "is the disk full? The complete ones were left alone",
+                abrupt=True,  # Orbax's other threads wait for minutes for files that will not come.
             )
 
     def restore_latest(
