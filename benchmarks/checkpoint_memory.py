@@ -1,7 +1,7 @@
 """Measures the host memory that saving and restoring a state takes, and prints JSON lines.
 
     python benchmarks/checkpoint_memory.py > benchmarks/results/checkpoint_memory.jsonl
-    python benchmarks/checkpoint_memory.py --gigabytes 0.2 --devices 8
+    python benchmarks/checkpoint_memory.py --gigabytes 4 --devices 1 >> benchmarks/results/checkpoint_memory.jsonl
 
 Each line is a process of its own with random float32 leaves of 0.17 GB. Peaks are the process's resident
 memory over what it held before, divided by the size of the state, so that a copy of the whole state
@@ -23,10 +23,9 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import NamedSharding, PartitionSpec
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from sprint_jax.training.checkpoint import Checkpoints
-from sprint_jax.training.sharding import make_mesh
 
 LEAF = (10, 2048, 2048)  # 0.17 GB of float32
 MODES = {"save async": 1e9, "save stream": 0.0, "restore": 0.0}  # name: async_gb
@@ -40,7 +39,8 @@ def memory(name: str) -> int:
 
 def abstract_state(gigabytes: float, devices: int) -> dict:
     """Leaves split over all devices along the last axis."""
-    split = NamedSharding(make_mesh(1, devices), PartitionSpec(None, None, "fsdp"))
+    mesh = jax.make_mesh((devices,), ("all",), axis_types=(AxisType.Auto,))
+    split = NamedSharding(mesh, PartitionSpec(None, None, "all"))
     leaf = jax.ShapeDtypeStruct(LEAF, jnp.float32, sharding=split)
     return {f"leaf{i}": leaf for i in range(round(gigabytes * 1e9 / (4 * np.prod(LEAF))))}
 

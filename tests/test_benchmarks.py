@@ -180,3 +180,14 @@ def test_savings_compare_equal_things(monkeypatch):
     # Sums of float32 products in another order.
     assert all(line["error"] < 1e-5 for line in lines)
     assert all(line["rounds"] + line["dropped"] == 1 for line in lines)
+
+
+def test_checkpoint_memory_measures_every_mode(monkeypatch, tmp_path):
+    memory = load("checkpoint_memory")
+    monkeypatch.setattr(memory, "LEAF", (8, 16, 64))
+    for mode in ("save stream", "restore", "save async"):
+        # The second mode reads what the first has written.
+        folder = tmp_path / ("one" if mode != "save async" else "two")
+        line = memory.run(mode, str(folder), 1e-4, 8)
+        assert line["state_bytes"] == 3 * 4 * 8 * 16 * 64 and line["mode"] == mode
+        assert 0 <= line["returned_seconds"] <= line["seconds"]
