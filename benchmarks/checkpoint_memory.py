@@ -1,7 +1,7 @@
 """Measures the host memory that saving and restoring a state takes, and prints JSON lines.
 
     python benchmarks/checkpoint_memory.py > benchmarks/results/checkpoint_memory.jsonl
-    python benchmarks/checkpoint_memory.py --gigabytes 4 --devices 1 >> benchmarks/results/checkpoint_memory.jsonl
+    python benchmarks/checkpoint_memory.py --gigabytes 4 --devices 1
 
 Each line is a process of its own with random float32 leaves of 0.17 GB. Peaks are the process's resident
 memory over what it held before, divided by the size of the state, so that a copy of the whole state
