@@ -205,3 +205,14 @@ def test_the_loop_benchmark_on_the_shrunk_world(tmp_path_factory, monkeypatch):
     assert losses["sharded"] == pytest.approx(losses["plain"], rel=1e-5)
     with pytest.raises(UserError, match="--steps must be at least 30"):
         loop.main(["--steps=3"])
+
+
+def test_checkpoint_memory_measures_every_mode(monkeypatch, tmp_path):
+    memory = load("checkpoint_memory")
+    monkeypatch.setattr(memory, "LEAF", (8, 16, 64))
+    for mode in ("save stream", "restore", "save async"):
+        # The second mode reads what the first has written.
+        folder = tmp_path / ("one" if mode != "save async" else "two")
+        line = memory.run(mode, str(folder), 1e-4, 8)
+        assert line["state_bytes"] == 3 * 4 * 8 * 16 * 64 and line["mode"] == mode
+        assert 0 <= line["returned_seconds"] <= line["seconds"]
