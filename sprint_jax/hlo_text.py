@@ -179,24 +179,25 @@ def replica_groups(attributes: str, count: int) -> list[tuple[int, ...]]:
     """Groups of device numbers that a collective works in, from any of the three printed forms.
 
     ``{{0,1},{2,3}}``; ``[2,2]<=[4]`` with an optional transpose T(1,0); ``mesh['a'=2,'b'=2] {'b'}`` with
-    optional parts of axes, ``{'b':(1)2}``. No groups, or ``{}``: all ``count`` devices are one.
+    optional parts of axes, ``{'b':(1)2}``, and ``device_ids=([2,2]T(1,0))`` where devices are permuted. No
+    groups, or ``{}``: all ``count`` devices are one.
     """
     if match := re.search(r"replica_groups=mesh\[([^\]]*)\](.*?)\{([^{}]*)\}", attributes):
         sizes = {name: int(size) for name, size in re.findall(r"'?([^',=]+)'?=(\d+)", match[1])}
         ids = np.arange(math.prod(sizes.values()))
         if listed := re.search(r"device_ids=\((.*)\)", match[2]):
-            ids = _iota(listed[1]) if "<=" in listed[1] else np.array(eval_ints(listed[1]))
+            ids = _iota(listed[1]) if "[" in listed[1] else np.array(_numbers(listed[1]))
         return _mesh_groups(
             ids, sizes, re.findall(r"'?([^',:{}]+)'?(?::\((\d+)\)(\d+))?", match[3])
         )
     if match := re.search(r"replica_groups=(\[[\d,]+\]<=\[[\d,]+\](?:T\([\d,]+\))?)", attributes):
         return [tuple(map(int, row)) for row in _iota(match[1])]
     if match := re.search(r"replica_groups=\{(\{[\d,{} ]*\})\}", attributes):
-        return [tuple(eval_ints(group)) for group in re.findall(r"\{([\d, ]*)\}", match[1])]
+        return [tuple(_numbers(group)) for group in re.findall(r"\{([\d, ]*)\}", match[1])]
     return [tuple(range(count))]
 
 
-def eval_ints(text: str) -> list[int]:
+def _numbers(text: str) -> list[int]:
     """All numbers in a text."""
     return [int(word) for word in re.findall(r"\d+", text)]
 
@@ -218,11 +219,13 @@ def _mesh_groups(ids, sizes: dict[str, int], chosen: list) -> list[tuple[int, ..
 
 
 def _iota(text: str) -> np.ndarray:
-    """``[2,2]<=[4]`` or ``[2,2]<=[2,2]T(1,0)`` as an array of numbers."""
-    shape, source = (eval_ints(part) for part in re.findall(r"\[([\d,]+)\]", text))
+    """``[2,2]<=[4]``, ``[4]<=[2,2]T(1,0)`` or ``[2,2]T(1,0)`` (without a shape of its own) as numbers."""
+    *shape, source = (_numbers(part) for part in re.findall(r"\[([\d,]+)\]", text))
     transpose = re.search(r"T\(([\d,]+)\)", text)
     ids = np.arange(math.prod(source)).reshape(source)
-    return ids.transpose(eval_ints(transpose[1]) if transpose else None).reshape(shape)
+    if transpose:
+        ids = ids.transpose(_numbers(transpose[1]))
+    return ids.reshape(shape[0]) if shape else ids
 
 
 def _bits(dtype: str) -> int:
@@ -245,7 +248,7 @@ def _arrays(shape: str) -> tuple[Array, ...]:
     found = []
     for dtype, dims, layout in _ARRAY.findall(shape):
         space = re.search(r"S\((\d+)\)", layout or "")
-        sizes = tuple(eval_ints(dims))
+        sizes = tuple(_numbers(dims))
         found.append(Array(dtype, sizes, int(space[1]) if space else 0, layout or ""))
     return tuple(found)
 
