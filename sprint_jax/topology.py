@@ -1,7 +1,7 @@
 """Devices that nobody owns: TPU topologies from libtpu's compiler, or this machine's own devices.
 
-A topology is ``v5e:16x16``, ``v6e:8x8``, ``v5p:4x4x4``: a kind of chip and how many stand along each axis of the
-torus; or ``local``.
+A topology is ``v5e:16x16``, ``v6e:8x8``, ``v5p:4x4x4``: a kind of chip and how many stand along each axis of
+the torus; or ``local``.
 """
 
 import contextlib
