@@ -36,7 +36,8 @@ from sprint_jax.config import load_config
 from sprint_jax.data.digits import held_out_prompts
 from sprint_jax.errors import UserError
 from sprint_jax.models.discriminator import update_spectral
-from sprint_jax.training import setup, sharding
+from sprint_jax.training import checks, closures, setup, sharding
+from sprint_jax.training.state import apply_gradients
 
 DIGITS = Path(__file__).resolve().parent.parent / "configs" / "digits.py"
 FORWARD, SCM = "student forward", "sCM without teacher"
@@ -60,11 +61,11 @@ def build(world, overrides):
         teacher = load_config(f"{DIGITS}:teacher,{world}", model)
         write_json_atomic(Path(workdir) / "config.json", teacher.to_dict())
         c = load_config(f"{DIGITS}:student,{world}", [*overrides, f"--config.teacher={workdir}"])
-        nets = setup.build_nets(c)
+        mesh = sharding.make_mesh(1, 1, devices=jax.devices()[:1])
+        nets = setup.build_nets(c, mesh)
     if c.model.scan or c.model.remat != "none" or c.accumulate != 1 or not nets.heads:
         raise UserError("needs scan=false, remat=none, accumulate=1, ladd.weight>0", exit_code=2)
-    mesh = sharding.make_mesh(1, 1, jax.devices()[:1])
-    setup.check_batch(c, mesh)
+    checks.check_batch(c, mesh)
     (autoencoder, text_encoder, size), count = setup.toy_parts(world), c.data.batch_size
     shape = autoencoder.encode(np.zeros((count, *size, 3))).shape
     keys = jax.random.split(jax.random.key(0), 6)
@@ -78,7 +79,7 @@ def build(world, overrides):
     batch = {"latents": x, "text": text, "mask": mask}
     frozen = {"teacher": params, "null_text": null_text, "null_mask": null_mask}
     state = setup.init_state(c, nets, batch, frozen, mesh)
-    features = jax.eval_shape(train._features(nets, c, frozen, text, mask), x, t)
+    features = jax.eval_shape(closures.features_of(nets, c, frozen, text, mask), x, t)
     given = frozen | {
         "t": t,
         "noise": c.sigma_d * noise,
@@ -95,14 +96,14 @@ def normals(key, tree, scale=1.0):
 
 def parts(nets, c, state, batch, given):
     """{part: (its update, function)}; those of the optimizers return a state first."""
-    x0, text, mask = train._data(c, batch)
+    x0, text, mask = closures.images_of(c, batch)
     t, noise, gradients, disc = given["t"], given["noise"], given["gradients"], state.disc
-    student = train._student(nets, text, mask, given["guidance"])
-    teacher = train._teacher_with_cfg(nets, given, text, mask, given["guidance"])
-    features = train._features(nets, c, given, text, mask)
+    student = closures.student_of(nets, text, mask, given["guidance"])
+    teacher = closures.guided_teacher_of(nets, given, text, mask, given["guidance"])
+    features = closures.features_of(nets, c, given, text, mask)
 
     def generate(params=state.params):
-        return train._generate(c, student, params, x0, *jax.random.split(jax.random.key(1)))
+        return closures.generate(c, student, params, x0, *jax.random.split(jax.random.key(1)))
 
     def scm(shared_primal):
         def loss(params):
@@ -135,13 +136,16 @@ def parts(nets, c, state, batch, given):
         disc_now = disc | {"params": jax.tree.map(jnp.add, params, updates)}
         return state.replace(disc=disc_now, disc_opt_state=moments), {}
 
+    def optimizer_and_ema():
+        return apply_gradients(nets.optimizer, c.ema_decay, state, t[0], gradients[0])
+
     return {
         FORWARD: (None, lambda: student(state.params, x0, t)),
         SCM + SEPARATE: (None, lambda: scm(False)),
         "teacher with CFG": (GENERATOR, lambda: teacher(x0, t)),
         SCM: (GENERATOR, lambda: scm(True)),
         "LADD with student": (GENERATOR, lambda: jax.grad(ladd)(state.params)),
-        "optimizer and EMA": (GENERATOR, lambda: train._apply(nets, c, state, t[0], gradients[0])),
+        "optimizer and EMA": (GENERATOR, optimizer_and_ema),
         "student's pictures": (DISCRIMINATOR, generate),
         "feature passes": (DISCRIMINATOR, lambda: [features(a, t) for a in (x0, noise, x0 + 1)]),
         "heads forward, backward": (DISCRIMINATOR, heads_gradient),

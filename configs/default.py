@@ -32,11 +32,14 @@ def get_config(arg=None):
     c.model = model_fields("digits")
 
     c.data = ml_collections.ConfigDict()
+    c.data.source = "digits"  # or 'synthetic': noise, to measure a step or to plan one
+    c.data.latent_size = (32, 32)  # synthetic: height and width of latents
+    c.data.text_length = 300  # synthetic: tokens of a caption
     # 'small': one digit on 8x8 pixels; 'full', 'large': one or two on 8x16, 16x16
     c.data.world = "full"
     c.data.dir = "data"  # where the built dataset lies
     c.data.batch_size = 64  # global batch of one update
-    c.data.prefetch = 4  # batches prepared ahead
+    c.data.prefetch = 4  # batches that wait on the devices ahead of their use
 
     c.optimizer = optimizer_fields(1e-3)
     c.optimizer.name = "adamw"  # or 'came'
@@ -55,6 +58,9 @@ def get_config(arg=None):
     c.scm.tangent_warmup = 2000  # generator updates until the tangent counts in full
     c.scm.tangent_constant = 0.1  # c in g / (|g| + c)
     c.scm.mean_norm = False  # True: root mean square instead of Euclidean norm
+    c.scm.jvp_dtype = (
+        ""  # of the matmuls under the jvp: float32, bfloat16, or empty for model.dtype
+    )
     c.scm.shared_primal = True  # one pass for primal and tangent; False: a separate jvp
 
     c.ladd = ml_collections.ConfigDict()
@@ -64,6 +70,9 @@ def get_config(arg=None):
     c.ladd.time_mean = -0.6  # log-normal angles at which the discriminator looks
     c.ladd.time_std = 1.0
     c.ladd.token_norm = False  # heads with layer norm per token, not batch norm over 8 images
+    # True: the heads learn from the batch and the images of the generator's update, drawn before it. Saves a
+    # forward pass, and half of the data; published code draws anew from another batch.
+    c.ladd.reuse_fakes = False
     c.ladd.misaligned = True  # real images with the wrong caption count as fake
     c.ladd.r1_weight = 0.0  # gradient penalty on the heads' inputs
     c.ladd.optimizer = optimizer_fields(1e-3)  # of the heads; same kind as the student's
@@ -71,9 +80,14 @@ def get_config(arg=None):
     c.sampler = ml_collections.ConfigDict()
     c.sampler.midpoint = 1.3  # second angle of the two-step schedule; small pictures want it lower
 
+    # One size of each three may be -1: all that are left.
     c.mesh = ml_collections.ConfigDict()
-    c.mesh.data = -1  # devices that replicate parameters; -1: all that are left
-    c.mesh.fsdp = 1  # devices that split parameters
+    c.mesh.data = -1  # devices of a slice that replicate parameters
+    c.mesh.fsdp = 1  # devices of a slice that split parameters, and gather them block by block
+    c.mesh.tensor = 1  # devices of a slice that split heads and hidden channels of each block
+    c.mesh.dcn_data = -1  # the same between slices, or GPU nodes
+    c.mesh.dcn_fsdp = 1
+    c.mesh.dcn_tensor = 1
 
     c.log = ml_collections.ConfigDict()
     c.log.every = 20  # steps between lines of metrics.jsonl
@@ -84,6 +98,9 @@ def get_config(arg=None):
     )
     c.log.checkpoint_every = 500
     c.log.keep = 3  # checkpoints
+    c.log.profile_start = 0  # first step of a trace in WORKDIR/profile/host_K; 0: none
+    c.log.profile_steps = 3  # steps in the trace
+    c.log.profile_hosts = (0,)  # process indices that trace
     return c
 
 
@@ -103,7 +120,7 @@ def model_fields(size):
         timestep_scale=1.0,
         interpolation_scale=0.0,  # 0: no positions; 1.0 for 2K, 2.0 for 4K models
         dtype="float32",  # of matmuls: float32 or bfloat16
-        remat="none",  # none, full, dots, dots_no_batch
+        remat="none",  # what backward passes recompute: none, full, dots, dots_no_batch, offload
         scan=True,
     )
     return ml_collections.ConfigDict(fields | SIZES[size])

@@ -15,6 +15,7 @@ and 91.0 %, on 400 prompts.
 
 from configs import default
 from sprint_jax.config import parse_arg
+from sprint_jax.sweeps import chain, product, sweep
 
 
 def get_config(arg=None):
@@ -61,3 +62,20 @@ def student(c, world):
     c.ladd.time_mean = -2.0
     c.ladd.optimizer.learning_rate = 1e-3
     c.ladd.optimizer.b1 = 0.0
+
+
+def sweep_lr():
+    """Which learning rate, for teachers and students; two seeds say how much of it is luck."""
+    return product(
+        sweep("optimizer.learning_rate", [3e-4, 5e-4, 1e-3, 1.5e-3]), sweep("seed", [0, 1])
+    )
+
+
+def sweep_losses():
+    """Students: does sCM with LADD beat either alone? Judge them by `evaluate`: totals do not compare."""
+    return chain([{}], sweep("ladd.weight", [0.0]), sweep("scm.weight", [0.0]))
+
+
+def sweep_ladd():
+    """Students: how strong the heads should be, and at how much noise they should look."""
+    return product(sweep("ladd.weight", [0.5, 1.0, 2.0]), sweep("ladd.time_mean", [-2.0, -0.6]))

@@ -161,3 +161,9 @@ def split_overrides(argv: list[str]) -> tuple[list[str], list[str]]:
             word = f"{word}={value}"
         overrides.append(word)
     return overrides, rest
+
+
+def overridden_keys(argv: list[str]) -> list[str]:
+    """The dotted keys that ``argv`` sets by hand."""
+    words, _ = split_overrides(argv)
+    return [word.removeprefix("--config.").partition("=")[0] for word in words]

@@ -17,6 +17,7 @@ import math
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 from ml_collections import ConfigDict
@@ -141,12 +142,9 @@ def load_config(spec: str, overrides: Mapping[str, Any] | Sequence[str] = ()) ->
         refuses (it raises ValueError), and for wrong overrides.
     """
     name, colon, arg = spec.partition(":")
-    path = Path(name)
-    if path.suffix != ".py" or not path.is_file():
-        found = sorted(str(other) for other in path.parent.glob("*.py"))
-        nearest = _nearest(name, found)
-        raise UserError(f"--config={spec}: there is no config file {name}{nearest}", exit_code=2)
-    get_config = _get_config(path)
+    get_config = getattr(_run_file(spec), "get_config", None)
+    if not callable(get_config):
+        raise UserError(f"{name} defines no function get_config(arg)", exit_code=2)
     try:
         values = get_config(arg if colon else None)
     except ValueError as error:
@@ -155,6 +153,20 @@ def load_config(spec: str, overrides: Mapping[str, Any] | Sequence[str] = ()) ->
         message = f"{name}: get_config must return an ml_collections.ConfigDict, not {values!r:.80}"
         raise UserError(message, exit_code=2)
     return Config(values.to_dict()).override(overrides)
+
+
+def load_functions(spec: str, prefix: str) -> dict[str, Callable]:
+    """The functions of a config file whose names start with ``prefix``, by the rest of the name.
+
+    Raises:
+      UserError: exit code 2 for a missing file.
+    """
+    members = vars(_run_file(spec)).items()
+    return {
+        name.removeprefix(prefix): member
+        for name, member in members
+        if name.startswith(prefix) and callable(member)
+    }
 
 
 def parse_arg(arg: str | None, *groups: Sequence[str]) -> tuple[str, ...]:
@@ -193,19 +205,23 @@ def diff(a: Config | Mapping[str, Any], b: Config | Mapping[str, Any]) -> list[s
     return sorted(name for name in names if old.get(name, absent) != new.get(name, absent))
 
 
-def _get_config(path: Path) -> Callable[[str | None], ConfigDict]:
-    """Runs a config file and gives its ``get_config``."""
-    spec = importlib.util.spec_from_file_location(f"sprint_jax_config_{path.stem}", path)
-    module = importlib.util.module_from_spec(spec)
+def _run_file(spec: str) -> ModuleType:
+    """Runs the file of ``FILE.py:WORDS`` and gives it as a module."""
+    name = spec.partition(":")[0]
+    path = Path(name)
+    if path.suffix != ".py" or not path.is_file():
+        found = sorted(str(other) for other in path.parent.glob("*.py"))
+        nearest = _nearest(name, found)
+        raise UserError(f"--config={spec}: there is no config file {name}{nearest}", exit_code=2)
+    module_spec = importlib.util.spec_from_file_location(f"sprint_jax_config_{path.stem}", path)
+    module = importlib.util.module_from_spec(module_spec)
     parent = str(path.resolve().parent.parent)
     sys.path.insert(0, parent)
     try:
-        spec.loader.exec_module(module)
+        module_spec.loader.exec_module(module)
     finally:
         sys.path.remove(parent)
-    if not callable(getattr(module, "get_config", None)):
-        raise UserError(f"{path} defines no function get_config(arg)", exit_code=2)
-    return module.get_config
+    return module
 
 
 def _checked(values: Mapping[str, Any], prefix: str) -> dict[str, Any]:

@@ -159,19 +159,16 @@ def ladd_discriminator_loss(
     def noisy_features(x0, z, t):
         return jax.lax.stop_gradient(features(add_noise(x0, z, t) / sigma_d, t))
 
-    negative = noisy_features(*fake)
-    if misaligned is not None:
-        # One batch through the heads, as published: their batch norm sees fakes first, then these.
-        others = noisy_features(*misaligned)
-        negative = tuple(jnp.concatenate(pair) for pair in zip(negative, others, strict=True))
+    # Each kind has a batch of its own. Published code puts fakes and misaligned pairs into one; its batch
+    # norm works in groups of 8, and so gives the same wherever 8 divides the batch.
+    kinds = {"fake": fake} | ({"misaligned": misaligned} if misaligned is not None else {})
+    negative = {name: heads(noisy_features(*triple)) for name, triple in kinds.items()}
     positive = noisy_features(*real)
-    fake_logits, real_logits = heads(negative), heads(positive)
-    loss = (jax.nn.relu(1 - real_logits).mean() + jax.nn.relu(1 + fake_logits).mean()) / 2
+    real_logits = heads(positive)
+    fake_loss = sum(jax.nn.relu(1 + logits).mean() for logits in negative.values()) / len(negative)
+    loss = (jax.nn.relu(1 - real_logits).mean() + fake_loss) / 2
 
-    batch = real[0].shape[0]
-    aux = {"real": real_logits.mean(-1), "fake": fake_logits[:batch].mean(-1)}
-    if misaligned is not None:
-        aux["misaligned"] = fake_logits[batch:].mean(-1)
+    aux = {name: logits.mean(-1) for name, logits in ({"real": real_logits} | negative).items()}
     if r1_weight:
         gradients = jax.grad(lambda inputs: heads(inputs).sum())(positive)
         penalty = sum(jnp.square(per_sample_norm(g.astype(jnp.float32))).mean() for g in gradients)

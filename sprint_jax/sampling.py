@@ -59,15 +59,17 @@ def with_cfg(
       ``guided(x, t, text, mask)`` of the same shapes, in float32.
     """
 
+    # The two versions of a sample side by side: each device of a mesh finds both among its own rows.
+    def double(a, b):
+        b = jnp.broadcast_to(b, a.shape).astype(a.dtype)
+        return jnp.stack([a, b], axis=1).reshape(-1, *a.shape[1:])
+
     def guided(x, t, text, mask):
-        both_text = jnp.concatenate(
-            [text, jnp.broadcast_to(null_text, text.shape).astype(text.dtype)]
+        both = velocity(
+            double(x, x), double(t, t), double(text, null_text), double(mask, null_mask)
         )
-        both_mask = jnp.concatenate(
-            [mask, jnp.broadcast_to(null_mask, mask.shape).astype(mask.dtype)]
-        )
-        both = velocity(jnp.concatenate([x, x]), jnp.concatenate([t, t]), both_text, both_mask)
-        conditional, unconditional = jnp.split(both.astype(jnp.float32), 2)
+        both = both.astype(jnp.float32).reshape(-1, 2, *both.shape[1:])
+        conditional, unconditional = both[:, 0], both[:, 1]
         scale = jnp.asarray(guidance, jnp.float32)
         scale = scale.reshape(scale.shape + (1,) * (x.ndim - 1)) if scale.ndim else scale
         return unconditional + scale * (conditional - unconditional)

@@ -193,13 +193,14 @@ class Built(NamedTuple):
 
 def build(c: Config, mesh: jax.sharding.Mesh, state: Any = None) -> Built:
     """Builds and compiles a run on a mesh; from a copy of ``state``, or from step 0."""
-    nets, data = setup.build_nets(c), setup.open_data(c)
+    nets, data = setup.build_nets(c, mesh), setup.open_data(c, mesh)
     frozen, _ = setup.load_frozen(c, data, mesh)
     batch = sharding.to_devices(mesh, data.batches(0))
     if state is None:
         state = setup.init_state(c, nets, batch, frozen, mesh)
     else:
         state = jax.device_put(jax.device_get(state), sharding.state_shardings(mesh, state))
+    frozen = setup.at_compute_precision(nets, frozen)
     updates = [program.compile() for program in train.lower_updates(c, nets, state, batch, frozen)]
     return Built(nets, data, mesh, frozen, state, updates)
 

@@ -13,9 +13,9 @@ import numpy as np
 import pytest
 from runs import ROOT, quick_compilation
 
-from sprint_jax import train
 from sprint_jax.errors import UserError
 from sprint_jax.models.gemma2 import Gemma2
+from sprint_jax.training import closures
 
 TINY = ["--rounds=1", "--batch=4", "--world=small", "--config.model.num_layers=1"]
 TINY += ["--config.ladd.taps=0"]
@@ -41,7 +41,7 @@ def lines(benchmark):
 
     def build_and_trace(*arguments):
         c, nets, state, batch, given = build(*arguments)
-        student = train._student(nets, batch["text"], batch["mask"], given["guidance"])
+        student = closures.student_of(nets, batch["text"], batch["mask"], given["guidance"])
         jaxpr = jax.make_jaxpr(student)(state.params, batch["latents"], given["t"])
         benchmark.forward = jaxpr.jaxpr
         return c, nets, state, batch, given

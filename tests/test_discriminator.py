@@ -305,3 +305,15 @@ def test_init_is_a_function_of_the_key():
     assert bool((first != second).any())
     bound = 1 / math.sqrt(9 * WIDTH)  # torch's default for a convolution
     assert 0.9 * bound < float(jnp.abs(first).max()) <= bound
+
+
+def test_kinds_of_eight_images_may_have_a_batch_of_their_own():
+    """Published code puts fakes and misaligned pairs into one batch; its norm never mixes them."""
+    fakes, pairs = draw_features(batch=8, seed=1), draw_features(batch=16, seed=2)
+    params, spectral = draw_heads(fakes)
+    run = jax.jit(
+        lambda features: DiscriminatorHeads().apply({"params": params}, features, spectral)
+    )
+    both = run(tuple(jnp.concatenate(pair) for pair in zip(fakes, pairs, strict=True)))
+    apart = np.concatenate([run(fakes), run(pairs)])
+    np.testing.assert_allclose(apart, both, atol=2e-6)

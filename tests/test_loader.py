@@ -46,8 +46,8 @@ def test_the_global_batch_does_not_depend_on_the_hosts(process_count, shuffle):
     size, batch_size = 50, 12
     whole = loader(size, batch_size, shuffle=shuffle)
     hosts = [
-        loader(size, batch_size, shuffle=shuffle, process_index=p, process_count=process_count)
-        for p in range(process_count)
+        loader(size, batch_size, shuffle=shuffle, rows=rows)
+        for rows in np.split(np.arange(batch_size), process_count)
     ]
     for i in range(9):
         rows = [host(i)["x"] for host in hosts]
@@ -81,9 +81,9 @@ def test_seeds_do_not_share_their_epochs():
     ("options", "message"),
     [
         ({"size": 0}, "the data source is empty"),
-        ({"batch_size": 6, "process_count": 4}, "batch_size 6 cannot be shared by 4 processes"),
-        ({"batch_size": 0}, "batch_size 0 cannot be shared"),
-        ({"process_index": 2, "process_count": 2}, "process_index 2 is not one of 2"),
+        ({"batch_size": 0}, "batch_size 0 must be at least 1"),
+        ({"rows": [3, 4]}, "rows .3, 4. are not rows of a batch of 4"),
+        ({"rows": []}, "are not rows of a batch of 4"),
         ({"seed": -1}, "data seed -1 is out of range"),
         ({"seed": 2**32}, "data seed 4294967296 is out of range"),
     ],
@@ -119,7 +119,7 @@ def test_sources_that_read_many_are_asked_once_for_this_hosts_rows_alone():
             return [index * 10 for index in indices]
 
     source = Source()
-    options = {"batch_size": 8, "seed": 3, "process_index": 1, "process_count": 2}
+    options = {"batch_size": 8, "seed": 3, "rows": range(4, 8)}
     batch = make_batches(source, numbers, **options)(5)["x"]
     assert len(source.calls) == 1 and len(source.calls[0]) == 4
     np.testing.assert_array_equal(batch, np.array(source.calls[0]) * 10)
@@ -195,6 +195,38 @@ def test_prefetch_works_ahead_by_its_depth_and_no_more():
     time.sleep(0.1)
     assert asked == [0, 1, 2, 3]
     ahead.close()  # while the thread wants to hand over batch 3
+    assert not prefetch_threads()
+
+
+def test_no_more_than_depth_batches_are_placed_ahead():
+    placed, third = [], threading.Event()
+
+    def batches(i):
+        if i == 3:
+            third.set()
+        return i
+
+    def place(i):
+        placed.append((i, threading.current_thread().name))
+        return {"x": 10 * i}
+
+    ahead = prefetch(batches, 0, 2, place)
+    assert next(ahead) == (0, {"x": 0})
+    assert third.wait(10)
+    time.sleep(0.1)
+    # 0 is in use, 1 and 2 wait; 3 is ready, but on the host.
+    assert placed == [(0, "prefetch"), (1, "prefetch"), (2, "prefetch")]
+    assert next(ahead) == (1, {"x": 10})
+    ahead.close()
+    assert not prefetch_threads()
+
+
+def test_an_error_in_placing_reaches_the_consumer():
+    def place(i):
+        raise UserError("no room on the device")
+
+    with pytest.raises(UserError, match="no room on the device"):
+        next(prefetch(lambda i: i, 0, 2, place))
     assert not prefetch_threads()
 
 

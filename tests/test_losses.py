@@ -314,7 +314,8 @@ def discriminator_loss(critic, misaligned, **options):
 def test_discriminator_hinge(critic, misaligned):
     *_, triples, written = critic
     real = written(triples[:1])
-    fake = written(triples[1:] if misaligned else triples[1:2])
+    # Fakes and misaligned pairs are batches of their own.
+    fake = np.concatenate([written([one]) for one in (triples[1:] if misaligned else triples[1:2])])
     assert 0 < (real > 1).mean() < 1  # both sides of both hinges
     assert 0 < (fake < -1).mean() < 1
     expected = (np.maximum(0, 1 - real).mean() + np.maximum(0, 1 + fake).mean()) / 2

@@ -126,7 +126,7 @@ def draw_problem():
 def test_accumulated_gradients_equal_the_full_batch(parts):
     params, batch = draw_problem()
     value, aux, gradient = jax.jit(
-        lambda *a: accumulate.gradients(quadratic, *a, jax.random.key(0), parts)
+        lambda *a: accumulate.gradients([quadratic], *a, jax.random.key(0), parts)
     )(params, batch)
     x, y = np.asarray(batch["x"], np.float64), np.asarray(batch["y"], np.float64)
     residual = x @ np.asarray(params["w"]) + float(params["b"]) - y
@@ -146,7 +146,7 @@ def test_each_microbatch_has_its_own_key():
 
     key = jax.random.key(3)
     for parts in (1, 3):
-        _, aux, gradient = accumulate.gradients(noisy, params, batch, key, parts)
+        _, aux, gradient = accumulate.gradients([noisy], params, batch, key, parts)
         count = 12 // parts
         expected = [jax.random.normal(jax.random.fold_in(key, i), (count,)) for i in range(parts)]
         # Microbatch i holds the rows i, i + parts, i + 2 parts, ...

@@ -200,8 +200,8 @@ def poison(monkeypatch, bad):
     """Puts one NaN into the batches with these numbers."""
     opened = setup.open_data
 
-    def open_data(c):
-        data = opened(c)
+    def open_data(c, mesh):
+        data = opened(c, mesh)
 
         def batches(i):
             batch = data.batches(i)

@@ -22,8 +22,7 @@ def make_batches(
     *,
     batch_size: int,
     seed: int,
-    process_index: int = 0,
-    process_count: int = 1,
+    rows: Sequence[int] | None = None,
     shuffle: bool = True,
 ) -> Callable[[int], Batch]:
     """Makes ``batches(i)``, this host's rows of global batch i.
@@ -31,7 +30,7 @@ def make_batches(
     Records follow each other in an endless stream of epochs, each shuffled afresh and each with
     every record once; batches are cut from that stream, so one may span two epochs and no record is
     dropped. The stream depends on ``seed`` and ``len(source)`` alone: global batch i is the same
-    for every process count, and host p holds its rows ``p B/P .. (p+1) B/P``. grain's shuffle takes
+    for any number of hosts, each of which makes the ``rows`` that it holds. grain's shuffle takes
     some 6 us for a record, but longer the fewer records a source has below some thousand: 0.2 ms of
     200, 2 ms of 16.
 
@@ -39,11 +38,11 @@ def make_batches(
       source: random access by ``len`` and ``[index]``. Where it has ``__getitems__(indices)``, as
         TFDS data sources do, a batch is read at once.
       transform: records of this host -> dict of arrays whose first axis is those records. It must
-        treat rows alike and by themselves, or batches would depend on the process count.
+        treat rows alike and by themselves, or batches would depend on the number of hosts.
       batch_size: rows of the global batch.
       seed: 0 <= seed < 2**32.
-      process_index: this host, ``jax.process_index()`` on a pod.
-      process_count: number of hosts.
+      rows: numbers of the rows of each global batch that this host makes, increasing, such as
+        `training.sharding.local_rows` gives; None for all of them.
       shuffle: False keeps the order of the source.
 
     Returns:
@@ -55,29 +54,27 @@ def make_batches(
     """
     if len(source) == 0:
         raise UserError("the data source is empty: no batch can be made from it")
-    if batch_size < 1 or process_count < 1 or batch_size % process_count:
-        raise UserError(
-            f"batch_size {batch_size} cannot be shared by {process_count} processes: "
-            "use a positive multiple of their number"
-        )
-    if not 0 <= process_index < process_count:
-        raise UserError(f"process_index {process_index} is not one of {process_count} processes")
+    if batch_size < 1:
+        raise UserError(f"batch_size {batch_size} must be at least 1")
+    rows = range(batch_size) if rows is None else [int(row) for row in rows]
+    if not rows or not all(0 <= row < batch_size for row in rows):
+        raise UserError(f"rows {list(rows)} are not rows of a batch of {batch_size}")
     if not 0 <= seed < 2**32:
         raise UserError(f"data seed {seed} is out of range: use 0 to 2**32 - 1", exit_code=2)
 
     # The stream is of record numbers, so that the records of a batch can be read in one call.
     order = grain.MapDataset.range(len(source)).seed(seed)
     order = (order.shuffle() if shuffle else order).repeat()
-    rows = batch_size // process_count
 
     def batches(i: int) -> Batch:
         if i < 0:
             raise UserError(f"batch number {i} is negative: batches are counted from 0")
-        first = i * batch_size + process_index * rows
-        batch = transform(read_records(source, [order[first + row] for row in range(rows)]))
+        batch = transform(read_records(source, [order[i * batch_size + row] for row in rows]))
         for name, array in batch.items():
-            if len(array) != rows:
-                raise UserError(f"transform made {len(array)} rows of {name!r} from {rows} records")
+            if len(array) != len(rows):
+                raise UserError(
+                    f"transform made {len(array)} rows of {name!r} from {len(rows)} records"
+                )
         return batch
 
     return batches
@@ -111,43 +108,47 @@ def encode_online(autoencoder, text_encoder) -> Callable[[list[dict]], Batch]:
 
 
 def prefetch(
-    batches: Callable[[int], Batch], start: int, depth: int = 2
-) -> Iterator[tuple[int, Batch]]:
-    """Yields ``(i, batches(i))`` for i = start, start + 1, ... with a thread that works ahead.
+    batches: Callable[[int], Batch],
+    start: int,
+    depth: int = 2,
+    place: Callable[[Batch], Any] = lambda batch: batch,
+) -> Iterator[tuple[int, Any]]:
+    """Yields ``(i, place(batches(i)))`` for i = start, start + 1, ... with a thread that works ahead.
 
     The thread starts with the first ``next`` and ends when the iterator is closed, by ``close()``,
-    ``contextlib.closing`` or its going out of use. An error in ``batches`` is raised here, after
-    the batches before it.
+    ``contextlib.closing`` or its going out of use. An error in ``batches`` or ``place`` is raised
+    here, after the batches before it.
 
     Args:
       batches: a function of the batch number that may be called from a thread.
       start: number of the first batch.
       depth: how many batches may wait, at least 1.
+      place: puts a batch where it is used, on devices for example, from the same thread. It is called
+        only once there is room: no more than ``depth`` placed batches wait, while one more may be
+        ready on the host.
     """
     if depth < 1:
         raise UserError(f"prefetch depth {depth} is too small: use at least 1")
-    return _prefetch(batches, start, depth)
+    return _prefetch(batches, start, depth, place)
 
 
-def _prefetch(batches, start: int, depth: int):
-    waiting: queue.Queue = queue.Queue(depth)
+def _prefetch(batches, start: int, depth: int, place):
+    waiting: queue.Queue = queue.Queue()
+    room = threading.Semaphore(depth)
     stop = threading.Event()
-
-    def put(item) -> None:
-        while not stop.is_set():
-            try:
-                return waiting.put(item, timeout=0.05)
-            except queue.Full:
-                continue
 
     def work() -> None:
         i = start
         try:
-            while not stop.is_set():
-                put((i, batches(i), None))
+            while True:
+                batch = batches(i)
+                room.acquire()
+                if stop.is_set():
+                    return
+                waiting.put((i, place(batch), None))
                 i += 1
         except BaseException as error:  # whatever it is, it belongs to the consumer
-            put((i, None, error))
+            waiting.put((i, None, error))
 
     thread = threading.Thread(target=work, name="prefetch", daemon=True)
     thread.start()
@@ -156,7 +157,9 @@ def _prefetch(batches, start: int, depth: int):
             i, batch, error = waiting.get()
             if error is not None:
                 raise error
+            room.release()
             yield i, batch
     finally:
         stop.set()
+        room.release()  # the thread may be waiting for it
         thread.join()

@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
+from jax.ad_checkpoint import checkpoint_name
 
 from .layers import layer_norm, wide
 
@@ -37,7 +38,7 @@ class SpectralConv1d(nn.Module):
         # is what a matrix unit runs anyway.
         half = self.kernel_size // 2
         taps = (jnp.roll(x, half - i, axis=1) @ kernel[i] for i in range(self.kernel_size))
-        return sum(taps) + bias.astype(self.dtype)[None, None]
+        return checkpoint_name(sum(taps) + bias.astype(self.dtype)[None, None], "convolution")
 
 
 def spectral_norm(kernel: Array, uv: dict[str, Array]) -> Array:
@@ -179,10 +180,14 @@ class DiscriminatorHeads(nn.Module):
 
     @nn.compact
     def __call__(self, features: tuple[Array, ...], spectral: dict) -> Array:
+        # A backward pass keeps the convolutions' outputs and makes the cheap rest anew: nine rolled copies
+        # of the tokens and float32 norms would take half a gigabyte for an image of 1024 pixels.
+        keep = jax.checkpoint_policies.save_only_these_names("convolution")
+        remat_head = nn.remat(DiscriminatorHead, policy=keep)
         logits = []
         for i, feature in enumerate(features):
             tokens = feature.reshape(feature.shape[0], -1, feature.shape[-1])
-            head = DiscriminatorHead(self.dtype, self.token_norm, name=f"heads_{i}")
+            head = remat_head(self.dtype, self.token_norm, name=f"heads_{i}")
             logits.append(head(tokens, spectral[f"heads_{i}"]))
         return wide(jnp.concatenate(logits, axis=-1))
 

@@ -227,18 +227,24 @@ class CrossAttention(nn.Module):
 class GLUMBConv(nn.Module):
     """Gated convolutional MLP: 1x1 to 2h, SiLU, depthwise 3x3, value times SiLU(gate), 1x1 back.
 
-    The first half of the depthwise output is the value, the second the gate.
+    The first half of the depthwise output is the value, the second the gate; or of each of ``groups``
+    parts of it, for weights regrouped by `training.sharding.Partition.gather`.
     """
 
     features: int
     hidden: int
     dtype: Dtype
+    groups: int = 1
 
     @nn.compact
     def __call__(self, x: Array) -> Array:
         x = Linear(2 * self.hidden, dtype=self.dtype, kernel_init=xavier, name="conv_inverted")(x)
         x = DepthwiseConv(2 * self.hidden, self.dtype, name="conv_depth")(nn.silu(x))
-        value, gate = jnp.split(x, 2, axis=-1)
+        if self.groups == 1:
+            value, gate = jnp.split(x, 2, axis=-1)
+        else:
+            x = rearrange(x, "b h w (n two c) -> two b h w (n c)", n=self.groups, two=2)
+            value, gate = x[0], x[1]
         out = Linear(
             self.features, use_bias=False, dtype=self.dtype, kernel_init=xavier, name="conv_point"
         )

@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 from einops import rearrange
 from flax import linen as nn
+from jax.ad_checkpoint import checkpoint_name
 
 from ..errors import UserError
 from .layers import (
@@ -47,6 +48,7 @@ class SanaTransformerBlock(nn.Module):
     qk_norm: bool
     attention_bias: bool
     dtype: Any
+    groups: int = 1
 
     @nn.compact
     def __call__(self, x: Array, text: Array, mask: Array, t6: Array) -> Array:
@@ -61,7 +63,7 @@ class SanaTransformerBlock(nn.Module):
         attn2 = CrossAttention(
             self.features, self.cross_heads, self.qk_norm, self.dtype, name="attn2"
         )
-        ff = GLUMBConv(self.features, self.hidden, self.dtype, name="ff")
+        ff = GLUMBConv(self.features, self.hidden, self.dtype, self.groups, name="ff")
 
         normed = modulate(layer_norm(x), shift_a, scale_a).astype(self.dtype)
         x = x + (gate_a[:, None, None] * attn1(normed)).astype(x.dtype)
@@ -78,6 +80,8 @@ class SanaTransformer(nn.Module):
       dtype: of matmuls and of the residual stream; parameters are always float32.
       remat: what the backward pass recomputes, a name that `remat` accepts.
       scan: run the stacked blocks by `lax.scan`; False unrolls them (slower to compile).
+      partition: where weights in use and activations lie on a mesh of several devices, as
+        `training.sharding.Partition`; None leaves it to the compiler.
     """
 
     in_channels: int = 32
@@ -100,11 +104,17 @@ class SanaTransformer(nn.Module):
     dtype: Any = jnp.float32
     remat: str = "none"
     scan: bool = True
+    partition: Any = None
 
     @property
     def features(self) -> int:
         """Width ``d`` of the residual stream."""
         return self.num_attention_heads * self.attention_head_dim
+
+    @property
+    def hidden(self) -> int:
+        """Width of the MLP's gated part."""
+        return int(self.mlp_ratio * self.features)
 
     @nn.compact
     def __call__(
@@ -192,12 +202,13 @@ class SanaTransformer(nn.Module):
         if with_logvar and not self.logvar:
             raise ValueError("with_logvar needs a model built with logvar=True")
 
-    def _block(self) -> SanaTransformerBlock:
+    def _block(self, groups: int = 1) -> SanaTransformerBlock:
         return SanaTransformerBlock(
             features=self.features,
             heads=self.num_attention_heads,
             cross_heads=self.num_cross_attention_heads,
-            hidden=int(self.mlp_ratio * self.features),
+            hidden=self.hidden,
+            groups=groups,
             qk_norm=self.qk_norm,
             attention_bias=self.attention_bias,
             dtype=self.dtype,
@@ -217,12 +228,32 @@ class SanaTransformer(nn.Module):
         return self.get_variable("params", "transformer_blocks")
 
     def _step(self, text, mask, t6) -> Callable:
-        block = self._block()
+        partition = self.partition
+        block = self._block(partition.ways(self.hidden) if partition else 1)
 
         def step(params, x):
+            x = checkpoint_name(x, "block_input")  # for remat 'offload'
+            params = compute_params(params, self.dtype)  # before they travel between devices
+            if partition is not None:
+                params, x = partition.gather(params), partition.batch(x)
             return block.apply({"params": params}, x, text, mask, t6)
 
-        return remat(step, self.remat, self.scan)
+        return remat(step, self.remat, self.scan, split=partition is not None)
+
+
+def compute_params(params, dtype):
+    """Parameters with the weights of matmuls and convolutions as the network uses them, in ``dtype``.
+
+    The result of a network does not change by it. Norms, modulation tables, the time embedding and the
+    logvar head compute in float32 and stay as they are.
+    """
+
+    def cast(path, leaf):
+        names = [getattr(entry, "key", None) for entry in path]
+        wide_layer = "time_embed" in names or "logvar_linear" in names
+        return leaf if wide_layer or names[-1] not in ("kernel", "bias") else leaf.astype(dtype)
+
+    return jax.tree_util.tree_map_with_path(cast, params)
 
 
 def from_fields(fields: dict, **changes) -> SanaTransformer:
@@ -279,20 +310,37 @@ _POLICIES = {
     "full": jax.checkpoint_policies.nothing_saveable,
     "dots": jax.checkpoint_policies.dots_saveable,
     "dots_no_batch": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+    "offload": jax.checkpoint_policies.save_and_offload_only_these_names(
+        names_which_can_be_saved=[],
+        names_which_can_be_offloaded=["block_input"],
+        offload_src="device",
+        offload_dst="pinned_host",
+    ),
 }
 
 
-def remat(step: Callable, policy: str, scan: bool) -> Callable:
+def _all_but_weights(primitive, *_, **__) -> bool:
+    return primitive.name not in ("linear_call", "sharding_constraint")
+
+
+def remat(step: Callable, policy: str, scan: bool, split: bool = False) -> Callable:
     """Wraps ``step`` in `jax.checkpoint` under a named policy.
 
     Names: 'none' keeps everything; 'full' keeps block inputs only; 'dots' keeps matmul outputs;
-    'dots_no_batch' keeps the outputs of matmuls with weights.
+    'dots_no_batch' keeps the outputs of matmuls with weights; 'offload' keeps block inputs, in the host's
+    memory, where the backend has a way there (TPU, GPU).
+
+    Args:
+      split: the step gathers its weights; whatever the policy, gathered ones are not kept for the
+        backward pass, which gathers them anew.
 
     Raises:
       ValueError: for any other name.
     """
     if policy == "none":
-        return step
+        return (
+            jax.checkpoint(step, policy=_all_but_weights, prevent_cse=not scan) if split else step
+        )
     if policy not in _POLICIES:
         raise ValueError(f"remat policy '{policy}' is not one of none, {', '.join(_POLICIES)}")
     return jax.checkpoint(step, policy=_POLICIES[policy], prevent_cse=not scan)

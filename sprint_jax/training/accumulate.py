@@ -1,32 +1,50 @@
 """Gradients over microbatches."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 
-def gradients(loss: Callable, params, batch: dict, key: jax.Array, parts: int):
-    """Mean loss and gradients over ``parts`` equal microbatches, run one after the other.
+def gradients(
+    terms: Sequence[Callable], params, batch: dict, key: jax.Array, parts: int = 1
+) -> tuple[jax.Array, dict, Any]:
+    """Loss and gradients of a sum of terms, means over ``parts`` equal microbatches.
+
+    Terms and microbatches run one after the other, so that the activations of one at a time are
+    alive.
 
     Args:
-      loss: ``loss(params, batch, key) -> (scalar, aux)``; aux leaves are per-sample arrays [B].
+      terms: each ``term(params, batch, key) -> (scalar, aux)``; aux leaves are per-sample arrays [B].
       params: differentiated tree.
       batch: arrays with a leading axis that ``parts`` divides.
-      key: folded with the index of each microbatch.
+      key: folded with the index of each microbatch; the same for all terms.
 
     Returns:
-      ``(loss, aux, gradients)``, aux of the whole batch.
+      ``(loss, aux, gradients)``, aux of the whole batch and of all terms.
     """
-    value_and_grad = jax.value_and_grad(loss, has_aux=True)
+
+    def of_terms(params, microbatch, key):
+        total, everything = None, {}
+        for term in terms:
+            (value, aux), grads = jax.value_and_grad(term, has_aux=True)(params, microbatch, key)
+            everything |= aux
+            total = (
+                (value, grads) if total is None else jax.tree.map(jnp.add, total, (value, grads))
+            )
+            # Nothing orders independent terms but this: the next one waits for the sum so far.
+            total, params = jax.lax.optimization_barrier((total, params))
+        return total, everything
+
     if parts == 1:
-        (value, aux), grads = value_and_grad(params, batch, jax.random.fold_in(key, 0))
+        (value, grads), aux = of_terms(params, batch, jax.random.fold_in(key, 0))
         return value, aux, grads
 
     def one(total, inputs):
         microbatch, i = inputs
-        (value, aux), grads = value_and_grad(params, microbatch, jax.random.fold_in(key, i))
-        return jax.tree.map(lambda a, b: a + b / parts, total, (value, grads)), aux
+        part, aux = of_terms(params, microbatch, jax.random.fold_in(key, i))
+        return jax.tree.map(lambda a, b: a + b / parts, total, part), aux
 
     # Strided, so that each device finds its rows of a microbatch among those it has already.
     def split(a):

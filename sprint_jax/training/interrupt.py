@@ -6,6 +6,8 @@ from pathlib import Path
 import jax
 import numpy as np
 
+from ..errors import UserError
+
 
 class Stop:
     """Remembers that SIGTERM came, so that the step in progress can end in a checkpoint."""
@@ -18,11 +20,17 @@ class Stop:
         self.requested = number
 
 
-def explain_nonfinite(workdir: Path, step: int, metrics: dict, limit: int) -> str:
-    """One line that says which numbers went bad first, for the error that ends a run."""
+def check_finite(in_a_row: int, limit: int, workdir: Path, step: int, metrics: dict) -> None:
+    """Ends a run after too many updates that were not finite.
+
+    Raises:
+      UserError: when ``in_a_row`` reached ``limit``; it says which numbers went bad at ``step``.
+    """
+    if in_a_row < limit:
+        return
     values = {name: float(value) for name, value in jax.device_get(metrics).items()}
     bad = [name for name, value in values.items() if not np.isfinite(value) and "/t" not in name]
-    return (
+    raise UserError(
         f"{workdir}: {limit} updates in a row were not finite, the last at step {step} "
         f"(not finite: {', '.join(bad) or 'gradients'}); checkpoints hold the parameters before "
         "them. Lower the learning rate or lengthen scm.tangent_warmup, and see metrics.jsonl for the time bins"

@@ -54,15 +54,20 @@ class MetricLog:
       resume_step: the step that was restored: logged steps after it will come again and are dropped
         (as is a torn last line), here and in TensorBoard, so that each appears once. None for a
         fresh start, which drops all of them.
+      progress: shows the losses of the lines that were deferred.
 
     Raises:
       UserError: when a file cannot be written.
     """
 
-    def __init__(self, workdir: str | Path, *, resume_step: int | None):
+    def __init__(
+        self, workdir: str | Path, *, resume_step: int | None, progress: "Progress | None" = None
+    ):
         self.workdir = Path(workdir)
         self.path = self.workdir / "metrics.jsonl"
         self._active = jax.process_index() == 0
+        self._progress = progress
+        self._deferred: tuple[int, dict[str, Any]] | None = None
         if not self._active:
             return
         kept = -1 if resume_step is None else resume_step
@@ -116,8 +121,37 @@ class MetricLog:
         except OSError as error:
             raise UserError(f"cannot write {self.path}: {error.strerror}") from error
 
+    def defer(self, step: int, metrics: Mapping[str, Any]) -> None:
+        """Takes a line whose values may still be on a device; `flush` writes it.
+
+        Nothing waits here: the values start on their way to the host once they are computed.
+        """
+        if not self._active:
+            return
+        self.flush()
+        for value in metrics.values():
+            if isinstance(value, jax.Array):
+                value.copy_to_host_async()
+        self._deferred = (step, dict(metrics))
+
+    def flush(self) -> None:
+        """Writes the deferred line, if there is one, and waits for its values if need be.
+
+        Raises:
+          UserError: when the file cannot be written.
+        """
+        if self._deferred is None:
+            return
+        (step, metrics), self._deferred = self._deferred, None
+        values = {name: float(value) for name, value in jax.device_get(metrics).items()}
+        self.write(step, values)
+        if self._progress is not None:
+            shown = {name: value for name, value in values.items() if name.startswith("loss/")}
+            self._progress.update(step, shown)
+
     def sync(self) -> None:
         """Forces the lines so far to disk, so that they outlive a failure of the machine."""
+        self.flush()
         if self._active:
             os.fsync(self._file.fileno())
             self._synced = time.monotonic()
@@ -149,12 +183,16 @@ class MetricLog:
 
     def curves(self) -> None:
         """Draws curves.png from metrics.jsonl: one panel per metric group."""
+        self.flush()
         if self._active:
             draw_curves(self.path, self.workdir / "curves.png")
 
     def close(self) -> None:
-        if self._active:
+        if not self._active:
+            return
+        try:
             self.sync()
+        finally:  # what is deferred may belong to a device that failed
             self._file.close()
             self._board.close()
             self._active = False

@@ -1,5 +1,10 @@
-"""What a run needs before its first step: networks, data, frozen parameters, state."""
+"""What a run needs before its first step: networks, data, frozen parameters, state.
 
+Arrays are made on the mesh, or not at all: `abstract_run` gives the shapes and shardings of a whole run
+for a mesh of devices that need not exist.
+"""
+
+import functools
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -9,24 +14,31 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from einops import rearrange
 
-from .. import sampling, trigflow
-from ..config import Config, diff
-from ..data.digits import get_world, held_out_prompts, open_digits
+from ..config import Config
+from ..data.digits import get_world, open_digits
 from ..data.loader import encode_online, make_batches
+from ..data.synthetic import SyntheticLatents, collate
 from ..errors import UserError
 from ..interop.diffusers import load_transformer
 from ..models.discriminator import DiscriminatorHeads, init_heads
-from ..models.sana import SanaTransformer, from_fields
+from ..models.sana import SanaTransformer, compute_params, from_fields
 from ..models.toy import SpaceToDepth, WordEncoder
 from .checkpoint import load_params
 from .fingerprint import fingerprint
 from .optim import make_optimizer
-from .sharding import replicated, state_shardings
+from .sharding import (
+    Partition,
+    batch_sharding,
+    local_rows,
+    make_mesh,
+    replicated,
+    state_shardings,
+)
 from .state import TrainState, overlay
 
 Tree = Any
+LOG_FILE = "log.txt"  # what a run prints, where nobody watches it
 
 
 class Nets(NamedTuple):
@@ -43,13 +55,21 @@ class Data(NamedTuple):
     """Where batches come from, and what stands between pictures, prompts and the network.
 
     ``batches(i)`` is this host's rows of global batch ``i``: latents [B, h, w, C], text [B, L, D],
-    mask [B, L]; ``size`` is the pictures' (height, width).
+    mask [B, L]; ``null_text`` [L, D] and ``null_mask`` [L] are of the empty prompt; ``size`` is the
+    pictures' (height, width). Without an autoencoder there are no pictures to look at.
     """
 
     batches: Callable[[int], dict[str, np.ndarray]]
-    text_encoder: Any
-    autoencoder: Any
-    size: tuple[int, int]
+    null_text: np.ndarray
+    null_mask: np.ndarray
+    text_encoder: Any = None
+    autoencoder: Any = None
+    size: tuple[int, int] = (0, 0)
+
+
+def mesh_from(c: Config, devices=None) -> jax.sharding.Mesh:
+    """The mesh of ``config.mesh`` over the given devices, by default all."""
+    return make_mesh(**{key: c.mesh[key] for key in c.mesh}, devices=devices)
 
 
 def toy_parts(world: str) -> tuple[SpaceToDepth, WordEncoder, tuple[int, int]]:
@@ -58,18 +78,59 @@ def toy_parts(world: str) -> tuple[SpaceToDepth, WordEncoder, tuple[int, int]]:
     return SpaceToDepth(), WordEncoder(), (8 * rows, 8 * columns)
 
 
-def open_data(c: Config) -> Data:
-    """The training data that a config's ``data`` section describes."""
+def batch_shapes(c: Config) -> dict[str, jax.ShapeDtypeStruct]:
+    """Shapes and dtypes of a global batch; reads no data."""
+    if c.data.source == "synthetic":
+        source = _synthetic(c)
+        text, latents = source.text_shape, source.shape
+    else:
+        autoencoder, text_encoder, (height, width) = toy_parts(c.data.world)
+        text = text_encoder.encode([""])[0].shape[1:]
+        factor = autoencoder.factor
+        latents = (height // factor, width // factor, c.model.in_channels)
+    count = c.data.batch_size
+    return {
+        "latents": jax.ShapeDtypeStruct((count, *latents), jnp.float32),
+        "text": jax.ShapeDtypeStruct((count, *text), jnp.float32),
+        "mask": jax.ShapeDtypeStruct((count, text[0]), jnp.int32),
+    }
+
+
+def _synthetic(c: Config) -> SyntheticLatents:
+    return SyntheticLatents(
+        seed=c.seed,
+        shape=(*c.data.latent_size, c.model.in_channels),
+        text_shape=(c.data.text_length, c.model.caption_channels),
+    )
+
+
+def open_data(c: Config, mesh: jax.sharding.Mesh) -> Data:
+    """The training data that a config's ``data`` section describes.
+
+    Raises:
+      UserError: for an unknown source, or data that is not there.
+    """
+    rows = local_rows(mesh, c.data.batch_size)
+    if c.data.source == "synthetic":
+        source = _synthetic(c)
+        batches = make_batches(
+            source, collate, batch_size=c.data.batch_size, seed=c.seed, rows=rows
+        )
+        return Data(batches, source.null_text, source.null_mask)
+    if c.data.source != "digits":
+        raise UserError(
+            f"config.data.source '{c.data.source}' is not one of digits, synthetic", exit_code=2
+        )
     autoencoder, text_encoder, size = toy_parts(c.data.world)
     batches = make_batches(
         open_digits(c.data.dir, c.data.world, "train"),
         encode_online(autoencoder, text_encoder),
         batch_size=c.data.batch_size,
         seed=c.seed,
-        process_index=jax.process_index(),
-        process_count=jax.process_count(),
+        rows=rows,
     )
-    return Data(batches, text_encoder, autoencoder, size)
+    null_text, null_mask = text_encoder.encode([""])
+    return Data(batches, null_text[0], null_mask[0], text_encoder, autoencoder, size)
 
 
 def read_workdir_config(workdir: str | Path) -> Config:
@@ -87,80 +148,33 @@ def read_workdir_config(workdir: str | Path) -> Config:
         raise UserError(f"{path} is not JSON ({error}); is it damaged?") from error
 
 
-def check_workdir(workdir: Path, c: Config) -> None:
-    """Refuses a workdir that is not this run's, before anything is computed.
-
-    A run may go on with other values of ``steps``, ``mesh``, ``log``, ``sampler`` and of where data and teacher
-    lie (the teacher's hash is compared); every other key decides its numbers.
-
-    Raises:
-      UserError: for a file in its place, a directory of something else, or another config.
-    """
-    if workdir.exists() and not workdir.is_dir():
-        raise UserError(f"--workdir {workdir} is a file; name a directory")
-    if not workdir.is_dir() or not any(workdir.iterdir()):
-        return
-    old = read_workdir_config(workdir).to_dict()
-    free = ("steps", "teacher", "mesh.", "log.", "sampler.", "data.dir", "data.prefetch")
-    changed = [key for key in diff(old, c.to_dict()) if not key.startswith(free)]
-    if changed:
-        more = f" and {len(changed) - 1} more" if changed[1:] else ""
-        raise UserError(
-            f"--workdir {workdir} holds a run of another config: {changed[0]}{more} differ; "
-            "use another --workdir, or the old values"
-        )
-
-
-def check_values(c: Config) -> None:
-    """Refuses counts and intervals below one, and an empty choice of guidance scales."""
-    counts = ["steps", "max_nonfinite", "accumulate", "data.batch_size", "data.prefetch"]
-    counts += [f"log.{key}" for key in ("every", "sample_every", "checkpoint_every", "keep")]
-    if c.stage == "distill":
-        counts.append("log.diagnostics_every")
-        if not c.scm.guidance:
-            raise UserError("config.scm.guidance is empty: give at least one scale", exit_code=2)
-    for name in counts:
-        section, _, key = name.rpartition(".")
-        value = (c[section] if section else c)[key]
-        if value < 1:
-            raise UserError(f"config.{name}={value} must be at least 1", exit_code=2)
-
-
-def check_batch(c: Config, mesh: jax.sharding.Mesh) -> None:
-    """Refuses a batch that does not split evenly over microbatches and devices."""
-    parts = c.accumulate * mesh.size
-    if c.data.batch_size % parts:
-        raise UserError(
-            f"config.data.batch_size={c.data.batch_size} is not divisible by config.accumulate="
-            f"{c.accumulate} x {mesh.size} devices",
-            exit_code=2,
-        )
-
-
-def build_nets(c: Config) -> Nets:
+def build_nets(c: Config, mesh: jax.sharding.Mesh, teacher_fields: dict | None = None) -> Nets:
     """Networks and optimizers of a run.
+
+    Args:
+      teacher_fields: SanaTransformer's fields of the teacher; by default those of ``c.teacher``.
 
     Raises:
       UserError: for an unknown stage, a distillation without a teacher, or taps out of range.
     """
     optimizer = make_optimizer(c.optimizer.name, **_without(c.optimizer, "name"))
+    partition = Partition(mesh) if mesh.size > 1 else None
     if c.stage == "flow":
-        return Nets(from_fields(c.model, guidance_embeds=False), None, None, optimizer, None)
+        model = from_fields(c.model, guidance_embeds=False, partition=partition)
+        return Nets(model, None, None, optimizer, None)
     if c.stage != "distill":
         raise UserError(f"config.stage '{c.stage}' is not one of flow, distill", exit_code=2)
-    if not c.teacher:
-        raise UserError(
-            "stage 'distill' needs --config.teacher=DIR, the workdir of a teacher", exit_code=2
-        )
-    teacher_config = read_workdir_config(c.teacher)
-    if teacher_config.stage != "flow":
-        raise UserError(
-            f"--config.teacher={c.teacher} is no teacher: its stage is '{teacher_config.stage}'"
-        )
+    if teacher_fields is None:
+        teacher_fields = _teacher_fields(c)
     # Frozen weights, but this run's own precision and memory choices.
     runtime = {key: c.model[key] for key in ("dtype", "remat", "scan")}
-    teacher = from_fields(dict(teacher_config.model) | runtime)
-    model = from_fields(c.model, guidance_embeds=True, logvar=True)
+    teacher = from_fields(dict(teacher_fields) | runtime, partition=partition)
+    model = from_fields(c.model, guidance_embeds=True, logvar=True, partition=partition)
+    if c.scm.jvp_dtype not in ("", "float32", "bfloat16"):
+        raise UserError(
+            f"config.scm.jvp_dtype '{c.scm.jvp_dtype}' is not one of float32, bfloat16, or empty",
+            exit_code=2,
+        )
     if not c.ladd.weight:
         return Nets(model, teacher, None, optimizer, None)
     taps = tuple(c.ladd.taps)
@@ -179,6 +193,19 @@ def build_nets(c: Config) -> Nets:
     )
 
 
+def _teacher_fields(c: Config) -> Config:
+    if not c.teacher:
+        raise UserError(
+            "stage 'distill' needs --config.teacher=DIR, the workdir of a teacher", exit_code=2
+        )
+    teacher = read_workdir_config(c.teacher)
+    if teacher.stage != "flow":
+        raise UserError(
+            f"--config.teacher={c.teacher} is no teacher: its stage is '{teacher.stage}'"
+        )
+    return teacher.model
+
+
 def _without(section: Config, *keys: str) -> dict:
     return {key: section[key] for key in section if key not in keys}
 
@@ -190,8 +217,8 @@ def load_frozen(c: Config, data: Data, mesh: jax.sharding.Mesh) -> tuple[dict, d
       ``frozen``: null_text [L, D], null_mask [L], and in stage 'distill' the teacher's EMA params;
       ``origin``: for checkpoints: the teacher's path, step and hash.
     """
-    text, mask = data.text_encoder.encode([""])
-    frozen = jax.device_put({"null_text": text[0], "null_mask": mask[0]}, replicated(mesh))
+    null = {"null_text": data.null_text, "null_mask": data.null_mask}
+    frozen = jax.device_put(null, replicated(mesh))
     if c.stage == "flow":
         return frozen, {}
     params, meta = load_params(c.teacher, "ema", shardings=lambda tree: state_shardings(mesh, tree))
@@ -202,69 +229,6 @@ def load_frozen(c: Config, data: Data, mesh: jax.sharding.Mesh) -> tuple[dict, d
         "hash": fingerprint(params),
     }
     return frozen, origin
-
-
-def make_preview(
-    c: Config, nets: Nets, data: Data, count: int = 16
-) -> Callable[[Tree, dict], np.ndarray]:
-    """A function of (params, frozen) to a picture: always the same prompts from the same noise.
-
-    Columns are prompts. Rows are 1, 2 and 4 steps for a student; for a teacher, DPM-Solver++ with 20
-    steps and CFG.
-
-    Returns:
-      ``preview(params, frozen) -> uint8 [rows * H, columns * W, 3]``, pictures enlarged to 64 pixels.
-    """
-    height, width = data.size
-    text, mask = data.text_encoder.encode(held_out_prompts(c.data.world, count, 0))
-    factor, channels = data.autoencoder.factor, nets.model.in_channels
-    noise = sampling.noise_for(
-        c.seed, np.arange(count), (height // factor, width // factor, channels)
-    )
-    guidance, sigma_d, shift = c.log.sample_guidance, c.sigma_d, c.flow.shift
-    midpoint = c.sampler.midpoint
-
-    def student(params, steps):
-        def velocity(x, t):
-            return nets.model.apply(
-                {"params": params}, x, t, text, mask, jnp.full(count, guidance * 0.1)
-            )
-
-        return sampling.consistency_sample(
-            trigflow.to_trigflow(velocity),
-            noise,
-            schedule=trigflow.step_schedule(steps, midpoint=midpoint),
-            sigma_d=sigma_d,
-            key=jax.random.key(c.seed),
-        )
-
-    def teacher(params, frozen):
-        def velocity(x, t, text, mask):
-            return nets.model.apply({"params": params}, x, t, text, mask)
-
-        guided = sampling.with_cfg(
-            velocity, guidance, frozen["null_text"][None], frozen["null_mask"][None]
-        )
-        return sampling.dpm_solver_sample(
-            lambda x, t: guided(x, t, text, mask), noise, steps=20, shift=shift
-        )
-
-    @jax.jit
-    def sample(params, frozen):
-        rows = (
-            [teacher(params, frozen)]
-            if nets.teacher is None
-            else [student(params, n) for n in (1, 2, 4)]
-        )
-        return jnp.stack([data.autoencoder.decode(row) for row in rows])
-
-    def preview(params, frozen):
-        pixels = np.asarray(jax.device_get(sample(params, frozen)))
-        pixels = np.round((np.clip(pixels, -1, 1) + 1) * 127.5).astype(np.uint8)
-        scale = max(1, 64 // height)
-        return rearrange(pixels, "r n h w c -> (r h) (n w) c").repeat(scale, 0).repeat(scale, 1)
-
-    return preview
 
 
 def warm_params(path: str, shardings: Callable[[Tree], Tree] | None = None) -> Tree:
@@ -286,10 +250,19 @@ def init_state(
     warm = {}
     if c.init:
         warm = warm_params(c.init, lambda tree: state_shardings(mesh, tree))
+    init = _initializer(c, nets, batch)
+    arguments = (frozen.get("teacher"), warm, jax.random.key(c.seed))
+    shardings = state_shardings(mesh, jax.eval_shape(init, *arguments))
+    return jax.jit(init, out_shardings=shardings)(*arguments)
+
+
+def _initializer(
+    c: Config, nets: Nets, batch: dict
+) -> Callable[[Tree, Tree, jax.Array], TrainState]:
+    """``init(teacher, warm, key)``: the state at step 0; of ``batch`` only shapes matter."""
 
     def init(teacher, warm, key):
-        rows = jax.tree.map(lambda a: jnp.zeros((1, *a.shape[1:]), a.dtype), batch)
-        inputs = (rows["latents"], jnp.zeros(1), rows["text"], rows["mask"])
+        inputs = _example(batch)
         keys = jax.random.split(key)
         params = nets.model.init(keys[0], *inputs, *([jnp.zeros(1)] if nets.teacher else []))[
             "params"
@@ -314,6 +287,66 @@ def init_state(
             in_a_row=jnp.zeros(2, jnp.int32),
         )
 
-    arguments = (frozen.get("teacher"), warm, jax.random.key(c.seed))
-    shardings = state_shardings(mesh, jax.eval_shape(init, *arguments))
-    return jax.jit(init, out_shardings=shardings)(*arguments)
+    return init
+
+
+def _example(batch: dict) -> tuple:
+    """One row of zeros as a network's inputs: x, t, text, mask."""
+    rows = jax.tree.map(lambda a: jnp.zeros((1, *a.shape[1:]), a.dtype), batch)
+    return rows["latents"], jnp.zeros(1), rows["text"], rows["mask"]
+
+
+def at_compute_precision(nets: Nets, frozen: dict) -> dict:
+    """``frozen`` with the teacher's weights in the dtype of its matmuls, which changes no result.
+
+    In bfloat16 this halves their memory and what travels between devices. The originals are freed.
+    """
+    if nets.teacher is None:
+        return frozen
+    cast = jax.jit(compute_params, static_argnums=1, donate_argnums=0)
+    return frozen | {"teacher": cast(frozen["teacher"], nets.teacher.dtype)}
+
+
+def abstract_run(c: Config, mesh: jax.sharding.Mesh) -> tuple[Nets, TrainState, dict, dict]:
+    """A run's networks and the shapes, dtypes and shardings of its arrays; nothing is read or made.
+
+    The teacher of a distillation is taken to be of the student's architecture.
+
+    Args:
+      mesh: may be of devices that are described only, as by `jax.experimental.topologies`.
+
+    Returns:
+      ``(nets, state, batch, frozen)``, as `train.lower_updates` takes them.
+    """
+    teacher_fields = dict(c.model) | {"guidance_embeds": False}
+    nets = build_nets(c, mesh, teacher_fields)
+    batch = batch_shapes(c)
+    text, mask = batch["text"], batch["mask"]
+    frozen = {
+        "null_text": jax.ShapeDtypeStruct(text.shape[1:], text.dtype),
+        "null_mask": jax.ShapeDtypeStruct(mask.shape[1:], mask.dtype),
+    }
+    key, teacher = jax.eval_shape(lambda: jax.random.key(0)), None
+    if nets.teacher is not None:
+        example = jax.eval_shape(lambda: _example(batch))
+        teacher = jax.eval_shape(nets.teacher.init, key, *example)["params"]
+        cast = functools.partial(compute_params, dtype=nets.teacher.dtype)
+        frozen["teacher"] = jax.eval_shape(cast, teacher)
+    state = jax.eval_shape(_initializer(c, nets, batch), teacher, {}, key)
+
+    def place(tree, shardings):
+        return jax.tree.map(
+            lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
+            tree,
+            jax.tree.broadcast(shardings, tree),
+        )
+
+    laid = {name: replicated(mesh) for name in ("null_text", "null_mask")}
+    if teacher is not None:
+        laid["teacher"] = state_shardings(mesh, frozen["teacher"])
+    return (
+        nets,
+        place(state, state_shardings(mesh, state)),
+        place(batch, batch_sharding(mesh)),
+        place(frozen, laid),
+    )

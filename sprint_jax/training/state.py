@@ -5,6 +5,7 @@ from typing import Any
 import flax
 import jax
 import jax.numpy as jnp
+import optax
 
 from ..errors import UserError
 
@@ -80,3 +81,60 @@ def select(finite: jax.Array, new: Tree, old: Tree) -> Tree:
 def tree_norm(tree: Tree) -> jax.Array:
     """Global Euclidean norm, float32."""
     return jnp.sqrt(sum(jnp.square(x.astype(jnp.float32)).sum() for x in jax.tree.leaves(tree)))
+
+
+def apply_gradients(
+    optimizer: optax.GradientTransformation, ema_decay: float, state: TrainState, value, grads
+) -> tuple[TrainState, dict[str, jax.Array]]:
+    """Optimizer and EMA, and one step more; a non-finite update leaves all else but counters as it was.
+
+    Returns:
+      ``(state, metrics)``.
+    """
+    norm = tree_norm(grads)
+    finite = jnp.isfinite(norm) & jnp.isfinite(value)
+    updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+    params = optax.apply_updates(state.params, updates)
+    ema = ema_update(state.ema, params, ema_decay, state.step)
+    params, ema, opt_state = select(
+        finite, (params, ema, opt_state), (state.params, state.ema, state.opt_state)
+    )
+    state = _count(state, 0, finite).replace(
+        step=state.step + 1, params=params, ema=ema, opt_state=opt_state
+    )
+    distance = tree_norm(jax.tree.map(jnp.subtract, ema, params)) / tree_norm(params)
+    return state, {"grad/student": norm, "ema/distance": distance}
+
+
+def apply_head_gradients(
+    optimizer: optax.GradientTransformation, state: TrainState, spectral: Tree, value, grads
+) -> tuple[TrainState, dict[str, jax.Array]]:
+    """The heads' part of `apply_gradients`; ``spectral`` replaces the old vectors with it."""
+    norm = tree_norm(grads)
+    finite = jnp.isfinite(norm) & jnp.isfinite(value)
+    updates, opt_state = optimizer.update(grads, state.disc_opt_state, state.disc["params"])
+    params = optax.apply_updates(state.disc["params"], updates)
+    new = ({"params": params, "spectral": spectral}, opt_state)
+    disc, disc_opt_state = select(finite, new, (state.disc, state.disc_opt_state))
+    state = _count(state, 1, finite).replace(disc=disc, disc_opt_state=disc_opt_state)
+    counts = {"health/skipped": state.skipped, "health/in_a_row": state.in_a_row.max()}
+    return state, {"grad/heads": norm} | counts
+
+
+def _count(state: TrainState, which: int, finite: jax.Array) -> TrainState:
+    """Counts a skipped update of the student (0) or the heads (1)."""
+    in_a_row = jnp.where(finite, 0, state.in_a_row[which] + 1)
+    return state.replace(
+        skipped=state.skipped + (~finite).astype(jnp.int32),
+        in_a_row=state.in_a_row.at[which].set(in_a_row),
+    )
+
+
+def health(loss: jax.Array, state: TrainState) -> dict[str, jax.Array]:
+    """Share of samples whose loss [B] is not finite, and the counters."""
+    bad = 1 - jnp.isfinite(loss).astype(jnp.float32)
+    return {
+        "health/nonfinite_samples": bad.mean(),
+        "health/skipped": state.skipped,
+        "health/in_a_row": state.in_a_row.max(),
+    }

@@ -1,0 +1,52 @@
+"""SANA-Sprint: distils a 0.6B or 1.6B teacher at 1024 pixels into a student of one to four steps.
+
+    python -m sprint_jax.train --config configs/sprint.py:1600m --config.teacher=DIR --workdir DIR
+    python -m sprint_jax.plan --config configs/sprint.py:1600m --topology v5e:16x16
+
+Words: ``600m`` or ``1600m``. The values are those of the published YAML files and of the paper; the batch is
+theirs of 16 per GPU on 32 GPUs. Latents are synthetic as yet: the step is the true one, and what it
+costs on a TPU slice is in README under "Planning a run". No full training was run.
+"""
+
+import ml_collections
+
+from configs import default
+from sprint_jax.config import parse_arg
+
+
+def get_config(arg=None):
+    (size,) = parse_arg(arg, ("600m", "1600m"))
+    c = default.get_config()
+    c.stage = "distill"
+    c.steps = 15_000
+    c.model = default.model_fields(size)
+    large_model(c)
+    c.data.batch_size = 512
+    c.optimizer = came(2e-6, warmup_steps=5000)
+    c.ladd.optimizer = came(2e-6, warmup_steps=0)
+    del c.ladd.optimizer["name"]
+    c.ema_decay = 0.9999
+    return c
+
+
+def large_model(c):
+    """What training at full size needs, whatever the stage."""
+    c.data.source = "synthetic"
+    c.model.dtype = "bfloat16"
+    c.model.remat = "full"
+    c.mesh.data, c.mesh.fsdp = 1, -1
+
+
+def came(learning_rate, warmup_steps):
+    return ml_collections.ConfigDict(
+        dict(
+            name="came",
+            learning_rate=learning_rate,
+            warmup_steps=warmup_steps,
+            decay_steps=0,
+            clip_norm=0.1,
+            weight_decay=0.0,
+            b1=0.9,
+            b2=0.999,
+        )
+    )

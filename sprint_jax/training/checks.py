@@ -1,0 +1,70 @@
+"""What is refused before anything is computed: another run's workdir, counts and batches that cannot be."""
+
+from pathlib import Path
+
+import jax
+
+from ..config import Config, diff
+from ..errors import UserError
+from .setup import LOG_FILE, read_workdir_config
+from .sharding import batch_ways
+
+
+def check_workdir(workdir: Path, c: Config) -> None:
+    """Refuses a workdir that is not this run's, before anything is computed.
+
+    `LOG_FILE`, into which a sweep or a batch system writes, may be there before the run is. A run may
+    go on with other values of ``steps``, ``mesh``, ``log``, ``sampler`` and of where data and teacher
+    lie (the teacher's hash is compared); every other key decides its numbers.
+
+    Raises:
+      UserError: for a file in its place, a directory of something else, or another config.
+    """
+    if workdir.exists() and not workdir.is_dir():
+        raise UserError(f"--workdir {workdir} is a file; name a directory")
+    if not workdir.is_dir() or {path.name for path in workdir.iterdir()} <= {LOG_FILE}:
+        return
+    old = read_workdir_config(workdir).to_dict()
+    free = ("steps", "teacher", "mesh.", "log.", "sampler.", "data.dir", "data.prefetch")
+    changed = [key for key in diff(old, c.to_dict()) if not key.startswith(free)]
+    if changed:
+        more = f" and {len(changed) - 1} more" if changed[1:] else ""
+        raise UserError(
+            f"--workdir {workdir} holds a run of another config: {changed[0]}{more} differ; "
+            "use another --workdir, or the old values"
+        )
+
+
+def check_values(c: Config) -> None:
+    """Refuses counts and intervals below one, and an empty choice of guidance scales."""
+    counts = ["steps", "max_nonfinite", "accumulate", "data.batch_size", "data.prefetch"]
+    counts += [f"log.{key}" for key in ("every", "sample_every", "checkpoint_every", "keep")]
+    if c.stage == "distill":
+        counts.append("log.diagnostics_every")
+        if not c.scm.guidance:
+            raise UserError("config.scm.guidance is empty: give at least one scale", exit_code=2)
+    for name in counts:
+        section, _, key = name.rpartition(".")
+        value = (c[section] if section else c)[key]
+        if value < 1:
+            raise UserError(f"config.{name}={value} must be at least 1", exit_code=2)
+
+
+def check_overridden(c: Config, names: list[str]) -> None:
+    """Refuses keys, set by hand, that nothing has read; call it when all that reads them has run."""
+    unread = sorted(set(c.unread()) & set(names))
+    if unread:
+        raise UserError(
+            f"config.{unread[0]} is not read by stage '{c.stage}'; leave it out", exit_code=2
+        )
+
+
+def check_batch(c: Config, mesh: jax.sharding.Mesh) -> None:
+    """Refuses a batch that does not split evenly over microbatches and devices."""
+    ways = batch_ways(mesh)
+    if c.data.batch_size % (c.accumulate * ways):
+        raise UserError(
+            f"config.data.batch_size={c.data.batch_size} is not divisible by config.accumulate="
+            f"{c.accumulate} x {ways} devices (mesh data x fsdp)",
+            exit_code=2,
+        )
