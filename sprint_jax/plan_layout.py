@@ -13,9 +13,8 @@ from .config import Config
 from .errors import UserError
 from .hlo_text import parse
 from .topology import Topology, out_of_memory, quiet_libtpu
-from .training import setup, sharding
+from .training import checks, setup, sharding
 
-UPDATES = {"flow": ["flow"], "distill": ["generator", "discriminator"]}
 # In the order of the picture. 'heads' are the discriminator's with their optimizer.
 KINDS = ("params", "ema", "optimizer", "heads", "frozen", "batch", "other", "temporaries", "code")
 
@@ -93,8 +92,8 @@ def lower(c: Config, topology: Topology) -> tuple[jax.sharding.Mesh, list[tuple[
       mesh; [(name, lowered)]; bytes by leaf name, such as ``state.params['x']``, without padding.
     """
     mesh = sharding.make_mesh(**dict(c.mesh), devices=topology.devices)
-    setup.check_values(c)
-    setup.check_batch(c, mesh)
+    checks.check_values(c)
+    checks.check_batch(c, mesh)
     nets, state, batch, frozen = setup.abstract_run(c, mesh)
     lowered = train.lower_updates(c, nets, state, batch, frozen)
     leaves = {
@@ -103,7 +102,10 @@ def lower(c: Config, topology: Topology) -> tuple[jax.sharding.Mesh, list[tuple[
         for name, tree in (("state", state), ("batch", batch), ("frozen", frozen))
         for path, leaf in jax.tree_util.tree_leaves_with_path(tree)
     }
-    return mesh, list(zip(UPDATES[c.stage], lowered, strict=False)), leaves
+    names = ["generator", "discriminator"] if c.stage == "distill" else ["flow"]
+    if c.stage == "distill" and nets.heads is not None and len(lowered) == 1:
+        names = ["joint"]  # of generator and discriminator, config.ladd.reuse_fakes
+    return mesh, list(zip(names, lowered, strict=False)), leaves
 
 
 def algorithm_flops(c: Config, topology: Topology) -> list[float]:
