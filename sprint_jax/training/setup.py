@@ -350,3 +350,9 @@ def abstract_run(c: Config, mesh: jax.sharding.Mesh) -> tuple[Nets, TrainState, 
         place(batch, batch_sharding(mesh)),
         place(frozen, laid),
     )
+
+
+def describe(c: Config, state: TrainState, mesh: jax.sharding.Mesh) -> str:
+    """A run in a few words: stage, parameters, devices."""
+    size = sum(leaf.size for leaf in jax.tree.leaves(state.params)) / 1e6
+    return f"{c.stage}: {size:.2f} M parameters, {mesh.size} device(s)"
