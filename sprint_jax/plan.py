@@ -5,7 +5,8 @@
 
 The true updates of the config's stage, optimizer and EMA included, are compiled for a topology that need not
 exist here (TPU: libtpu's compiler, extra 'plan'), or for the devices of this machine ('local'). No data and no
-weights are read. Reported per device: memory by kind, FLOPs, memory traffic, bytes of collectives by kind and
+weights are read. For TPUs compilation ends when memory is assigned, and the size of machine code is estimated;
+--full goes on to the end. Reported per device: memory by kind, FLOPs, memory traffic, bytes of collectives by kind and
 mesh axis, and the least time of a step: instructions one after another, each at the peak of what limits it,
 transfers hidden behind them unless they take longer. No program reaches peaks: a real step takes longer.
 
@@ -47,6 +48,11 @@ def main(argv: list[str]) -> None:
         help="so many of these, joined by the data centre's network",
     )
     parser.add_argument("--sweep", metavar="KEYS", help="some of batch,fsdp,remat")
+    parser.add_argument(
+        "--full",
+        action="store_true",
+        help="compile to machine code too (minutes), to know its size",
+    )
     parser.add_argument("--out", type=Path, metavar="FILE.json", help="a .png is written beside it")
     flags, c = cli.parse_with_config(parser, argv)
     keys = check_keys(flags.sweep) if flags.sweep else ()
@@ -60,13 +66,17 @@ def main(argv: list[str]) -> None:
 
     if keys:
         tried = sweep(
-            c, topology, keys, lambda layout: plan_layout(layout, topology, algorithm), say
+            c,
+            topology,
+            keys,
+            lambda layout: plan_layout(layout, topology, algorithm, flags.full),
+            say,
         )
         plan = best(tried) | {"sweep": [summary(each) for each in tried]}
         print(sweep_table(plan["sweep"]), end="\n\n")
     else:
         say(f"compiling for {len(topology.devices)} x {topology.chip_name}")
-        plan = plan_layout(c, topology, algorithm)
+        plan = plan_layout(c, topology, algorithm, flags.full)
     plan |= {
         "config": flags.config,
         "overrides": cli.split_overrides(argv)[0],

@@ -1,30 +1,32 @@
 """One layout of a run, compiled for a topology: what each device holds, computes and sends."""
 
 import math
-import time
 from collections.abc import Callable
 from typing import Any
 
 import jax
 
-from . import hlo, train
+from . import hlo, plan_compile
 from .chips import roofline
 from .config import Config
 from .errors import UserError
 from .hlo_text import parse
-from .topology import Topology, out_of_memory, quiet_libtpu
-from .training import checks, setup, sharding
+from .plan_compile import Program
+from .topology import Topology
 
 # In the order of the picture. 'heads' are the discriminator's with their optimizer.
 KINDS = ("params", "ema", "optimizer", "heads", "frozen", "batch", "other", "temporaries", "code")
 
 
-def plan_layout(c: Config, topology: Topology, algorithm: Callable[[Config], list[float]]) -> dict:
+def plan_layout(
+    c: Config, topology: Topology, algorithm: Callable[[Config], list[float]], full: bool = False
+) -> dict:
     """Compiles all updates of a config for a topology; runs nothing.
 
     Args:
       c: the resolved config; batch and mesh must fit the topology.
       algorithm: FLOPs per update that the algorithm asks of all devices together (`algorithm_flops`).
+      full: compile to machine code, to know its size.
 
     Returns:
       What ``--out`` holds, see `sprint_jax.plan`. Where an update does not fit, what comes from compiled
@@ -33,40 +35,30 @@ def plan_layout(c: Config, topology: Topology, algorithm: Callable[[Config], lis
     Raises:
       UserError: for a config that the topology cannot run.
     """
-    mesh, updates, leaves = lower(c, topology)
+    mesh, (_, *trees) = plan_compile.abstract(c, topology)
+    leaves = _leaves(dict(zip(("state", "batch", "frozen"), trees, strict=True)))
     chip, devices = topology.chip, list(mesh.devices.flat)
-    reports, programs, needed, rematerialized = [], [], None, []
-    if sum(leaves.values()) > topology.hbm_bytes:
-        # Not worth compiling: what is held between updates is too much already.
-        needed, updates = sum(leaves.values()), []
-    for name, lowered in updates:
-        started = time.monotonic()
-        with quiet_libtpu() as warnings:
-            try:
-                compiled = lowered.compile()
-            except jax.errors.JaxRuntimeError as error:
-                needed = out_of_memory(error)
-                if needed is None:
-                    raise
+    programs: list[Program] = []
+    if sum(leaves.values()) <= topology.hbm_bytes:  # else not worth compiling
+        for number in range(len(plan_compile.names(c))):
+            programs.append(plan_compile.compile_update(c, topology, number, full))
+            if not programs[-1].fits:
                 break
-        rematerialized += warnings
-        text = compiled.as_text()
-        cost = hlo.analyze(text, dict(mesh.shape), (chip.flops, chip.hbm))
-        leaves |= {leaf: size for leaf, size in _arguments(text).items() if leaf in leaves}
-        programs.append(compiled.memory_analysis())
-        reports.append(_update(name, cost, roofline(chip, cost, devices)))
-        reports[-1]["compile_seconds"] = round(time.monotonic() - started, 1)
+    reports, peaks = [], []
+    for program in programs:
+        leaves |= {leaf: size for leaf, size in _arguments(program.text).items() if leaf in leaves}
     kinds = _by_kind(leaves)
-    if needed is None:
-        peaks = [_peak(kinds, memory, programs) for memory in programs]
-        peak = max(peaks, key=lambda each: sum(each.values()))
-        for report, each in zip(reports, peaks, strict=True):
-            report["bytes_per_device"] = sum(each.values())
-    else:
-        # What the compiler names counts the failed program alone, and at times only a part of it.
-        peak = {**kinds, "temporaries": max(0.0, needed - sum(kinds.values())), "code": 0.0}
+    for name, program in zip(plan_compile.names(c), programs, strict=False):
+        peaks.append(_peak(kinds, program, programs))
+        if program.text:
+            cost = hlo.analyze(program.text, dict(mesh.shape), (chip.flops, chip.hbm))
+            reports.append(_update(name, program, cost, roofline(chip, cost, devices)))
+            reports[-1]["bytes_per_device"] = sum(peaks[-1].values())
+    empty = {**kinds, "temporaries": 0.0, "code": 0.0}
+    peak = max(peaks, key=lambda each: sum(each.values()), default=empty)
     total = sum(peak.values())
-    fits = needed is None and total <= topology.hbm_bytes
+    complete = len(reports) == len(plan_compile.names(c))
+    fits = complete and all(p.fits for p in programs) and total <= topology.hbm_bytes
     plan = {
         "fits": fits,
         "spare_bytes": topology.hbm_bytes - total,
@@ -79,33 +71,36 @@ def plan_layout(c: Config, topology: Topology, algorithm: Callable[[Config], lis
         "chip": topology.chip_name,
         "devices": len(devices),
         "remat": c.model.remat,
-        "involuntary_rematerializations": rematerialized,
+        "code_is_estimated": not all(program.code_is_known for program in programs),
+        "involuntary_rematerializations": [line for p in programs for line in p.warnings],
+        "replicated_share": _replicated(trees[0], mesh),
         "updates": reports,
     }
-    return plan | _totals(c, plan, topology, algorithm, needed is None)
+    return plan | _totals(c, plan, topology, algorithm, complete)
 
 
-def lower(c: Config, topology: Topology) -> tuple[jax.sharding.Mesh, list[tuple[str, Any]], dict]:
-    """The updates of a config, traced for a topology, and bytes per device of all that they are given.
-
-    Returns:
-      mesh; [(name, lowered)]; bytes by leaf name, such as ``state.params['x']``, without padding.
-    """
-    mesh = sharding.make_mesh(**dict(c.mesh), devices=topology.devices)
-    checks.check_values(c)
-    checks.check_batch(c, mesh)
-    nets, state, batch, frozen = setup.abstract_run(c, mesh)
-    lowered = train.lower_updates(c, nets, state, batch, frozen)
-    leaves = {
-        f"{name}{jax.tree_util.keystr(path)}": math.prod(leaf.sharding.shard_shape(leaf.shape))
-        * leaf.dtype.itemsize
-        for name, tree in (("state", state), ("batch", batch), ("frozen", frozen))
+def _leaves(trees: dict[str, Any]) -> dict[str, float]:
+    """Bytes per device of all arrays, by names such as ``state.params['x']``, without padding."""
+    return {
+        f"{name}{jax.tree_util.keystr(path)}": float(
+            math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
+        )
+        for name, tree in trees.items()
         for path, leaf in jax.tree_util.tree_leaves_with_path(tree)
     }
-    names = ["generator", "discriminator"] if c.stage == "distill" else ["flow"]
-    if c.stage == "distill" and nets.heads is not None and len(lowered) == 1:
-        names = ["joint"]  # of generator and discriminator, config.ladd.reuse_fakes
-    return mesh, list(zip(names, lowered, strict=False)), leaves
+
+
+def _replicated(state, mesh: jax.sharding.Mesh) -> float:
+    """The share of a device's state that ``fsdp`` and ``tensor`` could split but do not."""
+    leaves = jax.tree.leaves(state)
+    held = sum(math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in leaves)
+    whole = sum(
+        x.size * x.dtype.itemsize
+        for x in leaves
+        if x.sharding.is_fully_replicated and mesh.size > 1
+    )
+    split = mesh.shape["fsdp"] * mesh.shape["tensor"] > 1
+    return whole / held if split and held else 0.0
 
 
 def algorithm_flops(c: Config, topology: Topology) -> list[float]:
@@ -113,8 +108,8 @@ def algorithm_flops(c: Config, topology: Topology) -> list[float]:
 
     These are the numerator of MFU. What remat computes again, and what a compiler adds, is not in them.
     """
-    _, updates, _ = lower(c.override({"model.remat": "none"}), topology)
-    return [hlo.analyze(each.as_text(dialect="hlo")).total_flops for _, each in updates]
+    updates = plan_compile.lower(c.override({"model.remat": "none"}), topology)
+    return [hlo.analyze(each.as_text(dialect="hlo")).total_flops for each in updates]
 
 
 def cached_algorithm(c: Config, topology: Topology) -> Callable[[Config], list[float]]:
@@ -132,7 +127,7 @@ def cached_algorithm(c: Config, topology: Topology) -> Callable[[Config], list[f
     return flops
 
 
-def _update(name: str, cost: hlo.Cost, roof) -> dict:
+def _update(name: str, program: Program, cost: hlo.Cost, roof) -> dict:
     """What is said of one update."""
     if cost.unknown_loops:
         raise UserError(
@@ -151,6 +146,9 @@ def _update(name: str, cost: hlo.Cost, roof) -> dict:
         "seconds_without_overlap": roof.serial,
         "bound": roof.bound,
         "roofline": roof._asdict(),
+        "compile_seconds": round(program.seconds, 1),
+        "host_memory_bytes": program.host_bytes,
+        "largest_buffers": program.buffers,
         "largest_collectives": [
             {"op_name": op, "kind": kind, "axes": axes, "bytes": size}
             for (op, kind, axes), size in largest
@@ -221,6 +219,11 @@ def _warnings(plan: dict) -> list[str]:
             )
         for kind in update["collective_bytes"].get("all-to-all", {}).items():
             found.append(f"{name}: all-to-all over {kind[0]} moves {kind[1] / 1e9:.3g} GB")
+    if plan["replicated_share"] > 0.05:
+        found.append(
+            f"{100 * plan['replicated_share']:.0f} % of a device's state is whole on every device: "
+            f"mesh.fsdp={plan['mesh']['fsdp']} divides neither axis of these arrays; a smaller one may"
+        )
     if plan["involuntary_rematerializations"]:
         count = len(plan["involuntary_rematerializations"])
         found.append(f"the partitioner replicated {count} tensor(s) whole to reshard them")
@@ -229,6 +232,8 @@ def _warnings(plan: dict) -> list[str]:
 
 def _arguments(text: str) -> dict[str, float]:
     """Bytes of a program's arguments by name, with the padding of their layouts."""
+    if not text:
+        return {}
     computations, entry = parse(text)
     return {
         each.op_name.replace("\\'", "'"): float(each.arrays[0].padded_bytes)
@@ -256,12 +261,13 @@ def _by_kind(leaves: dict[str, float]) -> dict[str, float]:
     return kinds
 
 
-def _peak(kinds: dict[str, float], memory, programs: list) -> dict[str, float]:
+def _peak(kinds: dict[str, float], program: Program, programs: list[Program]) -> dict[str, float]:
     """Bytes by kind while one update runs: what is held anyway, its temporaries, all programs' code.
 
-    Results that reuse no argument's memory count as temporaries.
+    Arguments that an update does not read, such as the EMA in the discriminator's, are held all the same.
     """
-    results = memory.output_size_in_bytes - memory.alias_size_in_bytes
-    code = sum(program.generated_code_size_in_bytes for program in programs)
-    temporaries = float(memory.temp_size_in_bytes + max(0, results))
-    return {**kinds, "temporaries": temporaries, "code": float(code)}
+    arguments = sum(_arguments(program.text).values())
+    if not program.text:
+        arguments = sum(kinds.values())
+    temporaries = max(0.0, program.bytes - arguments)
+    return {**kinds, "temporaries": temporaries, "code": sum(each.code for each in programs)}

@@ -9,31 +9,29 @@ import importlib.util
 import os
 import re
 import subprocess
-import tempfile
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 from typing import NamedTuple
 
 import jax
 from jax.experimental import topologies
 
-from .chips import CHIPS, GIB, Chip, chip_of
+from .chips import CHIPS, Chip, chip_of
 from .errors import UserError
 
 TPUS = tuple(name for name in CHIPS if name.startswith("v"))
 
 # What libtpu says wherever there is no TPU; everything else it says is passed on.
-_NOISE = (
+NOISE = (
     "TPU_ACCELERATOR_TYPE|TPU_WORKER_HOSTNAMES|Failed to find host bounds|Logging before InitGoogle"
     "|could not determine TPU|=== Source Location Trace|^learning/[0-9a-z]+/tfrc/|^ *$"
 )
-_REMATERIALIZED = "Involuntary full rematerialization"
 
 
 class Topology(NamedTuple):
     """Devices to compile for, one per chip; ``hbm_bytes`` is what a program may use of each."""
 
     name: str
+    slices: int
     devices: Sequence
     chip_name: str
     chip: Chip
@@ -56,7 +54,7 @@ def open_topology(name: str, slices: int = 1) -> Topology:
         devices = jax.devices()
         chip_name = chip_of(devices[0])
         chip = CHIPS[chip_name]
-        return Topology(name, devices, chip_name, chip, _local_memory(devices, chip))
+        return Topology(name, 1, devices, chip_name, chip, _local_memory(devices, chip))
     kind, _, shape = name.partition(":")
     if kind not in TPUS or not re.fullmatch(r"[1-9]\d*(x[1-9]\d*){1,2}", shape) or slices < 1:
         raise UserError(
@@ -88,7 +86,7 @@ def open_topology(name: str, slices: int = 1) -> Topology:
             f"v6e:8x8, v5p:2x2x1, v5p:4x4x4, but not this one ({reason:.160})",
             exit_code=2,
         ) from error
-    return Topology(name, found.devices, kind, CHIPS[kind], CHIPS[kind].hbm_bytes)
+    return Topology(name, slices, found.devices, kind, CHIPS[kind], CHIPS[kind].hbm_bytes)
 
 
 def _local_memory(devices: Sequence, chip: Chip) -> float:
@@ -99,43 +97,31 @@ def _local_memory(devices: Sequence, chip: Chip) -> float:
 
 
 @contextlib.contextmanager
-def quiet_libtpu() -> Iterator[list[str]]:
+def quiet_libtpu() -> Iterator[None]:
     """Keeps libtpu's complaints about a missing TPU from stderr; all other lines pass, as they come.
 
-    A process of its own filters them, so that the last words of a compiler that aborts are seen too.
-
-    Yields:
-      a list that holds, afterwards, the warnings about tensors that the partitioner had to replicate.
+    A process of its own filters them, so that the last words of a library that aborts are seen too.
     """
-    warnings: list[str] = []
-    with tempfile.TemporaryDirectory() as folder:
-        copy = Path(folder) / "stderr"
-        read, write = os.pipe()
-        saved = os.dup(2)
-        script = 'tee "$0" | grep -Ev --line-buffered "$1"; exit 0'
-        words = ["sh", "-c", script, str(copy), _NOISE]
-        filter_ = subprocess.Popen(words, stdin=read, stdout=saved)
-        os.close(read)
-        os.dup2(write, 2)
-        os.close(write)
-        try:
-            yield warnings
-        finally:
-            os.dup2(saved, 2)
-            os.close(saved)
-            filter_.wait()
-            if copy.exists():
-                lines = copy.read_text(errors="replace").splitlines()
-                warnings += [line for line in lines if _REMATERIALIZED in line]
+    read, write = os.pipe()
+    saved = os.dup(2)
+    filter_ = subprocess.Popen(["grep", "-Ev", "--line-buffered", NOISE], stdin=read, stdout=saved)
+    os.close(read)
+    os.dup2(write, 2)
+    os.close(write)
+    try:
+        yield
+    finally:
+        os.dup2(saved, 2)
+        os.close(saved)
+        filter_.wait()
 
 
-def out_of_memory(error: Exception) -> float | None:
+def out_of_memory(text: str) -> float | None:
     """Bytes that a program would need on a device, if that is what the compiler complains of.
 
     libtpu says "Used 20.1G of 15.75G hbm", or, where even the largest part does not fit, "memory required for
     HLO temporaries (384.00G) exceeds available HBM".
     """
-    text = str(error)
     if "RESOURCE_EXHAUSTED" not in text:
         return None
     for pattern in (
@@ -147,7 +133,3 @@ def out_of_memory(error: Exception) -> float | None:
             power = " KMGT".index(match[2][:1]) if match[2] else 0
             return float(match[1]) * 1024.0**power
     return None
-
-
-def gib(size: float) -> str:
-    return f"{size / GIB:.2f} GiB"
