@@ -57,6 +57,7 @@ class Cost:
 
     ``flops`` by (operand type, precision). ``compute_seconds`` and ``memory_seconds`` add up the instructions,
     each at what limits it, where `analyze` was given rates; ``unknown_loops`` were counted as one turn.
+    ``by_name`` is ``traffic`` by JAX's names of operations.
     """
 
     flops: dict[tuple[str, str], float] = dataclasses.field(default_factory=dict)
@@ -64,6 +65,7 @@ class Cost:
     host_traffic: float = 0.0
     compute_seconds: float = 0.0
     memory_seconds: float = 0.0
+    by_name: dict[str, float] = dataclasses.field(default_factory=dict)
     collectives: tuple[Collective, ...] = ()
     unknown_loops: tuple[str, ...] = ()
 
@@ -72,16 +74,13 @@ class Cost:
         return sum(self.flops.values())
 
     def __add__(self, other: "Cost") -> "Cost":
-        flops = {
-            key: self.flops.get(key, 0.0) + other.flops.get(key, 0.0)
-            for key in self.flops | other.flops
-        }
         return Cost(
-            flops,
+            _sum(self.flops, other.flops),
             self.traffic + other.traffic,
             self.host_traffic + other.host_traffic,
             self.compute_seconds + other.compute_seconds,
             self.memory_seconds + other.memory_seconds,
+            _sum(self.by_name, other.by_name),
             self.collectives + other.collectives,
             self.unknown_loops + other.unknown_loops,
         )
@@ -94,6 +93,7 @@ class Cost:
             count * self.host_traffic,
             count * self.compute_seconds,
             count * self.memory_seconds,
+            {key: count * value for key, value in self.by_name.items()},
             tuple(dataclasses.replace(c, count=count * c.count) for c in self.collectives),
             self.unknown_loops,
         )
@@ -238,7 +238,7 @@ class _Analysis:
 
     def _traffic(self, computation: Computation, it: Instruction) -> Cost:
         device, host = traffic(self.computations, computation, it)
-        return Cost(traffic=device, host_traffic=host)
+        return Cost(traffic=device, host_traffic=host, by_name={it.op_name: device})
 
     def _permuted(self, pairs: list[tuple[int, int]]) -> str:
         """The fewest axes within whose groups all pairs lie."""
@@ -261,6 +261,10 @@ def axes_of_groups(mesh_shape: dict[str, int]) -> dict[frozenset, str]:
             rows = ids.transpose([*rest, *chosen]).reshape(-1, width)
             found[_key(rows.tolist())] = "+".join(names[axis] for axis in chosen)
     return found
+
+
+def _sum(a: dict, b: dict) -> dict:
+    return {key: a.get(key, 0.0) + b.get(key, 0.0) for key in a | b}
 
 
 def _key(groups) -> frozenset:

@@ -6,9 +6,10 @@
 The true updates of the config's stage, optimizer and EMA included, are compiled for a topology that need not
 exist here (TPU: libtpu's compiler, extra 'plan'), or for the devices of this machine ('local'). No data and no
 weights are read. For TPUs compilation ends when memory is assigned, and the size of machine code is estimated;
---full goes on to the end. Reported per device: memory by kind, FLOPs, memory traffic, bytes of collectives by kind and
-mesh axis, and the least time of a step: instructions one after another, each at the peak of what limits it,
-transfers hidden behind them unless they take longer. No program reaches peaks: a real step takes longer.
+--full goes on to the end. Reported per device: memory by kind, FLOPs, memory traffic, bytes of collectives by
+kind and mesh axis, and the least time of a step: instructions one after another, each at the peak of what
+limits it, transfers hidden behind them unless they take longer. No program reaches peaks: a real step takes
+longer.
 
 MFU is the algorithm's FLOPs (matrix products and convolutions, without remat) per peak and step time. A
 program that the compiler finds too large does not fit, and by how much is said. Not in it: the second batch

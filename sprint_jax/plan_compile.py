@@ -2,8 +2,8 @@
 
 For a TPU the compiler runs in a process of its own and writes down the optimized program and where its
 buffers lie (``--xla_dump_to``). What follows, machine code, takes 95 % of the time and changes neither: the
-process is ended there, unless the size of the code is wanted (``full``). It is this module's command, for `compile_update`
-alone: ``python -m sprint_jax.plan_compile``, with a request as JSON on stdin.
+process is ended there, unless the size of the code is wanted (``full``). It is this module's command, for
+`compile_update` alone: ``python -m sprint_jax.plan_compile``, with a request as JSON on stdin.
 """
 
 import json

@@ -149,6 +149,10 @@ def _update(name: str, program: Program, cost: hlo.Cost, roof) -> dict:
         "compile_seconds": round(program.seconds, 1),
         "host_memory_bytes": program.host_bytes,
         "largest_buffers": program.buffers,
+        "largest_traffic": [
+            {"op_name": op, "bytes": size}
+            for op, size in sorted(cost.by_name.items(), key=lambda item: -item[1])[:12]
+        ],
         "largest_collectives": [
             {"op_name": op, "kind": kind, "axes": axes, "bytes": size}
             for (op, kind, axes), size in largest

@@ -2,8 +2,8 @@
 
 For each ``fsdp`` (powers of two that divide the devices, small first) and each remat policy (least
 recomputation first) the batch per device doubles until it no longer fits; two batches that fit tell how
-memory grows, so the largest one is then tried for directly, at most `REFINEMENTS` times. A larger ``fsdp`` and more
-recomputation only buy memory, which bounds the search:
+memory grows, so the largest one is then tried for directly, at most `REFINEMENTS` times. A larger ``fsdp``
+and more recomputation only buy memory, which bounds the search:
 
 - an ``fsdp`` whose state alone exceeds the memory is not compiled;
 - a layout that does not fit one image per device ends there;
