@@ -141,27 +141,30 @@ def trip_count(computations: dict, caller: Computation, loop: Instruction) -> in
         return int(known)
     condition = computations[loop.attribute(r"condition=%?([^\s,}]+)")]
     body = computations[loop.attribute(r"body=%?([^\s,}]+)")]
-    compare, values = condition.root, {}
+    compare, inside, values = condition.root, condition, {}
     if compare.opcode == "fusion":
-        inner = computations[compare.called[0]]
-        values = dict(zip(_parameters(inner), compare.operands, strict=True))
-        compare = inner.root
+        inside = computations[compare.called[0]]
+        values = dict(zip(_parameters(inside), compare.operands, strict=True))
+        compare = inside.root
     if compare.opcode != "compare":
         return None
-    sides = [values.get(name, name) for name in compare.operands]
+    # Each side as (computation, name): a fusion's parameters stand for instructions of the condition.
+    sides = [
+        (condition, values[name]) if name in values else (inside, name) for name in compare.operands
+    ]
     direction = compare.attribute(r"direction=(\w+)")
-    bounds = [_constant(condition, name) for name in sides]
+    bounds = [_constant(*side) for side in sides]
     if bounds[0] is not None:
         sides, bounds = sides[::-1], bounds[::-1]
         direction = {"LT": "GT", "GT": "LT", "LE": "GE", "GE": "LE"}.get(direction, direction)
-    counter = _through(condition, sides[0])
+    counter = _through(*sides[0])
     initial = _through(caller, loop.operands[0])
     if counter.opcode != "get-tuple-element" or initial.opcode != "tuple":
         return None
     index = int(counter.attribute(r"index=(\d+)"))
     if bounds[1] is None:
         # A bound that the loop carries along unchanged.
-        bound = _through(condition, sides[1])
+        bound = _through(*sides[1])
         if bound.opcode != "get-tuple-element":
             return None
         bounds[1] = _constant(caller, initial.operands[int(bound.attribute(r"index=(\d+)"))])

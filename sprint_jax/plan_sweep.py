@@ -1,8 +1,9 @@
 """A bounded search for the layout of a run that trains fastest.
 
 For each ``fsdp`` (powers of two that divide the devices, small first) and each remat policy (least
-recomputation first) the batch per device doubles until it no longer fits; two batches that fit tell how
-memory grows, so the largest one is then tried for directly, at most `REFINEMENTS` times. A larger ``fsdp``
+recomputation first) the batch per device starts at the config's and doubles (or halves); two batches that
+fit tell how memory grows, and where that line meets the limit is tried next, until the largest batch is known
+to a sixteenth or `REFINEMENTS` tries were made between one that fits and one that does not. A larger ``fsdp``
 and more recomputation only buy memory, which bounds the search:
 
 - an ``fsdp`` whose state alone exceeds the memory is not compiled;
@@ -122,35 +123,34 @@ def _largest_batch(c, topology, keys, plan, say) -> list[dict]:
         found.append(_tell(say, plan(c.override({"data.batch_size": count * unit}))))
         return found[-1]
 
-    count, low, high = 1, None, None
-    while high is None:
-        result = attempt(count)
-        if result["fits"]:
-            low, count = (count, result["bytes_per_device"]), 2 * count
+    low, high, count, tries = 0, 0, max(1, c.data.batch_size // unit), 0
+    while True:
+        if attempt(count)["fits"]:
+            low = count
         else:
-            high = (count, result["bytes_per_device"])
-    if low is None:
-        return found
-    for _ in range(REFINEMENTS):
-        if high[0] - low[0] <= max(1, low[0] // 16):
-            break
-        guess = _guess(found, unit, topology.hbm_bytes, low[0], high[0])
-        result = attempt(guess)
-        if result["fits"]:
-            low = (guess, result["bytes_per_device"])
-        else:
-            high = (guess, result["bytes_per_device"])
-    return found
+            high = count
+        tries += bool(low and high)
+        close = low // 16 if len([each for each in found if each["fits"]]) > 1 else 0
+        count = _next(found, unit, topology.hbm_bytes, low, high)
+        if high == 1 or tries > REFINEMENTS or (high and high - low <= max(1, close)):
+            return found
+        if count - low <= close and not high:
+            return found  # the next one would be hardly larger
 
 
-def _guess(found: list[dict], unit: int, limit: float, low: int, high: int) -> int:
-    """The batch per device at which the line through the two largest that fit meets the limit."""
+def _next(found: list[dict], unit: int, limit: float, low: int, high: int) -> int:
+    """The batch per device to try next, strictly between the largest that fits and the least that does not.
+
+    Where two fit, the line through the two largest meets the limit there; before that, twice or half as many.
+    """
     fitting = sorted((p["batch"] // unit, p["bytes_per_device"]) for p in found if p["fits"])[-2:]
-    guess = (low + high) // 2
+    guess = 2 * low if not high else (low + high) // 2
     if len(fitting) == 2 and fitting[1][1] > fitting[0][1]:
         (b0, m0), (b1, m1) = fitting
         guess = int(b1 + (limit - m1) * (b1 - b0) / (m1 - m0))
-    return min(max(guess, low + 1), high - 1)
+        guess = min(guess, 16 * low)
+    guess = max(guess, low + 1)
+    return min(guess, high - 1) if high else guess
 
 
 def _tell(say, plan: dict) -> dict:
