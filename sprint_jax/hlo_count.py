@@ -3,8 +3,6 @@
 import functools
 import math
 
-import numpy as np
-
 from .hlo_text import Array, Computation, Instruction
 
 _FREE = {
@@ -57,9 +55,25 @@ def convolution_flops(it: Instruction, operands: list[Array]) -> float:
 
 @functools.cache
 def _positions(size, kernel, out, stride, dilate, kernel_dilate, low) -> int:
-    """Pairs of output and kernel positions that meet an element of the input, along one axis."""
-    at = np.arange(out)[:, None] * stride + np.arange(kernel)[None] * kernel_dilate - low
-    return int(((at >= 0) & (at <= (size - 1) * dilate) & (at % dilate == 0)).sum())
+    """Pairs of output and kernel positions that meet an element of the input, along one axis.
+
+    Kernel position k meets an element at output o where o * stride + k * kernel_dilate - low lies inside the
+    dilated input and is a multiple of ``dilate``.
+    """
+    common = math.gcd(stride, dilate)
+    period = dilate // common
+    total = 0
+    for k in range(kernel):
+        offset = low - k * kernel_dilate
+        if offset % common:
+            continue
+        first = max(0, -(-offset // stride))
+        last = min(out - 1, ((size - 1) * dilate + offset) // stride)
+        # The outputs that meet an element are those congruent to this one.
+        start = offset // common * pow(stride // common, -1, period) % period if period > 1 else 0
+        first += (start - first) % period
+        total += max(0, (last - first) // period + 1)
+    return total
 
 
 def traffic(

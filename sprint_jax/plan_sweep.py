@@ -2,9 +2,9 @@
 
 For each ``fsdp`` (powers of two that divide the devices, small first) and each remat policy (least
 recomputation first) the batch per device starts at the config's and doubles (or halves); two batches that
-fit tell how memory grows, and where that line meets the limit is tried next, until the largest batch is known
-to a sixteenth or `REFINEMENTS` tries were made between one that fits and one that does not. A larger ``fsdp``
-and more recomputation only buy memory, which bounds the search:
+fit tell how memory grows, and where that line meets the limit is tried next, and so on until the largest
+batch is known to a sixteenth or `REFINEMENTS` tries were made between one that fits and one that does not. A
+larger ``fsdp`` and more recomputation only buy memory, which bounds the search:
 
 - an ``fsdp`` whose state alone exceeds the memory is not compiled;
 - a layout that does not fit one image per device ends there;
@@ -24,7 +24,7 @@ from .topology import Topology
 
 KEYS = ("batch", "fsdp", "remat")
 POLICIES = ("none", "dots", "dots_no_batch", "full")
-REFINEMENTS = 3
+REFINEMENTS = 4
 CLOSE = 0.03
 
 
@@ -131,24 +131,27 @@ def _largest_batch(c, topology, keys, plan, say) -> list[dict]:
             high = count
         tries += bool(low and high)
         close = low // 16 if len([each for each in found if each["fits"]]) > 1 else 0
-        count = _next(found, unit, topology.hbm_bytes, low, high)
+        count = _next(found, unit, topology.hbm_bytes, low, high, tries)
         if high == 1 or tries > REFINEMENTS or (high and high - low <= max(1, close)):
             return found
         if count - low <= close and not high:
             return found  # the next one would be hardly larger
 
 
-def _next(found: list[dict], unit: int, limit: float, low: int, high: int) -> int:
-    """The batch per device to try next, strictly between the largest that fits and the least that does not.
+def _next(found: list[dict], unit: int, limit: float, low: int, high: int, tries: int) -> int:
+    """The batch per device to try next, between the largest that fits and the least that does not.
 
-    Where two fit, the line through the two largest meets the limit there; before that, twice or half as many.
+    Where a line through the smallest and the largest that fit, or through both ends, meets the limit; every
+    other try between two ends halves what is left, since memory is no line near the limit, where the
+    compiler begins to recompute. Without anything to go by, twice or half as many.
     """
-    fitting = sorted((p["batch"] // unit, p["bytes_per_device"]) for p in found if p["fits"])[-2:]
-    guess = 2 * low if not high else (low + high) // 2
-    if len(fitting) == 2 and fitting[1][1] > fitting[0][1]:
-        (b0, m0), (b1, m1) = fitting
-        guess = int(b1 + (limit - m1) * (b1 - b0) / (m1 - m0))
-        guess = min(guess, 16 * low)
+    known = {each["batch"] // unit: each["bytes_per_device"] for each in found}
+    fitting = sorted(each["batch"] // unit for each in found if each["fits"])
+    ends = (low, high) if low and high else (fitting[0], fitting[-1]) if fitting else (0, 0)
+    guess = (low + high) // 2 if high else 2 * low
+    if ends[0] != ends[1] and known.get(ends[1], 0) > known.get(ends[0], 0) and tries % 2 == 0:
+        slope = (known[ends[1]] - known[ends[0]]) / (ends[1] - ends[0])
+        guess = min(int(low + (limit - known[low]) / slope), 4 * low)
     guess = max(guess, low + 1)
     return min(guess, high - 1) if high else guess
 

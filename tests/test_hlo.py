@@ -9,6 +9,7 @@ import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from sprint_jax import hlo
+from sprint_jax.hlo_count import _positions
 from sprint_jax.hlo_text import Array, parse, replica_groups, trip_count
 from sprint_jax.topology import open_topology
 
@@ -340,3 +341,14 @@ def test_trip_count_without_xlas_own():
     ]
     assert [trip_count(computations, *loop) for loop in loops] == [7]
     assert entry in computations
+
+
+def test_positions_agree_with_counting_them():
+    rng = np.random.default_rng(0)
+    for _ in range(300):
+        size, kernel, out, stride, dilate, kernel_dilate = (int(n) for n in rng.integers(1, 7, 6))
+        low = int(rng.integers(-3, 7))
+        at = np.arange(out)[:, None] * stride + np.arange(kernel) * kernel_dilate - low
+        met = (at >= 0) & (at <= (size - 1) * dilate) & (at % dilate == 0)
+        numbers = (size, kernel, out, stride, dilate, kernel_dilate, low)
+        assert _positions(*numbers) == met.sum(), numbers
