@@ -58,10 +58,12 @@ def make_mesh(
     outer = _fill(
         {"dcn_data": dcn_data, "dcn_fsdp": dcn_fsdp, "dcn_tensor": dcn_tensor}, slices, "slices"
     )
+    # A size need not be that of a physical axis: 64 of 16x16 chips are one and a quarter of the other.
+    split = {"allow_split_physical_axes": True}
     if slices == 1:
-        placed = mesh_utils.create_device_mesh(inner, devices)
+        placed = mesh_utils.create_device_mesh(inner, devices, **split)
     else:
-        placed = mesh_utils.create_hybrid_device_mesh(inner, outer, devices)
+        placed = mesh_utils.create_hybrid_device_mesh(inner, outer, devices, **split)
     return Mesh(placed, AXES, axis_types=(AxisType.Auto,) * len(AXES))
 
 

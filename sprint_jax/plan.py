@@ -1,0 +1,95 @@
+"""Says before a launch whether a run fits and how fast it can be: compiles it, runs nothing.
+
+    python -m sprint_jax.plan --config configs/sprint.py:600m --topology v5e:16x16 --out plan.json
+    python -m sprint_jax.plan --config configs/sprint.py:1600m --topology v6e:8x8 --sweep batch,fsdp,remat
+
+The true updates of the config's stage, optimizer and EMA included, are compiled for a topology that need not
+exist here (TPU: libtpu's compiler, extra 'plan'), or for the devices of this machine ('local'). No data and no
+weights are read. For TPUs compilation ends when memory is assigned, and the size of machine code is estimated;
+--full goes on to the end. Reported per device: memory by kind, FLOPs, memory traffic, bytes of collectives by
+kind and mesh axis, and the least time of a step: instructions one after another, each at the peak of what
+limits it, transfers hidden behind them unless they take longer. No program reaches peaks: a real step takes
+longer.
+
+MFU is the algorithm's FLOPs (matrix products and convolutions, without remat) per peak and step time. A
+program that the compiler finds too large does not fit, and by how much is said. Not in it: the second batch
+that prefetching may hold, diagnostics, and pictures of samples.
+
+--sweep searches batch, fsdp and remat; see sprint_jax/plan_sweep.py for order and bounds. JSON (--out) has
+fits, spare_bytes, bytes_per_device, memory (by kind), flops_per_device, model_flops_per_device, hbm_bytes,
+collective_bytes (kind, axis), step_seconds, images_per_second, mfu, bound, warnings, updates (each of them),
+and with --sweep all layouts tried; a picture of memory by kind is written beside it.
+"""
+
+import sys
+from pathlib import Path
+
+import jax
+
+from . import cli
+from .atomic import write_json_atomic
+from .errors import UserError
+from .plan_layout import cached_algorithm, plan_layout
+from .plan_report import picture, sweep_table, table
+from .plan_sweep import best, check_keys, summary, sweep
+from .topology import open_topology
+
+
+def main(argv: list[str]) -> None:
+    """The command; ``argv`` are its words. Raises UserError for what cannot be planned."""
+    parser = cli.make_parser("plan", __doc__)
+    cli.add_config(parser)
+    parser.add_argument(
+        "--topology", required=True, metavar="KIND:SHAPE", help="v5e:16x16, v5p:4x4x4 ... or local"
+    )
+    parser.add_argument(
+        "--slices",
+        type=int,
+        default=1,
+        help="so many of these, joined by the data centre's network",
+    )
+    parser.add_argument("--sweep", metavar="KEYS", help="some of batch,fsdp,remat")
+    parser.add_argument(
+        "--full",
+        action="store_true",
+        help="compile to machine code too (minutes), to know its size",
+    )
+    parser.add_argument("--out", type=Path, metavar="FILE.json", help="a .png is written beside it")
+    flags, c = cli.parse_with_config(parser, argv)
+    keys = check_keys(flags.sweep) if flags.sweep else ()
+    if flags.out and flags.out.suffix != ".json":
+        raise UserError(f"--out {flags.out} must end in .json", exit_code=2)
+    topology = open_topology(flags.topology, flags.slices)
+    algorithm = cached_algorithm(c, topology)
+
+    def say(line: str) -> None:
+        print(line, file=sys.stderr, flush=True)
+
+    if keys:
+        tried = sweep(
+            c,
+            topology,
+            keys,
+            lambda layout: plan_layout(layout, topology, algorithm, flags.full),
+            say,
+        )
+        plan = best(tried) | {"sweep": [summary(each) for each in tried]}
+        print(sweep_table(plan["sweep"]), end="\n\n")
+    else:
+        say(f"compiling for {len(topology.devices)} x {topology.chip_name}")
+        plan = plan_layout(c, topology, algorithm, flags.full)
+    plan |= {
+        "config": flags.config,
+        "overrides": cli.split_overrides(argv)[0],
+        "jax": jax.__version__,
+    }
+    print(table(plan))
+    if flags.out:
+        flags.out.parent.mkdir(parents=True, exist_ok=True)
+        write_json_atomic(flags.out, plan)
+        picture([plan], flags.out.with_suffix(".png"))
+        print(f"wrote {flags.out} and {flags.out.with_suffix('.png')}")
+
+
+if __name__ == "__main__":
+    cli.run_command(main)
