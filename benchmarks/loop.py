@@ -60,9 +60,8 @@ def measure_shares(c, workdir: Path) -> dict:
 
 def step_arms(c) -> dict:
     """{arm: call} that makes one step, all its updates, of a state of the arm's own, and waits."""
-    nets, data = setup.build_nets(c), setup.open_data(c)
-    device = jax.devices()[0]
-    mesh = sharding.make_mesh(1, 1, [device])
+    mesh = sharding.make_mesh(1, 1, devices=jax.devices()[:1])
+    nets, data = setup.build_nets(c, mesh), setup.open_data(c, mesh)
     frozen, _ = setup.load_frozen(c, data, mesh)
     batch = sharding.to_devices(mesh, data.batches(0))
     state = setup.init_state(c, nets, batch, frozen, mesh)
