@@ -1,3 +1,4 @@
+# shellcheck shell=bash
 # Sourced by the scripts of this folder, in the root of the checkout:
 #
 #   environment [EXTRA[,EXTRA]]    makes .venv with this package and its extras, once

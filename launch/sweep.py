@@ -3,10 +3,11 @@
     python -m launch.sweep --config configs/digits.py:student --sweep lr --workdir runs/lr \\
         --config.teacher=runs/teacher --parallel 2
 
-Start it in the root of the checkout. The same line goes on with whatever is unfinished: a run that
-failed, was killed, or stopped with the sweep. DIR gets one folder per run (a training workdir, with
-its output in log.txt), results.csv with one line per run, rewritten after every change, and
-results.png; the best run stands on top in both.
+Start it in the root of the checkout (`python launch/sweep.py` does the same where the package is
+installed, as in the .venv of the launch scripts). The same line goes on with whatever is unfinished:
+a run that failed, was killed, or stopped with the sweep. DIR gets one folder per run (a training
+workdir, with its output in log.txt), results.csv with one line per run, rewritten after every
+change, and results.png; the best run stands on top in both.
 
 Backends: ``local`` starts K trainings at a time here. ``slurm`` submits one job per run through
 launch/slurm.sbatch; the same line submits again what neither finished nor waits in the queue, and

@@ -5,7 +5,8 @@ A command is a module with ``main(argv)`` that ends with::
     if __name__ == "__main__":
         cli.run_command(main)
 
-Exit codes: 0 success, 1 failure, 2 wrong usage, 130 interrupted.
+Exit codes: 0 success, 1 failure, 2 wrong usage, 130 interrupted; training has 3, 75 and 143 as well
+(README, Pods and clusters).
 """
 
 import argparse
@@ -36,7 +37,7 @@ def run_command(main: Callable[[list[str]], None]) -> None:
     try:
         main(sys.argv[1:])
     except UserError as error:
-        _fail(str(error), error.exit_code)
+        _fail(str(error), error.exit_code, error.abrupt)
     except OSError as error:
         if error.errno not in _MACHINE_ERRORS:
             raise
@@ -46,8 +47,11 @@ def run_command(main: Callable[[list[str]], None]) -> None:
         _fail("interrupted", 130)
 
 
-def _fail(message: str, exit_code: int) -> NoReturn:
+def _fail(message: str, exit_code: int, abrupt: bool = False) -> NoReturn:
     print("error: " + " ".join(message.split()), file=sys.stderr, flush=True)
+    if abrupt:
+        sys.stdout.flush()
+        os._exit(exit_code)
     sys.exit(exit_code)
 
 

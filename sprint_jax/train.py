@@ -10,24 +10,22 @@ Frozen networks are arguments (``frozen``); randomness is a function of (seed, s
 
 import contextlib
 import functools
-import sys
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from . import cli, losses, trigflow
 from .atomic import write_json_atomic
 from .config import Config
 from .data.loader import prefetch
 from .models.discriminator import update_spectral
-from .training import checks, closures, setup, sharding
+from .training import checks, closures, distributed, setup, sharding
 from .training.accumulate import gradients
 from .training.checkpoint import Checkpoints
 from .training.clock import Clock
 from .training.diagnostics import binned, tangent_checks
-from .training.interrupt import Stop, check_finite
+from .training.interrupt import Stop, check_finite, end_stopped
 from .training.log import MetricLog, Progress
 from .training.preview import make_preview
 from .training.profile import Profile
@@ -219,13 +217,14 @@ def lower_updates(c: Config, nets: Nets, state: TrainState, batch: dict, frozen:
     return [update.lower(state, batch, frozen) for update in jitted]
 
 
-def train(c: Config, workdir: Path, overridden: list[str]) -> None:
+def train(c: Config, workdir: Path, overridden: list[str], peers=None) -> None:
     """Runs or resumes a run to its last step.
 
     Args:
       c: the resolved config.
       workdir: made if missing; see the README for what it holds.
       overridden: dotted keys that the user set by hand; one that nothing reads is an error.
+      peers: the `training.peers.Peers` of a run of several processes.
 
     Raises:
       UserError: for whatever in config, workdir or data cannot work, before the first step; and when
@@ -236,6 +235,8 @@ def train(c: Config, workdir: Path, overridden: list[str]) -> None:
     checks.check_values(c)
     mesh = setup.mesh_from(c)
     checks.check_batch(c, mesh)
+    if peers:
+        peers.meet("checked")  # before process 0 puts something into the workdir
     nets = setup.build_nets(c, mesh)
     data = setup.open_data(c, mesh)
     frozen, origin = setup.load_frozen(c, data, mesh)
@@ -260,7 +261,7 @@ def train(c: Config, workdir: Path, overridden: list[str]) -> None:
     expected = {key: meta[key] for key in ("stage", "teacher_hash")}
     keep, every = options["keep"], options["checkpoint_every"]
     checkpoints = Checkpoints(workdir / "checkpoints", keep=keep, every=every)
-    restored = checkpoints.restore_latest(state, expected)
+    restored = checkpoints.restore_latest(state, expected, donate=True)
     state = restored[0] if restored else state
     start = int(state.step)
     if start >= total:
@@ -273,7 +274,7 @@ def train(c: Config, workdir: Path, overridden: list[str]) -> None:
     updates = [program.compile() for program in lowered]
     feed = prefetch(data.batches, start * len(updates), depth, to_devices)
     lines = MetricLog(workdir, resume_step=start, progress=Progress(total, start))
-    stop, in_a_row, clock = Stop(), np.zeros(()), Clock(start, images)
+    stop, in_a_row, clock = Stop(peers), 0, Clock(start, images)
     with checkpoints, profile, contextlib.closing(feed) as batches, lines as log:
         for step in range(start + 1, total + 1):
             profile.at(step, state)
@@ -284,7 +285,7 @@ def train(c: Config, workdir: Path, overridden: list[str]) -> None:
                 with clock("step"):
                     state, more = update(state, batch, frozen)
                 metrics |= more
-            stopping = stop.requested  # read once: a signal from here on stops the next step
+            stopping = stop.after(step)
             last = step == total or stopping
             sample = preview and (step % options["sample_every"] == 0 or step == total)
             save = step % every == 0 or last
@@ -302,8 +303,8 @@ def train(c: Config, workdir: Path, overridden: list[str]) -> None:
             check_finite(bad, limit, workdir, step, metrics)
             with clock("log"):
                 if sample:
-                    for name, params in (("raw", state.params), ("ema", state.ema)):
-                        log.image(step, name, preview(params, frozen))
+                    log.image(step, "raw", preview(state.params, frozen))
+                    log.image(step, "ema", preview(state.ema, frozen))
                     log.curves()
                 if save:
                     log.sync()  # so that no crash leaves the metrics behind the checkpoint
@@ -311,9 +312,8 @@ def train(c: Config, workdir: Path, overridden: list[str]) -> None:
                 checkpoints.save(step, state, meta, force=last)
             if stopping:
                 break
-    if stop.requested:
-        print(f"stopped by signal at step {step}; the same line goes on from there", flush=True)
-        sys.exit(128 + stop.requested)
+    if stopping:
+        end_stopped(stopping, step)
     print(f"done: {workdir}/samples, {workdir}/curves.png, {workdir}/metrics.jsonl", flush=True)
 
 
@@ -323,8 +323,10 @@ def main(argv: list[str]) -> None:
     parser.add_argument(
         "--workdir", required=True, metavar="DIR", help="made if missing; resumed if not"
     )
+    distributed.add_flags(parser)
     flags, config = cli.parse_with_config(parser, argv)
-    train(config, Path(flags.workdir), cli.overridden_keys(argv))
+    with distributed.joined(flags) as peers:
+        train(config, Path(flags.workdir), cli.overridden_keys(argv), peers)
 
 
 if __name__ == "__main__":

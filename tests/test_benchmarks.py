@@ -6,12 +6,13 @@ Milliseconds are not judged: one round of a network of one block, compiled in a 
 import importlib.util
 import json
 import math
+import signal
 import subprocess
 
 import jax
 import numpy as np
 import pytest
-from runs import ROOT, quick_compilation
+from runs import ROOT, quick_compilation, tiny, write_digits
 
 from sprint_jax.errors import UserError
 from sprint_jax.models.gemma2 import Gemma2
@@ -180,3 +181,38 @@ def test_savings_compare_equal_things(monkeypatch):
     # Sums of float32 products in another order.
     assert all(line["error"] < 1e-5 for line in lines)
     assert all(line["rounds"] + line["dropped"] == 1 for line in lines)
+
+
+def test_the_loop_benchmark_on_the_shrunk_world(tmp_path_factory, monkeypatch):
+    """Its arms make the same numbers, and its lines have what the README quotes."""
+    loop, printed = load("loop"), []
+    monkeypatch.setattr(loop, "print", lambda line, flush: printed.append(line), raising=False)
+    monkeypatch.setattr(loop, "STAGES", ("teacher",))
+    data = write_digits(tmp_path_factory.getbasetemp() / "digits")
+    words = ["--config.model.num_layers=1", "--config.data.batch_size=8", "--steps=30"]
+    handler = signal.getsignal(signal.SIGTERM)
+    with quick_compilation():
+        loop.main([*words, "--rounds=1", "--world=small", f"--data={data}"])
+        assert signal.getsignal(signal.SIGTERM) is handler
+        arms = loop.step_arms(tiny("configs/digits.py:teacher,small", data))
+        losses = {name: float(arm()[1]["loss/flow"]) for name, arm in arms.items()}
+    about, shares, sharding = map(json.loads, printed)
+    assert about["jax"] == jax.__version__ and shares["lines"] == 4
+    parts = [shares[name] for name in ("data_wait", "step", "log", "checkpoint")]
+    assert all(0 <= low <= middle <= high <= 1 for low, middle, high in parts)
+    assert shares["data_wait"][1] < 0.5  # quick, in a network that does next to nothing
+    assert sharding["rounds"] + sharding["dropped"] == 1
+    assert losses["sharded"] == pytest.approx(losses["plain"], rel=1e-5)
+    with pytest.raises(UserError, match="--steps must be at least 30"):
+        loop.main(["--steps=3"])
+
+
+def test_checkpoint_memory_measures_every_mode(monkeypatch, tmp_path):
+    memory = load("checkpoint_memory")
+    monkeypatch.setattr(memory, "LEAF", (8, 16, 64))
+    for mode in ("save stream", "restore", "save async"):
+        # The second mode reads what the first has written.
+        folder = tmp_path / ("one" if mode != "save async" else "two")
+        line = memory.run(mode, str(folder), 1e-4, 8)
+        assert line["state_bytes"] == 3 * 4 * 8 * 16 * 64 and line["mode"] == mode
+        assert 0 <= line["returned_seconds"] <= line["seconds"]

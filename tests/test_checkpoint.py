@@ -41,17 +41,41 @@ def test_round_trip_is_bit_equal(saved):
     assert all(isinstance(x, jax.Array) for x in jax.tree.leaves(state))
 
 
-def test_restore_at_once_after_async_save_and_donation(tmp_path):
+@pytest.mark.parametrize("async_gb", [4.0, 0.0])
+def test_restore_at_once_after_save_and_donation(tmp_path, async_gb):
     """The arrays are overwritten by a donated update as soon as save has returned."""
     step = jax.jit(lambda tree: jax.tree.map(lambda x: x * 0 + 1, tree), donate_argnums=0)
     state = {"params": {"kernel": jnp.arange(2.0**20).reshape(1024, 1024)}}
     want = bits(state)
-    with Checkpoints(tmp_path, keep=1) as checkpoints:
+    with Checkpoints(tmp_path, keep=1, async_gb=async_gb) as checkpoints:
         checkpoints.save(1, state, {})
         state = step(state)
         restored, _ = checkpoints.restore_latest(state)
     assert bits(restored) == want
     assert bits(state) != want
+
+
+def test_streamed_state_is_the_same_checkpoint(tmp_path):
+    state = make_state(5)
+    with Checkpoints(tmp_path, keep=1, async_gb=0) as checkpoints:
+        assert checkpoints.save(1, state, META)
+        assert checkpoints.steps() == [1]
+        got, _ = checkpoints.restore_latest(make_state(), META)
+    assert_same(got, state)
+
+
+def test_donated_target_is_freed_only_for_a_checkpoint_that_fits(tmp_path):
+    with Checkpoints(tmp_path, keep=1) as checkpoints:
+        fresh = make_state()
+        assert checkpoints.restore_latest(fresh, META, donate=True) is None
+        assert not any(leaf.is_deleted() for leaf in jax.tree.leaves(fresh))
+        checkpoints.save(1, make_state(5), META)
+        with pytest.raises(UserError, match="stage"):
+            checkpoints.restore_latest(fresh, {"stage": "flow"}, donate=True)
+        assert not any(leaf.is_deleted() for leaf in jax.tree.leaves(fresh))
+        got, _ = checkpoints.restore_latest(fresh, META, donate=True)
+    assert all(leaf.is_deleted() for leaf in jax.tree.leaves(fresh))
+    assert_same(got, make_state(5))
 
 
 def test_keep_every_force_and_repeats(tmp_path):

@@ -2,6 +2,7 @@
 
 import shutil
 
+import numpy as np
 import pytest
 from checkpoints import (
     META,
@@ -103,6 +104,27 @@ def test_damaged_newest_is_named_and_the_one_before_is_used(copied, capfd, damag
     # Out of the way but not lost, so that the run can save step 20 again.
     assert not newest.exists()
     assert (newest.parent / "20.damaged").is_dir()
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_truncated_at_a_random_place(copied, capfd, seed):
+    """Whichever file is cut short, the state is a saved one, and the newest unless it is named."""
+    workdir, states = copied
+    newest = workdir / "checkpoints" / "20"
+    files = sorted(path for path in newest.rglob("*") if path.is_file() and path.stat().st_size)
+    random = np.random.default_rng(seed)
+    # Half of the seeds choose among bytes, so mostly in array data; the others among files.
+    sizes = np.array([path.stat().st_size for path in files], float)
+    path = files[random.choice(len(files), p=sizes / sizes.sum() if seed % 2 else None)]
+    path.write_bytes(path.read_bytes()[: random.integers(path.stat().st_size)])
+    state, meta = restore(workdir)
+    warning = capfd.readouterr().err
+    assert_same(state, states[meta["step"]])
+    if meta["step"] == 10:
+        assert warning.startswith(f"warning: checkpoint {newest} is damaged")
+        assert (newest.parent / "20.damaged").is_dir()
+    else:
+        assert meta["step"] == 20 and not warning, "only a file that is not needed may go unnoticed"
 
 
 @pytest.mark.parametrize("damage", [damage_bit, damage_truncate, damage_everything])

@@ -1,6 +1,7 @@
 """The loop's clock, profile windows, and that the host never waits for the step in progress."""
 
 import math
+import signal
 
 import jax
 import pytest
@@ -120,10 +121,11 @@ def watched(data, tmp_path_factory):
         patch.setattr(jax, "device_get", device_get)
         patch.setattr(log_module.MetricLog, "defer", defer)
         patch.setattr(log_module.MetricLog, "write", write)
-        patch.setattr(train, "Stop", lambda: type("Never", (), {"requested": 0})())
+        handler = signal.getsignal(signal.SIGTERM)
         try:
             train.train(c, folder, [])
         finally:
+            signal.signal(signal.SIGTERM, handler)
             jax.config.update("jax_transfer_guard", "allow")
     return events, read_metrics(folder / "metrics.jsonl"), folder
 

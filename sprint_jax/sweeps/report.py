@@ -171,6 +171,7 @@ def draw(workdir: Path, ranked: Sequence[Ranked], ranking: Ranking) -> bool:
         order = "lower is better" if ranking.goal == "min" else "higher is better"
         what = f"mean of the last {ranking.last} logged values"
         bars.set_title(f"{what}\n{order}, best on top" if index == 0 else what, fontsize=9)
+        bars.set_axisbelow(True)
         bars.grid(alpha=0.3, axis="x")
     path = workdir / PICTURE
     temporary = path.with_name(f".{path.name}")

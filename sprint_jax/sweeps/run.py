@@ -106,30 +106,37 @@ def run_rows(
         changed(row, what)
 
     with Interrupt() as interrupt:
-        while active or (waiting and not interrupt.count):
-            if interrupt.count > forwarded:
-                forwarded = interrupt.count
-                _forward(active, signal.SIGTERM if forwarded == 1 else signal.SIGKILL)
-            for name, (row, child) in list(active.items()):
-                if child.process.poll() is not None:
-                    del active[name]
-                    tell(row, _end(row, child, results[name], bool(interrupt.count)))
-            busy = len(active)
-            for row in list(waiting):
-                if busy >= parallel or interrupt.count:
-                    break
-                what, child = _try_start(row, results[row.name], command)
-                busy += child is not None or results[row.name].status == "running"
-                if results[row.name].status != "running" or child:
-                    waiting.remove(row)
-                if child:
-                    active[row.name] = row, child
-                if what:
-                    tell(row, what)
-            if time.monotonic() - told > HEARTBEAT_SECONDS:
-                told = time.monotonic()
-                heartbeat()
-            time.sleep(poll_seconds)
+        try:
+            while active or (waiting and not interrupt.count):
+                if interrupt.count > forwarded:
+                    forwarded = interrupt.count
+                    _forward(active, signal.SIGTERM if forwarded == 1 else signal.SIGKILL)
+                for name, (row, child) in list(active.items()):
+                    if child.process.poll() is not None:
+                        del active[name]
+                        tell(row, _end(row, child, results[name], bool(interrupt.count)))
+                busy = len(active)
+                for row in list(waiting):
+                    if busy >= parallel or interrupt.count:
+                        break
+                    what, child = _try_start(row, results[row.name], command)
+                    busy += child is not None or results[row.name].status == "running"
+                    if results[row.name].status != "running" or child:
+                        waiting.remove(row)
+                    if child:
+                        active[row.name] = row, child
+                    if what:
+                        tell(row, what)
+                if time.monotonic() - told > HEARTBEAT_SECONDS:
+                    told = time.monotonic()
+                    heartbeat()
+                time.sleep(poll_seconds)
+        except BaseException:
+            # A full disk under results.csv, say: what runs must not go on unseen.
+            _forward(active, signal.SIGTERM)
+            for _, child in active.values():
+                child.process.wait()
+            raise
     return interrupt.number
 
 

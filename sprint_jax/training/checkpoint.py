@@ -9,6 +9,12 @@ What the record adds: Orbax checks the index of its files but not the data in th
 an array restores without a complaint), and it converts dtypes silently. Here the hashes of what was
 restored must equal those taken before saving, and shapes, dtypes and meta are compared before any
 array is read.
+
+Memory of the host: a state of up to `ASYNC_GB` per process is copied there and written while training
+goes on. Orbax can bound that copy or let the caller go on at once, not both, since arrays that still
+wait on the device must not be overwritten. So a larger state is written a piece at a time and `save`
+returns when all is on disk. Reading is in pieces as well, and hashes are computed on the devices, one
+leaf after the other. benchmarks/checkpoint_memory.py measures all of this.
 """
 
 import contextlib
@@ -25,12 +31,24 @@ from jax.experimental import multihost_utils
 
 from ..errors import UserError
 from .fingerprint import describe, digest, fingerprint, leaf_table
-from .orbax_io import Damaged, await_debris, one_line, open_reader, quiet_failures, quiet_logs, read
+from .orbax_io import (
+    Damaged,
+    await_debris,
+    make_writer,
+    one_line,
+    open_reader,
+    quiet_failures,
+    quiet_logs,
+    read,
+    restore_args,
+    streamed,
+)
 
 __all__ = ["Checkpoints", "fingerprint", "load_params"]
 
 Tree = Any
 Meta = dict[str, Any]
+ASYNC_GB = 4.0  # of a state per process that may be copied to the host at once, 10**9 bytes
 
 
 def _warn(text: str) -> None:
@@ -108,18 +126,21 @@ class Checkpoints:
       keep: how many of the newest checkpoints stay. An old one goes when the new one is complete.
         With 1 there is nothing to fall back on when the newest is damaged.
       every: `save` acts on multiples of this step; None: on every call.
+      async_gb: a larger state (10**9 bytes per process) is streamed, see above.
     """
 
-    def __init__(self, directory: str, *, keep: int, every: int | None = None):
+    def __init__(
+        self, directory: str, *, keep: int, every: int | None = None, async_gb: float = ASYNC_GB
+    ):
         if keep < 1 or (every is not None and every < 1):
             raise UserError(f"checkpoints: keep={keep} and every={every} must be at least 1")
         self.directory = epath.Path(directory).resolve()
         self.every = every
-        options = ocp.CheckpointManagerOptions(max_to_keep=keep, cleanup_tmp_directories=True)
+        self._async_bytes = async_gb * 1e9
         self._quiet = contextlib.ExitStack()
         self._quiet.enter_context(quiet_logs())
         try:
-            self._manager = ocp.CheckpointManager(self.directory, options=options)
+            self._manager = make_writer(self.directory, keep)
         except OSError as error:
             self._quiet.close()
             raise UserError(f"checkpoint directory {self.directory}: {one_line(error)}") from error
@@ -135,7 +156,7 @@ class Checkpoints:
         return sorted(self._manager.all_steps())
 
     def save(self, step: int, state: Tree, meta: Meta, force: bool = False) -> bool:
-        """Starts to write a checkpoint and returns; the arrays may be donated right after.
+        """Starts to write a checkpoint, or writes a large one; the arrays may be donated right after.
 
         Args:
           step: a multiple of ``every``, else nothing is done unless ``force``.
@@ -153,11 +174,15 @@ class Checkpoints:
             return False
         content = [_json_value({**meta, "step": int(step)}), leaf_table(state)]
         record = {"meta": content[0], "leaves": content[1], "digest": digest(content)}
-        args = ocp.args.Composite(
-            state=ocp.args.StandardSave(state), meta=ocp.args.JsonSave(record)
-        )
+        size = sum(leaf.nbytes for leaf in jax.tree.leaves(state)) / jax.process_count()
+        stream = size > self._async_bytes
+        kind = streamed if stream else ocp.args.StandardSave
+        args = ocp.args.Composite(state=kind(state), meta=ocp.args.JsonSave(record))
         with self._write_errors():
-            return self._manager.save(step, args=args, force=True)
+            started = self._manager.save(step, args=args, force=True)
+            if stream:
+                self._manager.wait_until_finished()
+            return started
 
     @contextlib.contextmanager
     def _write_errors(self) -> Iterator[None]:
@@ -175,11 +200,12 @@ class Checkpoints:
         if reason is not None:
             raise UserError(
                 f"a checkpoint in {self.directory} could not be written ({reason}); "
-                "is the disk full? The complete ones were left alone"
+                "is the disk full? The complete ones were left alone",
+                abrupt=True,  # Orbax's other threads wait for minutes for files that will not come.
             )
 
     def restore_latest(
-        self, abstract_state: Tree, expect_meta: Meta | None = None
+        self, abstract_state: Tree, expect_meta: Meta | None = None, donate: bool = False
     ) -> tuple[Tree, Meta] | None:
         """The newest whole checkpoint, bit for bit as saved, placed as ``abstract_state`` says.
 
@@ -191,6 +217,8 @@ class Checkpoints:
             a sharding a leaf goes to the first local device.
           expect_meta: keys that the checkpoint's meta must have with equal values; nested dicts are
             compared whole.
+          donate: frees the arrays of ``abstract_state`` before reading, so that no device must hold
+            two states.
 
         Returns:
           (state, meta), or None when the directory has no checkpoint at all.
@@ -201,18 +229,20 @@ class Checkpoints:
         """
         self.wait()
         target = jax.tree.map(_abstract, abstract_state)
-        args = ocp.args.Composite(state=ocp.args.StandardRestore(target))
+        args = ocp.args.Composite(state=restore_args(target))
 
         def attempt(step: int) -> tuple[Tree, Meta]:
             record = _read_record(reader, step)
             where = f"checkpoint {self.directory / str(step)}"
             _check_meta(where, expect_meta or {}, record["meta"])
             _check_leaves(where, describe(target), record["leaves"])
+            for leaf in jax.tree.leaves(abstract_state) if donate else ():
+                leaf.delete()
             state = read(reader, step, args)["state"]
             _verify(record["leaves"], state)
             return state, record["meta"]
 
-        with open_reader(self.directory) as reader:
+        with open_reader(self.directory, target) as reader:
             result, damaged = _newest_whole(reader, self.directory, attempt)
         self._set_aside(damaged)
         return result
@@ -322,9 +352,9 @@ def load_params(
         if wanted is not None:
             tree = jax.tree.map(_abstract, tree, jax.tree.broadcast(wanted, tree))
         item = {field: jax.tree.map(_abstract, tree)}
-        restore_args = ocp.checkpoint_utils.construct_restore_args(item)
-        args = ocp.args.PyTreeRestore(item=item, restore_args=restore_args, partial_restore=True)
-        params = read(reader, chosen, ocp.args.Composite(state=args))["state"][field]
+        args = ocp.args.Composite(state=restore_args(item))
+        with open_reader(directory, item) as arrays:
+            params = read(arrays, chosen, args)["state"][field]
         _verify(record["leaves"], params, prefix=f"{field}/")
         return params, record["meta"]
 

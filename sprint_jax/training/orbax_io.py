@@ -3,6 +3,7 @@
 import contextlib
 import gc
 import logging
+import math
 import sys
 import time
 import types
@@ -15,6 +16,8 @@ import numpy as np
 import orbax.checkpoint as ocp
 from etils import epath
 from jax.experimental import multihost_utils
+
+STREAM_GB = 0.25  # of a large state on the host at a time, 10**9 bytes
 
 
 class Damaged(Exception):
@@ -90,11 +93,40 @@ def await_debris(seconds: float) -> None:
         gc.collect()
 
 
-def open_reader(directory: epath.Path) -> ocp.CheckpointManager:
+def make_writer(directory: epath.Path, keep: int) -> ocp.CheckpointManager:
+    """A manager that keeps the newest ``keep`` checkpoints and saves a state in one of two ways.
+
+    With ``ocp.args.StandardSave`` the whole state is copied to the host at once, and written in the
+    background. With ``ocp.args.PyTreeSave`` at most `STREAM_GB` of it are on the host at a time (or one
+    leaf, where that is larger); the caller must then wait before it overwrites the arrays.
+    """
+    registry = ocp.handlers.DefaultCheckpointHandlerRegistry()
+    registry.add("state", ocp.args.StandardSave)
+    # Without a function that says which leaves may wait, Orbax lets none wait and ignores the limit.
+    streaming = ocp.PyTreeCheckpointHandler(
+        save_device_host_concurrent_gb=STREAM_GB, is_prioritized_key_fn=lambda path: False
+    )
+    registry.add("state", ocp.args.PyTreeSave, streaming)
+    registry.add("meta", ocp.args.JsonSave)
+    options = ocp.CheckpointManagerOptions(max_to_keep=keep, cleanup_tmp_directories=True)
+    return ocp.CheckpointManager(directory, options=options, handler_registry=registry)
+
+
+def streamed(state: Any) -> ocp.args.PyTreeSave:
+    """What makes the manager of `make_writer` stream a state."""
+    # A data file is built in memory, up to this size; TensorStore's own choice is 2 GB.
+    return ocp.args.PyTreeSave(state, ocdbt_target_data_file_size=int(STREAM_GB * 1e9) // 2)
+
+
+def open_reader(directory: epath.Path, target: Any = ()) -> ocp.CheckpointManager:
     """A manager that only reads, each process by itself.
 
     Orbax's own manager meets the other processes in barriers while it reads; one process that finds
     damage would leave the others waiting there. `read` makes them agree instead.
+
+    Args:
+      target: what will be read, ShapeDtypeStructs with shardings: `STREAM_GB` of it are on the host at a
+        time, or twice the largest shard, without which Orbax refuses to read that.
     """
     process = jax.process_index()
     alone = ocp.options.MultiprocessingOptions(
@@ -103,7 +135,27 @@ def open_reader(directory: epath.Path) -> ocp.CheckpointManager:
     options = ocp.CheckpointManagerOptions(
         read_only=True, save_interval_steps=0, create=False, multiprocessing_options=alone
     )
-    return ocp.CheckpointManager(directory, options=options)
+    largest = max(map(_shard_bytes, jax.tree.leaves(target)), default=0)
+    state = ocp.PyTreeCheckpointHandler(
+        restore_concurrent_gb=max(STREAM_GB, 2 * largest / 1e9),
+        multiprocessing_options=alone,
+    )
+    registry = ocp.handlers.DefaultCheckpointHandlerRegistry()
+    registry.add("state", ocp.args.PyTreeRestore, state)
+    meta = ocp.JsonCheckpointHandler(multiprocessing_options=alone)
+    registry.add("meta", ocp.args.JsonRestore, meta)
+    return ocp.CheckpointManager(directory, options=options, handler_registry=registry)
+
+
+def _shard_bytes(leaf: jax.ShapeDtypeStruct) -> int:
+    shape = leaf.sharding.shard_shape(leaf.shape) if leaf.sharding else leaf.shape
+    return math.prod(shape) * np.dtype(leaf.dtype).itemsize
+
+
+def restore_args(target: Any) -> ocp.args.PyTreeRestore:
+    """Reads the leaves of ``target`` (ShapeDtypeStructs with shardings) and no others."""
+    placed = ocp.checkpoint_utils.construct_restore_args(target)
+    return ocp.args.PyTreeRestore(item=target, restore_args=placed, partial_restore=True)
 
 
 def on_every_process(ok: bool) -> bool:
