@@ -121,7 +121,7 @@ def link_seconds(chip: Chip, each: Collective, devices: Sequence) -> tuple[str, 
     """
     group = [devices[number] for number in each.group]
     slices = [getattr(device, "slice_index", 0) or 0 for device in group]
-    if len(set(slices)) > 1:
+    if len(set(slices)) > 1 or each.axes == "dcn":
         return "dcn", each.moved / chip.dcn
     bandwidth = chip.link * sum(_links(chip, group, devices))
     if each.kind == "collective-permute":

@@ -13,8 +13,9 @@ Collectives count once each, however many fusions hold the same one: TPU program
 over several fusions of one channel. Bytes are those that a device must send, or receive, in an optimal
 algorithm over n devices: (n-1)/n of the gathered array for all-gather, of the array before scattering for
 reduce-scatter, of the array for all-to-all; 2(n-1)/n of the array for all-reduce; all of it for
-collective-permute. CPU programs reduce gradients by all-reduce and a slice where TPU programs have
-reduce-scatter, so their bytes are twice as many. All numbers are per device.
+collective-permute. Between slices, where a TPU program hands data to its host, the axes are called "dcn".
+CPU programs reduce gradients by all-reduce and a slice where TPU programs have reduce-scatter, so their
+bytes are twice as many. All numbers are per device.
 """
 
 import dataclasses
@@ -187,6 +188,8 @@ class _Analysis:
             found = self._collective(computation, it, kind)
             cost = Cost(collectives=(found,) if found else ())
             return cost if fused else cost + self._traffic(computation, it)
+        if it.opcode == "send" and "_xla_megascale_transfer_type" in it.attributes:
+            return Cost(collectives=(self._between_slices(computation, it),))
         flops = {}
         if it.opcode in ("dot", "convolution"):
             arrays = [computation[name].arrays[0] for name in it.operands]
@@ -225,7 +228,7 @@ class _Analysis:
             size = len(groups[0])
             if size == 1:
                 return None
-            axes = self.axes.get(_key(groups), "other")
+            axes = self._named(groups)
             share = (size - 1) / size
             moved = {
                 "all-gather": share * result,
@@ -235,6 +238,25 @@ class _Analysis:
             }[kind]
         channel = it.attribute(r"channel_id=(\d+)")
         return Collective(kind, axes, size, groups[0], moved, float(result), it.op_name, channel)
+
+    def _named(self, groups: list[tuple[int, ...]]) -> str:
+        """The mesh axes of a collective's groups; a program for one of several slices lists its own alone."""
+        key = _key(groups)
+        if key in self.axes:
+            return self.axes[key]
+        return next((axes for whole, axes in self.axes.items() if key <= whole), "other")
+
+    def _between_slices(self, computation, it: Instruction) -> Collective:
+        """A collective over the data centre's network, which TPU programs hand to their host."""
+        kind = it.attribute(r'_xla_megascale_transfer_type="(\w+)"').lower().replace("_", "-")
+        target = it.attribute(r'_xla_megascale_target="\{([^}]*)\}') or ""
+        size = max(2, target.count(",") + 1)
+        held = float(computation[it.operands[0]].arrays[0].bytes)
+        # What is sent is what a device holds: of a gathered array its part.
+        share = {"all-reduce": 2 * (size - 1) / size, "all-gather": size - 1, "one-to-one": 1}
+        moved = share.get(kind, (size - 1) / size) * held
+        kind = {"one-to-one": "collective-permute"}.get(kind, kind)
+        return Collective(kind, "dcn", size, (0,), moved, held, it.op_name, None)
 
     def _traffic(self, computation: Computation, it: Instruction) -> Cost:
         device, host = traffic(self.computations, computation, it)

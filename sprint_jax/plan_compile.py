@@ -27,6 +27,7 @@ CODE_PER_LINE = 3700
 
 _OPTIMIZED = "*after_optimizations_after_buffer_assignment.txt"
 _TOO_LARGE = "*.oom_intermediate_module.txt"
+_WHOLE = "compiled.txt"
 _MEMORY = "*memory-usage-report.txt"
 
 
@@ -112,19 +113,27 @@ def _compile_here(c: Config, topology: Topology, number: int, started: float) ->
             raise
         seconds = time.monotonic() - started
         return Program("", needed, 0.0, False, 0.0, [], False, [], seconds)
-    memory = compiled.memory_analysis()
-    results = max(0, memory.output_size_in_bytes - memory.alias_size_in_bytes)
+    seconds = time.monotonic() - started
     return Program(
-        text=compiled.as_text(),
-        bytes=float(memory.argument_size_in_bytes + memory.temp_size_in_bytes + results),
-        code=float(memory.generated_code_size_in_bytes),
+        compiled.as_text(),
+        **_memory(compiled),
         code_is_known=True,
-        host_bytes=float(memory.host_temp_size_in_bytes + memory.host_argument_size_in_bytes),
         buffers=[],
         fits=True,
         warnings=[],
-        seconds=time.monotonic() - started,
+        seconds=seconds,
     )
+
+
+def _memory(compiled) -> dict[str, float]:
+    """Bytes of a compiled program, as in `Program`."""
+    memory = compiled.memory_analysis()
+    results = max(0, memory.output_size_in_bytes - memory.alias_size_in_bytes)
+    return {
+        "bytes": float(memory.argument_size_in_bytes + memory.temp_size_in_bytes + results),
+        "code": float(memory.generated_code_size_in_bytes),
+        "host_bytes": float(memory.host_temp_size_in_bytes + memory.host_argument_size_in_bytes),
+    }
 
 
 def _run(request: dict[str, Any], folder: Path, full: bool) -> tuple[str, dict]:
@@ -166,10 +175,13 @@ def _whole(folder: Path, pattern: str) -> bool:
 
 
 def _read(folder: Path, words: str, said: dict, started: float) -> Program:
-    """What a compiling process left behind."""
+    """What a compiling process left behind: a whole program, or the dumps of one that it got thus far with."""
     fits = "error" not in said
     needed = None if fits else out_of_memory(said["error"])
-    programs = sorted(folder.glob(_OPTIMIZED if fits else _TOO_LARGE))
+    whole = folder / _WHOLE
+    programs = (
+        [whole] if whole.exists() else sorted(folder.glob(_OPTIMIZED if fits else _TOO_LARGE))
+    )
     if (not fits and needed is None) or not (programs or needed):
         raise RuntimeError(
             said.get("error") or f"the compiler ended early and said: {words[-2000:]}"
@@ -180,7 +192,7 @@ def _read(folder: Path, words: str, said: dict, started: float) -> Program:
     spaces = {name: float(size) for name, size in totals}
     return Program(
         text=text,
-        bytes=max(spaces.get("default", 0.0), needed or 0.0),
+        bytes=said.get("bytes") or max(spaces.get("default", 0.0), needed or 0.0),
         code=float(said.get("code", CODE_PER_LINE * text.count("\n"))),
         code_is_known="code" in said,
         host_bytes=spaces.get("host", 0.0),
@@ -198,7 +210,7 @@ def _largest(report: str, count: int = 12) -> list[str]:
 
 
 def _worker(request: dict[str, Any]) -> dict[str, Any]:
-    """The compiling process: writes dumps; returns the size of the code, or why there is none."""
+    """The compiling process: writes dumps and program; returns its memory, or why there is none."""
     topology = open_topology(request["topology"], request["slices"])
     lowered = lower(Config(request["config"]), topology)[request["number"]]
     options = {"xla_dump_to": request["dump"], "xla_dump_hlo_as_text": True}
@@ -206,7 +218,8 @@ def _worker(request: dict[str, Any]) -> dict[str, Any]:
         compiled = lowered.compile(compiler_options=options)
     except jax.errors.JaxRuntimeError as error:
         return {"error": str(error)}
-    return {"code": compiled.memory_analysis().generated_code_size_in_bytes}
+    (Path(request["dump"]) / _WHOLE).write_text(compiled.as_text())
+    return _memory(compiled)
 
 
 if __name__ == "__main__":

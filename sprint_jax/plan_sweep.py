@@ -3,7 +3,7 @@
 For each ``fsdp`` (powers of two that divide the devices, small first) and each remat policy (least
 recomputation first) the batch per device starts at the config's and doubles (or halves); two batches that
 fit tell how memory grows, and where that line meets the limit is tried next, and so on until the largest
-batch is known to a sixteenth or `REFINEMENTS` tries were made between one that fits and one that does not. A
+batch is known to an eighth or `REFINEMENTS` tries were made between one that fits and one that does not. A
 larger ``fsdp`` and more recomputation only buy memory, which bounds the search:
 
 - an ``fsdp`` whose state alone exceeds the memory is not compiled;
@@ -24,7 +24,7 @@ from .topology import Topology
 
 KEYS = ("batch", "fsdp", "remat")
 POLICIES = ("none", "dots", "dots_no_batch", "full")
-REFINEMENTS = 4
+REFINEMENTS = 2
 CLOSE = 0.03
 
 
@@ -130,7 +130,7 @@ def _largest_batch(c, topology, keys, plan, say) -> list[dict]:
         else:
             high = count
         tries += bool(low and high)
-        close = low // 16 if len([each for each in found if each["fits"]]) > 1 else 0
+        close = low // 8 if len([each for each in found if each["fits"]]) > 1 else 0
         count = _next(found, unit, topology.hbm_bytes, low, high, tries)
         if high == 1 or tries > REFINEMENTS or (high and high - low <= max(1, close)):
             return found

@@ -239,6 +239,28 @@ def test_an_asynchronous_collective_counts_once_and_a_sliced_all_reduce_is_a_red
     assert cost.total_flops == 2 * 8**3
 
 
+def test_collectives_between_slices():
+    text = """HloModule m
+ENTRY %main (a: f32[16,8]) -> f32[16,8] {
+  %a = f32[16,8]{1,0} parameter(0)
+  %t = token[] after-all()
+  %s = (f32[16,8]{1,0}, u32[], token[]) send(%a, %t), channel_id=9, is_host_transfer=true, ATTRIBUTES
+  %g = f32[64,8]{1,0} all-gather(%a), channel_id=6, replica_groups={{0,1,2,3}}, dimensions={0}
+  ROOT %r = f32[16,8]{1,0} copy(%a)
+}
+"""
+    attributes = (
+        'frontend_attributes={_xla_megascale_target="{1,2}x{0:3}",'
+        '_xla_megascale_transfer_type="ALL_REDUCE"}'
+    )
+    cost = hlo.analyze(text.replace("ATTRIBUTES", attributes), MESH)
+    # The program of one slice names its own groups alone.
+    assert cost.bytes_by("kind", "axes") == {
+        ("all-reduce", "dcn"): 16 * 8 * 4,
+        ("all-gather", "fsdp"): 64 * 8 * 4 * 3 / 4,
+    }
+
+
 SLICED = """HloModule m
 %update (stack: f32[6,4,8], x: f32[4,8], i: s32[]) -> (f32[6,4,8], f32[4,8]) {
   %stack = f32[6,4,8]{2,1,0} parameter(0)

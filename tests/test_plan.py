@@ -100,11 +100,11 @@ def test_local_plan_of_a_distillation(command, tmp_path):
 
 def test_algorithm_flops_are_proportional_to_the_batch_and_free_of_remat():
     local = open_topology("local")
-    c = load_config(STUDENT[1], [*TINY, "--config.ladd.taps=1"])
+    c = load_config(TEACHER[1], list(TINY))
     plain = algorithm_flops(c, local)
     assert algorithm_flops(c.override({"model.remat": "full"}), local) == plain
     doubled = algorithm_flops(c.override({"data.batch_size": 32}), local)
-    assert doubled == pytest.approx([2 * value for value in plain], rel=0.01)
+    assert doubled == [2 * value for value in plain]
 
 
 def test_a_plan_says_what_does_not_fit_and_by_how_much():
@@ -121,15 +121,14 @@ def test_a_plan_says_what_does_not_fit_and_by_how_much():
 
 
 def test_sweep_finds_the_largest_batch_that_fits(command, tmp_path, monkeypatch):
-    c = load_config(TEACHER[1], [*TINY, "--config.data.batch_size=64"])
-    local = open_topology("local")
-    limit = plan_layout(c, local, lambda c: [1.0])["bytes_per_device"] * 1.01
+    c = load_config(TEACHER[1], list(TINY))
+    limit = plan_layout(c, open_topology("local"), lambda c: [1.0])["bytes_per_device"] * 1.01
     monkeypatch.setattr(topology, "_local_memory", lambda devices, chip: limit)
     out = tmp_path / "plan.json"
     ended = command(*TEACHER, "--topology", "local", "--sweep", "batch", "--out", str(out))
     assert ended.code == 0, ended.err
     found = json.loads(out.read_text())
-    assert found["fits"] and found["batch"] == 64
+    assert found["fits"] and found["batch"] == 16
     assert any(not each["fits"] for each in found["sweep"])
     assert "min left" in ended.err
 
