@@ -12,7 +12,7 @@ from runs import ROOT
 
 from sprint_jax import hlo, plan_compile
 from sprint_jax.config import load_config
-from sprint_jax.models.sana import compute_params
+from sprint_jax.models.blocks import compute_params
 from sprint_jax.plan_layout import algorithm_flops
 from sprint_jax.topology import open_topology
 
