@@ -20,6 +20,8 @@ def table(plan: dict) -> str:
     ]
     memory = {kind: size for kind, size in plan["memory"].items() if size}
     lines += [f"  {kind:<14}{size / GIB:9.3f}" for kind, size in memory.items()]
+    if plan["code_is_estimated"] and memory.get("code"):
+        lines[-1] += "  (estimated)"
     spare = plan["spare_bytes"] / GIB
     verdict = f"fits, {spare:.2f} to spare" if plan["fits"] else f"DOES NOT FIT, by {-spare:.2f}"
     lines.append(
