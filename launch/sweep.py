@@ -11,9 +11,9 @@ change, and results.png; the best run stands on top in both.
 
 Backends: ``local`` starts K trainings at a time here. ``slurm`` submits one job per run through
 launch/slurm.sbatch; the same line submits again what neither finished nor waits in the queue, and
-renews results.csv. ``pod`` runs one after the other through launch/tpu_pod.sh. For both, DIR must be a
-folder that this machine and the others see. SIGTERM and Ctrl-C reach the trainings, which write a
-checkpoint.
+renews results.csv. ``pod`` runs one after the other through launch/tpu_pod.sh, whose TPU is named by
+TPU_NAME and TPU_ZONE. For both, DIR must be a folder that this machine and the others see. SIGTERM
+and Ctrl-C reach the trainings, which write a checkpoint.
 """
 
 from pathlib import Path

@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # Trains on all hosts of a TPU slice (Cloud TPU VMs), started from your own machine.
 #   launch/tpu_pod.sh --tpu NAME --zone ZONE -- --config configs/digits.py:teacher --workdir DIR
+#   TPU_NAME and TPU_ZONE stand in for the first two, as for launch/sweep.py --backend pod
 #   --dir sprint_jax (the checkout on every host), --backend tpu|cpu, --max_restarts 10, --dry_run
 # Before: create the slice, and clone the repository on all hosts with the same ssh --worker=all.
 # --workdir must be one disk for all hosts, such as Filestore or a bucket mounted by Cloud Storage FUSE.
@@ -8,10 +9,10 @@
 set -euo pipefail
 # shellcheck source=launch/_pod.sh
 source "$(dirname "$0")/_pod.sh"
-tpu='' zone='' dir=sprint_jax backend=tpu max_restarts=10
+tpu="${TPU_NAME:-}" zone="${TPU_ZONE:-}" dir=sprint_jax backend=tpu max_restarts=10
 read_flags "tpu zone dir backend max_restarts" "$@"
 if [ -z "$tpu" ] || [ -z "$zone" ]; then
-  usage_error "--tpu and --zone are needed"
+  usage_error "--tpu and --zone are needed, or TPU_NAME and TPU_ZONE"
 fi
 use_backend "$backend"
 

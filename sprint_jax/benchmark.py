@@ -24,7 +24,8 @@ import jax
 from . import cli, inference_parts
 from .errors import UserError
 from .interop import reference
-from .models.sana import SanaTransformer, stack, unstack_blocks
+from .models.blocks import stack, unstack_blocks
+from .models.sana import SanaTransformer
 from .timing import first_call, paired_rounds, summarize
 from .workloads import NETWORK, STUDENTS, compiled, network_calls, network_inputs, random_params
 

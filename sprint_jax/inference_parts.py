@@ -18,8 +18,9 @@ import numpy as np
 from .errors import UserError
 from .interop import reference
 from .interop.diffusers import load_autoencoder, load_transformer
+from .models.blocks import unstack_blocks
 from .models.dc_ae import AutoencoderDC, Decoder
-from .models.sana import SanaTransformer, unstack_blocks
+from .models.sana import SanaTransformer
 from .pipeline import SprintPipeline
 from .workloads import FACTOR, STUDENTS, compiled, network_calls, network_inputs, random_params
 

@@ -198,13 +198,13 @@ def counted(data, monkeypatch, capfd):
         changes = {"steps": 6, "log__checkpoint_every": 2} | changes
         with monkeypatch.context() as patch:
             patch.setattr(train, "lower_updates", counting_updates)
-            patch.setattr(train.setup, "make_preview", fake_preview)
+            patch.setattr(train, "make_preview", fake_preview)
             return run_here(words(spec, data, workdir, **changes), monkeypatch, capfd)
 
     return run
 
 
-def fake_preview(c, nets, data):
+def fake_preview(c, nets, data, mesh):
     return lambda params, frozen: np.zeros((64, 64, 3), np.uint8)
 
 

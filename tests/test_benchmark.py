@@ -11,7 +11,7 @@ from runs import quick_compilation
 
 from sprint_jax import benchmark, inference_parts, timing, workloads
 from sprint_jax.errors import UserError
-from sprint_jax.models import sana
+from sprint_jax.models import blocks
 from sprint_jax.models.dc_ae import AutoencoderDC
 
 # One narrow block: the command's paths, compiled in a second or two.
@@ -179,12 +179,12 @@ def test_blocks_apart_compute_what_the_stack_does():
     inputs = workloads.network_inputs(fields, 1, 32, 64)
     model = workloads.SanaTransformer(**fields)
     params = workloads.random_params(model, inputs)
-    apart = sana.unstack_blocks(params)
+    apart = blocks.unstack_blocks(params)
     assert len(apart["transformer_blocks"]) == 2
     call = jax.jit(workloads.network_calls(model)["backward"])
     with quick_compilation():
         (loss, gradient), (loss_apart, gradient_apart) = call(params, inputs), call(apart, inputs)
-    stacked = sana.stack(gradient_apart["transformer_blocks"])
+    stacked = blocks.stack(gradient_apart["transformer_blocks"])
     gradient_apart = gradient_apart | {"transformer_blocks": stacked}
     np.testing.assert_allclose(loss, loss_apart, rtol=1e-6)
     # Two orders of the same float32 sums.

@@ -21,8 +21,9 @@ from sana_derivation import (
 )
 
 from sprint_jax.errors import UserError
+from sprint_jax.models.blocks import remat
 from sprint_jax.models.layers import LinearAttention
-from sprint_jax.models.sana import SIZES, SanaTransformer, from_fields, remat
+from sprint_jax.models.sana import SIZES, SanaTransformer, from_fields
 
 
 @pytest.mark.parametrize("case", CASES)

@@ -63,10 +63,11 @@ def test_slurm_submits_each_unfinished_run_once(sweep, cluster, capsys):
         sweep.run("--backend", "slurm")
     assert len(submitted()) == 3
     first = submitted()[0]
-    flags, script, rest = first[:4], first[4], first[5:]
+    flags, (script, dashes), rest = first[:4], first[4:6], first[6:]
     log = f"--output={sweep.workdir / 'seed=0' / 'log.txt'}"
     assert flags == ["--parsable", flags[1], log, "--open-mode=append"]
-    assert script == "launch/slurm.sbatch" and tuple(rest) == sweep.rows[0].arguments
+    assert (script, dashes) == ("launch/slurm.sbatch", "--")
+    assert tuple(rest) == sweep.rows[0].arguments
     results = sweep.results()
     assert [line["status"] for line in results.values()] == ["queued"] * 3 + ["failed"]
     assert (
@@ -108,7 +109,7 @@ def test_slurm_does_not_submit_blindly(sweep, cluster, monkeypatch):
 def test_pod_runs_one_after_the_other_through_its_script(sweep, monkeypatch):
     script = sweep.home / "launch" / "tpu_pod.sh"
     script.parent.mkdir()
-    script.write_text(f'echo pod >>log.of.pods; exec {" ".join(FAKE)} "$@"\n')
+    script.write_text(f'echo pod >>log.of.pods; [ "$1" = -- ]; shift; exec {" ".join(FAKE)} "$@"\n')
     monkeypatch.chdir(sweep.home)
     sweep.behave(s1="fail")
     with pytest.raises(UserError, match="1 of 4 runs failed: seed=1"):

@@ -153,5 +153,5 @@ def test_dry_run_prints_the_commands_and_touches_nothing(toy, tmp_path, capsys):
     command.main([*words, "--backend", "slurm"])
     assert capsys.readouterr().out.splitlines()[1].startswith("sbatch --parsable --job-name=")
     command.main([*words, "--backend", "pod"])
-    assert capsys.readouterr().out.splitlines()[1].startswith("bash launch/tpu_pod.sh --config ")
+    assert capsys.readouterr().out.splitlines()[1].startswith("bash launch/tpu_pod.sh -- --config ")
     assert not workdir.exists()

@@ -10,7 +10,7 @@ from .plan import Row
 from .run import LINE_LIMIT, Result
 
 SCRIPT = "launch/slurm.sbatch"
-POD = ("bash", "launch/tpu_pod.sh")  # takes the arguments of train and returns when they are done
+POD = ("bash", "launch/tpu_pod.sh", "--")  # then the arguments of train; returns when it is done
 
 
 def job_name(row: Row) -> str:
@@ -29,6 +29,7 @@ def sbatch_command(row: Row) -> list[str]:
         f"--output={row.folder / LOG_FILE}".replace("%", "%%"),
         "--open-mode=append",
         SCRIPT,
+        "--",
         *row.arguments,
     ]
 

@@ -21,8 +21,9 @@ from ..data.loader import encode_online, make_batches
 from ..data.synthetic import SyntheticLatents, collate
 from ..errors import UserError
 from ..interop.diffusers import load_transformer
+from ..models.blocks import compute_params
 from ..models.discriminator import DiscriminatorHeads, init_heads
-from ..models.sana import SanaTransformer, compute_params, from_fields
+from ..models.sana import SanaTransformer, from_fields
 from ..models.toy import SpaceToDepth, WordEncoder
 from .checkpoint import load_params
 from .fingerprint import fingerprint

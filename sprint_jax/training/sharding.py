@@ -258,10 +258,12 @@ def to_devices(
     position = {int(row): i for i, row in enumerate(local_rows(mesh, batch_size))}
 
     def place(array: np.ndarray) -> jax.Array:
-        def part(index):
+        shape = (batch_size, *array.shape[1:])
+        parts = []
+        for device, index in sharding.addressable_devices_indices_map(shape).items():
             start, stop, _ = index[0].indices(batch_size)
-            return array[position[start] : position[stop - 1] + 1]
-
-        return jax.make_array_from_callback((batch_size, *array.shape[1:]), sharding, part)
+            rows = array[position[start] : position[stop - 1] + 1]
+            parts.append(jax.device_put(rows, device))  # an explicit transfer: guards let it pass
+        return jax.make_array_from_single_device_arrays(shape, sharding, parts)
 
     return {name: place(array) for name, array in batch.items()}

@@ -1,0 +1,116 @@
+"""A transformer's blocks as one stack: scanned in segments or unrolled, rematerialized, cast, taken apart."""
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+
+Array = jax.Array
+
+POLICIES = {
+    "full": jax.checkpoint_policies.nothing_saveable,
+    "dots": jax.checkpoint_policies.dots_saveable,
+    "dots_no_batch": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+    "offload": jax.checkpoint_policies.save_and_offload_only_these_names(
+        names_which_can_be_saved=[],
+        names_which_can_be_offloaded=["block_input"],
+        offload_src="device",
+        offload_dst="pinned_host",
+    ),
+}
+
+
+def _all_but_weights(primitive, *_, **__) -> bool:
+    return primitive.name not in ("linear_call", "sharding_constraint")
+
+
+def remat(step: Callable, policy: str, scan: bool, split: bool = False) -> Callable:
+    """Wraps ``step`` in `jax.checkpoint` under a named policy.
+
+    Names: 'none' keeps everything; 'full' keeps block inputs only; 'dots' keeps matmul outputs;
+    'dots_no_batch' keeps the outputs of matmuls with weights; 'offload' keeps block inputs, in the host's
+    memory, where the backend has a way there (TPU, GPU).
+
+    Args:
+      split: the step gathers its weights; whatever the policy, gathered ones are not kept for the
+        backward pass, which gathers them anew.
+
+    Raises:
+      ValueError: for any other name.
+    """
+    if policy == "none":
+        return (
+            jax.checkpoint(step, policy=_all_but_weights, prevent_cse=not scan) if split else step
+        )
+    if policy not in POLICIES:
+        raise ValueError(f"remat policy '{policy}' is not one of none, {', '.join(POLICIES)}")
+    return jax.checkpoint(step, policy=POLICIES[policy], prevent_cse=not scan)
+
+
+def run_blocks(step, blocks, x: Array, num_layers: int, taps: tuple[int, ...], scan: bool):
+    """Runs ``x = step(params_i, x)`` over stacked params in segments that end at tapped blocks.
+
+    Args:
+      step: ``(params of one block, x) -> x``.
+      blocks: pytree with leaves [num_layers, ...], or a tuple of every block's own (`unstack_blocks`).
+      taps: increasing block indices; with taps, blocks after the last one do not run.
+
+    Returns:
+      ``(x, outputs of the tapped blocks)``.
+    """
+    ends = [tap + 1 for tap in taps] or [num_layers]
+    features, start = [], 0
+    scan = scan and not isinstance(blocks, tuple)
+    layers = None if scan else unstack(blocks)
+    for end in ends:
+        if scan:
+            segment = jax.tree.map(lambda leaf, a=start, b=end: leaf[a:b], blocks)
+            x, _ = jax.lax.scan(lambda carry, params: (step(params, carry), None), x, segment)
+        else:
+            for params in layers[start:end]:
+                x = step(params, x)
+        features.append(x)
+        start = end
+    return x, tuple(features) if taps else ()
+
+
+def unstack(blocks) -> tuple:
+    """The parameters of every block on their own, from leaves [num_layers, ...] or such a tuple itself."""
+    if isinstance(blocks, tuple):
+        return blocks
+    leaves, tree = jax.tree.flatten(blocks)
+    # The transpose of a split is one concatenation. That of indices, a sum of padded gradients, was a
+    # quarter of the backward pass of 7 blocks on CPU.
+    parts = [jax.lax.split(leaf, (1,) * leaf.shape[0], axis=0) for leaf in leaves]
+    parts = [[jax.lax.squeeze(each, (0,)) for each in part] for part in parts]
+    return tuple(jax.tree.unflatten(tree, layer) for layer in zip(*parts, strict=True))
+
+
+def stack(blocks):
+    """The inverse of `unstack`: leaves [num_layers, ...]."""
+    return jax.tree.map(lambda *a: jnp.stack(a), *blocks) if isinstance(blocks, tuple) else blocks
+
+
+def unstack_blocks(params: dict) -> dict:
+    """Parameters of a SanaTransformer with its blocks apart, which ``apply`` takes as well.
+
+    Blocks are then unrolled whatever ``scan`` says. On CPU this saves copying every block's weights out
+    of the stack in each call, a tenth of a forward pass at width 1152; elsewhere it gains nothing and
+    compiles more slowly.
+    """
+    return params | {"transformer_blocks": unstack(params["transformer_blocks"])}
+
+
+def compute_params(params, dtype):
+    """Parameters with the weights of matmuls and convolutions as the network uses them, in ``dtype``.
+
+    The result of a network does not change by it. Norms, modulation tables, the time embedding and the
+    logvar head compute in float32 and stay as they are.
+    """
+
+    def cast(path, leaf):
+        names = [getattr(entry, "key", None) for entry in path]
+        wide_layer = "time_embed" in names or "logvar_linear" in names
+        return leaf if wide_layer or names[-1] not in ("kernel", "bias") else leaf.astype(dtype)
+
+    return jax.tree_util.tree_map_with_path(cast, params)
