@@ -21,11 +21,6 @@ pytestmark = pytest.mark.skipif(
 )
 
 DEVICES, BLOCKS, BATCH = 8, 4, 16
-MESHES = {
-    "fsdp": {"mesh.data": 1, "mesh.fsdp": 8},
-    "data and fsdp": {"mesh.data": 2, "mesh.fsdp": 4},
-    "fsdp and tensor": {"mesh.data": 1, "mesh.fsdp": 4, "mesh.tensor": 2},
-}
 
 
 @pytest.fixture(scope="module")
@@ -42,10 +37,10 @@ def config(**changes):
     return load_config(str(ROOT / "configs/sprint.py:600m"), values)
 
 
-@pytest.fixture(scope="module", params=MESHES.values(), ids=MESHES.keys())
-def step(request, topology):
-    """Both updates on a mesh: (mesh, abstract arguments, programs, costs)."""
-    c = config().override(request.param)
+@pytest.fixture(scope="module")
+def step(topology):
+    """Both updates with the state split over all chips: (mesh, state, frozen, programs, costs)."""
+    c = config()
     mesh, (_, state, _, frozen) = plan_compile.abstract(c, topology)
     programs = [plan_compile.compile_update(c, topology, n, False) for n in range(2)]
     costs = [hlo.analyze(program.text, dict(mesh.shape)) for program in programs]
@@ -70,22 +65,17 @@ def gathered(tree, ways, dtype=None) -> float:
 
 def test_nothing_crosses_devices_that_need_not(step):
     """Weights are gathered and gradients scattered, and nothing is dealt out anew."""
-    mesh, _, _, programs, costs = step
+    *_, programs, costs = step
     for program, cost in zip(programs, costs, strict=True):
         assert not program.warnings  # of tensors that were replicated to reshard them
         assert not cost.unknown_loops
-        if mesh.shape["tensor"] == 1:
-            assert moved(cost, "all-to-all") == 0
-        # Statistics, counters and images rolled by one: far less than weights.
-        assert moved(cost, "all-to-all") <= 0.01 * moved(cost, "all-gather")
+        assert moved(cost, "all-to-all") == 0
 
 
 def test_weights_are_gathered_once_for_each_use(step):
     """The student's blocks four times (two passes, forward and backward), the teacher's three times."""
     mesh, state, frozen, _, costs = step
     ways = mesh.shape["fsdp"]
-    if mesh.shape["tensor"] > 1:
-        pytest.skip("the ideal is that of weights split over fsdp alone")
     student, teacher = dict(state.params), dict(frozen["teacher"])
     blocks = [tree.pop("transformer_blocks") for tree in (student, teacher)]
     of_student, of_teacher = (gathered(tree, ways, "bfloat16") for tree in blocks)
@@ -99,6 +89,15 @@ def test_weights_are_gathered_once_for_each_use(step):
     assert moved(costs[1], "all-gather") <= 1.05 * discriminator
     # No less either, or the count is wrong.
     assert moved(costs[0], "all-gather") > 4 * of_student + 3 * of_teacher
+
+
+def test_remat_costs_one_forward_pass_for_each_backward(step, topology):
+    """Three in a generator's update, of the student twice and of the teacher's features; 5 % to spare."""
+    compiled = [cost.total_flops * DEVICES for cost in step[-1]]
+    forward = 1121.5e9 * BLOCKS / 28 * BATCH
+    asked = algorithm_flops(config(), topology)
+    assert asked[0] < compiled[0] <= 1.05 * (asked[0] + 3 * forward)
+    assert compiled[1] <= 1.05 * asked[1]
 
 
 def test_flops_are_those_of_the_algorithm(topology):
@@ -117,42 +116,3 @@ def test_flops_are_those_of_the_algorithm(topology):
     assert flops[0] <= 1.05 * generator
     assert flops[1] <= 1.05 * discriminator
     assert flops[0] > 0.9 * generator and flops[1] > 0.8 * discriminator
-
-
-def test_compiled_flops_are_those_of_the_program(topology):
-    """What the compiler makes of remat costs no more than that: one forward pass more for each backward."""
-    c = config()
-    program = plan_compile.compile_update(c, topology, 0, False)
-    compiled = hlo.analyze(program.text).total_flops * DEVICES
-    forward = 1121.5e9 * BLOCKS / 28 * BATCH
-    assert compiled <= algorithm_flops(c, topology)[0] + 1.05 * 3 * forward
-
-
-def test_activation_memory_of_an_image(topology):
-    """The sCM branch with remat at 1024 pixels in bfloat16: at most 0.25 GB for 28 blocks of 0.6B.
-
-    From the slope over two batch sizes; what the missing blocks would keep, their inputs, is added.
-    """
-    held = []
-    for batch in (16, 32):
-        c = config(ladd__weight=0.0, data__batch_size=batch)
-        _, (_, _, shapes, _) = plan_compile.abstract(c, topology)
-        arguments = sum(
-            prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
-            for leaf in jax.tree.leaves(shapes)
-        )
-        held.append(plan_compile.compile_update(c, topology, 0, False).bytes - arguments)
-    image = (held[1] - held[0]) / (16 / DEVICES)
-    block_inputs = (28 - BLOCKS) * 32 * 32 * 1152 * 2
-    assert image + block_inputs <= 0.25e9
-
-
-def test_offload_keeps_block_inputs_in_the_hosts_memory(topology):
-    kept = plan_compile.compile_update(config(ladd__weight=0.0), topology, 0, False)
-    offloaded = plan_compile.compile_update(
-        config(ladd__weight=0.0, model__remat="offload"), topology, 0, False
-    )
-    block_inputs = BLOCKS * (BATCH / DEVICES) * 32 * 32 * 1152 * 2
-    assert kept.host_bytes == 0
-    assert offloaded.host_bytes == pytest.approx(block_inputs, rel=0.05)
-    assert offloaded.bytes < kept.bytes
