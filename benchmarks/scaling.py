@@ -1,6 +1,6 @@
 """Scaling on paper: one distillation at a fixed batch per chip, compiled for 16, 64 and 256 chips.
 
-    python benchmarks/scaling.py --config configs/sprint.py:1600m --chip v5e --per_chip 4
+    PYTHONPATH=. python benchmarks/scaling.py --config configs/sprint.py:1600m --chip v5e --per_chip 4
 
 Compiles, runs nothing; needs libtpu (extra 'plan'). Writes benchmarks/plans/scaling.jsonl, one line per slice,
 and scaling.png. Parameters are split over at most 64 chips, the rest of a slice replicates them. Weak scaling
