@@ -1,6 +1,6 @@
 """Scaling on paper: one distillation at a fixed batch per chip, compiled for 16, 64 and 256 chips.
 
-    python benchmarks/scaling.py --config configs/sprint.py:1600m --chip v5e --per_chip 4
+    PYTHONPATH=. python benchmarks/scaling.py --config configs/sprint.py:1600m --chip v5e --per_chip 4
 
 Compiles, runs nothing; needs libtpu (extra 'plan'). Writes benchmarks/plans/scaling.jsonl, one line per slice,
 and scaling.png. Parameters are split over at most 64 chips, the rest of a slice replicates them. Weak scaling
@@ -90,18 +90,20 @@ def draw(lines: list[dict], path: Path) -> None:
     axes[0].bar(chips, [each["gib"] for each in lines])
     axes[0].set_title("GiB per chip")
     axes[1].bar(chips, [each["tflop"] for each in lines], color="C1")
-    axes[1].set_title("TFLOP per chip and step")
+    axes[1].set_title("TFLOP per chip")
     axes[2].bar(chips, [sum(each["collective_gb"].values()) for each in lines], color="C2")
-    axes[2].set_title("GB over links per chip and step")
+    axes[2].set_title("GB over links per chip")
     for number, part in enumerate(("compute", "memory", "link")):
         places = [i + 0.27 * (number - 1) for i in range(len(lines))]
         values = [each[f"{part}_seconds"] for each in lines]
         axes[3].bar(places, values, width=0.25, label=part, color=f"C{3 + number}")
     axes[3].set_xticks(range(len(lines)), chips)
-    axes[3].set_title("seconds per step at peak")
-    axes[3].legend(fontsize=7)
+    axes[3].set_title("seconds at peak")
+    axes[3].legend(fontsize=7, ncols=3, loc="upper center")
+    axes[3].set_ylim(0, 1.2 * axes[3].get_ylim()[1])
     for panel in axes:
         panel.set_xlabel("chips")
+    figure.suptitle("per step", fontsize=9)
     figure.savefig(path, dpi=120)
 
 
