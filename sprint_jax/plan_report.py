@@ -69,10 +69,11 @@ def picture(plans: list[dict], path: Path) -> None:
     figure = Figure(figsize=(9, 1.6 + 0.55 * len(plans)), layout="constrained")
     axes = figure.subplots()
     left = [0.0] * len(plans)
+    largest = max(plan["bytes_per_device"] for plan in plans) / GIB
     names = [_name(plan) for plan in plans]
     for number, kind in enumerate(KINDS):
         sizes = [plan["memory"][kind] / GIB for plan in plans]
-        if not any(size > 0.001 for size in sizes):
+        if max(sizes) < 1e-4 * largest:  # too thin to be seen
             continue
         bars = axes.barh(names, sizes, left=left, label=kind, color=f"C{number}", height=0.6)
         total = max(plan["limit_bytes"] for plan in plans) / GIB
