@@ -5,7 +5,7 @@ import signal
 
 import jax
 import pytest
-from runs import quick_compilation, tiny, write_digits
+from runs import finish, quick_compilation, start, tiny, words, write_digits
 
 from sprint_jax import train
 from sprint_jax.errors import UserError
@@ -76,8 +76,6 @@ def watched(data, tmp_path_factory):
         log__every=3,
         log__sample_every=1000,
         log__checkpoint_every=1000,
-        log__profile_start=5,
-        log__profile_steps=2,
     )
     lower, get = train.lower_updates, jax.device_get
 
@@ -164,9 +162,13 @@ def test_the_shares_of_a_run(watched):
     assert {name for name in metrics[0] if name.startswith("time/")} == names
 
 
-def test_a_profile_window_leaves_a_trace_of_this_host(watched):
-    _, _, folder = watched
-    traces = list((folder / "profile" / "host_0").rglob("*.xplane.pb"))
+def test_a_profile_window_leaves_a_trace_of_this_host(data, tmp_path):
+    """In a process of its own: the profiler ends one in which libtpu's compiler was at work."""
+    workdir, options = tmp_path / "run", {"log__profile_start": 2, "log__profile_steps": 2}
+    with quick_compilation():
+        ended = finish(start(words(TEACHER, data, workdir, steps=4, **options)))
+    assert ended.code == 0 and f"trace: {workdir}/profile/host_0" in ended.out
+    traces = list((workdir / "profile" / "host_0").rglob("*.xplane.pb"))
     assert len(traces) == 1 and traces[0].stat().st_size > 1000
 
 
