@@ -29,6 +29,8 @@ _OPTIMIZED = "*after_optimizations_after_buffer_assignment.txt"
 _TOO_LARGE = "*.oom_intermediate_module.txt"
 _WHOLE = "compiled.txt"
 _MEMORY = "*memory-usage-report.txt"
+# Memory spaces by the number that layouts carry too, as in S(5); the report calls the host's "cmem".
+_MAIN, _HOST = "0", "5"
 
 
 class Program(NamedTuple):
@@ -188,14 +190,14 @@ def _read(folder: Path, words: str, said: dict, started: float) -> Program:
         )
     text = programs[0].read_text() if programs else ""
     reports = [path.read_text() for path in folder.glob(_MEMORY)]
-    totals = re.findall(r"Memory Space: (\w+).*\nTotal bytes: (\d+)", "".join(reports))
-    spaces = {name: float(size) for name, size in totals}
+    totals = re.findall(r"color=(\d+)\)\nTotal bytes: (\d+)", "".join(reports))
+    spaces = {color: float(size) for color, size in totals}
     return Program(
         text=text,
-        bytes=said.get("bytes") or max(spaces.get("default", 0.0), needed or 0.0),
+        bytes=said.get("bytes") or max(spaces.get(_MAIN, 0.0), needed or 0.0),
         code=float(said.get("code", CODE_PER_LINE * text.count("\n"))),
         code_is_known="code" in said,
-        host_bytes=spaces.get("host", 0.0),
+        host_bytes=spaces.get(_HOST, 0.0),
         buffers=_largest(reports[0]) if reports else [],
         fits=fits,
         warnings=[line for line in words.splitlines() if "rematerialization" in line],

@@ -136,11 +136,12 @@ def test_activation_memory_of_an_image(topology):
 
 
 def test_offload_keeps_block_inputs_in_the_hosts_memory(topology):
-    kept = plan_compile.compile_update(config(ladd__weight=0.0), topology, 0, False)
-    offloaded = plan_compile.compile_update(
-        config(ladd__weight=0.0, model__remat="offload"), topology, 0, False
-    )
-    block_inputs = BLOCKS * (BATCH / DEVICES) * 32 * 32 * 1152 * 2
-    assert kept.host_bytes < 1e5
+    changes = dict(ladd__weight=0.0, model__num_layers=28)
+    kept = plan_compile.compile_update(config(**changes), topology, 0, False)
+    changes["model__remat"] = "offload"
+    offloaded = plan_compile.compile_update(config(**changes), topology, 0, False)
+    block_inputs = 28 * (BATCH / DEVICES) * 32 * 32 * 1152 * 2
+    assert kept.host_bytes == 0
     assert offloaded.host_bytes == pytest.approx(block_inputs, rel=0.05)
-    assert offloaded.bytes < kept.bytes
+    # A few of them are on their way at any time.
+    assert offloaded.bytes < kept.bytes - 0.5 * block_inputs
