@@ -178,7 +178,9 @@ def _rotation(c: Gemma2, start: int, length: int) -> tuple[Array, Array]:
     """Cosines and sines [length, head_dim / 2] of positions ``start`` and on, float32."""
     # In float32 at every step, as the reference: at position 500 an angle rounds by 3e-5.
     exponents = np.arange(0, c.head_dim, 2, dtype=np.float32) / np.float32(c.head_dim)
-    frequencies = np.float32(1) / np.float32(c.rope_theta) ** exponents
+    # But for the power: NumPy's in float32 differs by the processor in the last bit.
+    powers = np.float64(np.float32(c.rope_theta)) ** exponents.astype(np.float64)
+    frequencies = np.float32(1) / powers.astype(np.float32)
     angles = np.arange(start, start + length, dtype=np.float32)[:, None] * frequencies[None]
     return jnp.cos(angles), jnp.sin(angles)
 
