@@ -139,6 +139,8 @@ class Checkpoints:
         self._async_bytes = async_gb * 1e9
         self._quiet = contextlib.ExitStack()
         self._quiet.enter_context(quiet_logs())
+        # A save may fail at any time, while the training goes on in this thread.
+        self._quiet.enter_context(quiet_failures())
         try:
             self._manager = make_writer(self.directory, keep)
         except OSError as error:

@@ -17,11 +17,11 @@ from typing import Any, TextIO
 import jax
 import numpy as np
 from PIL import Image
-from tensorboardX import SummaryWriter
 from tqdm import tqdm
 
 from ..atomic import write_atomic
 from ..errors import UserError
+from .board import Board
 
 SYNC_SECONDS = 5.0
 
@@ -77,10 +77,8 @@ class MetricLog:
             write_atomic(self.path, b"".join(map(_line, records)))
             self._file = self.path.open("ab")
             # File names hold the time in whole seconds: a quick restart would overwrite the first.
-            self._board = SummaryWriter(
-                str(self.workdir / "tensorboard"),
-                purge_step=kept + 1,
-                filename_suffix=f".{os.getpid()}.{time.monotonic_ns()}",
+            self._board = Board(
+                self.workdir / "tensorboard", kept + 1, f".{os.getpid()}.{time.monotonic_ns()}"
             )
         except OSError as error:
             raise UserError(f"cannot write in workdir {self.workdir}: {error}") from error
@@ -113,11 +111,10 @@ class MetricLog:
         try:
             self._file.write(_line(record))
             self._file.flush()
+            finite = {name: value for name, value in values.items() if math.isfinite(value)}
+            self._board.scalars(int(step), finite)
             if time.monotonic() - self._synced > SYNC_SECONDS:
                 self.sync()
-            for name, value in values.items():
-                if math.isfinite(value):
-                    self._board.add_scalar(name, value, int(step))
         except OSError as error:
             raise UserError(f"cannot write {self.path}: {error.strerror}") from error
 
@@ -153,7 +150,11 @@ class MetricLog:
         """Forces the lines so far to disk, so that they outlive a failure of the machine."""
         self.flush()
         if self._active:
-            os.fsync(self._file.fileno())
+            try:
+                os.fsync(self._file.fileno())
+                self._board.flush()
+            except OSError as error:
+                raise UserError(f"cannot write in {self.workdir}: {error.strerror}") from error
             self._synced = time.monotonic()
 
     def image(self, step: int, name: str, pixels: np.ndarray) -> None:
@@ -177,7 +178,7 @@ class MetricLog:
         path = self.workdir / "samples" / f"{step:08d}_{name.replace('/', '-')}.png"
         try:
             Image.fromarray(pixels).save(path)
-            self._board.add_image(name, pixels, int(step), dataformats="HW" if gray else "HWC")
+            self._board.image(int(step), name, pixels)
         except OSError as error:
             raise UserError(f"cannot write {path}: {error.strerror}") from error
 
