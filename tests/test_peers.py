@@ -2,6 +2,7 @@
 
 import argparse
 import signal
+from typing import ClassVar
 
 import pytest
 from pods import (
@@ -19,6 +20,7 @@ from pods import (
 from sprint_jax.errors import UserError
 from sprint_jax.training import distributed
 from sprint_jax.training.distributed import Place, find_place, several_tasks
+from sprint_jax.training.interrupt import Stop
 from sprint_jax.training.peers import LOST_PEER, Vitals, exit_code, follow, judge
 from sprint_jax.training.rendezvous import roll_call, split_address
 
@@ -183,3 +185,28 @@ def test_a_stuck_process_is_named(tmp_path):
 def test_distributed_without_a_cluster():
     (ended,) = finish_pod([start_one([*WORKER, "--distributed"], 1)])
     assert ended.code == 2 and "--distributed needs --coordinator" in ended.error
+
+
+def test_a_signal_counts_one_step_later_in_all_processes():
+    """One to spread it over the devices, and all processes read the same number."""
+
+    class Peers:
+        seen: ClassVar = []
+
+        def at_step(self, step):
+            self.seen.append(step)
+
+    handler = signal.getsignal(signal.SIGTERM)
+    try:
+        stop = Stop(Peers())
+        assert [stop.after(step) for step in (1, 2, 3)] == [0, 0, 0]
+        signal.raise_signal(signal.SIGTERM)
+        assert [stop.after(step) for step in (4, 5, 6)] == [0, signal.SIGTERM, signal.SIGTERM]
+        assert Peers.seen == [1, 2, 3, 4, 5, 6]
+        # A process by itself stops after the step in progress.
+        alone = Stop()
+        assert alone.after(1) == 0
+        signal.raise_signal(signal.SIGTERM)
+        assert alone.after(2) == signal.SIGTERM
+    finally:
+        signal.signal(signal.SIGTERM, handler)
