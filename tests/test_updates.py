@@ -7,6 +7,7 @@ import pytest
 from runs import assert_same_bits, build, copy, quick_compilation, tiny, write_digits
 from workdirs import make_workdir
 
+from sprint_jax import train
 from sprint_jax.training import setup, sharding
 from sprint_jax.training.accumulate import gradients
 
@@ -290,3 +291,52 @@ def test_states_on_other_meshes_start_from_the_same_bits(configs, singles):
     batch = sharding.to_devices(mesh, built.data.batches(0))
     state = setup.init_state(configs["flow"], built.nets, batch, {}, mesh)
     assert_same_bits(state, built.state)
+
+
+def test_joint_update_shows_the_heads_what_the_student_was_judged_by(configs, singles):
+    """One program and one batch in place of two; the parts are those of the separate updates."""
+    single = singles["distill"]
+    built = build(
+        configs["distill"].override({"ladd.reuse_fakes": True}), one_device(), single.state
+    )
+    assert len(built.updates) == 1
+    state, metrics = after(built, 0)
+    generated, separate = after(single, 0)
+    assert state.step == 1 and metrics.keys() > separate.keys() | {"loss/ladd_discriminator"}
+    assert relative_change(moments(generated.opt_state), moments(state.opt_state)) < 1e-5
+
+    @jax.jit
+    def by_hand(state, batch, frozen):
+        c, nets = configs["distill"], single.nets
+        state, _, fake = train._generator_update(nets, c, state, batch, frozen)
+        return train.discriminator_update(nets, c, state, batch | {"fake": fake}, frozen)
+
+    expected, _ = by_hand(copy(single.state), single.batch(0), single.frozen)
+    mine = moments(state.disc_opt_state)
+    assert relative_change(moments(expected.disc_opt_state), mine) < 1e-5
+    # Fresh fakes of another batch teach the heads something else.
+    place = jax.tree.map(lambda leaf: leaf.sharding, single.state)
+    apart, _ = after(single, 1, jax.device_put(generated, place))
+    assert relative_change(moments(apart.disc_opt_state), mine) > 1e-2
+
+
+def test_the_tangent_may_have_a_precision_of_its_own(configs):
+    def loss(**changes):
+        c = configs["distill"].override({"ladd.weight": 0.0, "model.dtype": "bfloat16"} | changes)
+        return after(build(c, one_device()), 0)[1]["loss/scm"]
+
+    plain = loss()
+    assert loss(**{"scm.jvp_dtype": "bfloat16"}) == plain
+    assert loss(**{"scm.jvp_dtype": "float32"}) != plain
+
+
+def test_terms_of_a_loss_add_up():
+    def term(scale):
+        return lambda p, batch, key: (scale * jnp.square(p["w"] * batch["x"]).mean(), {})
+
+    params, batch = {"w": jnp.float32(2.0)}, {"x": jnp.arange(8, dtype=jnp.float32)}
+    run = jax.jit(lambda p, b: gradients([term(1.0), term(3.0)], p, b, jax.random.key(0), 2))
+    value, aux, grads = run(params, batch)
+    mean = np.square(np.arange(8)).mean()
+    assert value == pytest.approx(16 * mean) and aux == {}
+    assert grads["w"] == pytest.approx(16 * mean)
