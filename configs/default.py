@@ -32,14 +32,36 @@ def get_config(arg=None):
     c.model = model_fields("digits")
 
     c.data = ml_collections.ConfigDict()
-    c.data.source = "digits"  # or 'synthetic': noise, to measure a step or to plan one
-    c.data.latent_size = (32, 32)  # synthetic: height and width of latents
-    c.data.text_length = 300  # synthetic: tokens of a caption
+    # 'digits'; 'latents' that `encode` wrote; 'images' that are encoded as they are drawn; 'synthetic'
+    # noise, to measure a step or to plan one
+    c.data.source = "digits"
     # 'small': one digit on 8x8 pixels; 'full', 'large': one or two on 8x16, 16x16
     c.data.world = "full"
-    c.data.dir = "data"  # where the built dataset lies
+    c.data.dir = "data"  # where built datasets lie
+    c.data.latent_size = (32, 32)  # synthetic: height and width of latents
+    c.data.text_length = 300  # synthetic: tokens of a caption
+    c.data.latents = ()  # latents: folders that `encode` wrote, as a mixture
+    # Folders of images, *.tar, *.array_record, tfds:NAME:SPLIT; as a mixture. `encode` reads them too.
+    c.data.images = ()
+    c.data.weights = ()  # of the mixture, one each; empty: every record as often as any other
+    # Pipeline folder or hub id whose autoencoder and text encoder make latents; empty: those of digits.
+    c.data.encoders = ""
+    c.data.resolution = 1024  # of the published table of sizes that images are cut to
+    c.data.sizes = ()  # instead of the table, such as 8x16,16x8 (height x width)
+    c.data.image_feature = "image"  # tfds: names of the features
+    c.data.caption_feature = "caption"
+    # Captions of an image are drawn by weight; above 0: by softmax(CLIP score / temperature).
+    c.data.caption_temperature = 0.0
+    c.data.max_rejected = 0.05  # share of images that may be unusable
+    c.data.holdout = 0  # latents, images: records kept from training, for `teacher_check`
     c.data.batch_size = 64  # global batch of one update
     c.data.prefetch = 4  # batches that wait on the devices ahead of their use
+
+    c.encode = ml_collections.ConfigDict()  # of `sprint_jax.encode` alone
+    c.encode.dtype = "bfloat16"  # of networks and of what is stored: bfloat16 or float32
+    c.encode.batch_size = 16  # images at once, on all devices of a host
+    c.encode.unit = 1024  # records between two points that an interrupted encoding goes on from
+    c.encode.threads = 16  # that read and decode images
 
     c.optimizer = optimizer_fields(1e-3)
     c.optimizer.name = "adamw"  # or 'came'

@@ -1,0 +1,58 @@
+"""What every image source gives: a record, or the reason why there is none."""
+
+from typing import NamedTuple, Protocol
+
+import numpy as np
+
+
+class Caption(NamedTuple):
+    """One caption of an image: ``weight`` (at least 0) is how often it is drawn beside the others, ``score``
+    its CLIP score where one is known."""
+
+    text: str
+    weight: float = 1.0
+    score: float | None = None
+
+
+class Record(NamedTuple):
+    """An image as it is meant to be seen, its captions and its key.
+
+    ``image`` is uint8 [H, W, 3], RGB, upright, transparency over white. ``captions`` has at least one; an
+    image without any has ``''``, the null prompt. ``key`` is unique in its source and stays the same
+    whatever form the source has.
+    """
+
+    key: str
+    image: np.ndarray
+    captions: tuple[Caption, ...]
+
+
+class Rejected(Exception):
+    """A record that cannot be used: its key, or the best name there is, and the reason in a few words."""
+
+    def __init__(self, key: str, reason: str):
+        super().__init__(f"{key}: {reason}")
+        self.key, self.reason = key, reason
+
+
+class Source(Protocol):
+    """Random access to records, from any thread.
+
+    Attributes:
+      name: the source in the user's words, for messages.
+      identity: hash of what the source is (files, sizes, options): an interrupted encoding goes on only with
+        the same.
+    """
+
+    name: str
+    identity: str
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int) -> Record:
+        """The record; raises `Rejected`."""
+        ...
+
+    def measure(self, index: int) -> tuple[str, tuple[int, int]]:
+        """Key and (height, width) as the record's image will have, read from headers; raises `Rejected`."""
+        ...
