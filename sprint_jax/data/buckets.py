@@ -1,0 +1,109 @@
+"""Aspect-ratio buckets: the published tables of sizes, and images resized and cut to them."""
+
+import re
+from collections.abc import Sequence
+
+import numpy as np
+from PIL import Image
+
+from ..errors import UserError
+from ..pictures import SIZES_1024
+
+# (height, width) of the published 2K models, from wide to tall (diffusers' ASPECT_RATIO_2048_BIN).
+SIZES_2048 = (
+    ((1024, 4096), (1024, 3968), (1024, 3840), (1024, 3712), (1152, 3584), (1152, 3456))
+    + ((1152, 3328), (1280, 3200), (1280, 3072), (1408, 2944), (1408, 2816), (1408, 2688))
+    + ((1536, 2688), (1536, 2560), (1664, 2432), (1664, 2304), (1792, 2304), (1792, 2176))
+    + ((1920, 2176), (1920, 2048), (2048, 2048), (2048, 1920), (2176, 1920), (2176, 1792))
+    + ((2304, 1792), (2304, 1664), (2432, 1664), (2560, 1536), (2688, 1536), (2816, 1408))
+    + ((2944, 1408), (3072, 1280), (3200, 1280), (3328, 1152), (3456, 1152), (3584, 1152))
+    + ((3712, 1024), (3840, 1024), (3968, 1024), (4096, 1024))
+)
+
+# Published data for 2K and more is resized with Lanczos, below with bicubic; no table comes near this.
+_LANCZOS_PIXELS = 1 << 21
+_THINNEST = 8  # times as many pixels before the cut as after it; 32:1 against a table's 4:1
+
+
+def size_table(resolution: int) -> tuple[tuple[int, int], ...]:
+    """The (height, width) in pixels of the published models of a resolution, from wide to tall.
+
+    The tables for 256 and 512 are that of 1024 divided, that for 4096 is that of 2048 doubled.
+
+    Raises:
+      UserError: exit code 2, for another resolution.
+    """
+    tables = {256: (SIZES_1024, 1, 4), 512: (SIZES_1024, 1, 2), 1024: (SIZES_1024, 1, 1)}
+    tables |= {2048: (SIZES_2048, 1, 1), 4096: (SIZES_2048, 2, 1)}
+    if resolution not in tables:
+        raise UserError(
+            f"data.resolution is {resolution}: there are tables for {', '.join(map(str, tables))}; "
+            "for other sizes set data.sizes, such as 768x768,512x1024",
+            exit_code=2,
+        )
+    sizes, up, down = tables[resolution]
+    return tuple((height * up // down, width * up // down) for height, width in sizes)
+
+
+def choose_sizes(resolution: int, sizes: Sequence[str], factor: int) -> tuple[tuple[int, int], ...]:
+    """The sizes (height, width) in pixels that images are cut to.
+
+    Args:
+      resolution: of a table, see `size_table`.
+      sizes: where there are any, these instead, each HEIGHTxWIDTH.
+      factor: pixels per latent along a side, which all sides must be multiples of.
+
+    Raises:
+      UserError: exit code 2, naming what cannot be used.
+    """
+    table = [_parse(text) for text in sizes] or list(size_table(resolution))
+    for height, width in table:
+        if height % factor or width % factor or not height or not width:
+            where = "data.sizes" if sizes else f"data.resolution {resolution}"
+            raise UserError(
+                f"{where}: sides of {height}x{width} are not multiples of {factor}, the autoencoder's factor",
+                exit_code=2,
+            )
+    if len(set(table)) < len(table):
+        raise UserError("data.sizes names a size twice", exit_code=2)
+    return tuple(table)
+
+
+def _parse(text: str) -> tuple[int, int]:
+    match = re.fullmatch(r"(\d+)x(\d+)", text)
+    if match is None:
+        raise UserError(f"data.sizes: {text!r} is not HEIGHTxWIDTH, such as 16x16", exit_code=2)
+    return int(match[1]), int(match[2])
+
+
+def fit_image(image: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+    """An image resized to cover a size, and its middle cut out, as in SANA's training data.
+
+    The side whose scale is larger fits exactly, the other is rounded down. That is NVlabs'
+    ``SanaWebDatasetMS``: torchvision's Resize of PIL images (bicubic with antialias; Lanczos from 2K on)
+    and CenterCrop, whose margins are rounded half to even. Its float division may come out one pixel short,
+    and a black row fill the gap; division of integers cannot.
+
+    Args:
+      image: uint8 [H, W, 3].
+      size: (height, width) of the result; see `pictures.nearest_size`.
+
+    Raises:
+      ValueError: the image is so long and thin that almost nothing of it would be left.
+    """
+    height, width = size
+    old_height, old_width = image.shape[:2]
+    if height * old_width > width * old_height:
+        new = (height, old_width * height // old_height)
+    else:
+        new = (old_height * width // old_width, width)
+    if new[0] * new[1] > _THINNEST * height * width:
+        raise ValueError(
+            f"{old_height}x{old_width} pixels are too long and thin for {height}x{width}"
+        )
+    if new != (old_height, old_width):
+        lanczos = height * width > _LANCZOS_PIXELS
+        how = Image.Resampling.LANCZOS if lanczos else Image.Resampling.BICUBIC
+        image = np.asarray(Image.fromarray(image).resize(new[::-1], how))
+    top, left = round((new[0] - height) / 2), round((new[1] - width) / 2)
+    return image[top : top + height, left : left + width]

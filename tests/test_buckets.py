@@ -1,0 +1,105 @@
+"""Tests of data/buckets: tables, sizes of a config, and the arithmetic of resizing and cutting."""
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from sprint_jax.data.buckets import SIZES_2048, choose_sizes, fit_image, size_table
+from sprint_jax.errors import UserError
+from sprint_jax.pictures import SIZES_1024, nearest_size
+
+
+def picture(height: int, width: int, seed: int = 0) -> np.ndarray:
+    """Smooth colours with some noise, so that every resampling gives something else."""
+    random = np.random.default_rng(seed)
+    y, x = np.mgrid[:height, :width]
+    smooth = np.stack([y * 255 / height, x * 255 / width, 127 + 100 * np.sin(x / 3 + y / 5)], -1)
+    return np.clip(smooth + random.normal(0, 20, smooth.shape), 0, 255).astype(np.uint8)
+
+
+def published(image: np.ndarray, size: tuple[int, int], lanczos: bool) -> np.ndarray:
+    """NVlabs' SanaWebDatasetMS in its floating-point words, with torchvision's functions on PIL images."""
+    height, width = size
+    old_height, old_width = image.shape[:2]
+    if height / old_height > width / old_width:
+        resized = height, int(old_width * height / old_height)
+    else:
+        resized = int(old_height * width / old_width), width
+    how = Image.Resampling.LANCZOS if lanczos else Image.Resampling.BICUBIC
+    larger = Image.fromarray(image).resize((resized[1], resized[0]), how)
+    top, left = round((resized[0] - height) / 2.0), round((resized[1] - width) / 2.0)
+    return np.asarray(larger.crop((left, top, left + width, top + height)))
+
+
+def test_tables_have_the_published_numbers_of_sizes_and_pixels():
+    for resolution, count in {256: 33, 512: 33, 1024: 33, 2048: 40, 4096: 40}.items():
+        table = size_table(resolution)
+        assert len(set(table)) == count and (resolution, resolution) in table
+        assert all(0.85 < h * w / resolution**2 < 1.06 for h, w in table)
+        assert [h / w for h, w in table] == sorted(h / w for h, w in table)
+    assert size_table(1024) == SIZES_1024 and size_table(2048) == SIZES_2048
+    assert size_table(512)[:2] == ((256, 1024), (256, 928))
+    assert size_table(4096)[-1] == (8192, 2048)
+    with pytest.raises(UserError, match=r"resolution is 768: there are tables for 256, .*4096"):
+        size_table(768)
+
+
+@pytest.mark.parametrize("resolution", [512, 1024, 2048, 4096])
+def test_every_size_of_a_published_table_fits_the_published_autoencoder(resolution):
+    assert choose_sizes(resolution, (), 32) == size_table(resolution)
+
+
+def test_sizes_of_a_config():
+    assert choose_sizes(1024, ("8x16", "16x8"), 2) == ((8, 16), (16, 8))
+    for sizes, message in {
+        ("8x15",): "8x15 are not multiples of 2",
+        ("0x8",): "0x8 are not multiples",
+        ("8 x 16",): "'8 x 16' is not HEIGHTxWIDTH",
+        ("8x16", "8x16"): "twice",
+    }.items():
+        with pytest.raises(UserError, match=message) as raised:
+            choose_sizes(1024, sizes, 2)
+        assert raised.value.exit_code == 2
+    with pytest.raises(UserError, match=r"resolution 256: sides of 128x464 are not multiples"):
+        choose_sizes(256, (), 32)
+
+
+@pytest.mark.parametrize(
+    "old", [(100, 100), (37, 91), (91, 37), (16, 16), (15, 33), (7, 9), (50, 201), (64, 48)]
+)
+@pytest.mark.parametrize("size", [(16, 16), (12, 20), (40, 24)])
+def test_images_are_resized_and_cut_as_in_published_training_data(old, size):
+    image = picture(*old)
+    found = fit_image(image, size)
+    assert found.shape == (*size, 3) and found.dtype == np.uint8
+    np.testing.assert_array_equal(found, published(image, size, lanczos=False))
+
+
+def test_two_thousand_pixels_are_resized_with_lanczos():
+    image, size = picture(300, 300), (1024, 4096)
+    wide = image[:75]
+    found = fit_image(wide, size)
+    np.testing.assert_array_equal(found, published(wide, size, lanczos=True))
+    assert (found != published(wide, size, lanczos=False)).any()
+
+
+def test_no_row_is_lost_where_float_division_is_short():
+    for old in range(3, 200):
+        assert fit_image(np.zeros((old, 2 * old, 3), np.uint8), (17, 34)).shape == (17, 34, 3)
+
+
+def test_a_fitting_image_is_untouched():
+    image = picture(16, 24)
+    np.testing.assert_array_equal(fit_image(image, (16, 24)), image)
+
+
+def test_a_thread_of_an_image_is_refused_before_memory_is_spent():
+    with pytest.raises(ValueError, match=r"1x60000 pixels are too long and thin for 512x2048"):
+        fit_image(np.zeros((1, 60000, 3), np.uint8), (512, 2048))
+
+
+def test_the_nearest_bucket_is_that_of_the_aspect_ratio():
+    assert nearest_size(3000, 3100, SIZES_1024) == (1024, 1024)
+    assert nearest_size(1080, 1920, SIZES_2048) == (1536, 2688)
+    assert nearest_size(10, 100, SIZES_2048) == (1024, 4096)
+    assert nearest_size(20, 30, ((8, 16), (16, 8))) == (8, 16)
