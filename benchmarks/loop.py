@@ -32,7 +32,7 @@ from sprint_jax import cli, train
 from sprint_jax.config import load_config
 from sprint_jax.errors import UserError
 from sprint_jax.timing import paired_rounds, spread, summarize
-from sprint_jax.training import setup, sharding
+from sprint_jax.training import feed, setup, sharding
 from sprint_jax.training.clock import PARTS
 from sprint_jax.training.log import read_metrics
 
@@ -61,7 +61,7 @@ def measure_shares(c, workdir: Path) -> dict:
 def step_arms(c) -> dict:
     """{arm: call} that makes one step, all its updates, of a state of the arm's own, and waits."""
     mesh = sharding.make_mesh(1, 1, devices=jax.devices()[:1])
-    nets, data = setup.build_nets(c, mesh), setup.open_data(c, mesh)
+    nets, data = setup.build_nets(c, mesh), feed.open_data(c, mesh)
     frozen, _ = setup.load_frozen(c, data, mesh)
     batch = sharding.to_devices(mesh, data.batches(0))
     state = setup.init_state(c, nets, batch, frozen, mesh)

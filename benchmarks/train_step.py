@@ -36,7 +36,7 @@ from sprint_jax.config import load_config
 from sprint_jax.data.digits import held_out_prompts
 from sprint_jax.errors import UserError
 from sprint_jax.models.discriminator import update_spectral
-from sprint_jax.training import checks, closures, setup, sharding
+from sprint_jax.training import checks, closures, feed, setup, sharding
 from sprint_jax.training.state import apply_gradients
 
 DIGITS = Path(__file__).resolve().parent.parent / "configs" / "digits.py"
@@ -66,7 +66,7 @@ def build(world, overrides):
     if c.model.scan or c.model.remat != "none" or c.accumulate != 1 or not nets.heads:
         raise UserError("needs scan=false, remat=none, accumulate=1, ladd.weight>0", exit_code=2)
     checks.check_batch(c, mesh)
-    (autoencoder, text_encoder, size), count = setup.toy_parts(world), c.data.batch_size
+    (autoencoder, text_encoder, size), count = feed.toy_parts(world), c.data.batch_size
     shape = autoencoder.encode(np.zeros((count, *size, 3))).shape
     keys = jax.random.split(jax.random.key(0), 6)
     x, noise = (jax.random.normal(key, shape) for key in keys[:2])

@@ -33,8 +33,9 @@ from .interop.stablehlo import export_pipeline
 from .loading import SETTINGS, read_index
 from .pipeline import SprintPipeline
 from .training.checkpoint import load_params
+from .training.feed import toy_parts
 from .training.fingerprint import fingerprint
-from .training.setup import read_workdir_config, toy_parts
+from .training.setup import read_workdir_config
 
 
 def main(argv: list[str]) -> None:

@@ -8,19 +8,21 @@ The same line starts a run, resumes it exactly, or reports that it is done. A ba
 Frozen networks are arguments (``frozen``); randomness is a function of (seed, step).
 """
 
+import concurrent.futures
 import contextlib
 import functools
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
+from tqdm import tqdm
 
 from . import cli, losses, trigflow
 from .atomic import write_json_atomic
 from .config import Config
 from .data.loader import prefetch
 from .models.discriminator import update_spectral
-from .training import checks, closures, distributed, setup, sharding
+from .training import checks, closures, distributed, feed, setup, sharding
 from .training.accumulate import gradients
 from .training.checkpoint import Checkpoints
 from .training.clock import Clock
@@ -32,6 +34,8 @@ from .training.profile import Profile
 from .training.setup import Nets
 from .training.sharding import in_use
 from .training.state import TrainState, apply_gradients, apply_head_gradients, health
+
+COMPILERS = 8  # threads; a compiler uses several cores by itself
 
 
 def flow_update(nets: Nets, c, state: TrainState, batch: dict, frozen: dict):
@@ -217,6 +221,15 @@ def lower_updates(c: Config, nets: Nets, state: TrainState, batch: dict, frozen:
     return [update.lower(state, batch, frozen) for update in jitted]
 
 
+def compile_updates(lowered: list[list]) -> list[list]:
+    """Compiles the updates of every batch shape, some at a time: there may be dozens."""
+    with concurrent.futures.ThreadPoolExecutor(COMPILERS) as pool:
+        compiled = pool.map(lambda updates: [update.compile() for update in updates], lowered)
+        return list(
+            tqdm(compiled, "compiling", len(lowered), unit="shape", disable=not lowered[1:])
+        )
+
+
 def train(c: Config, workdir: Path, overridden: list[str], peers=None) -> None:
     """Runs or resumes a run to its last step.
 
@@ -238,13 +251,14 @@ def train(c: Config, workdir: Path, overridden: list[str], peers=None) -> None:
     if peers:
         peers.meet("checked")  # before process 0 puts something into the workdir
     nets = setup.build_nets(c, mesh)
-    data = setup.open_data(c, mesh)
+    data = feed.open_data(c, mesh)
     frozen, origin = setup.load_frozen(c, data, mesh)
     to_devices = functools.partial(sharding.to_devices, mesh, batch_size=c.data.batch_size)
-    batch = to_devices(data.batches(0))
-    state = setup.init_state(c, nets, batch, frozen, mesh)
+    shapes = [sharding.place_shapes(batch, sharding.batch_sharding(mesh)) for batch in data.shapes]
+    data.batches(0)  # what is wrong with the data is said before anything is compiled
+    state = setup.init_state(c, nets, shapes[0], frozen, mesh)
     frozen = setup.at_compute_precision(nets, frozen)
-    lowered = lower_updates(c, nets, state, batch, frozen)
+    lowered = [lower_updates(c, nets, state, batch, frozen) for batch in shapes]
     diagnose = None
     if c.stage == "distill":
         everywhere = sharding.replicated(mesh)
@@ -271,18 +285,21 @@ def train(c: Config, workdir: Path, overridden: list[str], peers=None) -> None:
 
     # --- Loop: the host prepares one step while the devices work on the one before.
     print(f"{setup.describe(c, state, mesh)}; compiling", flush=True)
-    updates = [program.compile() for program in lowered]
-    feed = prefetch(data.batches, start * len(updates), depth, to_devices)
+    programs = compile_updates(lowered)
+    updates = {batch["latents"].shape: each for batch, each in zip(shapes, programs, strict=True)}
+    passes = range(len(programs[0]))
+    stream = prefetch(data.batches, start * len(passes), depth, to_devices)
     lines = MetricLog(workdir, resume_step=start, progress=Progress(total, start))
     stop, in_a_row, clock = Stop(peers), 0, Clock(start, images)
-    with checkpoints, profile, contextlib.closing(feed) as batches, lines as log:
+    with checkpoints, profile, contextlib.closing(stream) as batches, lines as log:
         for step in range(start + 1, total + 1):
             profile.at(step, state)
             metrics = {}
-            for update in updates:
+            for k in passes:
                 with clock("data_wait"):
-                    _, batch = next(batches)
+                    number, batch = next(batches)
                 with clock("step"):
+                    update = updates[batch["latents"].shape][k]
                     state, more = update(state, batch, frozen)
                 metrics |= more
             stopping = stop.after(step)
@@ -297,6 +314,8 @@ def train(c: Config, workdir: Path, overridden: list[str], peers=None) -> None:
             with clock("log"):
                 log.flush()  # the line of the step before
             if diagnose and step % options["diagnostics_every"] == 0:
+                if batch["latents"].shape != shapes[0]["latents"].shape:
+                    batch = to_devices(data.batches(data.next_of_first(number)))
                 metrics |= diagnose(state, batch, frozen)
             if step % options["every"] == 0 or last:
                 log.defer(step, metrics | clock.lap(step))

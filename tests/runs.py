@@ -22,7 +22,7 @@ import tensorflow_datasets as tfds
 from sprint_jax import cli, train
 from sprint_jax.config import Config, load_config
 from sprint_jax.data.digits import Digits, DigitsConfig, World, get_world, open_digits
-from sprint_jax.training import setup, sharding
+from sprint_jax.training import feed, setup, sharding
 from sprint_jax.training.fingerprint import leaf_table
 from sprint_jax.training.log import read_metrics
 
@@ -181,7 +181,7 @@ class Built(NamedTuple):
     """All that a run has before its first step, and its compiled updates."""
 
     nets: setup.Nets
-    data: setup.Data
+    data: feed.Data
     mesh: jax.sharding.Mesh
     frozen: dict
     state: Any
@@ -193,7 +193,7 @@ class Built(NamedTuple):
 
 def build(c: Config, mesh: jax.sharding.Mesh, state: Any = None) -> Built:
     """Builds and compiles a run on a mesh; from a copy of ``state``, or from step 0."""
-    nets, data = setup.build_nets(c, mesh), setup.open_data(c, mesh)
+    nets, data = setup.build_nets(c, mesh), feed.open_data(c, mesh)
     frozen, _ = setup.load_frozen(c, data, mesh)
     batch = sharding.to_devices(mesh, data.batches(0))
     if state is None:

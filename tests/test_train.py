@@ -26,7 +26,7 @@ from workdirs import make_workdir
 from configs import default
 from sprint_jax import train
 from sprint_jax.config import Config
-from sprint_jax.training import setup
+from sprint_jax.training import feed
 from sprint_jax.training.checkpoint import load_params
 
 STAGES = ("flow", "distill")
@@ -198,7 +198,7 @@ def test_logged_total_is_the_weighted_sum_of_its_parts(whole):
 
 def poison(monkeypatch, bad):
     """Puts one NaN into the batches with these numbers."""
-    opened = setup.open_data
+    opened = feed.open_data
 
     def open_data(c, mesh):
         data = opened(c, mesh)
@@ -212,7 +212,7 @@ def poison(monkeypatch, bad):
 
         return data._replace(batches=batches)
 
-    monkeypatch.setattr(setup, "open_data", open_data)
+    monkeypatch.setattr(feed, "open_data", open_data)
 
 
 def test_one_bad_batch_is_skipped_and_counted(line, tmp_path, monkeypatch, capfd):
@@ -286,11 +286,14 @@ def test_every_key_is_read_by_a_stage(whole):
     keys = set(leaves(default.get_config().to_dict()))
     assert len(keys) > 60
     unread = [set(config.unread()) for config, _ in whole.values()]
-    # No digits are of noise.
-    of_noise = {"data.latent_size", "data.text_length"}
-    assert keys & unread[0] & unread[1] == of_noise
+    # Digits are neither noise, nor latents or images of the user's; those are in test_feed.py.
+    others = {"latent_size", "text_length", "latents", "images", "weights", "encoders"}
+    others |= {"resolution", "sizes", "image_feature", "caption_feature", "caption_temperature"}
+    others = {f"data.{key}" for key in others | {"max_rejected", "holdout"}}
+    others |= {key for key in keys if key.startswith("encode.")}
+    assert keys & unread[0] & unread[1] == others
     # What a stage has no use for is known, so that a typing error in train.py shows.
-    sections = [{key.partition(".")[0] for key in each - of_noise} for each in unread]
+    sections = [{key.partition(".")[0] for key in each - others} for each in unread]
     assert sections == [{"scm", "ladd", "teacher"}, {"flow"}]
 
 

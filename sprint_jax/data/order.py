@@ -122,12 +122,14 @@ def _joined(sources, seed: int) -> dict[Bucket, _Stream]:
         if not len(records):
             continue
 
-        def at(positions, numbers=numbers, records=records, shuffle=_shuffler(seed, *bucket)):
-            index = shuffle(positions, len(records))
-            return numbers[index], records[index]
-
+        at = functools.partial(_draw_joined, numbers, records, _shuffler(seed, *bucket))
         streams[bucket] = _Stream(len(records), at)
     return streams
+
+
+def _draw_joined(numbers, records, shuffle, positions):
+    index = shuffle(positions, len(records))
+    return numbers[index], records[index]
 
 
 def _mixed(sources, counts: Sequence[int], weights, seed: int) -> dict[Bucket, _Stream]:
@@ -148,30 +150,22 @@ def _mixed(sources, counts: Sequence[int], weights, seed: int) -> dict[Bucket, _
         present = [int(number) for number in np.flatnonzero(expected)]
         if not present:
             continue
-        pattern, before, per_period = _pattern(expected[present])
         shuffles = [_shuffler(seed, *bucket, number) for number in present]
-
-        def at(
-            positions,
-            parts=parts,
-            present=present,
-            pattern=pattern,
-            before=before,
-            per_period=per_period,
-            shuffles=shuffles,
-        ):
-            period, offset = np.divmod(positions, PERIOD)
-            chosen = pattern[offset]
-            within = period * per_period[chosen] + before[offset]
-            records = np.empty(len(positions), np.int64)
-            for place, number in enumerate(present):
-                mine = chosen == place
-                index = shuffles[place](within[mine], len(parts[number]))
-                records[mine] = parts[number][index]
-            return np.asarray(present)[chosen], records
-
+        at = functools.partial(_draw_mixed, parts, present, _pattern(expected[present]), shuffles)
         streams[bucket] = _Stream(max(1, round(float(expected.sum()))), at)
     return streams
+
+
+def _draw_mixed(parts, present, pattern, shuffles, positions):
+    source, before, per_period = pattern
+    period, offset = np.divmod(positions, PERIOD)
+    chosen = source[offset]
+    within = period * per_period[chosen] + before[offset]
+    records = np.empty(len(positions), np.int64)
+    for place, number in enumerate(present):
+        mine = chosen == place
+        records[mine] = parts[number][shuffles[place](within[mine], len(parts[number]))]
+    return np.asarray(present)[chosen], records
 
 
 def _pattern(shares: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

@@ -8,14 +8,18 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from einops import rearrange
+from PIL import Image
 
 from .. import sampling, trigflow
 from ..config import Config
-from ..data.digits import held_out_prompts
-from .setup import Data, Nets
+from ..pictures import to_bytes
+from .feed import Data
+from .setup import Nets
 from .sharding import batch_ways, replicated
 
 Tree = Any
+
+DECODED = 4  # pictures at once: at 1024 pixels a decoder needs some GB for them
 
 
 def make_preview(
@@ -27,18 +31,15 @@ def make_preview(
     steps and CFG. Every process must call it.
 
     Returns:
-      ``preview(params, frozen) -> uint8 [rows * H, columns * W, 3]``, pictures enlarged to 64 pixels;
+      ``preview(params, frozen) -> uint8 [rows * H, columns * W, 3]``, pictures of 64 to 256 pixels;
       None for data without pictures.
     """
-    if data.autoencoder is None:
+    if data.decode is None:
         return None
-    height, width = data.size
     # Every device draws as many; what is more than ``count`` is not shown.
     batch = -(-count // batch_ways(mesh)) * batch_ways(mesh)
-    text, mask = data.text_encoder.encode(held_out_prompts(c.data.world, count, 0))
-    text, mask = (np.resize(a, (batch, *a.shape[1:])) for a in (text, mask))
-    shape = (height // data.autoencoder.factor, width // data.autoencoder.factor)
-    shape = (*shape, nets.model.in_channels)
+    text, mask = (np.resize(a, (batch, *a.shape[1:])) for a in data.prompts(count))
+    shape = data.shapes[0]["latents"].shape[1:]
 
     def noise(number: int) -> jax.Array:
         key = jax.random.fold_in(jax.random.key(c.seed), number)
@@ -79,12 +80,24 @@ def make_preview(
             if nets.teacher is None
             else [student(params, n) for n in (1, 2, 4)]
         )
-        return jnp.stack([data.autoencoder.decode(row)[:count] for row in rows])
+        return jnp.stack([row[:count] for row in rows])
 
     def preview(params, frozen):
-        pixels = np.asarray(jax.device_get(sample(params, frozen)))
-        pixels = np.round((np.clip(pixels, -1, 1) + 1) * 127.5).astype(np.uint8)
-        scale = max(1, 64 // height)
-        return rearrange(pixels, "r n h w c -> (r h) (n w) c").repeat(scale, 0).repeat(scale, 1)
+        rows = jax.device_get(sample(params, frozen))
+        if jax.process_index():  # pictures are written by the first process
+            return np.zeros((1, 1, 3), np.uint8)
+        return np.concatenate([_strip(data.decode, row) for row in rows])
 
     return preview
+
+
+def _strip(decode: Callable[[Any], Any], latents: np.ndarray) -> np.ndarray:
+    """Pictures of latents [n, h, w, C] side by side: uint8 [H, W, 3], each 64 to 256 pixels high."""
+    parts = [latents[i : i + DECODED] for i in range(0, len(latents), DECODED)]
+    pixels = np.concatenate([np.asarray(decode(part)) for part in parts])
+    strip = rearrange(to_bytes(pixels), "n h w c -> h (n w) c")
+    height = pixels.shape[1]
+    scale = max(1, 64 // height)
+    shrink = max(1, height // 256)
+    picture = Image.fromarray(strip.repeat(scale, 0).repeat(scale, 1))
+    return np.asarray(picture.reduce(shrink) if shrink > 1 else picture)

@@ -12,27 +12,23 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 
 from ..config import Config
-from ..data.digits import get_world, open_digits
-from ..data.loader import encode_online, make_batches
-from ..data.synthetic import SyntheticLatents, collate
 from ..errors import UserError
 from ..interop.diffusers import load_transformer
 from ..models.blocks import compute_params
 from ..models.discriminator import DiscriminatorHeads, init_heads
 from ..models.sana import SanaTransformer, from_fields
-from ..models.toy import SpaceToDepth, WordEncoder
 from .checkpoint import load_params
+from .feed import Data, batch_shapes
 from .fingerprint import fingerprint
 from .optim import make_optimizer
 from .sharding import (
     Partition,
     batch_sharding,
-    local_rows,
     make_mesh,
+    place_shapes,
     replicated,
     state_shardings,
 )
@@ -52,86 +48,9 @@ class Nets(NamedTuple):
     disc_optimizer: optax.GradientTransformation | None
 
 
-class Data(NamedTuple):
-    """Where batches come from, and what stands between pictures, prompts and the network.
-
-    ``batches(i)`` is this host's rows of global batch ``i``: latents [B, h, w, C], text [B, L, D],
-    mask [B, L]; ``null_text`` [L, D] and ``null_mask`` [L] are of the empty prompt; ``size`` is the
-    pictures' (height, width). Without an autoencoder there are no pictures to look at.
-    """
-
-    batches: Callable[[int], dict[str, np.ndarray]]
-    null_text: np.ndarray
-    null_mask: np.ndarray
-    text_encoder: Any = None
-    autoencoder: Any = None
-    size: tuple[int, int] = (0, 0)
-
-
 def mesh_from(c: Config, devices=None) -> jax.sharding.Mesh:
     """The mesh of ``config.mesh`` over the given devices, by default all."""
     return make_mesh(**{key: c.mesh[key] for key in c.mesh}, devices=devices)
-
-
-def toy_parts(world: str) -> tuple[SpaceToDepth, WordEncoder, tuple[int, int]]:
-    """Autoencoder, text encoder and picture size (height, width) of a digits world."""
-    rows, columns = get_world(world).cells
-    return SpaceToDepth(), WordEncoder(), (8 * rows, 8 * columns)
-
-
-def batch_shapes(c: Config) -> dict[str, jax.ShapeDtypeStruct]:
-    """Shapes and dtypes of a global batch; reads no data."""
-    if c.data.source == "synthetic":
-        source = _synthetic(c)
-        text, latents = source.text_shape, source.shape
-    else:
-        autoencoder, text_encoder, (height, width) = toy_parts(c.data.world)
-        text = text_encoder.encode([""])[0].shape[1:]
-        factor = autoencoder.factor
-        latents = (height // factor, width // factor, c.model.in_channels)
-    count = c.data.batch_size
-    return {
-        "latents": jax.ShapeDtypeStruct((count, *latents), jnp.float32),
-        "text": jax.ShapeDtypeStruct((count, *text), jnp.float32),
-        "mask": jax.ShapeDtypeStruct((count, text[0]), jnp.int32),
-    }
-
-
-def _synthetic(c: Config) -> SyntheticLatents:
-    return SyntheticLatents(
-        seed=c.seed,
-        shape=(*c.data.latent_size, c.model.in_channels),
-        text_shape=(c.data.text_length, c.model.caption_channels),
-    )
-
-
-def open_data(c: Config, mesh: jax.sharding.Mesh) -> Data:
-    """The training data that a config's ``data`` section describes.
-
-    Raises:
-      UserError: for an unknown source, or data that is not there.
-    """
-    rows = local_rows(mesh, c.data.batch_size)
-    if c.data.source == "synthetic":
-        source = _synthetic(c)
-        batches = make_batches(
-            source, collate, batch_size=c.data.batch_size, seed=c.seed, rows=rows
-        )
-        return Data(batches, source.null_text, source.null_mask)
-    if c.data.source != "digits":
-        raise UserError(
-            f"config.data.source '{c.data.source}' is not one of digits, synthetic", exit_code=2
-        )
-    autoencoder, text_encoder, size = toy_parts(c.data.world)
-    batches = make_batches(
-        open_digits(c.data.dir, c.data.world, "train"),
-        encode_online(autoencoder, text_encoder),
-        batch_size=c.data.batch_size,
-        seed=c.seed,
-        rows=rows,
-    )
-    null_text, null_mask = text_encoder.encode([""])
-    return Data(batches, null_text[0], null_mask[0], text_encoder, autoencoder, size)
 
 
 def read_workdir_config(workdir: str | Path) -> Config:
@@ -335,21 +254,14 @@ def abstract_run(c: Config, mesh: jax.sharding.Mesh) -> tuple[Nets, TrainState, 
         frozen["teacher"] = jax.eval_shape(cast, teacher)
     state = jax.eval_shape(_initializer(c, nets, batch), teacher, {}, key)
 
-    def place(tree, shardings):
-        return jax.tree.map(
-            lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
-            tree,
-            jax.tree.broadcast(shardings, tree),
-        )
-
     laid = {name: replicated(mesh) for name in ("null_text", "null_mask")}
     if teacher is not None:
         laid["teacher"] = state_shardings(mesh, frozen["teacher"])
     return (
         nets,
-        place(state, state_shardings(mesh, state)),
-        place(batch, batch_sharding(mesh)),
-        place(frozen, laid),
+        place_shapes(state, state_shardings(mesh, state)),
+        place_shapes(batch, batch_sharding(mesh)),
+        place_shapes(frozen, laid),
     )
 
 

@@ -236,6 +236,15 @@ def _there_and_back(x: jax.Array, there: NamedSharding, home: NamedSharding) -> 
     )
 
 
+def place_shapes(tree: Tree, shardings: Tree) -> Tree:
+    """ShapeDtypeStructs of a tree's leaves with their shardings, or with the one for all of them."""
+    return jax.tree.map(
+        lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
+        tree,
+        jax.tree.broadcast(shardings, tree),
+    )
+
+
 def local_rows(mesh: Mesh, batch_size: int) -> np.ndarray:
     """Numbers of the rows of a global batch that this process' devices hold, increasing."""
     indices = batch_sharding(mesh).addressable_devices_indices_map((batch_size,))
