@@ -20,7 +20,7 @@ the first line of a .txt file; here the whole file is one caption.)
 
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -73,15 +73,15 @@ def read_captions(value: Any, key: str) -> tuple[Caption, ...]:
     return (_read_one(value, key),)
 
 
-def model_entries(value: Any, key: str, *, scores: bool) -> dict[str, Any]:
-    """What one of Sana's files says of an image: model -> caption, or model -> score.
+def model_entries(value: Any, entry: str, key: str, *, scores: bool) -> dict[str, Any]:
+    """What one of Sana's files says in an entry: model -> caption, or model -> score.
 
-    Nothing where the file does not know the key: it may be about something else.
+    Nothing where the file has no such entry: it may be about something else.
 
     Raises:
       Rejected: a score that is not a number.
     """
-    entries = value.get(key.rpartition("/")[2]) if isinstance(value, Mapping) else None
+    entries = value.get(entry) if isinstance(value, Mapping) else None
     if not isinstance(entries, Mapping):
         return {}
     if not scores:
@@ -97,27 +97,44 @@ def holds_scores(stem: str) -> bool:
     return stem.endswith(("clip_score", "clipscore"))
 
 
-def merge_captions(
-    captions: Sequence[Caption],
-    text: str | None = None,
-    models: Mapping[str, str] | None = None,
-    scores: Mapping[str, float] | None = None,
+def captions_beside(
+    key: str,
+    text: bytes | None = None,
+    json_bytes: bytes | None = None,
+    models: Iterable[tuple[str, Any]] = (),
+    entry: str = "",
 ) -> tuple[Caption, ...]:
     """All captions of an image, at least one: ``''`` where there is none.
 
     Args:
-      captions: of its JSON file; they count where one of them is not empty.
-      text: of its .txt file; counts where the JSON file says nothing.
-      models: model -> caption, of Sana's files; added.
-      scores: model -> score, of Sana's files; ``prompt`` is that of an only caption before these.
+      key: of the image.
+      text: content of its .txt file, which counts where the JSON file says nothing.
+      json_bytes: content of its .json file.
+      models: name without .json, and value, of Sana's files; their captions are added. What they say of
+        ``prompt`` is the score of an only caption before these.
+      entry: what they call the image.
+
+    Raises:
+      Rejected: a file that is not as the module describes.
     """
-    models, scores = models or {}, scores or {}
-    own = tuple(captions) if any(caption.text for caption in captions) else ()
-    own = own or ((Caption(text),) if text else ())
+    name = key.rpartition("/")[2]
+    own = (
+        ()
+        if json_bytes is None
+        else read_captions(parse_json(json_bytes, key, f"{name}.json"), key)
+    )
+    if not any(caption.text for caption in own):
+        written = "" if text is None else parse_text(text, key)
+        own = (Caption(written),) if written else ()
+    texts, scores = {}, {}
+    for stem, value in models:
+        (scores if holds_scores(stem) else texts).update(
+            model_entries(value, entry, key, scores=holds_scores(stem))
+        )
     if len(own) == 1 and own[0].score is None:
         own = (own[0]._replace(score=scores.get("prompt")),)
-    others = (Caption(text, 1.0, scores.get(name)) for name, text in models.items() if text)
-    return own + tuple(others) or (Caption(""),)
+    added = (Caption(text, 1.0, scores.get(model)) for model, text in texts.items() if text)
+    return (*own, *added) or (Caption(""),)
 
 
 def choose_caption(captions: Sequence[Caption], u: float, temperature: float = 0.0) -> int:
