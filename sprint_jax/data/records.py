@@ -1,5 +1,7 @@
 """What every image source gives: a record, or the reason why there is none."""
 
+import hashlib
+from collections.abc import Iterable
 from typing import NamedTuple, Protocol
 
 import numpy as np
@@ -56,3 +58,12 @@ class Source(Protocol):
     def measure(self, index: int) -> tuple[str, tuple[int, int]]:
         """Key and (height, width) as the record's image will have, read from headers; raises `Rejected`."""
         ...
+
+
+def hash_identity(kind: str, parts: Iterable[object]) -> str:
+    """The `Source.identity` of a kind of source that is what these parts say, in their order: 64 hex digits."""
+    digest = hashlib.sha256(kind.encode())
+    for part in parts:
+        # surrogateescape: names of files need not be UTF-8.
+        digest.update(b"\0" + str(part).encode(errors="surrogateescape"))
+    return digest.hexdigest()
