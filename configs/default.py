@@ -60,6 +60,7 @@ def get_config(arg=None):
     c.encode = ml_collections.ConfigDict()  # of `sprint_jax.encode` alone
     c.encode.dtype = "bfloat16"  # of networks and of what is stored: bfloat16 or float32
     c.encode.batch_size = 16  # images at once, on all devices of a host
+    c.encode.text_batch_size = 64  # captions at once, likewise
     c.encode.unit = 1024  # records between two points that an interrupted encoding goes on from
     c.encode.threads = 16  # that read and decode images
 

@@ -1,6 +1,5 @@
 """The parts of a SprintPipeline from where they lie: a training's workdir, or a folder of diffusers."""
 
-import dataclasses
 import functools
 import json
 from pathlib import Path
@@ -9,14 +8,13 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from .autoencoder import Autoencoder
 from .config import Config
+from .data.encoders import open_autoencoder, open_text_encoder
 from .errors import UserError
 from .interop import hub
-from .interop.diffusers import load_autoencoder, load_transformer
-from .interop.gemma2 import load_text_encoder
+from .interop.diffusers import load_transformer
 from .models.sana import from_fields
-from .prompts import TextEncoder, load_tokenizer
+from .prompts import load_tokenizer
 from .training.checkpoint import load_params
 from .training.feed import toy_parts
 from .training.setup import read_workdir_config
@@ -94,7 +92,7 @@ def from_folder(folder: Path, dtype: Any, shardings: Any = None) -> dict[str, An
     scheduler = _read_json(folder / "scheduler" / "scheduler_config.json")
     # The small parts first: a mistake in them should not wait for gigabytes.
     tokenizer = load_tokenizer(folder / "tokenizer")
-    config, autoencoder_params = load_autoencoder(folder / "vae", dtype, shardings=shardings)
+    autoencoder = open_autoencoder(folder, dtype, shardings)
     fields, tree = load_transformer(folder / "transformer", dtype, shardings=shardings)
     model = from_fields(fields, dtype=jnp.dtype(dtype).name)
     if model.guidance_embeds != (stage == "distill"):
@@ -102,27 +100,27 @@ def from_folder(folder: Path, dtype: Any, shardings: Any = None) -> dict[str, An
             f"{folder}: a transformer {'with' if model.guidance_embeds else 'without'} guidance embedding "
             f"in a {index['_class_name']}"
         )
-    if config.latent_channels != model.in_channels:
+    if autoencoder.channels != model.in_channels:
         raise UserError(
-            f"{folder}: the autoencoder has {config.latent_channels} latent channels, the "
+            f"{folder}: the autoencoder has {autoencoder.channels} latent channels, the "
             f"transformer {model.in_channels}"
         )
-    gemma, text_params = load_text_encoder(folder / "text_encoder", dtype, shardings=shardings)
-    if gemma.hidden_size != model.caption_channels:
+    text_encoder = open_text_encoder(folder, tokenizer, dtype, shardings)
+    features = text_encoder.gemma.hidden_size
+    if features != model.caption_channels:
         raise UserError(
-            f"{folder}: the text encoder has {gemma.hidden_size} features, the transformer takes "
+            f"{folder}: the text encoder has {features} features, the transformer takes "
             f"{model.caption_channels}"
         )
-    config = dataclasses.replace(config, dtype=jnp.dtype(dtype))
     settings = {"midpoint": 1.3, "guidance": 4.5, "latents": [model.sample_size] * 2}
     if (folder / SETTINGS).is_file():
         settings |= _read_json(folder / SETTINGS)
-    height, width = (config.factor * side for side in settings["latents"])
+    height, width = (autoencoder.factor * side for side in settings["latents"])
     return dict(
         model=model,
         params=tree,
-        autoencoder=Autoencoder(config, autoencoder_params),
-        text_encoder=TextEncoder(gemma, text_params, tokenizer),
+        autoencoder=autoencoder,
+        text_encoder=text_encoder,
         stage=stage,
         sigma_d=scheduler.get("sigma_data", 0.5),
         shift=scheduler.get("flow_shift", scheduler.get("shift", 3.0)),

@@ -160,6 +160,7 @@ class TextEncoder:
       lower: as in `prepare`.
       batch_size: at most so many prompts run at once; a short last batch is filled up, so that every
         batch of a request runs the same program.
+      sharding: of batches over devices; every batch is then filled up to ``batch_size``, which it must divide.
 
     Raises:
       UserError: the tokenizer has more tokens than the network.
@@ -175,6 +176,7 @@ class TextEncoder:
         length: int = 300,
         lower: bool = True,
         batch_size: int = 16,
+        sharding: jax.sharding.Sharding | None = None,
     ):
         vocabulary = tokenizer.tokenizer.get_vocab_size()
         if vocabulary > gemma.vocab_size:
@@ -184,7 +186,7 @@ class TextEncoder:
             )
         self.gemma, self.params, self.tokenizer = gemma, params, tokenizer
         self.instruction, self.length, self.lower = instruction, length, lower
-        self.batch_size = batch_size
+        self.batch_size, self.sharding = batch_size, sharding
         self._run = jax.jit(self._features)
 
     def encode(self, prompts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
@@ -211,12 +213,14 @@ class TextEncoder:
         # Several pictures of one prompt need it once.
         unique = {prompt: row for row, prompt in enumerate(dict.fromkeys(prompts))}
         tokens = tokenize(self.tokenizer, list(unique), instruction, self.length, self.lower)
-        size = min(self.batch_size, len(unique))
+        size = self.batch_size if self.sharding else min(self.batch_size, len(unique))
         batches = []
         for start in range(0, len(unique), size):
             rows = np.minimum(np.arange(start, start + size), len(unique) - 1)
             ids, mask = tokens.ids[rows], tokens.mask[rows]
             prefix = self._prefix_of(ids) if instruction else None
+            if self.sharding:
+                ids, mask = jax.device_put((ids, mask), self.sharding)
             batches.append(np.asarray(self._run(self.params, ids, mask, tokens.kept, prefix)))
         rows = [unique[prompt] for prompt in prompts]
         return np.concatenate(batches)[rows], tokens.mask[:, tokens.kept][rows]

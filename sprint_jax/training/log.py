@@ -280,7 +280,8 @@ def _duration(seconds: float) -> str:
 class Progress:
     """Progress over steps: a tqdm bar on a terminal, else a plain line every ``interval`` seconds.
 
-    Plain lines look like ``step 1200/20000  loss/scm 0.93  3.1 steps/s  ETA 1:41:03``. The rate
+    Plain lines look like ``step 1200/20000  loss/scm 0.93  3.1 steps/s  ETA 1:41:03``, with another
+    ``unit`` in the step's place where that is what is counted. The rate
     leaves out the first update, which compiles. Silent on processes other than 0.
 
     Args:
@@ -296,6 +297,7 @@ class Progress:
         total: int,
         start: int = 0,
         *,
+        unit: str = "step",
         interval: float = 20.0,
         stream: TextIO | None = None,
         clock: Callable[[], float] = time.monotonic,
@@ -303,11 +305,12 @@ class Progress:
         self._stream = sys.stderr if stream is None else stream
         self._active = jax.process_index() == 0
         self._total, self._interval, self._clock = total, interval, clock
+        self._unit = unit
         self._origin: tuple[int, float] | None = None
         self._printed = -math.inf
         self._bar = None
         if self._active and self._stream.isatty():
-            self._bar = tqdm(total=total, initial=start, file=self._stream, unit="step")
+            self._bar = tqdm(total=total, initial=start, file=self._stream, unit=unit)
 
     def __enter__(self) -> "Progress":
         return self
@@ -334,11 +337,17 @@ class Progress:
         if now - self._printed < self._interval and step < self._total:
             return
         self._printed = now
-        words = [f"step {step}/{self._total}", *(f"{name} {text}" for name, text in shown.items())]
+        words = [
+            f"{self._unit} {step}/{self._total}",
+            *(f"{name} {text}" for name, text in shown.items()),
+        ]
         first_step, first_time = self._origin
         if step > first_step and now > first_time:
             rate = (step - first_step) / (now - first_time)
-            words += [f"{rate:.3g} steps/s", f"ETA {_duration((self._total - step) / rate)}"]
+            words += [
+                f"{rate:.3g} {self._unit}s/s",
+                f"ETA {_duration((self._total - step) / rate)}",
+            ]
         print("  ".join(words), file=self._stream, flush=True)
 
     def close(self) -> None:

@@ -1,0 +1,351 @@
+"""Units of encoding: a range of records, from pictures to shards, committed as a whole or not at all.
+
+Unit u is the records [u U, (u + 1) U) of a source. What it writes is a function of the source, the
+encoders and the options alone, whichever process does it and however often. Its shards get their names
+when they are whole and on disk, and last comes ``units/00012.json``: a unit without that file is still
+to be done, and whatever lies there of it is an accident's.
+"""
+
+import collections
+import contextlib
+import dataclasses
+import itertools
+import json
+import os
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+from array_record.python.array_record_module import ArrayRecordReader, ArrayRecordWriter
+
+from ..atomic import write_atomic
+from ..errors import UserError
+from ..pictures import nearest_size
+from .buckets import fit_image
+from .cache import SHARDS, CachedRecord, describe_shard, pack
+from .encoders import Encoders, encode_captions, encode_images
+from .records import Caption, Rejected, Source
+
+UNITS = "units"
+# One record to a chunk, for random access; latents do not get smaller by compression.
+_WRITER = "group_size:1,uncompressed"
+_IN_FLIGHT = 2  # batches that devices work on while the host goes on
+
+Size = tuple[int, int]
+
+
+@dataclasses.dataclass(frozen=True)
+class Job:
+    """All that a unit depends on, and where it goes.
+
+    Attributes:
+      folder: that of the cache, with `cache.SHARDS` and `UNITS` in it.
+      source: of records, its first ``count`` are encoded.
+      sizes: (height, width) in pixels that images are cut to; see `buckets.choose_sizes`.
+      dtype: that is stored, bfloat16 or float32.
+      unit: records of a unit. A host holds the latents and texts of one in memory.
+      batch_size: images at once on this host's devices.
+      threads: that read and decode.
+      shard_bytes: a shard is cut behind the record with which it passes this.
+    """
+
+    folder: Path
+    source: Source
+    count: int
+    encoders: Encoders
+    sizes: tuple[Size, ...]
+    dtype: Any
+    unit: int
+    batch_size: int
+    threads: int
+    shard_bytes: int = 10**9
+
+    @property
+    def units(self) -> int:
+        """How many there are."""
+        return -(-self.count // self.unit)
+
+    def records(self, unit: int) -> range:
+        """The numbers of a unit's records."""
+        return range(unit * self.unit, min((unit + 1) * self.unit, self.count))
+
+
+class Image(NamedTuple):
+    """A record that is ready to be encoded: ``image`` is uint8 of the size of its bucket."""
+
+    index: int
+    key: str
+    image: np.ndarray
+    captions: tuple[Caption, ...]
+
+
+class Encoded(NamedTuple):
+    """A record with its latents [h, w, C] float32."""
+
+    index: int
+    key: str
+    size: Size
+    captions: tuple[Caption, ...]
+    latents: np.ndarray
+
+
+def unit_path(folder: Path, unit: int) -> Path:
+    """The file that commits a unit."""
+    return folder / UNITS / f"{unit:05d}.json"
+
+
+def read_unit(folder: Path, unit: int) -> dict[str, Any] | None:
+    """What a unit wrote, None for one that is still to be done: uncommitted, or short of a shard."""
+    try:
+        entry = json.loads(unit_path(folder, unit).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError) as error:
+        raise UserError(
+            f"{unit_path(folder, unit)} cannot be read: {error}; delete it and run again"
+        ) from error
+    for shard in entry["shards"]:
+        path = folder / SHARDS / shard["file"]
+        if not path.is_file() or path.stat().st_size != shard["bytes"]:
+            return None
+    return entry
+
+
+def encode_units(
+    job: Job, units: Sequence[int], progress: Callable[[int], None]
+) -> Iterator[dict[str, Any]]:
+    """Encodes units one after the other; reading goes on meanwhile, into the next one too.
+
+    Args:
+      units: their numbers, all still to be done.
+      progress: told how many more records are through.
+
+    Yields:
+      What `read_unit` gives, each once it is on disk for good.
+
+    Raises:
+      UserError: a file cannot be written, or a caption cannot be encoded.
+    """
+    indices = itertools.chain.from_iterable(job.records(unit) for unit in units)
+    ahead = 2 * (job.batch_size + job.threads)
+    with _read_ahead(lambda index: _load(job, index), indices, job.threads, ahead) as loaded:
+        for unit in units:
+            _clean(job.folder, unit)
+            results = itertools.islice(loaded, len(job.records(unit)))
+            encoded, rejected = _encode_images(job, results, progress)
+            yield _write_unit(job, unit, encoded, rejected)
+
+
+def _load(job: Job, index: int) -> Image | Rejected:
+    try:
+        key, image, captions = job.source[index]
+        size = nearest_size(*image.shape[:2], job.sizes)
+        try:
+            return Image(index, key, fit_image(image, size), captions)
+        except ValueError as error:
+            raise Rejected(key, str(error)) from error
+    except Rejected as rejected:
+        return rejected
+
+
+@contextlib.contextmanager
+def _read_ahead(function: Callable, items: Iterable, threads: int, depth: int) -> Iterator:
+    """``function`` of items in their order, by threads that are at most ``depth`` of them ahead."""
+    items, waiting = iter(items), collections.deque()
+
+    def results() -> Iterator:
+        while True:
+            for item in itertools.islice(items, depth - len(waiting)):
+                waiting.append(pool.submit(function, item))
+            if not waiting:
+                return
+            yield waiting.popleft().result()
+
+    pool = ThreadPoolExecutor(threads, thread_name_prefix="read")
+    try:
+        yield results()
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def _encode_images(
+    job: Job, loaded: Iterator[Image | Rejected], progress: Callable[[int], None]
+) -> tuple[list[Encoded], list[Rejected]]:
+    """Records with latents, those of a bucket together and in the order of the source; and the others."""
+    waiting: dict[Size, list[Image]] = {}
+    encoded: list[Encoded] = []
+    rejected: list[Rejected] = []
+    running: collections.deque = collections.deque()
+
+    def start(batch: list[Image]) -> None:
+        # A short batch is filled up: every bucket runs one program.
+        filled = batch + batch[-1:] * (job.batch_size - len(batch))
+        images = np.stack([item.image for item in filled])
+        latents = encode_images(job.encoders.autoencoder, images, job.encoders.sharding)
+        running.append((batch, latents))
+        if len(running) > _IN_FLIGHT:
+            finish()
+
+    def finish() -> None:
+        batch, latents = running.popleft()
+        size = batch[0].image.shape[:2]
+        for item, values in zip(batch, np.asarray(latents), strict=False):
+            encoded.append(Encoded(item.index, item.key, size, item.captions, values.copy()))
+        progress(len(batch))
+
+    for item in loaded:
+        if isinstance(item, Rejected):
+            rejected.append(item)
+            progress(1)
+            continue
+        batch = waiting.setdefault(item.image.shape[:2], [])
+        batch.append(item)
+        if len(batch) == job.batch_size:
+            start(waiting.pop(item.image.shape[:2]))
+    for batch in waiting.values():
+        start(batch)
+    while running:
+        finish()
+    for item in encoded:
+        if not np.isfinite(item.latents).all():
+            raise UserError(
+                f"latents of {item.key} are not finite: try --config.encode.dtype=float32"
+            )
+    order = {size: number for number, size in enumerate(job.sizes)}
+    return sorted(encoded, key=lambda item: (order[item.size], item.index)), rejected
+
+
+def _encode_texts(job: Job, captions: list[str]) -> dict[str, np.ndarray]:
+    """Kept tokens [n, D] of each caption, in the dtype that is stored."""
+    texts = {}
+    # By some hundred: features of padding, and in float32, are not kept for a whole unit.
+    for start in range(0, len(captions), 256):
+        part = captions[start : start + 256]
+        text, mask = encode_captions(job.encoders.text_encoder, part)
+        for caption, tokens, kept in zip(part, text, mask, strict=True):
+            texts[caption] = tokens[kept == 1].astype(job.dtype)
+    return texts
+
+
+def _write_unit(
+    job: Job, unit: int, encoded: list[Encoded], rejected: list[Rejected]
+) -> dict[str, Any]:
+    names = [caption.text for item in encoded for caption in item.captions]
+    texts = _encode_texts(job, list(dict.fromkeys(names)))
+    records = (
+        CachedRecord(
+            item.key,
+            item.latents.astype(job.dtype),
+            item.captions,
+            tuple(texts[caption.text] for caption in item.captions),
+        )
+        for item in encoded
+    )
+    shards = _write_shards(job.folder / SHARDS, unit, records, job.shard_bytes)
+    empty = sum(all(not caption.text.strip() for caption in item.captions) for item in encoded)
+    entry = {
+        "unit": unit,
+        "shards": shards,
+        "captions": len(names),
+        "without_caption": empty,
+        "rejected": [
+            {"key": item.key, "source": job.source.name, "reason": item.reason} for item in rejected
+        ],
+        "moments": _moments(encoded),
+        "examples": _examples(encoded),
+    }
+    write_atomic(unit_path(job.folder, unit), (json.dumps(entry) + "\n").encode())
+    return entry
+
+
+def _write_shards(
+    folder: Path, unit: int, records: Iterator[CachedRecord], limit: int
+) -> list[dict[str, Any]]:
+    shards = []
+    while (first := next(records, None)) is not None:
+        name = f"{unit:05d}-{len(shards)}.array_record"
+        # Two processes that both take a unit for theirs do not write into one file.
+        temporary = folder / f"{name}.{os.getpid()}.tmp"
+        buckets = _write_shard(temporary, itertools.chain([first], records), limit)
+        described = describe_shard(temporary)
+        temporary.replace(folder / name)
+        _sync(folder)
+        count = sum(count for *_, count in buckets)
+        shards.append({"file": name, "records": count, "buckets": buckets} | described)
+    return shards
+
+
+def _write_shard(path: Path, records: Iterator[CachedRecord], limit: int) -> list[list[int]]:
+    """Writes records until a shard is full; the lengths of its runs of a bucket, as [h, w, count]."""
+    runs: list[list[int]] = []
+    size = count = 0
+    writer = ArrayRecordWriter(str(path), _WRITER)
+    for record in records:
+        data = pack(record)
+        writer.write(data)
+        height, width = record.latents.shape[:2]
+        if not runs or runs[-1][:2] != [height, width]:
+            runs.append([height, width, 0])
+        runs[-1][2] += 1
+        size, count = size + len(data), count + 1
+        if size > limit:
+            break
+    writer.close()
+    _sync(path)
+    reader = ArrayRecordReader(str(path))
+    if reader.num_records() != count:
+        raise UserError(f"{path} does not read back as it was written; is the disk full?")
+    reader.close()
+    return runs
+
+
+def _sync(path: Path) -> None:
+    """Forces a file, or the names in a folder, to disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _clean(folder: Path, unit: int) -> None:
+    """Removes what an interrupted run left of a unit."""
+    unit_path(folder, unit).unlink(missing_ok=True)
+    for path in (folder / SHARDS).glob(f"{unit:05d}-*"):
+        path.unlink(missing_ok=True)
+
+
+def _moments(encoded: list[Encoded]) -> dict[str, Any]:
+    """Latents per channel, and the sums of them and of their squares by channel, in float64."""
+    count, sums, squares = 0, 0.0, 0.0
+    for item in encoded:
+        values = item.latents.astype(np.float64).reshape(-1, item.latents.shape[-1])
+        count, sums = count + len(values), sums + values.sum(0)
+        squares = squares + (values**2).sum(0)
+    return {"count": count, "sums": np.ravel(sums).tolist(), "squares": np.ravel(squares).tolist()}
+
+
+def _examples(encoded: list[Encoded]) -> list[list[int]]:
+    """For a sheet, the first two records of each bucket: [number in the unit, number in the source]."""
+    seen: collections.Counter = collections.Counter()
+    examples = []
+    for number, item in enumerate(encoded):
+        seen[item.size] += 1
+        if seen[item.size] <= 2:
+            examples.append([number, item.index])
+    return examples
+
+
+def process_units(job: Job) -> tuple[list[int], list[dict[str, Any]]]:
+    """The units that are this process' to do, and what those of its units that are done wrote.
+
+    Unit u is that of process ``u % n``. The number of processes may change from run to run: what is done is
+    done whoever did it.
+    """
+    mine = range(jax.process_index(), job.units, jax.process_count())
+    entries = {unit: read_unit(job.folder, unit) for unit in mine}
+    todo = [unit for unit, entry in entries.items() if entry is None]
+    return todo, [entry for entry in entries.values() if entry is not None]
