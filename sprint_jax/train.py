@@ -251,7 +251,7 @@ def train(c: Config, workdir: Path, overridden: list[str], peers=None) -> None:
     if peers:
         peers.meet("checked")  # before process 0 puts something into the workdir
     nets = setup.build_nets(c, mesh)
-    data = feed.open_data(c, mesh)
+    data = feed.open_data(c, mesh, workdir)
     frozen, origin = setup.load_frozen(c, data, mesh)
     to_devices = functools.partial(sharding.to_devices, mesh, batch_size=c.data.batch_size)
     shapes = [sharding.place_shapes(batch, sharding.batch_sharding(mesh)) for batch in data.shapes]

@@ -200,8 +200,8 @@ def poison(monkeypatch, bad):
     """Puts one NaN into the batches with these numbers."""
     opened = feed.open_data
 
-    def open_data(c, mesh):
-        data = opened(c, mesh)
+    def open_data(c, mesh, workdir):
+        data = opened(c, mesh, workdir)
 
         def batches(i):
             batch = data.batches(i)

@@ -7,7 +7,8 @@ import numpy as np
 from PIL import Image
 
 from ..errors import UserError
-from ..pictures import SIZES_1024
+from ..pictures import SIZES_1024, nearest_size
+from .records import Caption, Rejected, Source
 
 # (height, width) of the published 2K models, from wide to tall (diffusers' ASPECT_RATIO_2048_BIN).
 SIZES_2048 = (
@@ -107,3 +108,14 @@ def fit_image(image: np.ndarray, size: tuple[int, int]) -> np.ndarray:
         image = np.asarray(Image.fromarray(image).resize(new[::-1], how))
     top, left = round((new[0] - height) / 2), round((new[1] - width) / 2)
     return image[top : top + height, left : left + width]
+
+
+def read_fitted(
+    source: Source, index: int, sizes: Sequence[tuple[int, int]]
+) -> tuple[str, np.ndarray, tuple[Caption, ...]]:
+    """Key, image cut to the nearest of ``sizes``, and captions of a record; raises `Rejected`."""
+    key, image, captions = source[index]
+    try:
+        return key, fit_image(image, nearest_size(*image.shape[:2], sizes)), captions
+    except ValueError as error:
+        raise Rejected(key, str(error)) from error

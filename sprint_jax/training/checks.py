@@ -6,6 +6,7 @@ import jax
 
 from ..config import Config, diff
 from ..errors import UserError
+from .feed import REJECTED
 from .setup import LOG_FILE, read_workdir_config
 from .sharding import batch_ways
 
@@ -13,7 +14,8 @@ from .sharding import batch_ways
 def check_workdir(workdir: Path, c: Config) -> None:
     """Refuses a workdir that is not this run's, before anything is computed.
 
-    `LOG_FILE`, into which a sweep or a batch system writes, may be there before the run is. A run may
+    `LOG_FILE`, into which a sweep or a batch system writes, and the list of rejected images may be there
+    before the run is. A run may
     go on with other values of ``steps``, ``mesh``, ``log``, ``sampler`` and of where data and teacher
     lie (the teacher's hash is compared); every other key decides its numbers.
 
@@ -22,10 +24,21 @@ def check_workdir(workdir: Path, c: Config) -> None:
     """
     if workdir.exists() and not workdir.is_dir():
         raise UserError(f"--workdir {workdir} is a file; name a directory")
-    if not workdir.is_dir() or {path.name for path in workdir.iterdir()} <= {LOG_FILE}:
+    if not workdir.is_dir() or {path.name for path in workdir.iterdir()} <= {LOG_FILE, REJECTED}:
         return
     old = read_workdir_config(workdir).to_dict()
-    free = ("steps", "teacher", "mesh.", "log.", "sampler.", "data.dir", "data.prefetch")
+    free = (
+        "steps",
+        "teacher",
+        "mesh.",
+        "log.",
+        "sampler.",
+        "data.dir",
+        "data.prefetch",
+        "data.latents",
+        "data.encoders",
+        "encode.threads",
+    )
     changed = [key for key in diff(old, c.to_dict()) if not key.startswith(free)]
     if changed:
         more = f" and {len(changed) - 1} more" if changed[1:] else ""

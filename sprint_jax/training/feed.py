@@ -1,6 +1,8 @@
 """From a config's ``data`` section to batches: the digits world, cached latents, images, or noise."""
 
-from collections.abc import Callable, Sequence
+import math
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
@@ -8,17 +10,23 @@ import jax.numpy as jnp
 import numpy as np
 
 from ..config import Config
-from ..data.cache import Cache, open_cache
+from ..data.buckets import choose_sizes, read_fitted
+from ..data.cache import Cache, open_cache, pad_texts
 from ..data.digits import get_world, held_out_prompts, open_digits
+from ..data.encoders import Encoders, encode_captions, load_encoders
 from ..data.latents import latent_batches, read_rows
 from ..data.loader import encode_online, make_batches
-from ..data.order import hold_out, make_order
+from ..data.online import RejectLog, encode_rows, image_batches, survey
+from ..data.order import Order, hold_out, make_order
+from ..data.sources import open_images
 from ..data.synthetic import SyntheticLatents, collate
 from ..errors import UserError
 from ..models.toy import SpaceToDepth, WordEncoder
-from .sharding import local_rows
+from .sharding import local_rows, make_mesh
 
 Batch = dict[str, np.ndarray]
+REJECTED = "rejected.jsonl"  # in a workdir: images that could not be used
+DECODED = 4  # pictures at once: at 1024 pixels a decoder needs some GB for them
 SOURCES = ("digits", "latents", "images", "synthetic")
 
 
@@ -72,8 +80,11 @@ def _shapes(count: int, latents, text, dtype: Any = jnp.float32) -> dict[str, ja
     }
 
 
-def open_data(c: Config, mesh: jax.sharding.Mesh) -> Data:
+def open_data(c: Config, mesh: jax.sharding.Mesh, workdir: Path | None = None) -> Data:
     """The training data that a config's ``data`` section describes.
+
+    Args:
+      workdir: gets rejected.jsonl of images that cannot be used, if there are any.
 
     Raises:
       UserError: for an unknown source, or data that is not there, damaged, or not for this network.
@@ -85,6 +96,8 @@ def open_data(c: Config, mesh: jax.sharding.Mesh) -> Data:
         return _open_digits(c, rows)
     if c.data.source == "latents":
         return _open_latents(c, rows)
+    if c.data.source == "images":
+        return _open_images(c, rows, workdir)
     raise UserError(
         f"config.data.source '{c.data.source}' is not one of {', '.join(SOURCES)}", exit_code=2
     )
@@ -146,23 +159,96 @@ def _open_latents(c: Config, rows: Sequence[int]) -> Data:
             exit_code=2,
         )
     _check_caches(c, caches)
-    parts = [hold_out(cache.buckets, c.data.holdout) for cache in caches]
+    order, held_out = _order(c, [cache.buckets for cache in caches])
+    first, temperature = caches[0], c.data.caption_temperature
+    how = dict(batch_size=c.data.batch_size, seed=c.seed, temperature=temperature)
+    record = first[0]
+    decode = None
+    if c.data.encoders:  # for pictures of samples alone
+        decode = _load_encoders(c, DECODED).autoencoder.decode
+
+    def read(sources, records) -> Batch:
+        return read_rows(caches, sources, records, np.zeros(len(records)), temperature)
+
+    return _bucketed(
+        c,
+        order,
+        latent_batches(caches, order, rows=rows, **how),
+        read,
+        held_out,
+        (record.latents.shape[-1], (first.text_length, *record.texts[0].shape[1:])),
+        record.texts[0].dtype,
+        (first.null_text, first.null_mask),
+        decode,
+    )
+
+
+def _open_images(c: Config, rows: Sequence[int], workdir: Path | None) -> Data:
+    features = dict(image_feature=c.data.image_feature, caption_feature=c.data.caption_feature)
+    sources = open_images(c.data.images, data_dir=c.data.dir, **features)
+    encoders = _load_encoders(c, len(rows))
+    factor, threads = encoders.autoencoder.factor, c.encode.threads
+    sizes = choose_sizes(c.data.resolution, c.data.sizes, factor)
+    path = workdir / REJECTED if workdir and jax.process_index() == 0 else None
+    log = RejectLog(path, c.data.max_rejected)
+    folder = Path(c.data.dir)
+    buckets = [
+        survey(source, sizes, factor, log, threads=threads, cache_dir=folder) for source in sources
+    ]
+    order, held_out = _order(c, buckets)
+    temperature = c.data.caption_temperature
+    how = dict(batch_size=c.data.batch_size, seed=c.seed, temperature=temperature)
+    batches = image_batches(
+        sources, buckets, encoders, order, log, sizes=sizes, rows=rows, threads=threads, **how
+    )
+    null_text, null_mask = encode_captions(encoders.text_encoder, [""])
+    channels = encoders.identity["autoencoder"]["channels"]
+    _check_channels(c, f"data.encoders '{c.data.encoders}'", channels, null_text.shape[-1])
+    null_text, null_mask = pad_texts([null_text[0][null_mask[0] == 1]], null_mask.shape[1])
+
+    def read(numbers, records) -> Batch:
+        pairs = zip(numbers, records, strict=True)
+        found = [read_fitted(sources[n], int(record), sizes)[1:] for n, record in pairs]
+        return encode_rows(encoders, found, np.zeros(len(found)), temperature)
+
+    return _bucketed(
+        c,
+        order,
+        batches,
+        read,
+        held_out,
+        (channels, null_text.shape[1:]),
+        jnp.float32,
+        (null_text[0], null_mask[0]),
+        encoders.autoencoder.decode,
+    )
+
+
+def _load_encoders(c: Config, batch_size: int) -> Encoders:
+    """The encoders on as many of this host's devices as share a batch; each holds a part of them."""
+    ways = math.gcd(batch_size, jax.local_device_count())
+    mesh = make_mesh(1, ways, devices=jax.local_devices()[:ways])
+    return load_encoders(
+        c.data.encoders, jnp.dtype(c.encode.dtype), mesh, text_batch_size=batch_size
+    )
+
+
+def _order(c: Config, buckets: Sequence[Mapping]) -> tuple[Order, Mapping]:
+    """The order of what is trained on, and the held-out records of the first source by bucket."""
+    parts = [hold_out(each, c.data.holdout) for each in buckets]
     order = make_order(
         [training for training, _ in parts],
         batch_size=c.data.batch_size,
         seed=c.seed,
         weights=c.data.weights,
     )
-    temperature, first = c.data.caption_temperature, caches[0]
-    batches = latent_batches(
-        caches, order, rows=rows, batch_size=c.data.batch_size, seed=c.seed, temperature=temperature
-    )
-    record = first[0]
-    text = (first.text_length, record.texts[0].shape[-1])
-    shapes = [
-        _shapes(c.data.batch_size, (*size, record.latents.shape[-1]), text, record.texts[0].dtype)
-        for size in order.buckets
-    ]
+    return order, parts[0][1]
+
+
+def _bucketed(c, order, batches, read, kept, dims, dtype, null, decode) -> Data:
+    """`Data` of an order over buckets; ``read(sources, records)`` gives a batch of records by number."""
+    channels, text = dims
+    shapes = [_shapes(c.data.batch_size, (*size, channels), text, dtype) for size in order.buckets]
 
     def next_of_first(i: int) -> int:
         while order.bucket(i) != order.buckets[0]:
@@ -170,28 +256,20 @@ def _open_latents(c: Config, rows: Sequence[int]) -> Data:
         return i
 
     def held_out(count: int) -> Batch:
-        kept = parts[0][1].get(order.buckets[0], ())
-        if count > len(kept):
+        records = kept.get(order.buckets[0], ())
+        if count > len(records):
             raise UserError(
-                f"{count} held-out records of {order.buckets[0]} are asked for, {first.folder} keeps "
-                f"{len(kept)}: set --config.data.holdout to more before training",
+                f"{count} held-out records are asked for, and {len(records)} of the most frequent size "
+                "are kept: train with a larger --config.data.holdout"
             )
-        return read_rows(caches, np.zeros(count, int), kept[:count], np.zeros(count), temperature)
+        return read(np.zeros(count, int), records[:count])
 
     def prompts(count: int):
-        numbers = np.resize(np.asarray(order.rows(next_of_first(0)).records), count)
-        batch = read_rows(caches, np.zeros(count, int), numbers, np.zeros(count), temperature)
+        rows = order.rows(next_of_first(0))
+        batch = read(np.resize(rows.sources, count), np.resize(rows.records, count))
         return batch["text"], batch["mask"]
 
-    return Data(
-        batches,
-        shapes,
-        first.null_text,
-        first.null_mask,
-        held_out,
-        next_of_first,
-        prompts,
-    )
+    return Data(batches, shapes, *null, held_out, next_of_first, prompts, decode)
 
 
 def _check_caches(c: Config, caches: Sequence[Cache]) -> None:
@@ -203,10 +281,13 @@ def _check_caches(c: Config, caches: Sequence[Cache]) -> None:
                 "cannot be mixed"
             )
     record = caches[0][0]
-    found = {"in_channels": record.latents.shape[-1], "caption_channels": record.texts[0].shape[-1]}
-    for key, value in found.items():
+    _check_channels(c, str(caches[0].folder), record.latents.shape[-1], record.texts[0].shape[-1])
+
+
+def _check_channels(c: Config, what: str, latents: int, text: int) -> None:
+    for key, value in {"in_channels": latents, "caption_channels": text}.items():
         if value != c.model[key]:
             raise UserError(
-                f"{caches[0].folder} is not for this network: it has {value} channels where "
-                f"config.model.{key} is {c.model[key]}"
+                f"{what} is not for this network: it has {value} channels where config.model.{key} is "
+                f"{c.model[key]}"
             )
