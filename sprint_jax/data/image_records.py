@@ -18,7 +18,7 @@ from array_record.python import array_record_data_source, array_record_module
 from ..errors import UserError
 from .caption_files import captions_beside, dump_captions
 from .images import MAX_PIXELS, decode_image, measure_image
-from .records import Caption, Record, Rejected, hash_identity
+from .records import Caption, Record, Rejected, fingerprint, hash_identity
 
 FIELDS = ("key", "image", "captions")
 PATTERN = re.compile(r".*\.array_?record(-\d+-of-\d+)?")  # of file names
@@ -138,6 +138,5 @@ def open_array_records(
     if not total:
         raise UserError(f"{name} has no record")
     records = array_record_data_source.ArrayRecordDataSource([str(file) for file in files])
-    sizes = [(file.name, file.stat().st_size) for file in files]
-    identity = hash_identity("array_record", [max_pixels, *sizes])
+    identity = hash_identity("array_record", [max_pixels, *map(fingerprint, files)])
     return ArrayRecordSource(records, starts, name, identity, max_pixels)
