@@ -110,25 +110,27 @@ def _note_damage(groups: dict[str, Group], path: Path, start: int, stop: int) ->
     Returns:
       Whether it was the header of a long or non-ASCII name, which the member after it then lacks.
     """
-    if start == stop:
-        return False
+    noted = nameless = False
     with path.open("rb") as file:
         file.seek(start)
-        header = first = file.read(min(BLOCK, stop - start))
-        while first and not any(first):
-            first = file.read(min(1 << 20, stop - file.tell()))
-    if not first:
-        return False
-    if header[156:157] in (b"x", b"L"):
-        return True
-    # The name is the first 100 bytes of a header; it may be whole where the rest is not.
-    name = header[:100].partition(b"\0")[0].decode(errors="replace")
-    split = _split_name(name) if name.isprintable() and "\ufffd" not in name else None
-    if split is not None:
-        _spoil(groups, split[0], f"broken tar member: {name} has a damaged header at byte {start}")
-    else:
-        _spoil(groups, f"{path.name}@{start}", f"broken tar: {stop - start} bytes are no member")
-    return False
+        for at in range(start, stop, BLOCK):
+            block = file.read(min(BLOCK, stop - at))
+            header = block[257:262] == b"ustar"
+            # Of what stands there the first block counts, and every one that still looks like a header.
+            if block.count(0) == len(block) or (noted and not header):
+                continue
+            noted, nameless = True, header and block[156:157] in (b"x", b"L")
+            # The name is the first 100 bytes of a header; it may be whole where the rest is not.
+            name = block[:100].partition(b"\0")[0].decode(errors="replace")
+            split = _split_name(name) if name.isprintable() and "\ufffd" not in name else None
+            if nameless:
+                continue
+            if split is None:
+                _spoil(groups, f"{path.name}@{at}", f"broken tar: no member up to byte {stop}")
+            else:
+                why = f"broken tar member: {name} has a damaged header at byte {at}"
+                _spoil(groups, split[0], why)
+    return nameless
 
 
 def _spoil(groups: dict[str, Group], key: str, problem: str) -> None:
