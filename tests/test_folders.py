@@ -147,6 +147,16 @@ def test_metadata_of_a_folder_below_is_about_that_folder(tmp_path):
     assert found == {"a": [""], "sub/b": ["b"]}
 
 
+def test_files_that_are_not_read_do_not_change_what_the_source_is(tmp_path):
+    files = {"a.png": PNG, "a.txt": "one", "metadata.jsonl": ""}
+    before = write(tmp_path, files).identity
+    assert write(tmp_path, {"notes.txt": "x", "out/b.bin": "x", ".b.png": PNG}).identity == before
+    for path in ("a.txt", "a.json", "a_VILA.json", "metadata.jsonl", "b.png"):
+        now = write(tmp_path, {path: '{"file_name": "a.png"}'}).identity
+        assert now != before, path
+        before = now
+
+
 def test_metadata_in_another_format_is_not_passed_over(tmp_path):
     with pytest.raises(
         UserError, match=r"metadata\.csv is not read: write its rows to a metadata\.jsonl"

@@ -137,6 +137,8 @@ def test_sources_are_read_from_threads_and_survive_pickling(whole_set):
             assert [record.key for record in pool.map(source.__getitem__, order)] == one_by_one
         with pytest.raises(IndexError):
             source[COUNT]
+    rejected = pickle.loads(pickle.dumps(Rejected("k", "empty file")))
+    assert (rejected.key, rejected.reason, str(rejected)) == ("k", "empty file", "k: empty file")
 
 
 def test_identity_is_of_files_sizes_and_options(tmp_path):

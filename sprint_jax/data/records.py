@@ -37,6 +37,9 @@ class Rejected(Exception):
         super().__init__(f"{key}: {reason}")
         self.key, self.reason = key, reason
 
+    def __reduce__(self):
+        return Rejected, (self.key, self.reason)  # an exception is pickled with its message alone
+
 
 class Source(Protocol):
     """Random access to records, from any thread.

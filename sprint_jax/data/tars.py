@@ -119,7 +119,9 @@ def open_tars(
     )
     with concurrent.futures.ThreadPoolExecutor(THREADS) as pool:
         found = pool.map(index, shards)
-        bar = tqdm(found, f"index {name}", len(shards), disable=None, leave=False, unit="shard")
+        bar = tqdm(
+            found, f"index {name}", len(shards), delay=5, mininterval=5, leave=False, unit="shard"
+        )
         indexed = list(bar)
     if not any(EXTENSIONS & group.members.keys() for groups in indexed for group in groups):
         raise UserError(f"{name} has no image: are these tar shards in WebDataset's layout?")
