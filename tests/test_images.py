@@ -195,6 +195,10 @@ def test_the_limit_of_pixels_can_be_chosen():
             read(data, "it", max_pixels=11 * 17 - 1)
 
 
+def test_a_picture_that_pillow_warns_of_is_read():
+    assert measure_image(bomb(10_000, 9_999), "it") == (10_000, 9_999)
+
+
 def test_out_of_memory_is_not_the_record_s_fault(monkeypatch):
     def fail(self):
         raise MemoryError

@@ -7,6 +7,7 @@ import pickle
 import re
 from collections import Counter
 
+import grain
 import image_sets
 import numpy as np
 import pytest
@@ -133,6 +134,7 @@ def test_sources_are_read_from_threads_and_survive_pickling(whole_set):
         order = np.random.default_rng(0).permutation(COUNT)[:200].tolist()
         one_by_one = [source[index].key for index in order]
         source = pickle.loads(pickle.dumps(source))
+        assert grain.MapDataset.source(source)[order[0]].key == one_by_one[0]
         with concurrent.futures.ThreadPoolExecutor(8) as pool:
             assert [record.key for record in pool.map(source.__getitem__, order)] == one_by_one
         with pytest.raises(IndexError):
@@ -248,6 +250,9 @@ def test_image_records_are_whole_or_not_there(tmp_path):
         write_image_records(path, interrupted())
     with pytest.raises(UserError, match="key 'k' is empty or comes twice"):
         write_image_records(path, [("k", image, ""), ("k", image, "")])
+    for bad in (("\ud83d", image, ""), ("k", image, "\ud83d"), ("k", image, [Caption("", np.nan)])):
+        with pytest.raises(UserError, match=r"image .* cannot be written: "):
+            write_image_records(path, [bad])
     assert path.read_bytes() == before and list(tmp_path.iterdir()) == [path]
     (source,) = open_images([path])
     assert [source[i].captions for i in range(2)] == [
