@@ -108,7 +108,9 @@ def open_folder(
     if not folder.is_dir():
         raise UserError(f"{folder} is not a folder of images")
     files = dict(
-        sorted(tqdm(_walk(folder), f"scan {name}", disable=None, leave=False, unit="file"))
+        sorted(
+            tqdm(_walk(folder), f"scan {name}", delay=5, mininterval=5, leave=False, unit="file")
+        )
     )
     items = _beside(files)
     for path in [path for path in files if posixpath.basename(path) == METADATA]:
@@ -120,8 +122,15 @@ def open_folder(
         raise UserError(
             f"{folder} has no image: expected files such as .jpg or .png, *.tar or *.array_record"
         )
-    identity = hash_identity("folder", [max_pixels, *files.items()])
-    return FolderSource(folder, _with_keys(items, name), name, identity, max_pixels)
+    keyed = _with_keys(items, name)
+    # Not of every file: others may come to lie there, such as what is made from the images.
+    said = [(path, size) for path, size in files.items() if posixpath.basename(path) == METADATA]
+    sizes = [
+        [(path, files.get(path)) for path in (item.image, item.text, item.json, *item.models)]
+        for item in keyed
+    ]
+    identity = hash_identity("folder", [max_pixels, *said, *sizes])
+    return FolderSource(folder, keyed, name, identity, max_pixels)
 
 
 def _walk(folder: Path) -> Iterator[tuple[str, int]]:

@@ -18,7 +18,7 @@ from array_record.python import array_record_data_source, array_record_module
 from ..errors import UserError
 from .caption_files import captions_beside, dump_captions
 from .images import MAX_PIXELS, decode_image, measure_image
-from .records import Caption, Record, Rejected, hash_identity
+from .records import Caption, Record, Rejected, fingerprint, hash_identity
 
 FIELDS = ("key", "image", "captions")
 PATTERN = re.compile(r".*\.array_?record(-\d+-of-\d+)?")  # of file names
@@ -37,7 +37,8 @@ def write_image_records(
       The number of images.
 
     Raises:
-      UserError: a name of another form, a file that cannot be written, a key that is empty or comes twice.
+      UserError: a name of another form, a file that cannot be written, a key that is empty or comes
+        twice, text that is not Unicode, a weight or score that is not finite.
     """
     path = Path(path).expanduser()
     if not PATTERN.fullmatch(path.name):
@@ -52,18 +53,27 @@ def write_image_records(
                 if not key or key in keys:
                     raise UserError(f"{path}: key {key!r} is empty or comes twice")
                 keys.add(key)
-                captions = (Caption(captions),) if isinstance(captions, str) else captions
-                parts = (key.encode(), bytes(data), dump_captions(captions))
-                arrays = [np.frombuffer(part, np.uint8) for part in parts]
-                writer.write(safetensors.numpy.save(dict(zip(FIELDS, arrays, strict=True))))
+                writer.write(_pack(key, data, captions))
         finally:
             writer.close()
+        with temporary.open("rb") as file:
+            os.fsync(file.fileno())
         temporary.replace(path)
     except (OSError, RuntimeError) as error:  # the library reports its errors as RuntimeError
         raise UserError(f"cannot write {path}: {error}") from error
     finally:
         temporary.unlink(missing_ok=True)
     return len(keys)
+
+
+def _pack(key: str, data: bytes, captions: Sequence[Caption] | str) -> bytes:
+    captions = (Caption(captions),) if isinstance(captions, str) else captions
+    try:
+        parts = (key.encode(), bytes(data), dump_captions(captions))
+    except ValueError as error:  # half of a surrogate pair, or a weight that is not finite
+        raise UserError(f"image {key!r} cannot be written: {error}") from error
+    arrays = [np.frombuffer(part, np.uint8) for part in parts]
+    return safetensors.numpy.save(dict(zip(FIELDS, arrays, strict=True)))
 
 
 class ArrayRecordSource:
@@ -138,6 +148,5 @@ def open_array_records(
     if not total:
         raise UserError(f"{name} has no record")
     records = array_record_data_source.ArrayRecordDataSource([str(file) for file in files])
-    sizes = [(file.name, file.stat().st_size) for file in files]
-    identity = hash_identity("array_record", [max_pixels, *sizes])
+    identity = hash_identity("array_record", [max_pixels, *map(fingerprint, files)])
     return ArrayRecordSource(records, starts, name, identity, max_pixels)

@@ -2,6 +2,7 @@
 
 import hashlib
 from collections.abc import Iterable
+from pathlib import Path
 from typing import NamedTuple, Protocol
 
 import numpy as np
@@ -36,6 +37,9 @@ class Rejected(Exception):
         super().__init__(f"{key}: {reason}")
         self.key, self.reason = key, reason
 
+    def __reduce__(self):
+        return Rejected, (self.key, self.reason)  # an exception is pickled with its message alone
+
 
 class Source(Protocol):
     """Random access to records, from any thread.
@@ -67,3 +71,14 @@ def hash_identity(kind: str, parts: Iterable[object]) -> str:
         # surrogateescape: names of files need not be UTF-8.
         digest.update(b"\0" + str(part).encode(errors="surrogateescape"))
     return digest.hexdigest()
+
+
+def fingerprint(path: Path) -> tuple[str, int, str]:
+    """Name, size and hash of the last 256 KiB of a file, where ArrayRecord keeps the places of its records.
+
+    The size alone is that of whole blocks. Raises OSError.
+    """
+    with path.open("rb") as file:
+        size = file.seek(0, 2)
+        file.seek(max(0, size - (1 << 18)))
+        return path.name, size, hashlib.sha256(file.read()).hexdigest()

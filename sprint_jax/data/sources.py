@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from ..errors import UserError
-from .folders import open_folder
+from .folders import is_image, open_folder
 from .image_records import PATTERN, open_array_records
 from .images import MAX_PIXELS
 from .records import Record, Rejected, Source, hash_identity
@@ -78,6 +78,8 @@ def _open_path(path: str, cache_dir: str | os.PathLike | None, max_pixels: int) 
             )
         if not files:
             return open_folder(expanded, name=path, max_pixels=max_pixels)
+        if lone := [file for file in inside if is_image(file.name)]:
+            raise UserError(f"{path} has both {files[0].name} and {lone[0].name}: keep them apart")
     elif expanded.is_file():
         files = [expanded]
     else:

@@ -58,12 +58,12 @@ def scan_tar(path: Path) -> list[Group]:
     end = 0  # of what has been read
     try:
         # Zeros and headers that cannot be read are passed block by block until one can.
-        with path.open("rb") as file, tarfile.open(fileobj=file, ignore_zeros=True) as tar:
+        with path.open("rb") as file, tarfile.open(None, "r:", file, ignore_zeros=True) as tar:
             while (member := tar.next()) is not None and tar.offset > end:
-                _note_damage(groups, path, end, member.offset)
+                nameless = _note_damage(groups, path, end, member.offset)
                 end = tar.offset
                 if member.isreg():
-                    _add_member(groups, member, size)
+                    _add_member(groups, member, size, nameless)
     except (tarfile.TarError, ValueError, OverflowError) as error:
         # Of a member that ends after the file, and of one whose extended header is damaged: the rest of
         # the file is then named as damaged.
@@ -71,18 +71,24 @@ def scan_tar(path: Path) -> list[Group]:
             _spoil(groups, f"{path.name}@{end}", f"broken tar: {error}; the rest is lost")
             return list(groups.values())
     if size > end:
-        _note_damage(groups, path, end, size)
+        if _note_damage(groups, path, end, size):
+            _spoil(groups, f"{path.name}@{end}", "broken tar: ends in the header of a name")
     elif size == end:
         what = "no end mark, members may be missing" if size else "empty file"
         _spoil(groups, f"{path.name}@{size}", f"broken tar: {what}")
     return list(groups.values())
 
 
-def _add_member(groups: dict[str, Group], member: tarfile.TarInfo, size: int) -> None:
+def _add_member(
+    groups: dict[str, Group], member: tarfile.TarInfo, size: int, nameless: bool
+) -> None:
+    """Puts a file into its group; ``nameless``: the header before it, with its true name, is damaged."""
     if (split := _split_name(member.name)) is None:
         return
     key, extension = split
     group = groups.setdefault(key, Group(key, {}))
+    if nameless:
+        _spoil(groups, key, f"broken tar member: {member.name} may have had another name")
     if extension in group.members:
         _spoil(groups, key, f"broken tar member: {member.name} stands there twice")
     elif member.offset_data + member.size > size:
@@ -98,24 +104,33 @@ def _split_name(name: str) -> tuple[str, str] | None:
     return (folder + slash + stem, extension.lower()) if stem and dot else None
 
 
-def _note_damage(groups: dict[str, Group], path: Path, start: int, stop: int) -> None:
-    """Notes what stands between two members, or after the last, if it is not padding with zeros."""
-    if start == stop:
-        return
+def _note_damage(groups: dict[str, Group], path: Path, start: int, stop: int) -> bool:
+    """Notes what stands between two members, or after the last, if it is not padding with zeros.
+
+    Returns:
+      Whether it was the header of a long or non-ASCII name, which the member after it then lacks.
+    """
+    noted = nameless = False
     with path.open("rb") as file:
         file.seek(start)
-        header = first = file.read(min(BLOCK, stop - start))
-        while first and not any(first):
-            first = file.read(min(1 << 20, stop - file.tell()))
-    if not first:
-        return
-    # The name is the first 100 bytes of a header; it may be whole where the rest is not.
-    name = header[:100].partition(b"\0")[0].decode(errors="replace")
-    split = _split_name(name) if name.isprintable() and "\ufffd" not in name else None
-    if split is not None:
-        _spoil(groups, split[0], f"broken tar member: {name} has a damaged header at byte {start}")
-    else:
-        _spoil(groups, f"{path.name}@{start}", f"broken tar: {stop - start} bytes are no member")
+        for at in range(start, stop, BLOCK):
+            block = file.read(min(BLOCK, stop - at))
+            header = block[257:262] == b"ustar"
+            # Of what stands there the first block counts, and every one that still looks like a header.
+            if block.count(0) == len(block) or (noted and not header):
+                continue
+            noted, nameless = True, header and block[156:157] in (b"x", b"L")
+            # The name is the first 100 bytes of a header; it may be whole where the rest is not.
+            name = block[:100].partition(b"\0")[0].decode(errors="replace")
+            split = _split_name(name) if name.isprintable() and "\ufffd" not in name else None
+            if nameless:
+                continue
+            if split is None:
+                _spoil(groups, f"{path.name}@{at}", f"broken tar: no member up to byte {stop}")
+            else:
+                why = f"broken tar member: {name} has a damaged header at byte {at}"
+                _spoil(groups, split[0], why)
+    return nameless
 
 
 def _spoil(groups: dict[str, Group], key: str, problem: str) -> None:

@@ -119,14 +119,17 @@ def open_tars(
     )
     with concurrent.futures.ThreadPoolExecutor(THREADS) as pool:
         found = pool.map(index, shards)
-        bar = tqdm(found, f"index {name}", len(shards), disable=None, leave=False, unit="shard")
+        bar = tqdm(
+            found, f"index {name}", len(shards), delay=5, mininterval=5, leave=False, unit="shard"
+        )
         indexed = list(bar)
     if not any(EXTENSIONS & group.members.keys() for groups in indexed for group in groups):
         raise UserError(f"{name} has no image: are these tar shards in WebDataset's layout?")
     models = _models_beside(shards)
     files = [*shards, *(file for files in models.values() for file in files)]
     sizes = [(file.name, file.stat().st_size) for file in files]
-    identity = hash_identity("tar", [max_pixels, *sizes])
+    # A tar is filled up to whole blocks: its size alone does not show a change.
+    identity = hash_identity("tar", [max_pixels, *sizes, *indexed])
     return TarSource(_with_keys(shards, indexed), models, name, identity, max_pixels)
 
 

@@ -13,7 +13,7 @@ from ..errors import UserError
 from .caption_files import read_captions
 from .digits import Digits, open_digits
 from .images import MAX_PIXELS, decode_image, flatten_pixels, measure_image
-from .records import Caption, Record, Rejected, hash_identity
+from .records import Caption, Record, Rejected, fingerprint, hash_identity
 
 KEY_FEATURES = ("key", "id")
 _VERSION = re.compile(r"\d+\.\d+\.\d+")
@@ -110,7 +110,7 @@ def open_tfds(
         images = [key for key, value in features.items() if isinstance(value, tfds.features.Image)]
         decoders = {key: tfds.decode.SkipDecoding() for key in images}
         examples = builder.as_data_source(split, decoders=decoders)
-        shards = [(path.name, path.stat().st_size) for path in sorted(folder.iterdir())]
+        files = [fingerprint(file) for file in sorted(folder.iterdir()) if file.is_file()]
     except UserError:
         raise
     except NotImplementedError as error:
@@ -122,7 +122,7 @@ def open_tfds(
     if not len(examples):
         raise UserError(f"tfds:{name} has no example")
     names = (image_feature, caption_feature)
-    identity = hash_identity("tfds", [max_pixels, split, *names, *folder.parts[-3:], *shards])
+    identity = hash_identity("tfds", [max_pixels, split, *names, *folder.parts[-3:], *files])
     return TfdsSource(examples, features, names, split, f"tfds:{name}", identity, max_pixels)
 
 

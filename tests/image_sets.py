@@ -1,0 +1,261 @@
+"""A set of small images of every kind, whole or damaged, in every form that a source can have."""
+
+import dataclasses
+import io
+import json
+import struct
+import tarfile
+import zlib
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import tensorflow_datasets as tfds
+from PIL import Image
+
+from sprint_jax.data.image_records import write_image_records
+from sprint_jax.data.records import Caption
+
+DAMAGE_EVERY = 33  # 3 % of a damaged set
+LONG = "a very long caption of a small picture, " * 500
+
+
+class Sample(NamedTuple):
+    """One image: the content of its file and of those beside it (None: no such file), the captions that
+    they say, and the kind of reason for which it is refused (None: it is good)."""
+
+    key: str
+    extension: str
+    image: bytes
+    text: bytes | None
+    json: bytes | None
+    captions: tuple[Caption, ...]
+    reason: str | None = None
+
+
+def make_samples(count: int, damaged: bool = False) -> list[Sample]:
+    """The same samples each time, in the order of their keys; 3 % of a damaged set are of no use."""
+    random = np.random.default_rng(0)
+    samples = []
+    for index in range(count):
+        folder = ("", "deep/er/", "Grün/", "猫/")[index % 4]
+        extension, image = draw_image(random, index)
+        text, json_bytes, captions = draw_captions(index)
+        sample = Sample(f"{folder}{index:05d}", extension, image, text, json_bytes, captions)
+        if damaged and index % DAMAGE_EVERY == DAMAGE_EVERY - 1:
+            sample = damage(sample, index // DAMAGE_EVERY)
+        samples.append(sample)
+    return sorted(samples)
+
+
+def draw_image(random: np.random.Generator, index: int) -> tuple[str, bytes]:
+    """Extension and content of a file; kinds take turns."""
+    height, width = random.integers(9, 40, 2)
+    pixels = random.integers(0, 256, (height, width, 4), np.uint8)
+    rgb, rgba = Image.fromarray(pixels[..., :3]), Image.fromarray(pixels)
+    kind = index % 13
+    if kind == 0:
+        return "png", encode(rgb, "PNG")
+    if kind == 1:
+        return "png", encode(rgb.convert("L"), "PNG")
+    if kind == 2:
+        return "png", encode(rgba, "PNG")
+    if kind == 3:
+        return "png", encode(rgb.quantize(16), "PNG", transparency=bytes(range(0, 256, 16)))
+    if kind == 4:
+        return "png", encode(
+            Image.fromarray(pixels[..., 0] * np.uint16(257) + pixels[..., 1]), "PNG"
+        )
+    if kind == 5:
+        return "jpg", encode(rgb.convert("CMYK"), "JPEG")
+    if kind in (6, 7):
+        exif = Image.Exif()
+        exif[0x0112] = 1 + index // 13 % 8
+        return ("jpeg", "png")[kind - 6], encode(rgb, ("JPEG", "PNG")[kind - 6], exif=exif)
+    if kind == 8:
+        return "png", encode(rgb.convert("1"), "PNG")
+    if kind == 9:
+        return "webp", encode(rgba, "WEBP", lossless=True)
+    if kind == 10:
+        frames = [rgb.quantize(8), rgba.convert("RGB").rotate(180).quantize(8)]
+        return "gif", encode(frames[0], "GIF", save_all=True, append_images=frames[1:])
+    if kind == 11:
+        return "bmp", encode(rgb, "BMP")
+    return "tiff", encode(rgb.convert("LA"), "TIFF")
+
+
+def encode(image: Image.Image, format: str, **options) -> bytes:
+    """The content of a file of an image."""
+    file = io.BytesIO()
+    image.save(file, format, **options)
+    return file.getvalue()
+
+
+def draw_captions(index: int) -> tuple[bytes | None, bytes | None, tuple[Caption, ...]]:
+    """Content of .txt and of .json, and the captions that they say; kinds take turns."""
+    kind = index % 7
+    if kind == 0:
+        return None, None, (Caption(""),)
+    if kind == 1:
+        return b" \n", None, (Caption(""),)
+    if kind == 2:
+        text = f"ein Käfer, 一只猫, 🐈 {index}"
+        return f"\ufeff{text}\n".encode(), None, (Caption(text),)
+    if kind == 3:
+        return LONG.encode(), None, (Caption(LONG.strip()),)
+    if kind == 4:
+        texts = [f"ein Bild {index}", "two\nlines", "猫"]
+        content = {"captions": texts, "width": 7}
+        return None, json.dumps(content).encode(), tuple(map(Caption, texts))
+    if kind == 5:
+        return b"not this", json.dumps({"prompt": f"a {index}"}).encode(), (Caption(f"a {index}"),)
+    return f"a picture of {index}".encode(), None, (Caption(f"a picture of {index}"),)
+
+
+def damage(sample: Sample, turn: int) -> Sample:
+    """A sample that must be refused, and why; kinds take turns. Not in every form can JSON be broken, and
+    only in a tar a member: see the writers."""
+    kind = turn % 6
+    png = encode(
+        Image.fromarray(np.random.default_rng(turn).integers(0, 256, (30, 30), np.uint8)), "PNG"
+    )
+    if kind == 0:
+        return sample._replace(extension="png", image=png[:400], reason="cannot be decoded")
+    if kind == 1:
+        return sample._replace(image=b"", reason="empty file")
+    if kind == 2:
+        return sample._replace(extension="jpg", image=b"<html>404</html>", reason="not an image")
+    if kind == 3:
+        return sample._replace(extension="png", image=bomb(), reason="too many pixels")
+    if kind == 4:
+        return sample._replace(text=None, json=b'{"caption": "a', reason="bad JSON")
+    return sample._replace(reason="broken tar member")
+
+
+def bomb(height: int = 12_000, width: int = 12_000) -> bytes:
+    """The start of a PNG that says to be large: below Pillow's own limit, above ours."""
+    head = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
+    data = zlib.compress(bytes(1000))
+    chunks = ((b"IHDR", head), (b"IDAT", data))
+    return b"\x89PNG\r\n\x1a\n" + b"".join(
+        struct.pack(">I", len(content))
+        + name
+        + content
+        + struct.pack(">I", zlib.crc32(name + content))
+        for name, content in chunks
+    )
+
+
+def write_folder(folder: Path, samples: list[Sample]) -> Path:
+    """A folder of images with .txt and .json beside them."""
+    for sample in samples:
+        path = folder / f"{sample.key}.{sample.extension}"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(sample.image)
+        if sample.text is not None:
+            path.with_suffix(".txt").write_bytes(sample.text)
+        if sample.json is not None:
+            path.with_suffix(".json").write_bytes(sample.json)
+    return folder
+
+
+def write_metadata_folder(folder: Path, samples: list[Sample]) -> Path:
+    """A folder of images with a metadata.jsonl; a bad line where the JSON is bad."""
+    lines = []
+    for sample in samples:
+        path = folder / f"{sample.key}.{sample.extension}"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(sample.image)
+        name = f"{sample.key}.{sample.extension}"
+        texts = [caption.text for caption in sample.captions]
+        line = {"file_name": name, "captions": texts}
+        lines.append("{" if sample.reason == "bad JSON" else json.dumps(line))
+    (folder / "metadata.jsonl").write_text("\n".join(lines) + "\n")
+    return folder
+
+
+def write_tars(folder: Path, samples: list[Sample], shards: int = 3) -> Path:
+    """Tar shards; the header of an image is damaged where the member shall be broken."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for shard in range(shards):
+        path = folder / f"set-{shard:03d}.tar"
+        spoil = []
+        # GNU's format has names in UTF-8 in the header itself, not in one before it.
+        with tarfile.open(path, "w", format=tarfile.GNU_FORMAT) as tar:
+            for sample in samples[shard::shards]:
+                members = {sample.extension: sample.image, "txt": sample.text, "json": sample.json}
+                for extension, content in members.items():
+                    if content is not None:
+                        info = tarfile.TarInfo(f"{sample.key}.{extension}")
+                        info.size = len(content)
+                        if sample.reason == "broken tar member" and extension == sample.extension:
+                            spoil.append(tar.offset)
+                        tar.addfile(info, io.BytesIO(content))
+        with path.open("r+b") as file:
+            for offset in spoil:
+                file.seek(offset + 148)  # the checksum
+                file.write(b"damaged!")
+    return folder
+
+
+def write_array_records(folder: Path, samples: list[Sample], files: int = 2) -> Path:
+    """ArrayRecord files, whose captions are whole."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for number in range(files):
+        path = folder / f"set.array_record-{number:05d}-of-{files:05d}"
+        write_image_records(path, ((s.key, s.image, s.captions) for s in samples[number::files]))
+    return folder
+
+
+@dataclasses.dataclass
+class PhotosConfig(tfds.core.BuilderConfig):
+    """What `Photos` holds."""
+
+    samples: list[Sample] = dataclasses.field(default_factory=list)
+
+
+class Photos(tfds.core.GeneratorBasedBuilder):
+    """Samples as a TFDS data set, whose captions are whole."""
+
+    VERSION = tfds.core.Version("1.2.0")
+    url_infos = None  # as in digits.py
+
+    def _info(self) -> tfds.core.DatasetInfo:
+        return tfds.core.DatasetInfo(
+            builder=self,
+            features=tfds.features.FeaturesDict(
+                {
+                    "key": tfds.features.Text(),
+                    "picture": tfds.features.Image(),
+                    "captions": tfds.features.Sequence(tfds.features.Text()),
+                    "first": tfds.features.Text(),
+                    "label": tfds.features.ClassLabel(num_classes=3),
+                }
+            ),
+        )
+
+    def _split_generators(self, dl_manager):
+        return {"train": self._generate_examples()}
+
+    def _generate_examples(self):
+        for number, sample in enumerate(self.builder_config.samples):
+            texts = [caption.text for caption in sample.captions]
+            # Bytes of a file: TFDS would encode pixels with TensorFlow.
+            yield (
+                number,
+                {
+                    "key": sample.key,
+                    "picture": sample.image,
+                    "captions": texts,
+                    "first": texts[0],
+                    "label": number % 3,
+                },
+            )
+
+
+def write_tfds(folder: Path, samples: list[Sample]) -> Path:
+    """A data_dir with the data set ``photos``; its features are key, picture, captions, first, label."""
+    config = PhotosConfig(name="small", samples=samples)
+    builder = Photos(data_dir=folder, config=config, file_format="array_record")
+    builder.download_and_prepare()
+    return folder
