@@ -77,7 +77,7 @@ def run(
     job = make_job(c, source, folder, limit)
     plan = manifest.describe_job(job)
     begun = manifest.check_plan(folder, plan)
-    if begun and manifest.is_complete(folder):
+    if begun and manifest.is_complete(folder) and (folder / PREVIEW).exists():
         _report(open_cache(folder).manifest, folder, "is done already")
         return
     _meet(peers, "checked")
@@ -99,7 +99,7 @@ def run(
         cache = open_cache(folder)
         draw_latents(folder / PREVIEW, cache, source, job.encoders, job.sizes, entries)
         rate = encoded * jax.process_count() / (time.monotonic() - began)
-        _report(made, folder, f"at {rate:.3g} images/s")
+        _report(made, folder, f"is done, at {rate:.3g} images/s" if encoded else "is done")
     _meet(peers, "written")
 
 
@@ -138,7 +138,7 @@ def _encode_share(job: Job, max_rejected: float, peers: Peers | None) -> int:
     seen = sum(len(job.records(entry["unit"])) for entry in entries)
     start = seen
     manifest.check_rejected(entries, seen, job.count, max_rejected, job.folder)
-    if seen:
+    if seen and jax.process_index() == 0:
         print(f"goes on in {job.folder}: {seen} of {seen + total} records are done", flush=True)
     with Progress(start + total, start, unit="image") as progress:
         through = start
