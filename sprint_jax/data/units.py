@@ -11,7 +11,6 @@ import contextlib
 import dataclasses
 import itertools
 import json
-import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -19,19 +18,17 @@ from typing import Any, NamedTuple
 
 import jax
 import numpy as np
-from array_record.python.array_record_module import ArrayRecordReader, ArrayRecordWriter
 
 from ..atomic import write_atomic
 from ..errors import UserError
 from ..pictures import nearest_size
 from .buckets import fit_image
-from .cache import SHARDS, CachedRecord, describe_shard, pack
+from .cache import SHARDS, CachedRecord
 from .encoders import Encoders, encode_captions, encode_images
 from .records import Caption, Rejected, Source
+from .shards import write_shards
 
 UNITS = "units"
-# One record to a chunk, for random access; latents do not get smaller by compression.
-_WRITER = "group_size:1,uncompressed"
 _IN_FLIGHT = 2  # batches that devices work on while the host goes on
 
 Size = tuple[int, int]
@@ -244,7 +241,7 @@ def _write_unit(
         )
         for item in encoded
     )
-    shards = _write_shards(job.folder / SHARDS, unit, records, job.shard_bytes)
+    shards = write_shards(job.folder / SHARDS, unit, records, job.shard_bytes)
     empty = sum(all(not caption.text.strip() for caption in item.captions) for item in encoded)
     entry = {
         "unit": unit,
@@ -259,56 +256,6 @@ def _write_unit(
     }
     write_atomic(unit_path(job.folder, unit), (json.dumps(entry) + "\n").encode())
     return entry
-
-
-def _write_shards(
-    folder: Path, unit: int, records: Iterator[CachedRecord], limit: int
-) -> list[dict[str, Any]]:
-    shards = []
-    while (first := next(records, None)) is not None:
-        name = f"{unit:05d}-{len(shards)}.array_record"
-        # Two processes that both take a unit for theirs do not write into one file.
-        temporary = folder / f"{name}.{os.getpid()}.tmp"
-        buckets = _write_shard(temporary, itertools.chain([first], records), limit)
-        described = describe_shard(temporary)
-        temporary.replace(folder / name)
-        _sync(folder)
-        count = sum(count for *_, count in buckets)
-        shards.append({"file": name, "records": count, "buckets": buckets} | described)
-    return shards
-
-
-def _write_shard(path: Path, records: Iterator[CachedRecord], limit: int) -> list[list[int]]:
-    """Writes records until a shard is full; the lengths of its runs of a bucket, as [h, w, count]."""
-    runs: list[list[int]] = []
-    size = count = 0
-    writer = ArrayRecordWriter(str(path), _WRITER)
-    for record in records:
-        data = pack(record)
-        writer.write(data)
-        height, width = record.latents.shape[:2]
-        if not runs or runs[-1][:2] != [height, width]:
-            runs.append([height, width, 0])
-        runs[-1][2] += 1
-        size, count = size + len(data), count + 1
-        if size > limit:
-            break
-    writer.close()
-    _sync(path)
-    reader = ArrayRecordReader(str(path))
-    if reader.num_records() != count:
-        raise UserError(f"{path} does not read back as it was written; is the disk full?")
-    reader.close()
-    return runs
-
-
-def _sync(path: Path) -> None:
-    """Forces a file, or the names in a folder, to disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _clean(folder: Path, unit: int) -> None:
