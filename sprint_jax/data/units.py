@@ -143,7 +143,7 @@ def _load(job: Job, index: int) -> Image | Rejected:
         try:
             return Image(index, key, fit_image(image, size), captions)
         except ValueError as error:
-            raise Rejected(key, str(error)) from error
+            raise Rejected(key, f"shape: {error}") from error
     except Rejected as rejected:
         return rejected
 
