@@ -43,7 +43,7 @@ class Job:
       source: of records, its first ``count`` are encoded.
       sizes: (height, width) in pixels that images are cut to; see `buckets.choose_sizes`.
       dtype: that is stored, bfloat16 or float32.
-      unit: records of a unit. A host holds the latents and texts of one in memory.
+      unit: records of a unit. A host holds the latents and texts of two in memory.
       batch_size: images at once on this host's devices.
       threads: that read and decode.
       shard_bytes: a shard is cut behind the record with which it passes this.
@@ -114,7 +114,8 @@ def read_unit(folder: Path, unit: int) -> dict[str, Any] | None:
 def encode_units(
     job: Job, units: Sequence[int], progress: Callable[[int], None]
 ) -> Iterator[dict[str, Any]]:
-    """Encodes units one after the other; reading goes on meanwhile, into the next one too.
+    """Encodes units one after the other. Pictures of the next one are read meanwhile, and the last one is
+    written.
 
     Args:
       units: their numbers, all still to be done.
@@ -128,12 +129,18 @@ def encode_units(
     """
     indices = itertools.chain.from_iterable(job.records(unit) for unit in units)
     ahead = 2 * (job.batch_size + job.threads)
-    with _read_ahead(lambda index: _load(job, index), indices, job.threads, ahead) as loaded:
+    reading = _read_ahead(lambda index: _load(job, index), indices, job.threads, ahead)
+    with reading as loaded, ThreadPoolExecutor(1, thread_name_prefix="write") as writer:
+        written = None
         for unit in units:
-            _clean(job.folder, unit)
             results = itertools.islice(loaded, len(job.records(unit)))
             encoded, rejected = _encode_images(job, results, progress)
-            yield _write_unit(job, unit, encoded, rejected)
+            texts = _encode_texts(job, encoded)
+            if written is not None:
+                yield written.result()
+            written = writer.submit(_write_unit, job, unit, encoded, rejected, texts)
+        if written is not None:
+            yield written.result()
 
 
 def _load(job: Job, index: int) -> Image | Rejected:
@@ -215,8 +222,9 @@ def _encode_images(
     return sorted(encoded, key=lambda item: (order[item.size], item.index)), rejected
 
 
-def _encode_texts(job: Job, captions: list[str]) -> dict[str, np.ndarray]:
-    """Kept tokens [n, D] of each caption, in the dtype that is stored."""
+def _encode_texts(job: Job, encoded: list[Encoded]) -> dict[str, np.ndarray]:
+    """Kept tokens [n, D] of each caption, in the dtype that is stored; each caption once."""
+    captions = list(dict.fromkeys(_captions(encoded)))
     texts = {}
     # By some hundred: features of padding, and in float32, are not kept for a whole unit.
     for start in range(0, len(captions), 256):
@@ -227,11 +235,18 @@ def _encode_texts(job: Job, captions: list[str]) -> dict[str, np.ndarray]:
     return texts
 
 
+def _captions(encoded: list[Encoded]) -> list[str]:
+    return [caption.text for item in encoded for caption in item.captions]
+
+
 def _write_unit(
-    job: Job, unit: int, encoded: list[Encoded], rejected: list[Rejected]
+    job: Job,
+    unit: int,
+    encoded: list[Encoded],
+    rejected: list[Rejected],
+    texts: dict[str, np.ndarray],
 ) -> dict[str, Any]:
-    names = [caption.text for item in encoded for caption in item.captions]
-    texts = _encode_texts(job, list(dict.fromkeys(names)))
+    _clean(job.folder, unit)
     records = (
         CachedRecord(
             item.key,
@@ -246,7 +261,7 @@ def _write_unit(
     entry = {
         "unit": unit,
         "shards": shards,
-        "captions": len(names),
+        "captions": len(_captions(encoded)),
         "without_caption": empty,
         "rejected": [
             {"key": item.key, "source": job.source.name, "reason": item.reason} for item in rejected
