@@ -20,7 +20,7 @@ import jax.numpy as jnp
 from . import cli
 from .config import Config
 from .data import manifest
-from .data.buckets import choose_sizes
+from .data.buckets import check_factor, choose_sizes
 from .data.cache import open_cache
 from .data.encoders import load_encoders
 from .data.latent_sheet import draw_latents
@@ -57,6 +57,8 @@ def open_source(c: Config) -> Source:
     """The records that ``data.images`` names, one source after the other."""
     from .data.sources import Concatenation, open_images
 
+    if not c.data.images:
+        raise UserError("data.images is empty: name folders, tars, record files or data sets", 2)
     features = dict(image_feature=c.data.image_feature, caption_feature=c.data.caption_feature)
     return Concatenation(open_images(c.data.images, data_dir=c.data.dir, **features))
 
@@ -77,7 +79,7 @@ def run(
     job = make_job(c, source, folder, limit)
     plan = manifest.describe_job(job)
     begun = manifest.check_plan(folder, plan)
-    if begun and manifest.is_complete(folder):
+    if begun and manifest.is_complete(folder) and (folder / PREVIEW).exists():
         _report(open_cache(folder).manifest, folder, "is done already")
         return
     _meet(peers, "checked")
@@ -99,7 +101,7 @@ def run(
         cache = open_cache(folder)
         draw_latents(folder / PREVIEW, cache, source, job.encoders, job.sizes, entries)
         rate = encoded * jax.process_count() / (time.monotonic() - began)
-        _report(made, folder, f"at {rate:.3g} images/s")
+        _report(made, folder, f"is done, at {rate:.3g} images/s" if encoded else "is done")
     _meet(peers, "written")
 
 
@@ -115,6 +117,7 @@ def make_job(c: Config, source: Source, folder: Path, limit: int | None) -> Job:
             raise UserError(f"encode.{key} is {e[key]}: give at least 1", exit_code=2)
     if e.dtype not in ("bfloat16", "float32"):
         raise UserError(f"encode.dtype is '{e.dtype}': give bfloat16 or float32", exit_code=2)
+    sizes = choose_sizes(c.data.resolution, c.data.sizes)
     mesh = make_mesh(c.mesh.data, c.mesh.fsdp, c.mesh.tensor, devices=jax.local_devices())
     for key in ("batch_size", "text_batch_size"):
         if e[key] % batch_ways(mesh):
@@ -127,7 +130,7 @@ def make_job(c: Config, source: Source, folder: Path, limit: int | None) -> Job:
         raise UserError(f"{source.name} has no record")
     dtype = jnp.dtype(e.dtype)
     encoders = load_encoders(c.data.encoders, dtype, mesh, text_batch_size=e.text_batch_size)
-    sizes = choose_sizes(c.data.resolution, c.data.sizes, encoders.autoencoder.factor)
+    check_factor(sizes, encoders.autoencoder.factor)
     return Job(folder, source, count, encoders, sizes, dtype, e.unit, e.batch_size, e.threads)
 
 
@@ -138,7 +141,7 @@ def _encode_share(job: Job, max_rejected: float, peers: Peers | None) -> int:
     seen = sum(len(job.records(entry["unit"])) for entry in entries)
     start = seen
     manifest.check_rejected(entries, seen, job.count, max_rejected, job.folder)
-    if seen:
+    if seen and jax.process_index() == 0:
         print(f"goes on in {job.folder}: {seen} of {seen + total} records are done", flush=True)
     with Progress(start + total, start, unit="image") as progress:
         through = start

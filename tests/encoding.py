@@ -56,7 +56,7 @@ def small_config(**changes):
 
 def encode_small(folder: Path, source=None, *, limit=None, **changes) -> Path:
     """Encodes a source, by default 40 pictures of which two are rejected, with small options."""
-    source = source or Pictures(40, (5, 21))
+    source = Pictures(40, (5, 21)) if source is None else source
     encode.run(small_config(**changes), source, folder, limit=limit)
     return folder
 

@@ -46,33 +46,36 @@ def size_table(resolution: int) -> tuple[tuple[int, int], ...]:
     return tuple((height * up // down, width * up // down) for height, width in sizes)
 
 
-def choose_sizes(resolution: int, sizes: Sequence[str], factor: int) -> tuple[tuple[int, int], ...]:
+def choose_sizes(resolution: int, sizes: Sequence[str]) -> tuple[tuple[int, int], ...]:
     """The sizes (height, width) in pixels that images are cut to.
 
     Args:
       resolution: of a table, see `size_table`.
       sizes: where there are any, these instead, each HEIGHTxWIDTH.
-      factor: pixels per latent along a side, which all sides must be multiples of.
 
     Raises:
       UserError: exit code 2, naming what cannot be used.
     """
-    table = [_parse(text) for text in sizes] or list(size_table(resolution))
-    for height, width in table:
-        if height % factor or width % factor or not height or not width:
-            where = "data.sizes" if sizes else f"data.resolution {resolution}"
-            raise UserError(
-                f"{where}: sides of {height}x{width} are not multiples of {factor}, the autoencoder's factor",
-                exit_code=2,
-            )
+    table = tuple(_parse(text) for text in sizes) or size_table(resolution)
     if len(set(table)) < len(table):
         raise UserError("data.sizes names a size twice", exit_code=2)
-    return tuple(table)
+    return table
+
+
+def check_factor(sizes: Sequence[tuple[int, int]], factor: int) -> None:
+    """Raises UserError (exit code 2) if a side is no multiple of an autoencoder's pixels per latent."""
+    for height, width in sizes:
+        if height % factor or width % factor:
+            raise UserError(
+                f"images of {height}x{width} cannot be encoded: sides must be multiples of {factor}, the "
+                "autoencoder's factor; set data.sizes or another data.resolution",
+                exit_code=2,
+            )
 
 
 def _parse(text: str) -> tuple[int, int]:
     match = re.fullmatch(r"(\d+)x(\d+)", text)
-    if match is None:
+    if match is None or not int(match[1]) * int(match[2]):
         raise UserError(f"data.sizes: {text!r} is not HEIGHTxWIDTH, such as 16x16", exit_code=2)
     return int(match[1]), int(match[2])
 

@@ -11,7 +11,6 @@ import contextlib
 import dataclasses
 import itertools
 import json
-import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -19,19 +18,17 @@ from typing import Any, NamedTuple
 
 import jax
 import numpy as np
-from array_record.python.array_record_module import ArrayRecordReader, ArrayRecordWriter
 
 from ..atomic import write_atomic
 from ..errors import UserError
 from ..pictures import nearest_size
 from .buckets import fit_image
-from .cache import SHARDS, CachedRecord, describe_shard, pack
+from .cache import SHARDS, CachedRecord
 from .encoders import Encoders, encode_captions, encode_images
 from .records import Caption, Rejected, Source
+from .shards import write_shards
 
 UNITS = "units"
-# One record to a chunk, for random access; latents do not get smaller by compression.
-_WRITER = "group_size:1,uncompressed"
 _IN_FLIGHT = 2  # batches that devices work on while the host goes on
 
 Size = tuple[int, int]
@@ -46,7 +43,7 @@ class Job:
       source: of records, its first ``count`` are encoded.
       sizes: (height, width) in pixels that images are cut to; see `buckets.choose_sizes`.
       dtype: that is stored, bfloat16 or float32.
-      unit: records of a unit. A host holds the latents and texts of one in memory.
+      unit: records of a unit. A host holds the latents and texts of two in memory.
       batch_size: images at once on this host's devices.
       threads: that read and decode.
       shard_bytes: a shard is cut behind the record with which it passes this.
@@ -117,7 +114,8 @@ def read_unit(folder: Path, unit: int) -> dict[str, Any] | None:
 def encode_units(
     job: Job, units: Sequence[int], progress: Callable[[int], None]
 ) -> Iterator[dict[str, Any]]:
-    """Encodes units one after the other; reading goes on meanwhile, into the next one too.
+    """Encodes units one after the other. Pictures of the next one are read meanwhile, and the last one is
+    written.
 
     Args:
       units: their numbers, all still to be done.
@@ -131,12 +129,18 @@ def encode_units(
     """
     indices = itertools.chain.from_iterable(job.records(unit) for unit in units)
     ahead = 2 * (job.batch_size + job.threads)
-    with _read_ahead(lambda index: _load(job, index), indices, job.threads, ahead) as loaded:
+    reading = _read_ahead(lambda index: _load(job, index), indices, job.threads, ahead)
+    with reading as loaded, ThreadPoolExecutor(1, thread_name_prefix="write") as writer:
+        written = None
         for unit in units:
-            _clean(job.folder, unit)
             results = itertools.islice(loaded, len(job.records(unit)))
             encoded, rejected = _encode_images(job, results, progress)
-            yield _write_unit(job, unit, encoded, rejected)
+            texts = _encode_texts(job, encoded)
+            if written is not None:
+                yield written.result()
+            written = writer.submit(_write_unit, job, unit, encoded, rejected, texts)
+        if written is not None:
+            yield written.result()
 
 
 def _load(job: Job, index: int) -> Image | Rejected:
@@ -146,7 +150,7 @@ def _load(job: Job, index: int) -> Image | Rejected:
         try:
             return Image(index, key, fit_image(image, size), captions)
         except ValueError as error:
-            raise Rejected(key, str(error)) from error
+            raise Rejected(key, f"shape: {error}") from error
     except Rejected as rejected:
         return rejected
 
@@ -218,8 +222,9 @@ def _encode_images(
     return sorted(encoded, key=lambda item: (order[item.size], item.index)), rejected
 
 
-def _encode_texts(job: Job, captions: list[str]) -> dict[str, np.ndarray]:
-    """Kept tokens [n, D] of each caption, in the dtype that is stored."""
+def _encode_texts(job: Job, encoded: list[Encoded]) -> dict[str, np.ndarray]:
+    """Kept tokens [n, D] of each caption, in the dtype that is stored; each caption once."""
+    captions = list(dict.fromkeys(_captions(encoded)))
     texts = {}
     # By some hundred: features of padding, and in float32, are not kept for a whole unit.
     for start in range(0, len(captions), 256):
@@ -230,11 +235,18 @@ def _encode_texts(job: Job, captions: list[str]) -> dict[str, np.ndarray]:
     return texts
 
 
+def _captions(encoded: list[Encoded]) -> list[str]:
+    return [caption.text for item in encoded for caption in item.captions]
+
+
 def _write_unit(
-    job: Job, unit: int, encoded: list[Encoded], rejected: list[Rejected]
+    job: Job,
+    unit: int,
+    encoded: list[Encoded],
+    rejected: list[Rejected],
+    texts: dict[str, np.ndarray],
 ) -> dict[str, Any]:
-    names = [caption.text for item in encoded for caption in item.captions]
-    texts = _encode_texts(job, list(dict.fromkeys(names)))
+    _clean(job.folder, unit)
     records = (
         CachedRecord(
             item.key,
@@ -244,12 +256,12 @@ def _write_unit(
         )
         for item in encoded
     )
-    shards = _write_shards(job.folder / SHARDS, unit, records, job.shard_bytes)
+    shards = write_shards(job.folder / SHARDS, unit, records, job.shard_bytes)
     empty = sum(all(not caption.text.strip() for caption in item.captions) for item in encoded)
     entry = {
         "unit": unit,
         "shards": shards,
-        "captions": len(names),
+        "captions": len(_captions(encoded)),
         "without_caption": empty,
         "rejected": [
             {"key": item.key, "source": job.source.name, "reason": item.reason} for item in rejected
@@ -259,56 +271,6 @@ def _write_unit(
     }
     write_atomic(unit_path(job.folder, unit), (json.dumps(entry) + "\n").encode())
     return entry
-
-
-def _write_shards(
-    folder: Path, unit: int, records: Iterator[CachedRecord], limit: int
-) -> list[dict[str, Any]]:
-    shards = []
-    while (first := next(records, None)) is not None:
-        name = f"{unit:05d}-{len(shards)}.array_record"
-        # Two processes that both take a unit for theirs do not write into one file.
-        temporary = folder / f"{name}.{os.getpid()}.tmp"
-        buckets = _write_shard(temporary, itertools.chain([first], records), limit)
-        described = describe_shard(temporary)
-        temporary.replace(folder / name)
-        _sync(folder)
-        count = sum(count for *_, count in buckets)
-        shards.append({"file": name, "records": count, "buckets": buckets} | described)
-    return shards
-
-
-def _write_shard(path: Path, records: Iterator[CachedRecord], limit: int) -> list[list[int]]:
-    """Writes records until a shard is full; the lengths of its runs of a bucket, as [h, w, count]."""
-    runs: list[list[int]] = []
-    size = count = 0
-    writer = ArrayRecordWriter(str(path), _WRITER)
-    for record in records:
-        data = pack(record)
-        writer.write(data)
-        height, width = record.latents.shape[:2]
-        if not runs or runs[-1][:2] != [height, width]:
-            runs.append([height, width, 0])
-        runs[-1][2] += 1
-        size, count = size + len(data), count + 1
-        if size > limit:
-            break
-    writer.close()
-    _sync(path)
-    reader = ArrayRecordReader(str(path))
-    if reader.num_records() != count:
-        raise UserError(f"{path} does not read back as it was written; is the disk full?")
-    reader.close()
-    return runs
-
-
-def _sync(path: Path) -> None:
-    """Forces a file, or the names in a folder, to disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _clean(folder: Path, unit: int) -> None:

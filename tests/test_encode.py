@@ -1,0 +1,362 @@
+"""Tests of encode: what is written, what is refused, and kill -9."""
+
+import json
+import re
+import shutil
+import subprocess
+import sys
+import time
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from encoding import SMALL, STORED, Pictures, encode_small, hashes, small_config
+from PIL import Image
+from pods import environment, finish_pod, start_pod
+from runs import ROOT
+from safetensors.numpy import load_file, save_file
+
+from sprint_jax import encode
+from sprint_jax.data import shards, units
+from sprint_jax.data.buckets import fit_image
+from sprint_jax.data.cache import open_cache, verify_cache
+from sprint_jax.data.encoders import encode_captions, encode_images, load_encoders
+from sprint_jax.data.records import Caption, Record
+from sprint_jax.errors import UserError
+from sprint_jax.pictures import nearest_size
+
+WORKER = str(ROOT / "tests" / "encode_worker.py")
+SIZES = tuple(tuple(map(int, size.split("x"))) for size in SMALL["data.sizes"])
+GOOD = [i for i in range(40) if i not in (5, 21)]
+
+
+def words(out, **changes) -> list[str]:
+    """Those of the command for `encode_small`'s records; see `encoding.small_config`."""
+    named = {name.replace("__", "."): value for name, value in changes.items()}
+    values = {
+        key: ",".join(value) if isinstance(value, tuple) else value
+        for key, value in (SMALL | named).items()
+    }
+    flags = [f"--config.{key}={value}" for key, value in values.items()]
+    return ["--config", "configs/encode.py:digits", *flags, "--out", str(out)]
+
+
+def records_of(folder) -> dict:
+    cache = verify_cache(folder)
+    return {record.key: record for record in cache.__getitems__(range(len(cache)))}
+
+
+@pytest.fixture(scope="module")
+def written(tmp_path_factory):
+    return encode_small(tmp_path_factory.mktemp("encode") / "latents")
+
+
+@pytest.fixture(scope="module")
+def pipeline(tmp_path_factory):
+    """A pipeline folder without a transformer: tiny networks of the real kinds, and their weights."""
+    folder = tmp_path_factory.mktemp("pipeline")
+    shutil.copytree(STORED / "dc_ae", folder / "vae")
+    for part in ("text_encoder", "tokenizer"):
+        shutil.copytree(STORED / "gemma2" / part, folder / part)
+    return folder
+
+
+def test_every_record_is_its_picture_and_its_captions_encoded(written):
+    source, found = Pictures(40, (5, 21)), records_of(written)
+    encoders = load_encoders("", jnp.float32)
+    assert len(found) == len(GOOD)
+    for index in GOOD:
+        key, image, captions = source[index]
+        image = fit_image(image, nearest_size(*image.shape[:2], SIZES))
+        latents = np.asarray(encode_images(encoders.autoencoder, image[None]))[0]
+        np.testing.assert_allclose(found[key].latents, latents, atol=1e-6)
+        assert found[key].captions == captions
+        text, mask = encode_captions(encoders.text_encoder, [caption.text for caption in captions])
+        for k in range(len(captions)):
+            np.testing.assert_array_equal(found[key].texts[k], text[k, mask[k] == 1])
+
+
+def test_the_manifest_counts_and_measures(written):
+    cache, found = open_cache(written), records_of(written)
+    made = cache.manifest
+    latents = [record.latents.reshape(-1, 12).astype(np.float64) for record in found.values()]
+    values = np.concatenate(latents)
+    np.testing.assert_allclose(made["latents"]["mean"], values.mean(0), rtol=1e-9)
+    np.testing.assert_allclose(made["latents"]["std"], values.std(0), rtol=1e-9)
+    np.testing.assert_allclose(made["latents"]["overall_std"], values.std(), rtol=1e-9)
+    captions = [record.captions for record in found.values()]
+    assert made["captions"] == sum(map(len, captions))
+    assert made["without_caption"] == sum(texts[0].text == "" for texts in captions) > 0
+    assert {tuple(b["latents"]): b["records"] for b in made["buckets"]} == {
+        size: len(numbers) for size, numbers in cache.buckets.items()
+    }
+    assert {tuple(bucket["pixels"]) for bucket in made["buckets"]} == set(SIZES)
+    rejected = (written / "rejected.jsonl").read_text().splitlines()
+    assert [json.loads(line)["key"] for line in rejected] == ["picture-005", "picture-021"]
+    assert made["rejected"] == 2 and "it is no picture" in rejected[0]
+    with Image.open(written / "preview.png") as sheet:
+        assert sheet.size[1] > 200
+
+
+@pytest.mark.parametrize(
+    ("std", "words"),
+    [(0.97, "0.97: sigma_d 0.5 stands for 0.485, which fits"), (2.0, r"does not fit; .* of 0.207")],
+)
+def test_the_manifest_says_whether_sigma_d_fits(std, words):
+    values = np.random.default_rng(0).standard_normal((1000, 4))
+    values *= std / values.std()
+    values -= values.mean()
+    sums = {"count": 1000, "sums": values.sum(0), "squares": (values**2).sum(0)}
+    nothing = {"count": 0, "sums": [0.0], "squares": [0.0]}
+    told = encode.manifest.describe_latents([nothing, sums], 0.41407, 0.5)
+    assert told["fits"] == (std < 1)
+    assert pytest.approx(std, rel=1e-6) == told["overall_std"]
+    assert re.search(words, told["in_words"])
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+def test_networks_of_the_real_kinds(pipeline, tmp_path, dtype):
+    source = Pictures(12)
+    how = dict(data__encoders=str(pipeline), encode__dtype=dtype, data__sizes=("8x16", "16x8"))
+    found = records_of(encode_small(tmp_path / "latents", source, **how))
+    cache = open_cache(tmp_path / "latents")
+    # Of the same programs, which numbers in bfloat16 depend on.
+    encoders = encode.make_job(small_config(**how), source, tmp_path, None).encoders
+    assert cache.text_length == 300 and cache.manifest["text_features"] == 16
+    identity = cache.manifest["encoders"]
+    assert identity == encoders.identity
+    assert identity["text_encoder"]["instruction"].endswith("User Prompt: ")
+    assert identity["autoencoder"]["scaling_factor"] == 0.41407
+    null, mask = encoders.text_encoder.encode_plain([""])
+    np.testing.assert_allclose(cache.null_text[0], null[0, 0], atol=1e-6)
+    assert cache.null_mask.tolist() == mask[0].tolist()
+    texts = [caption.text for index in range(12) for caption in source[index].captions]
+    text, mask = encode_captions(encoders.text_encoder, texts)
+    for size in SIZES[:2]:
+        rows = [i for i in range(12) if nearest_size(*source[i].image.shape[:2], SIZES[:2]) == size]
+        images = np.stack([fit_image(source[i].image, size) for i in (rows + rows)[:8]])
+        latents = np.asarray(encode_images(encoders.autoencoder, images, encoders.sharding))
+        for index, expected in zip(rows, latents, strict=False):
+            record = found[source[index].key]
+            assert record.latents.dtype == record.texts[0].dtype == jnp.dtype(dtype)
+            assert_same(record.latents, expected)
+            for k, caption in enumerate(record.captions):
+                row = texts.index(caption.text)
+                assert_same(record.texts[k], text[row, mask[row] == 1])
+
+
+def assert_same(stored: np.ndarray, expected: np.ndarray) -> None:
+    """That stored numbers are the expected ones, rounded to their dtype."""
+    rounded = expected.astype(stored.dtype).astype(np.float32)
+    scale = np.abs(expected).max()
+    np.testing.assert_allclose(stored.astype(np.float32) / scale, rounded / scale, atol=1e-6)
+
+
+def test_a_changed_text_encoder_is_not_mixed_with_the_old(pipeline, tmp_path):
+    out, other = tmp_path / "latents", shutil.copytree(pipeline, tmp_path / "other")
+    encode_small(out, Pictures(8), data__encoders=str(pipeline), data__sizes=("8x16", "16x8"))
+    before = hashes(out)
+    weights = load_file(other / "text_encoder" / "model.safetensors")
+    name = sorted(weights)[3]
+    save_file(weights | {name: weights[name] * 1.001}, other / "text_encoder" / "model.safetensors")
+    with pytest.raises(UserError, match=r"with encoders\.text_encoder\.params \w+.*not mixed"):
+        encode_small(out, Pictures(8), data__encoders=str(other), data__sizes=("8x16", "16x8"))
+    assert hashes(out) == before
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (dict(encode__dtype="bfloat16"), "with dtype float32, this is bfloat16"),
+        (dict(data__sizes=("8x16", "16x8")), r"with sizes \[\[8, 16\]"),
+        (dict(encode__unit=16), "with unit 8, this is 16"),
+        (dict(source=Pictures(40)), r"with source\.identity pictures 40 \(5"),
+        (dict(limit=16), r"with source\.records 40, this is 16"),
+    ],
+)
+def test_another_job_is_not_mixed_with_the_old(written, changes, message):
+    before = hashes(written)
+    with pytest.raises(UserError, match=message) as raised:
+        encode_small(written, **changes)
+    assert "\n" not in str(raised.value) and hashes(written) == before
+
+
+def test_a_folder_with_something_else_in_it_is_left_alone(tmp_path):
+    (tmp_path / "notes.txt").write_text("mine")
+    with pytest.raises(UserError, match="is something else"):
+        encode_small(tmp_path)
+    with pytest.raises(UserError, match="is something else"):
+        encode_small(tmp_path / "notes.txt")
+    assert [path.name for path in tmp_path.iterdir()] == ["notes.txt"]
+
+
+def test_what_is_done_is_not_done_again(written, monkeypatch, capsys):
+    monkeypatch.setattr(Pictures, "__getitem__", None)
+    encode_small(written)
+    assert "is done already: 38 records with 44 captions in 3 buckets" in capsys.readouterr().out
+
+
+def test_a_large_unit_is_cut_into_shards(written, tmp_path, monkeypatch):
+    make = encode.make_job
+    monkeypatch.setattr(
+        encode, "make_job", lambda *a: units.dataclasses.replace(make(*a), shard_bytes=5_000)
+    )
+    cut = encode_small(tmp_path / "latents")
+    assert len(list((cut / "shards").iterdir())) > 2 * len(list((written / "shards").iterdir()))
+    whole, found = open_cache(written), open_cache(cut)
+    assert [r.key for r in found.__getitems__(range(38))] == [whole[i].key for i in range(38)]
+    assert {size: list(found.buckets[size]) for size in found.buckets} == {
+        size: list(whole.buckets[size]) for size in whole.buckets
+    }
+
+
+def test_too_many_rejected_records_end_the_job_early(tmp_path, monkeypatch):
+    source = Pictures(40, tuple(range(5, 13)))
+    with pytest.raises(
+        UserError, match=r"8 of 16 records of pictures cannot be used, .*=0\.15.*"
+    ) as e:
+        encode_small(tmp_path / "a", source, data__max_rejected=0.15)
+    assert "the first is picture-005: it is no picture" in str(e.value)
+    assert len((tmp_path / "a" / "rejected.jsonl").read_text().splitlines()) == 8
+    assert len(list((tmp_path / "a" / "units").iterdir())) == 2
+    with pytest.raises(UserError, match="is missing"):
+        open_cache(tmp_path / "a")
+    # The same folder goes on once more are allowed, and a share that is just met is allowed.
+    encode_small(tmp_path / "a", source, data__max_rejected=0.2)
+    assert len(open_cache(tmp_path / "a")) == 32
+
+
+def test_a_source_of_nothing_but_rejects(tmp_path):
+    with pytest.raises(UserError, match="no record of pictures can be used"):
+        encode_small(tmp_path / "a", Pictures(9, tuple(range(9))), data__max_rejected=1.0)
+
+
+def test_options_that_cannot_be(tmp_path):
+    for changes, message in [
+        (dict(encode__dtype="float16"), "encode.dtype is 'float16'"),
+        (dict(encode__batch_size=12), "encode.batch_size 12 is not a multiple of the 8 devices"),
+        (dict(encode__unit=0), "encode.unit is 0"),
+        (dict(data__sizes=("8x15",)), "8x15 cannot be encoded"),
+        (dict(data__encoders="nowhere"), "data.encoders nowhere does not exist"),
+        (dict(source=Pictures(0)), "pictures has no record"),
+    ]:
+        with pytest.raises(UserError, match=message):
+            encode_small(tmp_path / "a", **changes)
+    with pytest.raises(UserError, match="--limit 0") as raised:
+        encode.main([*words(tmp_path / "a"), "--limit", "0"])
+    assert raised.value.exit_code == 2 and not (tmp_path / "a").exists()
+
+
+class Infinite(Pictures):
+    """A picture that no network can be blamed for."""
+
+    def __getitem__(self, index):
+        return Record(f"{index}", np.zeros((8, 16, 3), np.uint8), (Caption("a red 3"),))
+
+
+def test_latents_that_are_not_finite_are_not_stored(tmp_path, monkeypatch):
+    broken = lambda *a: jnp.full((8, 4, 8, 12), jnp.nan)  # noqa: E731
+    monkeypatch.setattr(units, "encode_images", broken)
+    with pytest.raises(UserError, match="latents of 0 are not finite"):
+        encode_small(tmp_path / "a", Infinite(8))
+
+
+def test_a_full_disk_ends_in_one_line_and_commits_nothing(tmp_path, monkeypatch):
+    class Full(shards.ArrayRecordWriter):
+        def close(self):
+            super().close()
+            raise RuntimeError("write() failed: No space left on device")
+
+    monkeypatch.setattr(shards, "ArrayRecordWriter", Full)
+    with pytest.raises(UserError, match=r"cannot write .*00000-0\.array_record.*: .*No space left"):
+        encode_small(tmp_path / "a", Pictures(8))
+    assert not list((tmp_path / "a" / "units").iterdir())
+
+
+def test_an_error_at_any_step_of_writing_leaves_what_the_next_run_makes_whole(
+    written, tmp_path, monkeypatch
+):
+    """As a kill between any two steps: the process gives up at the n-th file operation, for every n."""
+    calls, limit = 0, 0
+
+    def counted(function):
+        def call(*arguments, **keywords):
+            nonlocal calls
+            calls += 1
+            if calls == limit:
+                raise KeyboardInterrupt
+            return function(*arguments, **keywords)
+
+        return call
+
+    for module, names in {
+        shards: ("_write_shard", "describe_shard", "_sync"),
+        units: ("write_shards", "write_atomic", "_clean"),
+        encode.manifest: ("write_atomic", "write_json_atomic", "_write_null_text"),
+        encode: ("draw_latents",),
+    }.items():
+        for name in names:
+            monkeypatch.setattr(module, name, counted(getattr(module, name)))
+    stopped = 0
+    for limit in range(1, 60, 2):
+        calls = 0
+        try:
+            encode_small(tmp_path / "a", Pictures(16, (5,)))
+            if calls < limit:
+                break
+        except KeyboardInterrupt:
+            stopped += 1
+    assert stopped > 5
+    limit = 0
+    whole = encode_small(tmp_path / "whole", Pictures(16, (5,)))
+    assert hashes(tmp_path / "a") == hashes(whole)
+
+
+def test_killed_at_ten_random_moments_the_content_is_that_of_the_undisturbed_run(tmp_path):
+    server = subprocess.Popen(
+        [sys.executable, "-W", "ignore", WORKER, "serve"],
+        cwd=ROOT,
+        env=environment(8),
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+
+    def ask(out, units_done=0, seconds=None) -> int:
+        server.stdin.write(json.dumps([words(out, encode__unit=4), units_done, seconds]) + "\n")
+        server.stdin.flush()
+        return int(server.stdout.readline())
+
+    try:
+        assert ask(tmp_path / "whole") == 0
+        random, folders = np.random.default_rng(time.time_ns()), [tmp_path / "0"]
+        for turn in range(10):
+            done = len(list((folders[-1] / "units").glob("*.json")))
+            # Some units on, or just before the manifest; a process may end before its moment.
+            moment = min(10, done + 1 + turn % 3), float(random.uniform(0, 0.03))
+            if ask(folders[-1], *moment) == 0 or done == 10:
+                folders.append(tmp_path / str(len(folders)))
+        for out in folders:
+            assert ask(out) == 0
+            assert hashes(out) == hashes(tmp_path / "whole")
+    finally:
+        server.communicate(timeout=60)
+
+
+def test_two_processes_write_what_one_does(written, tmp_path):
+    pod = finish_pod(start_pod([WORKER, *words(tmp_path / "a")], count=2, devices=8))
+    assert [ended.code for ended in pod] == [0, 0], pod
+    assert hashes(tmp_path / "a") == hashes(written)
+
+
+def test_another_number_of_processes_goes_on(written, tmp_path, monkeypatch):
+    out = tmp_path / "a"
+    with monkeypatch.context() as patch:
+        patch.setattr(jax, "process_count", lambda: 3)
+        with pytest.raises(UserError, match="units, the first is 1: do all hosts see one folder"):
+            patch.setattr(encode, "VISIBLE_SECONDS", 0.0)
+            encode_small(out)
+    assert sorted(path.name for path in (out / "units").iterdir()) == ["00000.json", "00003.json"]
+    encode_small(out)
+    assert hashes(out) == hashes(written)
