@@ -11,6 +11,7 @@ Frozen networks are arguments (``frozen``); randomness is a function of (seed, s
 import concurrent.futures
 import contextlib
 import functools
+import os
 from pathlib import Path
 
 import jax
@@ -35,7 +36,7 @@ from .training.setup import Nets
 from .training.sharding import in_use
 from .training.state import TrainState, apply_gradients, apply_head_gradients, health
 
-COMPILERS = 8  # threads; a compiler uses several cores by itself
+COMPILERS = max(1, min(16, (os.cpu_count() or 1) // 4))  # threads, each of which uses several cores
 
 
 def flow_update(nets: Nets, c, state: TrainState, batch: dict, frozen: dict):

@@ -21,6 +21,8 @@ from sprint_jax.training import feed, setup
 
 TEACHER, STUDENT = "configs/digits.py:teacher,small", "configs/digits.py:student,small"
 SIZES = ("8x16", "16x8", "8x8", "8x20")
+TWO = ("8x16", "16x8")
+OFTEN = {"log__every": 1, "log__checkpoint_every": 4}
 KEYS = {"data.sizes": SIZES, "data.max_rejected": 0.5, "data.encoders": "", "encode.threads": 2}
 
 
@@ -124,19 +126,28 @@ def run(c, workdir, steps=None):
         train.train(c.override({"steps": steps}) if steps else c, workdir, [])
 
 
+def of_two(c, folder):
+    return of_images(c, folder).override({"data.sizes": TWO})
+
+
 @pytest.fixture(scope="module")
-def teacher_of_latents(packed, tmp_path_factory):
-    workdir = tmp_path_factory.mktemp("teacher") / "run"
-    run(of_latents(tiny(TEACHER, packed, steps=2), packed), workdir)
-    return workdir
+def teacher(tmp_path_factory):
+    """A folder of pictures and their latents in two sizes, as programs take long; and a teacher of them."""
+    folder = tmp_path_factory.mktemp("two")
+    write_pictures(folder / "pictures.array_record", Pictures(60))
+    encode_small(
+        folder / "latents", Pictures(60), data__sizes=TWO, encode__unit=32, encode__dtype="float32"
+    )
+    run(of_latents(tiny(TEACHER, folder, steps=8, **OFTEN), folder), folder / "teacher")
+    return folder, folder / "teacher"
 
 
-def test_a_run_over_buckets_resumes_exactly(packed, tmp_path):
-    c = of_latents(tiny(TEACHER, tmp_path, steps=8, log__every=1, log__checkpoint_every=4), packed)
-    run(c, tmp_path / "whole")
+def test_a_run_over_buckets_resumes_exactly(teacher, tmp_path):
+    folder, whole_folder = teacher
+    c = of_latents(tiny(TEACHER, folder, steps=8, **OFTEN), folder)
     run(c, tmp_path / "parts", steps=4)
     run(c, tmp_path / "parts")
-    whole, parts = records(tmp_path / "whole"), records(tmp_path / "parts")
+    whole, parts = records(whole_folder), records(tmp_path / "parts")
     timeless = [
         {step: {k: v for k, v in record.items() if k.startswith(("loss", "grad", "health"))}
          for step, record in each.items()}
