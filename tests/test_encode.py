@@ -330,13 +330,16 @@ def test_killed_at_ten_random_moments_the_content_is_that_of_the_undisturbed_run
 
     try:
         assert ask(tmp_path / "whole") == 0
-        random, folders = np.random.default_rng(time.time_ns()), [tmp_path / "0"]
+        random, folders, killed = np.random.default_rng(time.time_ns()), [tmp_path / "0"], 0
         for turn in range(10):
             done = len(list((folders[-1] / "units").glob("*.json")))
             # Some units on, or just before the manifest; a process may end before its moment.
             moment = min(10, done + 1 + turn % 3), float(random.uniform(0, 0.03))
-            if ask(folders[-1], *moment) == 0 or done == 10:
+            status = ask(folders[-1], *moment)
+            killed += status == -9
+            if status == 0 or done == 10:
                 folders.append(tmp_path / str(len(folders)))
+        assert killed >= 5
         for out in folders:
             assert ask(out) == 0
             assert hashes(out) == hashes(tmp_path / "whole")
@@ -348,6 +351,16 @@ def test_two_processes_write_what_one_does(written, tmp_path):
     pod = finish_pod(start_pod([WORKER, *words(tmp_path / "a")], count=2, devices=8))
     assert [ended.code for ended in pod] == [0, 0], pod
     assert hashes(tmp_path / "a") == hashes(written)
+
+
+def test_units_whose_shards_were_lost_are_done_again(written, tmp_path):
+    out = shutil.copytree(written, tmp_path / "a")
+    (out / "manifest.json").unlink()
+    (out / "shards" / "00001-0.array_record").unlink()
+    with (out / "shards" / "00003-0.array_record").open("r+b") as file:
+        file.truncate(1000)
+    encode_small(out)
+    assert hashes(out) == hashes(written)
 
 
 def test_another_number_of_processes_goes_on(written, tmp_path, monkeypatch):
