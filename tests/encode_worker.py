@@ -19,6 +19,8 @@ from encoding import Pictures
 
 from sprint_jax import cli, encode
 
+PATIENCE = 200  # seconds for one encoding
+
 
 def main(argv: list[str]) -> None:
     encode.open_source = lambda c: Pictures(40, (5, 21))
@@ -30,6 +32,7 @@ def serve() -> None:
         words, units, seconds = json.loads(line)
         child = os.fork()
         if child == 0:
+            signal.alarm(PATIENCE)  # one that hangs ends, and with it the test
             sys.argv[1:] = words
             os.dup2(2, 1)
             cli.run_command(main)

@@ -68,3 +68,14 @@ def hashes(folder: Path) -> dict[str, str]:
         for path in sorted(folder.rglob("*"))
         if path.is_file() and path.suffix != ".png"
     }
+
+
+def words(out, **changes) -> list[str]:
+    """Those of the command for `encode_small`'s records; see `encoding.small_config`."""
+    named = {name.replace("__", "."): value for name, value in changes.items()}
+    values = {
+        key: ",".join(value) if isinstance(value, tuple) else value
+        for key, value in (SMALL | named).items()
+    }
+    flags = [f"--config.{key}={value}" for key, value in values.items()]
+    return ["--config", "configs/encode.py:digits", *flags, "--out", str(out)]

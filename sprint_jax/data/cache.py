@@ -174,7 +174,8 @@ def open_cache(folder: str | Path) -> Cache:
     """Opens what `encode` wrote, if it is all there.
 
     Every shard's size and last bytes are compared with the manifest, so that a copy or an upload which was
-    interrupted is refused; see `verify_cache` for all bytes.
+    interrupted is refused. A record that is damaged further inside is found by its checksum when it is read;
+    `verify_cache` looks at all bytes at once.
 
     Raises:
       UserError: no manifest, one of another format, or a shard that is missing, cut short, changed, or not

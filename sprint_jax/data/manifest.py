@@ -144,21 +144,24 @@ def finish(job: Job, entries: list[dict[str, Any]], sigma_d: float) -> dict[str,
     if not shards:
         raise UserError(f"no record of {job.source.name} can be used: see {job.folder / REJECTED}")
     features = _write_null_text(job.folder / NULL_TEXT, job.encoders)
-    counts: dict[tuple[int, int], int] = {}
-    for shard in shards:
-        for height, width, count in shard["buckets"]:
-            counts[height, width] = counts.get((height, width), 0) + count
+    records = _by_bucket(run for shard in shards for run in shard["buckets"])
+    captions = _by_bucket(run for entry in entries for run in entry["captions"])
     factor = job.encoders.autoencoder.factor
     manifest = describe_job(job) | {
         "identity": digest(job.encoders.identity),
-        "records": sum(shard["records"] for shard in shards),
+        "records": sum(records.values()),
         "rejected": sum(len(entry["rejected"]) for entry in entries),
-        "captions": sum(entry["captions"] for entry in entries),
+        "captions": sum(captions.values()),
         "without_caption": sum(entry["without_caption"] for entry in entries),
         "text_features": features,
         "buckets": [
-            {"pixels": [h * factor, w * factor], "latents": [h, w], "records": count}
-            for (h, w), count in sorted(counts.items())
+            {
+                "pixels": [h * factor, w * factor],
+                "latents": [h, w],
+                "records": records[h, w],
+                "captions": captions[h, w],
+            }
+            for h, w in sorted(records)
         ],
         "latents": describe_latents(
             [entry["moments"] for entry in entries],
@@ -170,6 +173,14 @@ def finish(job: Job, entries: list[dict[str, Any]], sigma_d: float) -> dict[str,
     }
     write_json_atomic(job.folder / MANIFEST, manifest)
     return manifest
+
+
+def _by_bucket(runs: Iterable[list[int]]) -> dict[tuple[int, int], int]:
+    """Sums of [h, w, count] by (h, w)."""
+    counts: dict[tuple[int, int], int] = {}
+    for height, width, count in runs:
+        counts[height, width] = counts.get((height, width), 0) + count
+    return counts
 
 
 def _write_null_text(path: Path, encoders: Encoders) -> int:

@@ -261,7 +261,7 @@ def _write_unit(
     entry = {
         "unit": unit,
         "shards": shards,
-        "captions": len(_captions(encoded)),
+        "captions": _captions_by_bucket(encoded),
         "without_caption": empty,
         "rejected": [
             {"key": item.key, "source": job.source.name, "reason": item.reason} for item in rejected
@@ -278,6 +278,14 @@ def _clean(folder: Path, unit: int) -> None:
     unit_path(folder, unit).unlink(missing_ok=True)
     for path in (folder / SHARDS).glob(f"{unit:05d}-*"):
         path.unlink(missing_ok=True)
+
+
+def _captions_by_bucket(encoded: list[Encoded]) -> list[list[int]]:
+    """[h, w, captions] of each bucket, by latent size."""
+    counts: collections.Counter = collections.Counter()
+    for item in encoded:
+        counts[item.latents.shape[:2]] += len(item.captions)
+    return [[*size, count] for size, count in sorted(counts.items())]
 
 
 def _moments(encoded: list[Encoded]) -> dict[str, Any]:
