@@ -34,7 +34,8 @@ from .loading import SETTINGS, read_index
 from .pipeline import SprintPipeline
 from .training.checkpoint import load_params
 from .training.fingerprint import fingerprint
-from .training.setup import read_workdir_config, toy_parts
+from .training.setup import toy_parts
+from .training.weights import read_workdir_config
 
 
 def main(argv: list[str]) -> None:

@@ -18,8 +18,9 @@ from .interop.gemma2 import load_text_encoder
 from .models.sana import from_fields
 from .prompts import TextEncoder, load_tokenizer
 from .training.checkpoint import load_params
-from .training.setup import read_workdir_config, toy_parts
+from .training.setup import toy_parts
 from .training.sharding import state_shardings
+from .training.weights import read_workdir_config
 
 # What a pipeline folder of diffusers has no place for; beside its model_index.json, from `export`.
 SETTINGS = "sprint_jax.json"
