@@ -1,6 +1,5 @@
 """Depth pruning: importance, choice, and the network that is left."""
 
-import functools
 
 import jax
 import jax.numpy as jnp
