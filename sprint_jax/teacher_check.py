@@ -33,7 +33,7 @@ from .teacher.verdict import Check, judge
 from .training import setup
 from .training.log import Progress
 from .training.sharding import Partition, batch_ways, state_shardings, to_devices
-from .training.weights import find_weights, read_workdir_config
+from .training.weights import Weights, find_weights, read_workdir_config
 
 NOT_READY = 4  # exit code
 SHEET_ROWS = 8
@@ -85,6 +85,7 @@ def check(
       What `measure` finds, by name; and pictures, uint8 [B, H, W, 3], of held-out latents ('held out') and
       of each teacher's samples; none for data without an autoencoder.
     """
+    sources = {name: _find_teacher(path) for name, path in paths.items()}
     mesh = setup.mesh_from(c)
     ways = batch_ways(mesh)
     batch_size = -(-batch_size // ways) * ways
@@ -108,15 +109,12 @@ def check(
             done += 1
             progress.update(done)
 
-        for name, path in paths.items():
-            weights = find_weights(path)
-            if not weights.is_teacher:
-                raise UserError(f"{path} is a student, which embeds guidance: name a teacher")
+        for name, weights in sources.items():
             runtime = {key: c.model[key] for key in ("dtype", "remat", "scan")}
             model = from_fields(
                 dict(weights.fields) | runtime, partition=Partition(mesh) if mesh.size > 1 else None
             )
-            _check_width(path, model, held)
+            _check_width(weights.path, model, held)
             params, _ = weights.load(lambda tree: state_shardings(mesh, tree))
             params.pop("logvar_linear", None)
             found[name], drawn[name] = measure(model, params, setting, tick)
@@ -126,6 +124,13 @@ def check(
         name: to_bytes(np.asarray(data.autoencoder.decode(np.nan_to_num(latents[:SHEET_ROWS]))))
         for name, latents in drawn.items()
     }
+
+
+def _find_teacher(path: str) -> Weights:
+    weights = find_weights(path)
+    if not weights.is_teacher:
+        raise UserError(f"{path} is a student, which embeds guidance: name a teacher")
+    return weights
 
 
 def _check_width(path: str, model, held: dict[str, np.ndarray]) -> None:

@@ -1,6 +1,5 @@
 """Depth pruning: importance, choice, and the network that is left."""
 
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -145,6 +144,7 @@ def test_wrong_blocks_are_refused(params, keep):
 def test_picture_of_importance_has_a_bar_for_each_block(tmp_path):
     path = tmp_path / "importance.png"
     pruning.draw_importance(path, [0.5, 0.1, 0.2], (0, 2))
-    pixels = np.asarray(Image.open(path).convert("RGB")).reshape(-1, 3)
+    with Image.open(path) as picture:
+        pixels = np.asarray(picture.convert("RGB")).reshape(-1, 3)
     colours = {tuple(pixel) for pixel in pixels.tolist()}
     assert {(31, 119, 180), (211, 211, 211)} <= colours  # kept and left out

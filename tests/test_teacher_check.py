@@ -18,6 +18,7 @@ from sprint_jax.models.sana import from_fields
 from sprint_jax.teacher import measure
 from sprint_jax.teacher.verdict import judge
 from sprint_jax.training import setup
+from sprint_jax.training.sharding import make_mesh
 from sprint_jax.training.state import tree_norm
 
 FIELDS = tiny_config("flow")["model"]
@@ -28,6 +29,13 @@ SIGMA_D = 0.5
 def quick():
     with quick_compilation():
         yield
+
+
+@pytest.fixture(autouse=True)
+def two_devices(monkeypatch):
+    """The commands' mesh; programs for all eight would take a minute to compile."""
+    mesh = make_mesh(devices=jax.devices()[:2])
+    monkeypatch.setattr(setup, "mesh_from", lambda c: mesh)
 
 
 @pytest.fixture(scope="module")
@@ -219,7 +227,8 @@ def test_command_reports_curves_pictures_and_exit_code(folder, monkeypatch, capf
     np.testing.assert_allclose(*same, rtol=1e-5)
     assert all(f"{each['name']} " in ended.out for each in report["checks"])
     for name in ("curves.png", "samples.png"):
-        assert min(Image.open(out / name).size) > 100
+        with Image.open(out / name) as picture:
+            assert min(picture.size) > 100
 
 
 @pytest.mark.parametrize(
