@@ -20,10 +20,10 @@ def get_config(arg=None):
     c.stage = "flow"  # 'flow' trains a flow-matching teacher, 'distill' a 1-to-4-step student
     c.seed = 0  # data order, noise, times and initial weights are functions of it
     c.steps = 1000  # generator updates in all
-    c.teacher = ""  # distill: workdir of the frozen teacher (its EMA is used)
-    c.init = (
-        ""  # warm start at step 0, of weights alone: from a workdir (its EMA) or an exported folder
+    c.teacher = (
+        ""  # distill: the frozen teacher: a workdir (its EMA), a diffusers folder or a hub id
     )
+    c.init = ""  # warm start at step 0, of weights alone: a workdir (its EMA), a diffusers folder or a hub id
     c.sigma_d = 0.5  # TrigFlow's standard deviation of data and noise
     c.ema_decay = 0.999  # of the moving average that is sampled and exported
     c.accumulate = 1  # microbatches per update; the batch size is that of the whole update
@@ -71,6 +71,7 @@ def get_config(arg=None):
     c.flow.time_mean = 0.0  # logit-normal flow times
     c.flow.time_std = 1.0
     c.flow.shift = 1.0  # resolution shift of flow times, in training and in teachers' samplers
+    c.flow.truncate_times = False  # True: as published code draws and shows them, in 1/1000
     c.flow.caption_dropout = 0.1  # share of samples that see the empty prompt, for CFG
 
     c.scm = ml_collections.ConfigDict()

@@ -1,11 +1,13 @@
 """SANA-Sprint: distils a 0.6B or 1.6B teacher at 1024 pixels into a student of one to four steps.
 
-    python -m sprint_jax.train --config configs/sprint.py:1600m --config.teacher=DIR --workdir DIR
+    python -m sprint_jax.train --config configs/sprint.py:1600m --config.teacher=DIR \\
+        --config.data.latents=DIR --workdir DIR
     python -m sprint_jax.plan --config configs/sprint.py:1600m --topology v5e:16x16
 
 Words: ``600m`` or ``1600m``. The values are those of the published YAML files and of the paper; the batch is
-theirs of 16 per GPU on 32 GPUs. Latents are synthetic as yet: the step is the true one, and what it
-costs on a TPU slice is in README under "Planning a run". No full training was run.
+theirs of 16 per GPU on 32 GPUs. ``--config.data.latents=DIR`` names what `sprint_jax.encode` wrote;
+``--config.data.source=synthetic`` trains on noise, to measure. What a step costs on a TPU slice is in
+README under "Planning a run". No full training was run.
 """
 
 import ml_collections
@@ -31,7 +33,7 @@ def get_config(arg=None):
 
 def large_model(c):
     """What training at full size needs, whatever the stage."""
-    c.data.source = "synthetic"
+    c.data.source = "latents"
     c.model.dtype = "bfloat16"
     c.model.remat = "full"
     # 8 divides all widths, and the state of 1.6B fits a chip of 16 GB in 8 parts; `plan` finds better ones.

@@ -1,10 +1,14 @@
-"""Flow-matching fine-tuning of a SANA teacher at 1024 pixels, with QK norm and dense time embedding.
+"""Preparation of a teacher from SANA or SANA-1.5 at 1024 pixels: QK norm, dense time embedding, fine-tuning.
 
-    python -m sprint_jax.train --config configs/teacher.py:1600m --config.init=FOLDER --workdir DIR
+    python -m sprint_jax.prepare_teacher --config configs/teacher.py:1600m --model PATH \\
+        --config.data.latents=DIR --workdir DIR
+    python -m sprint_jax.teacher_check --model DIR --before PATH --out REPORT_DIR
     python -m sprint_jax.plan --config configs/teacher.py:4800m --topology v5p:4x4x4
 
+PATH: a diffusers folder, a hub id or a .pth file. From 4.8B to 1.6B: ``:1600m`` and ``--prune 20``.
+
 Words: ``600m``, ``1600m`` or ``4800m``. Learning rate, warm-up, clipping and caption dropout are those of
-the published fine-tuning of SANA-1.5. Latents are synthetic as yet; no full training was run.
+the published fine-tuning of SANA-1.5. No full training was run.
 """
 
 from configs import default, sprint

@@ -33,7 +33,7 @@ from .pictures import to_bytes
 from .pipeline import SprintPipeline
 from .sheet import Cell, draw_sheet
 from .training.log import Progress
-from .training.setup import read_workdir_config
+from .training.weights import read_workdir_config
 
 SHEET_ROWS = 12
 

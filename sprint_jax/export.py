@@ -35,7 +35,7 @@ from .pipeline import SprintPipeline
 from .training.checkpoint import load_params
 from .training.feed import toy_parts
 from .training.fingerprint import fingerprint
-from .training.setup import read_workdir_config
+from .training.weights import read_workdir_config
 
 
 def main(argv: list[str]) -> None:

@@ -17,8 +17,8 @@ from .models.sana import from_fields
 from .prompts import load_tokenizer
 from .training.checkpoint import load_params
 from .training.feed import toy_parts
-from .training.setup import read_workdir_config
 from .training.sharding import state_shardings
+from .training.weights import read_workdir_config
 
 # What a pipeline folder of diffusers has no place for; beside its model_index.json, from `export`.
 SETTINGS = "sprint_jax.json"

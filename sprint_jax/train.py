@@ -46,16 +46,14 @@ def flow_update(nets: Nets, c, state: TrainState, batch: dict, frozen: dict):
         params = in_use(nets.model, params)
         keys = jax.random.split(key, 3)
         latents = batch["latents"]
-        t = trigflow.sample_flow_time(
-            keys[0], latents.shape[:1], c.flow.time_mean, c.flow.time_std, c.flow.shift
-        )
+        t, shown = closures.draw_flow_time(c, keys[0], latents)
         noise = jax.random.normal(keys[1], latents.shape)
         drop = jax.random.bernoulli(keys[2], c.flow.caption_dropout, t.shape)
         text = jnp.where(drop[:, None, None], frozen["null_text"][None], batch["text"])
         mask = jnp.where(drop[:, None], frozen["null_mask"][None], batch["mask"])
 
-        def velocity(x, t):
-            return nets.model.apply({"params": params}, x, t, text, mask)
+        def velocity(x, _):
+            return nets.model.apply({"params": params}, x, shown, text, mask)
 
         return losses.flow_matching_loss(velocity, latents, noise, t)
 

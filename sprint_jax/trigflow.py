@@ -20,6 +20,7 @@ from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 Array = jax.Array
 
@@ -164,10 +165,29 @@ def sample_flow_time(
 ) -> Array:
     """Logit-normal flow times with the resolution shift ``s' = shift s / (1 + (shift - 1) s)``, float32.
 
-    Continuous, unlike the reference, which truncates to 733 distinct values (reference train loop).
+    Continuous, unlike those of the reference (`sample_truncated_flow_time`).
     """
     s = jax.nn.sigmoid(mean + std * jax.random.normal(key, shape, jnp.float32))
     return shift_flow_time(s, shift)
+
+
+def sample_truncated_flow_time(
+    key: Array, shape: tuple[int, ...], mean: float, std: float, shift: float
+) -> tuple[Array, Array]:
+    """Flow times as NVlabs' training draws them, float32: what noises a sample, and what its network is shown.
+
+    ``i = floor(1000 sigmoid(N(mean, std)))`` of a table of 1000: ``s' = shift s / (1 + (shift - 1) s)`` with
+    ``s = i / 1000`` mixes the sample, and the network sees ``floor(1000 s') / 1000``: at shift 3, 733 distinct
+    values, up to 0.001 below the true ones.
+
+    Returns:
+      ``(t, shown)``, of the given shape.
+    """
+    times = shift_flow_time(np.arange(1000) / 1000, shift)
+    shown = np.floor(1000 * times) / 1000
+    s = jax.nn.sigmoid(mean + std * jax.random.normal(key, shape, jnp.float32))
+    index = jnp.minimum((1000 * s).astype(jnp.int32), 999)
+    return jnp.asarray(times, jnp.float32)[index], jnp.asarray(shown, jnp.float32)[index]
 
 
 def shift_flow_time(s: Array, shift: float) -> Array:

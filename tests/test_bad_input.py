@@ -121,7 +121,7 @@ def test_unknown_words_files_and_flags(refused, tmp_path):
         ("steps=0", 2, ("steps=0",)),
         ("max_nonfinite=0", 2, ("max_nonfinite=0",)),
         ("seed=-1", 2, ("seed -1", "0 to")),
-        ("init=nowhere", 1, ("nowhere", "not a training workdir")),
+        ("init=nowhere", 1, ("nowhere", "does not exist")),
     ],
 )
 def test_values_that_cannot_work(word, code, parts, refused, tmp_path):
@@ -139,7 +139,7 @@ def test_distillation_without_a_scale_of_guidance(refused, tmp_path):
 
 def test_teacher_that_is_none(refused, models, tmp_path):
     refused(STUDENT, tmp_path / "run", 2, "--config.teacher=DIR")
-    refused(STUDENT, tmp_path / "run", 1, "nowhere is not a training workdir", teacher="nowhere")
+    refused(STUDENT, tmp_path / "run", 1, "nowhere does not exist", teacher="nowhere")
     student = str(models["distill"])
     refused(STUDENT, tmp_path / "run", 1, student, "is no teacher", "distill", teacher=student)
     for taps in ((2,), (1, 0), (1, 1)):

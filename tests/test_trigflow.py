@@ -206,6 +206,39 @@ def test_flow_times_are_shifted_logit_normal(shift):
     assert trigflow.shift_flow_time(0.5, 3.0) == 0.75
 
 
+def distance(a, b):
+    """Kolmogorov-Smirnov: the largest difference of two samples' distribution functions."""
+    points = np.union1d(a, b)
+    shares = [np.searchsorted(np.sort(x), points, side="right") / len(x) for x in (a, b)]
+    return np.abs(shares[0] - shares[1]).max()
+
+
+def test_truncated_flow_times_are_those_of_the_reference():
+    """Against its index form in float64: i = floor(1000 sigmoid(n)), sigma = i/1000 shifted, integer times."""
+    count, shift = 100_000, 3.0
+    t, shown = trigflow.sample_truncated_flow_time(jax.random.key(4), (count,), 0.0, 1.0, shift)
+    assert t.dtype == shown.dtype == jnp.float32
+    t, shown = np.asarray(t, np.float64), np.asarray(shown, np.float64)
+    sigmas = np.arange(1000) / 1000
+    sigmas = shift * sigmas / (1 + (shift - 1) * sigmas)
+    assert len(np.unique((1000 * sigmas).astype(int))) == 733
+    index = np.abs(sigmas[None] - t[:500, None]).argmin(1)
+    np.testing.assert_allclose(t[:500], sigmas[index], atol=1e-7)
+    np.testing.assert_allclose(shown[:500], np.floor(1000 * sigmas[index]) / 1000, atol=1e-7)
+    assert len(np.unique(shown)) <= 733
+    assert (shown <= t + 1e-7).all() and (t - shown).max() < 0.001
+
+    random = np.random.default_rng(0)
+    n = np.floor(1000 / (1 + np.exp(-random.normal(size=count)))).astype(int)
+    theirs = sigmas[n]
+    exact = np.asarray(trigflow.sample_flow_time(jax.random.key(5), (count,), 0.0, 1.0, shift))
+    # Two-sample Kolmogorov-Smirnov, 0.1 % level: 1.95 sqrt(2 / n). Continuous times lie up to 0.003 higher.
+    limit = 1.95 * math.sqrt(2 / count)
+    assert distance(t, theirs) < limit
+    assert distance(exact, theirs) < limit + 0.003
+    assert distance(exact, t**1.1) > 3 * limit  # it can fail
+
+
 def test_max_time_replaces_with_its_probability():
     t = jnp.linspace(0.1, 1.5, 40_000)
     mixed = np.asarray(trigflow.with_max_time(jax.random.key(2), t, 0.3))

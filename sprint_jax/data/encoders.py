@@ -26,7 +26,12 @@ from ..training.sharding import batch_sharding, batch_ways, state_shardings
 from .captions import vocabulary
 
 Array = jax.Array
-PARTS = ("vae", "text_encoder", "tokenizer")
+# Of a pipeline on the hub.
+FILES = [
+    f"{part}/{name}"
+    for part in ("vae", "text_encoder", "tokenizer")
+    for name in ("*.json", "*.safetensors", "tokenizer*")
+]
 
 
 class Encoders(NamedTuple):
@@ -68,7 +73,7 @@ def load_encoders(
         return _toy_encoders(sharding)
     folder = Path(path)
     if hub.is_hub_id(path):
-        folder = hub.download(path, PARTS)
+        folder = hub.download(path, FILES)
     elif not folder.is_dir():
         raise UserError(f"data.encoders {path} does not exist: give a pipeline folder or a hub id")
     shardings = functools.partial(state_shardings, mesh) if mesh is not None else None

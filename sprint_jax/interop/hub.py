@@ -18,17 +18,19 @@ def is_hub_id(path: str | Path) -> bool:
     return re.fullmatch(r"[\w.-]+/[\w.-]+", str(path)) is not None and not Path(path).exists()
 
 
-def download(repository: str, parts: Sequence[str] = ()) -> Path:
-    """The folder of a hub repository, or those of its folders that are named in ``parts``, downloaded
-    unless the local cache has it.
+def download(repository: str, patterns: Sequence[str] = _FILES) -> Path:
+    """The folder of a hub repository, downloaded unless the local cache has it.
+
+    Args:
+      repository: its id.
+      patterns: of the files wanted; by default all that a pipeline needs.
 
     Raises:
       UserError: there is none of that id, it wants a licence to be accepted, or the network is down and
         the cache has none.
     """
-    patterns = [f"{part}/{name}" for part in parts for name in _FILES[:2]] or _FILES
     try:
-        return Path(snapshot_download(repository, allow_patterns=patterns))
+        return Path(snapshot_download(repository, allow_patterns=list(patterns)))
     except GatedRepoError as error:
         raise UserError(
             f"{repository} is gated: accept its terms on the hub and set HF_TOKEN"

@@ -144,6 +144,23 @@ def to_nvlabs(
     return arrays
 
 
+def read_fields(path: str | Path, like: dict[str, Any]) -> dict[str, Any]:
+    """``like`` with what a file's tensors say of its network: depth, QK norm, guidance embedding.
+
+    Raises:
+      UserError: the file cannot be read, as in `load_transformer`, or has no blocks.
+    """
+    names = open_torch(Path(path), KEY).shapes
+    blocks = {int(name.split(".")[1]) for name in names if re.match(r"blocks\.\d+\.", name)}
+    if not blocks:
+        raise UserError(f"{path} has no tensor blocks.0.*: is it a transformer of NVlabs/Sana?")
+    return dict(like) | {
+        "num_layers": max(blocks) + 1,
+        "qk_norm": "blocks.0.attn.q_norm.weight" in names,
+        "guidance_embeds": "cfg_embedder.mlp.0.weight" in names,
+    }
+
+
 def load_null_text(path: str | Path) -> np.ndarray:
     """Text features of the empty prompt that a file was trained with, float32 [tokens, caption_channels].
 

@@ -13,7 +13,7 @@ from ..config import Config, load_config, load_functions
 from ..errors import UserError
 from ..training.checks import check_values
 from ..training.log import read_metrics
-from ..training.setup import read_workdir_config
+from ..training.weights import read_workdir_config
 
 # With a hash behind it, below the 255 bytes that file systems allow.
 NAME_LIMIT = 100

@@ -7,24 +7,26 @@ import jax
 from ..config import Config, diff
 from ..errors import UserError
 from .feed import REJECTED
-from .setup import LOG_FILE, read_workdir_config
+from .setup import LOG_FILE, PREPARED
 from .sharding import batch_ways
+from .weights import read_workdir_config
 
 
 def check_workdir(workdir: Path, c: Config) -> None:
     """Refuses a workdir that is not this run's, before anything is computed.
 
-    `LOG_FILE`, into which a sweep or a batch system writes, and the list of rejected images may be there
-    before the run is. A run may
-    go on with other values of ``steps``, ``mesh``, ``log``, ``sampler`` and of where data and teacher
-    lie (the teacher's hash is compared); every other key decides its numbers.
+    `LOG_FILE`, into which a sweep or a batch system writes, what `prepare_teacher` left and the list of
+    rejected images may be there before the run is. A run may go on with other values of ``steps``, ``mesh``, ``log``,
+    ``sampler`` and of where data and teacher lie (the teacher's hash is compared); every other key decides
+    its numbers.
 
     Raises:
       UserError: for a file in its place, a directory of something else, or another config.
     """
     if workdir.exists() and not workdir.is_dir():
         raise UserError(f"--workdir {workdir} is a file; name a directory")
-    if not workdir.is_dir() or {path.name for path in workdir.iterdir()} <= {LOG_FILE, REJECTED}:
+    early = {LOG_FILE, REJECTED, PREPARED, f"{PREPARED}.partial"}
+    if not workdir.is_dir() or {path.name for path in workdir.iterdir()} <= early:
         return
     old = read_workdir_config(workdir).to_dict()
     free = (

@@ -25,6 +25,15 @@ def draw_guidance(c, key, x0):
     return jax.random.choice(key, jnp.asarray(c.scm.guidance, jnp.float32), x0.shape[:1])
 
 
+def draw_flow_time(c, key, latents):
+    """Flow times of the samples, and those that the network is shown, [B] each."""
+    how = (c.flow.time_mean, c.flow.time_std, c.flow.shift)
+    if c.flow.truncate_times:
+        return trigflow.sample_truncated_flow_time(key, latents.shape[:1], *how)
+    t = trigflow.sample_flow_time(key, latents.shape[:1], *how)
+    return t, t
+
+
 def student_of(nets, text, mask, guidance, dtype=None):
     """``student(params, x, t) -> (F, logvar)`` of one batch; matmuls in ``dtype`` where it is given."""
     model = nets.model.clone(dtype=jnp.dtype(dtype)) if dtype else nets.model

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from ..config import Config
-from ..data.buckets import choose_sizes, read_fitted
+from ..data.buckets import check_factor, choose_sizes, read_fitted
 from ..data.cache import Cache, open_cache, pad_texts
 from ..data.digits import get_world, held_out_prompts, open_digits
 from ..data.encoders import Encoders, encode_captions, load_encoders
@@ -146,7 +146,7 @@ def _open_digits(c: Config, rows: Sequence[int]) -> Data:
 
 def _below(length: int, count: int) -> range:
     if count > length:
-        raise UserError(f"{count} held-out records are asked for, there are {length}")
+        raise UserError(f"{count} held-out records are wanted, but there are {length}")
     return range(count)
 
 
@@ -188,7 +188,8 @@ def _open_images(c: Config, rows: Sequence[int], workdir: Path | None) -> Data:
     sources = open_images(c.data.images, data_dir=c.data.dir, **features)
     encoders = _load_encoders(c, len(rows))
     factor, threads = encoders.autoencoder.factor, c.encode.threads
-    sizes = choose_sizes(c.data.resolution, c.data.sizes, factor)
+    sizes = choose_sizes(c.data.resolution, c.data.sizes)
+    check_factor(sizes, factor)
     path = workdir / REJECTED if workdir and jax.process_index() == 0 else None
     log = RejectLog(path, c.data.max_rejected)
     folder = Path(c.data.dir)
@@ -259,7 +260,7 @@ def _bucketed(c, order, batches, read, kept, dims, dtype, null, decode) -> Data:
         records = kept.get(order.buckets[0], ())
         if count > len(records):
             raise UserError(
-                f"{count} held-out records are asked for, and {len(records)} of the most frequent size "
+                f"{count} held-out records are wanted, and {len(records)} of the most frequent size "
                 "are kept: train with a larger --config.data.holdout"
             )
         return read(np.zeros(count, int), records[:count])

@@ -5,7 +5,6 @@ for a mesh of devices that need not exist.
 """
 
 import functools
-import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -16,11 +15,9 @@ import optax
 
 from ..config import Config
 from ..errors import UserError
-from ..interop.diffusers import load_transformer
 from ..models.blocks import compute_params
 from ..models.discriminator import DiscriminatorHeads, init_heads
 from ..models.sana import SanaTransformer, from_fields
-from .checkpoint import load_params
 from .feed import Data, batch_shapes
 from .fingerprint import fingerprint
 from .optim import make_optimizer
@@ -33,9 +30,11 @@ from .sharding import (
     state_shardings,
 )
 from .state import TrainState, overlay
+from .weights import Weights, find_weights
 
 Tree = Any
 LOG_FILE = "log.txt"  # what a run prints, where nobody watches it
+PREPARED = "prepared"  # where `prepare_teacher` puts the weights that a run starts from
 
 
 class Nets(NamedTuple):
@@ -51,21 +50,6 @@ class Nets(NamedTuple):
 def mesh_from(c: Config, devices=None) -> jax.sharding.Mesh:
     """The mesh of ``config.mesh`` over the given devices, by default all."""
     return make_mesh(**{key: c.mesh[key] for key in c.mesh}, devices=devices)
-
-
-def read_workdir_config(workdir: str | Path) -> Config:
-    """The resolved config of a training workdir.
-
-    Raises:
-      UserError: if there is none, or it is damaged.
-    """
-    path = Path(workdir) / "config.json"
-    if not path.is_file():
-        raise UserError(f"{workdir} is not a training workdir: it has no config.json")
-    try:
-        return Config(json.loads(path.read_text()))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise UserError(f"{path} is not JSON ({error}); is it damaged?") from error
 
 
 def build_nets(c: Config, mesh: jax.sharding.Mesh, teacher_fields: dict | None = None) -> Nets:
@@ -85,7 +69,7 @@ def build_nets(c: Config, mesh: jax.sharding.Mesh, teacher_fields: dict | None =
     if c.stage != "distill":
         raise UserError(f"config.stage '{c.stage}' is not one of flow, distill", exit_code=2)
     if teacher_fields is None:
-        teacher_fields = _teacher_fields(c)
+        teacher_fields = find_teacher(c).fields
     # Frozen weights, but this run's own precision and memory choices.
     runtime = {key: c.model[key] for key in ("dtype", "remat", "scan")}
     teacher = from_fields(dict(teacher_fields) | runtime, partition=partition)
@@ -113,17 +97,24 @@ def build_nets(c: Config, mesh: jax.sharding.Mesh, teacher_fields: dict | None =
     )
 
 
-def _teacher_fields(c: Config) -> Config:
+def find_teacher(c: Config) -> Weights:
+    """The frozen teacher of a distillation, ``c.teacher``, not read yet.
+
+    Raises:
+      UserError: there is none, or it is a student.
+    """
     if not c.teacher:
         raise UserError(
-            "stage 'distill' needs --config.teacher=DIR, the workdir of a teacher", exit_code=2
+            "stage 'distill' needs --config.teacher=PATH: the workdir of a teacher, a diffusers folder of "
+            "its pipeline or transformer, or a hub id",
+            exit_code=2,
         )
-    teacher = read_workdir_config(c.teacher)
-    if teacher.stage != "flow":
+    teacher = find_weights(c.teacher)
+    if not teacher.is_teacher:
         raise UserError(
-            f"--config.teacher={c.teacher} is no teacher: its stage is '{teacher.stage}'"
+            f"--config.teacher={c.teacher} is no teacher: it is a student, which embeds guidance"
         )
-    return teacher.model
+    return teacher
 
 
 def _without(section: Config, *keys: str) -> dict:
@@ -135,28 +126,17 @@ def load_frozen(c: Config, data: Data, mesh: jax.sharding.Mesh) -> tuple[dict, d
 
     Returns:
       ``frozen``: null_text [L, D], null_mask [L], and in stage 'distill' the teacher's EMA params;
-      ``origin``: for checkpoints: the teacher's path, step and hash.
+      ``origin``: for checkpoints: the teacher's path, step (None without one) and hash.
     """
     null = {"null_text": data.null_text, "null_mask": data.null_mask}
     frozen = jax.device_put(null, replicated(mesh))
     if c.stage == "flow":
         return frozen, {}
-    params, meta = load_params(c.teacher, "ema", shardings=lambda tree: state_shardings(mesh, tree))
+    params, step = find_teacher(c).load(lambda tree: state_shardings(mesh, tree))
+    params = {name: part for name, part in params.items() if name != "logvar_linear"}
     frozen["teacher"] = params
-    origin = {
-        "path": str(Path(c.teacher).resolve()),
-        "step": meta["step"],
-        "hash": fingerprint(params),
-    }
-    return frozen, origin
-
-
-def warm_params(path: str, shardings: Callable[[Tree], Tree] | None = None) -> Tree:
-    """Parameters to start from: a workdir's EMA, or those of a pipeline folder such as an export's."""
-    folder = Path(path) / "transformer"
-    if folder.is_dir():
-        return load_transformer(folder, shardings=shardings)[1]
-    return load_params(path, "ema", shardings=shardings)[0]
+    path = Path(c.teacher).resolve() if Path(c.teacher).exists() else c.teacher
+    return frozen, {"path": str(path), "step": step, "hash": fingerprint(params)}
 
 
 def init_state(
@@ -169,7 +149,7 @@ def init_state(
     """
     warm = {}
     if c.init:
-        warm = warm_params(c.init, lambda tree: state_shardings(mesh, tree))
+        warm, _ = find_weights(c.init).load(lambda tree: state_shardings(mesh, tree))
     init = _initializer(c, nets, batch)
     arguments = (frozen.get("teacher"), warm, jax.random.key(c.seed))
     shardings = state_shardings(mesh, jax.eval_shape(init, *arguments))

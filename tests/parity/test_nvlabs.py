@@ -13,7 +13,9 @@ from reference import tiny_sana
 
 from sprint_jax.errors import UserError
 from sprint_jax.interop import diffusers, nvlabs
-from sprint_jax.models.sana import SIZES
+from sprint_jax.interop.sana import example_inputs
+from sprint_jax.models.sana import SIZES, from_fields
+from sprint_jax.training.weights import find_weights
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 STUDENT = {"guidance_embeds": True, "patch_size": 2, "out_channels": 6}
@@ -229,3 +231,23 @@ def test_dtype_is_that_asked_for(tmp_path, make):
     assert {leaf.dtype for leaf in jax.tree.leaves(loaded)} == {jnp.dtype("bfloat16")}
     expected = jax.tree.map(lambda a: a.astype(jnp.float16).astype(jnp.bfloat16), params)
     assert_same_trees(loaded, expected)
+
+
+def test_a_file_says_its_depth_its_norms_and_whether_it_embeds_guidance(tmp_path):
+    """What a teacher is prepared from: the rest is taken from the config."""
+    fields = SIZES["digits"] | {"num_layers": 3, "num_attention_heads": 1}
+    fields |= {"num_cross_attention_heads": 1, "qk_norm": False}
+    random = np.random.default_rng(0)
+    shapes = jax.eval_shape(
+        from_fields(fields).init,
+        jax.random.key(0),
+        *example_inputs(from_fields(fields)),
+    )["params"]
+    params = jax.tree.map(lambda a: jnp.asarray(random.normal(size=a.shape), a.dtype), shapes)
+    path = tmp_path / "sana.pth"
+    nvlabs.save_transformer(path, fields, params)
+    found = find_weights(str(path), fields | {"num_layers": 7, "qk_norm": True})
+    assert (found.kind, found.is_teacher) == ("nvlabs", True)
+    assert from_fields(found.fields) == from_fields(fields)
+    loaded, _ = found.load(None)
+    jax.tree.map(np.testing.assert_array_equal, loaded, params)

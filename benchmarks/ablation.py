@@ -1,0 +1,143 @@
+"""The paper's Fig. 3 on digits: does a teacher's time scale, or its QK norm, decide how distillation goes?
+
+    python benchmarks/ablation.py --root runs/ablation
+
+One teacher is trained with times 0..1000 and without QK norm; `prepare_teacher` makes four of it, all
+fine-tuned for as long; `teacher_check` judges each; each is distilled for 200 steps by the consistency loss
+alone. Writes
+benchmarks/results/ablation.jsonl and benchmarks/pictures/ablation.png. What is there already is not made again.
+"""
+
+import argparse
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+from matplotlib.figure import Figure
+
+from sprint_jax.training.log import read_metrics
+
+HERE = Path(__file__).parent
+BINS = 8
+STEPS = 200  # of a distillation
+ARMS = {  # name: (timestep_scale, QK norm)
+    "dense_qk": (0.001, True),
+    "dense_noqk": (0.001, False),
+    "t1000_qk": (1.0, True),
+    "t1000_noqk": (1.0, False),
+}
+TUNE = {"steps": 180, "optimizer.decay_steps": 180, "optimizer.learning_rate": 5e-4}
+TUNE |= {"optimizer.warmup_steps": 20, "log.sample_every": 10000}
+
+
+def call(module: str, *words, allowed: tuple[int, ...] = (0,)) -> None:
+    """Runs a command of the package; its output is this one's."""
+    command = [sys.executable, "-m", f"sprint_jax.{module}", *map(str, words)]
+    print(" ".join(command[1:]), flush=True)
+    if subprocess.run(command, check=False).returncode not in allowed:
+        raise SystemExit(f"{module} failed")
+
+
+def keys(values: dict) -> list[str]:
+    return [f"--config.{name}={value}" for name, value in values.items()]
+
+
+def make(root: Path) -> None:
+    """Trains, prepares, checks and distils."""
+    data = {"data.dir": root / "data"}
+    teacher = ["--config", "configs/digits.py:teacher,small"]
+    student = ["--config", "configs/digits.py:student,small"]
+    base = {"model.timestep_scale": 1.0, "model.qk_norm": False, "log.sample_every": 10000}
+    call("train", *teacher, *keys(data | base), "--workdir", root / "base")
+    for name, (scale, qk_norm) in ARMS.items():
+        model = {"model.timestep_scale": scale, "model.qk_norm": qk_norm}
+        where = ["--model", root / "base", "--workdir", root / name]
+        call("prepare_teacher", *teacher, *keys(data | TUNE | model), *where)
+        report = root / f"{name}_check"
+        if not (report / "report.json").is_file():
+            words = ["--model", root / name, "--before", root / "base", "--out", report]
+            call("teacher_check", *words, allowed=(0, 4))
+        short = {"steps": STEPS, "optimizer.decay_steps": STEPS, "ladd.weight": 0.0}
+        short |= {"log.every": 5, "log.sample_every": 10000, "teacher": root / name} | model
+        call("train", *student, *keys(data | short), "--workdir", root / f"{name}_student")
+
+
+def summarize(root: Path) -> list[dict]:
+    """One line for each arm: what was said beforehand, and what the second half of distillation was like."""
+    lines = []
+    for name, (scale, qk_norm) in ARMS.items():
+        report = json.loads((root / f"{name}_check" / "report.json").read_text())
+        metrics = read_metrics(root / f"{name}_student" / "metrics.jsonl")
+        late = metrics[len(metrics) // 2 :]
+
+        def by_bin(key, late=late):
+            columns = [[m[f"{key}/t{i}"] for m in late] for i in range(BINS)]
+            return [float(np.mean([x for x in c if x is not None] or [np.nan])) for c in columns]
+
+        gradients = np.asarray([m["grad/student"] for m in late], np.float64)
+        lines.append(
+            {
+                "arm": name,
+                "timestep_scale": scale,
+                "qk_norm": qk_norm,
+                "ready": report["ready"],
+                "failed": [each["name"] for each in report["checks"] if not each["passed"]],
+                "check": {each["name"]: each["value"] for each in report["checks"]},
+                "before": {
+                    key: report["measured"]["after"]["tangent"][key] for key in ("size", "gradient")
+                },
+                "tangent_norm": by_bin("tangent_norm"),
+                "error": by_bin("error"),
+                "teacher_gap": by_bin("teacher_gap"),
+                "gradient_median": float(np.median(gradients)),
+                "gradient_largest": float(gradients.max()),
+                "skipped": metrics[-1]["health/skipped"],
+            }
+        )
+    return lines
+
+
+def draw(lines: list[dict], root: Path, path: Path) -> None:
+    """Before distillation: tangent and gradient by time; in it: tangent by time, gradient by step."""
+    figure = Figure(figsize=(13, 3.2), layout="constrained")
+    axes = figure.subplots(1, 4)
+    middles = (np.arange(BINS) + 0.5) / BINS * np.pi / 2
+    for line in lines:
+        colour = "tab:blue" if line["timestep_scale"] < 1 else "tab:red"
+        style = dict(color=colour, linestyle="-" if line["qk_norm"] else "--", label=line["arm"])
+        axes[0].plot(middles, line["before"]["size"], **style)
+        axes[1].plot(middles, line["before"]["gradient"], **style)
+        axes[2].plot(middles, line["tangent_norm"], **style)
+        metrics = read_metrics(root / f"{line['arm']}_student" / "metrics.jsonl")
+        axes[3].plot([m["step"] for m in metrics], [m["grad/student"] for m in metrics], **style)
+    titles = (
+        ("teacher_check: tangent / (sigma_d F)", "angle t"),
+        ("teacher_check: gradient, unweighted", "angle t"),
+        ("distillation: tangent norm", "angle t"),
+        ("distillation: gradient norm", "step"),
+    )
+    for panel, (title, label) in zip(axes, titles, strict=True):
+        panel.set_title(title, fontsize=9)
+        panel.set_xlabel(label)
+        panel.set_yscale("log")
+        panel.grid(alpha=0.3)
+    axes[0].legend(fontsize=7)
+    figure.savefig(path, dpi=80)
+
+
+def main(argv: list[str]) -> None:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--root", type=Path, default=Path("runs/ablation"))
+    flags = parser.parse_args(argv)
+    make(flags.root)
+    lines = summarize(flags.root)
+    command = {"command": "python benchmarks/ablation.py"}
+    text = "".join(json.dumps(line) + "\n" for line in [command, *lines])
+    (HERE / "results" / "ablation.jsonl").write_text(text)
+    draw(lines, flags.root, HERE / "pictures" / "ablation.png")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

@@ -1,0 +1,105 @@
+"""Depth pruning on digits: six blocks to four, by importance against blocks at random.
+
+    python benchmarks/pruning.py --root runs/pruning
+
+A teacher of six blocks is trained (1,800 steps), pruned to four, and fine-tuned for a tenth of that. The blocks
+are those that `prepare_teacher` chooses, and several random choices with the same fine-tuning. Prompt accuracy
+is of the digits judge: held-out prompts, 20 steps of DPM-Solver++ with guidance. Writes
+benchmarks/results/pruning.jsonl. What is there already is not made again.
+"""
+
+import argparse
+import itertools
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import numpy as np
+
+from sprint_jax.data.digits import held_out_prompts, to_float
+from sprint_jax.interop.diffusers import save_transformer
+from sprint_jax.metrics.digits import Judge, prompt_accuracy
+from sprint_jax.pipeline import SprintPipeline
+from sprint_jax.teacher.pruning import prune_blocks
+from sprint_jax.training.weights import find_weights
+
+HERE = Path(__file__).parent
+KEEP, RANDOM = 4, 4  # blocks left; random choices
+TUNE = {"steps": 180, "optimizer.decay_steps": 180, "optimizer.warmup_steps": 20}
+CONFIG = ["--config", "configs/digits.py:teacher,small"]
+
+
+def call(module: str, *words) -> None:
+    """Runs a command of the package; its output is this one's."""
+    command = [sys.executable, "-m", f"sprint_jax.{module}", *map(str, words)]
+    print(" ".join(command[1:]), flush=True)
+    subprocess.run(command, check=True)
+
+
+def keys(values: dict) -> list[str]:
+    return [f"--config.{name}={value}" for name, value in values.items()]
+
+
+def accuracy(path: Path, count: int) -> float:
+    """Share of held-out prompts that a teacher's pictures satisfy."""
+    pipe = SprintPipeline.from_pretrained(path)
+    prompts = held_out_prompts("small", count, 0)
+    batches = pipe.draw(prompts, steps=20, solver="dpm", guidance=3.0, seed=0, batch_size=count)
+    readings = Judge.fit("small").read(to_float(np.concatenate(list(batches))))
+    return prompt_accuracy(readings, prompts, "small")["overall"]["accuracy"]
+
+
+def choices(kept: tuple[int, ...], layers: int) -> list[tuple[int, ...]]:
+    """Random sets of blocks in their order, other than ``kept``, from a fixed seed."""
+    every = [c for c in itertools.combinations(range(layers), KEEP) if c != kept]
+    picked = np.random.default_rng(0).permutation(len(every))[:RANDOM]
+    return [every[i] for i in picked]
+
+
+def main(argv: list[str]) -> None:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--root", type=Path, default=Path("runs/pruning"))
+    parser.add_argument("--count", type=int, default=400, help="prompts (default 400)")
+    parser.add_argument("--rate", type=float, default=1.5e-3, help="learning rate of the tuning")
+    flags = parser.parse_args(argv)
+    root = flags.root
+    quiet = {"data.dir": root / "data", "log.sample_every": 10000}
+    tune = quiet | TUNE | {"optimizer.learning_rate": flags.rate}
+    call("train", *CONFIG, *keys(quiet), "--workdir", root / "dense")
+    chosen = root / f"pruned_{flags.rate:g}"
+    where = ["--model", root / "dense", "--workdir", chosen, "--prune", KEEP]
+    call("prepare_teacher", *CONFIG, *keys(tune), *where)
+    record = json.loads((chosen / "prepared" / "prepared.json").read_text())
+
+    whole = accuracy(root / "dense", flags.count)
+    lines = [
+        {"command": f"python benchmarks/pruning.py --rate {flags.rate:g} --count {flags.count}"},
+        {"what": "six blocks", "accuracy": whole, "importance": record["importance"]},
+    ]
+    source = find_weights(str(root / "dense"))
+    params, _ = source.load(None)
+    kept = tuple(record["kept"])
+    for blocks in [kept, *choices(kept, len(record["importance"]))]:
+        name = "important" if blocks == kept else "random"
+        workdir = chosen
+        if blocks != kept:
+            folder = root / f"blocks_{'_'.join(map(str, blocks))}"
+            fields, fewer = prune_blocks(source.fields, params, blocks)
+            if not (folder / "config.json").is_file():
+                save_transformer(folder, fields, fewer)
+            workdir = root / f"{folder.name}_{flags.rate:g}"
+            changes = {"init": folder, "model.num_layers": KEEP}
+            call("train", *CONFIG, *keys(tune | changes), "--workdir", workdir)
+        found = accuracy(workdir, flags.count)
+        line = {"what": name, "blocks": blocks, "accuracy": found, "regained": found / whole}
+        lines.append(line)
+        print(json.dumps(line), flush=True)
+        jax.clear_caches()
+    text = "".join(json.dumps(line) + "\n" for line in lines)
+    (HERE / "results" / "pruning.jsonl").write_text(text)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
