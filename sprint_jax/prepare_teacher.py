@@ -27,7 +27,7 @@ from .interop.diffusers import save_transformer
 from .models.sana import from_fields
 from .teacher import pruning, surgery
 from .train import train
-from .training import checks, distributed, setup
+from .training import checks, distributed, feed, setup
 from .training.fingerprint import fingerprint
 from .training.setup import PREPARED
 from .training.sharding import state_shardings, to_devices

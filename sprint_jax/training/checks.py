@@ -16,9 +16,9 @@ def check_workdir(workdir: Path, c: Config) -> None:
     """Refuses a workdir that is not this run's, before anything is computed.
 
     `LOG_FILE`, into which a sweep or a batch system writes, what `prepare_teacher` left and the list of
-    rejected images may be there before the run is. A run may go on with other values of ``steps``, ``mesh``, ``log``,
-    ``sampler`` and of where data and teacher lie (the teacher's hash is compared); every other key decides
-    its numbers.
+    rejected images may be there before the run is. A run may go on with other values of ``steps``, ``mesh``,
+    ``log``, ``sampler`` and of where data and teacher lie (the teacher's hash is compared); every other key
+    decides its numbers.
 
     Raises:
       UserError: for a file in its place, a directory of something else, or another config.
