@@ -11,6 +11,7 @@ units of one folder, which all of them must see.
 """
 
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,7 @@ from .data.cache import open_cache
 from .data.encoders import load_encoders
 from .data.latent_sheet import draw_latents
 from .data.records import Source
+from .data.sources import Concatenation, open_images
 from .data.units import Job, encode_units, process_units, read_unit
 from .errors import UserError
 from .training import distributed
@@ -48,15 +50,21 @@ def main(argv: list[str]) -> None:
     flags, c = cli.parse_with_config(parser, argv)
     if flags.limit is not None and flags.limit < 1:
         raise UserError(f"--limit {flags.limit} must be at least 1", exit_code=2)
+    _check_outside(Path(flags.out), c.data.images)
     cli.use_compilation_cache()
     with distributed.joined(flags) as peers:
         run(c, open_source(c), Path(flags.out), limit=flags.limit, peers=peers)
 
 
+def _check_outside(out: Path, images: Sequence[str]) -> None:
+    """Refuses to write into a folder of images, where the preview would be one of them."""
+    for path in images:
+        if Path(path).is_dir() and out.resolve().is_relative_to(Path(path).resolve()):
+            raise UserError(f"--out {out} lies in the images of {path}: give a folder elsewhere", 2)
+
+
 def open_source(c: Config) -> Source:
     """The records that ``data.images`` names, one source after the other."""
-    from .data.sources import Concatenation, open_images
-
     if not c.data.images:
         raise UserError("data.images is empty: name folders, tars, record files or data sets", 2)
     features = dict(image_feature=c.data.image_feature, caption_feature=c.data.caption_feature)
@@ -96,7 +104,7 @@ def run(
     _meet(peers, "encoded")
     if jax.process_index() == 0:
         entries = _all_units(job)
-        manifest.check_rejected(entries, job.count, job.count, c.data.max_rejected, folder)
+        manifest.check_rejected(entries, job.count, c.data.max_rejected, folder, job.count)
         made = manifest.finish(job, entries, c.sigma_d)
         cache = open_cache(folder)
         draw_latents(folder / PREVIEW, cache, source, job.encoders, job.sizes, entries)
@@ -140,7 +148,7 @@ def _encode_share(job: Job, max_rejected: float, peers: Peers | None) -> int:
     total = sum(len(job.records(unit)) for unit in todo)
     seen = sum(len(job.records(entry["unit"])) for entry in entries)
     start = seen
-    manifest.check_rejected(entries, seen, job.count, max_rejected, job.folder)
+    manifest.check_rejected(entries, seen, max_rejected, job.folder, job.count)
     if seen and jax.process_index() == 0:
         print(f"goes on in {job.folder}: {seen} of {seen + total} records are done", flush=True)
     with Progress(start + total, start, unit="image") as progress:
@@ -156,7 +164,7 @@ def _encode_share(job: Job, max_rejected: float, peers: Peers | None) -> int:
         for entry in encode_units(job, todo, advance):
             entries.append(entry)
             seen += len(job.records(entry["unit"]))
-            manifest.check_rejected(entries, seen, job.count, max_rejected, job.folder)
+            manifest.check_rejected(entries, seen, max_rejected, job.folder, job.count)
     return total
 
 

@@ -33,7 +33,7 @@ from .interop.stablehlo import export_pipeline
 from .loading import SETTINGS, read_index
 from .pipeline import SprintPipeline
 from .training.checkpoint import load_params
-from .training.feed import toy_parts
+from .training.feed import latent_size
 from .training.fingerprint import fingerprint
 from .training.weights import read_workdir_config
 
@@ -187,14 +187,13 @@ def _source(flags: argparse.Namespace, meta: dict[str, Any], params: Any) -> dic
 
 def _settings(c: Config) -> dict[str, Any]:
     """How the training itself samples, for `loading.from_folder`."""
-    autoencoder, _, (height, width) = toy_parts(c.data.world)
-    size = [height // autoencoder.factor, width // autoencoder.factor]
+    size = list(latent_size(c))
     return {"midpoint": c.sampler.midpoint, "guidance": c.log.sample_guidance, "latents": size}
 
 
 def model_card(c: Config, student: bool, source: dict[str, Any], base: Path | None) -> str:
     """README.md of a pipeline folder: how to load it, and where it comes from."""
-    autoencoder, _, (height, width) = toy_parts(c.data.world)
+    height, width = latent_size(c)
     name = "SanaSprintPipeline" if student else "SanaPipeline"
     none = "" if base else ", vae=None, text_encoder=None, tokenizer=None"
     given = "prompt" if base else "prompt_embeds=text, prompt_attention_mask=mask"
@@ -220,7 +219,7 @@ out = pipe(
 )
 ```
 
-Trained on latents of {height // autoencoder.factor} x {width // autoencoder.factor} (rows x columns): `height`
+Trained on latents of {height} x {width} (rows x columns): `height`
 and `width` are `pipe.vae_scale_factor` times that.{other}
 
 Exported by sprint_jax from the {source["params"]} parameters of step {source["step"]} of

@@ -9,14 +9,14 @@ import jax
 import jax.numpy as jnp
 
 from .config import Config
-from .data.encoders import open_autoencoder, open_text_encoder
+from .data.encoders import load_encoders, open_autoencoder, open_text_encoder
 from .errors import UserError
 from .interop import hub
 from .interop.diffusers import load_transformer
 from .models.sana import from_fields
 from .prompts import load_tokenizer
 from .training.checkpoint import load_params
-from .training.feed import toy_parts
+from .training.feed import latent_size
 from .training.sharding import state_shardings
 from .training.weights import read_workdir_config
 
@@ -56,7 +56,7 @@ def load_parts(
 def _from_workdir(folder: Path, dtype, params: str, shardings) -> dict[str, Any]:
     config = read_workdir_config(folder)
     try:
-        model, parts = _read_training(config)
+        model, parts = _read_training(config, folder, dtype)
     except AttributeError as error:
         raise UserError(f"{folder / 'config.json'} is not of a training: {error}") from None
     tree, meta = load_params(str(folder), params, shardings=shardings)
@@ -64,8 +64,15 @@ def _from_workdir(folder: Path, dtype, params: str, shardings) -> dict[str, Any]
     return parts | dict(model=model.clone(dtype=jnp.dtype(dtype)), params=tree, meta=meta)
 
 
-def _read_training(c: Config) -> tuple[Any, dict[str, Any]]:
-    autoencoder, text_encoder, size = toy_parts(c.data.world)
+def _read_training(c: Config, folder: Path, dtype) -> tuple[Any, dict[str, Any]]:
+    if c.data.source != "digits" and not c.data.encoders:
+        raise UserError(
+            f"{folder} was trained on {c.data.source} without an autoencoder: run its training line again with "
+            "--config.data.encoders=PIPELINE, or export it with --base PIPELINE and use that"
+        )
+    encoders = load_encoders("" if c.data.source == "digits" else c.data.encoders, dtype)
+    autoencoder, text_encoder = encoders.autoencoder, encoders.text_encoder
+    height, width = (autoencoder.factor * side for side in latent_size(c))
     # The published student is its teacher plus an embedding of guidance.
     changes = {"guidance_embeds": True} if c.stage == "distill" else {}
     return from_fields(c.model, **changes), dict(
@@ -76,7 +83,7 @@ def _read_training(c: Config) -> tuple[Any, dict[str, Any]]:
         shift=c.flow.shift,
         midpoint=c.sampler.midpoint,
         guidance=c.log.sample_guidance,
-        size=size,
+        size=(height, width),
     )
 
 

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from encoding import SMALL, STORED, Pictures, encode_small, hashes, small_config, words
 from PIL import Image
+from runs import ROOT, run_here
 from safetensors.numpy import load_file, save_file
 
 from sprint_jax import encode
@@ -200,11 +201,9 @@ def test_a_large_unit_is_cut_into_shards(written, tmp_path, monkeypatch):
 
 def test_too_many_rejected_records_end_the_job_early(tmp_path, monkeypatch):
     source = Pictures(40, tuple(range(5, 13)))
-    with pytest.raises(
-        UserError, match=r"8 of 16 records of pictures cannot be used, .*=0\.15.*"
-    ) as e:
+    with pytest.raises(UserError, match=r"8 of 16 records cannot be used, .* = 0\.15") as e:
         encode_small(tmp_path / "a", source, data__max_rejected=0.15)
-    assert "the first is picture-005: it is no picture" in str(e.value)
+    assert "For example: picture-005 (it is no picture)" in str(e.value)
     assert len((tmp_path / "a" / "rejected.jsonl").read_text().splitlines()) == 8
     assert len(list((tmp_path / "a" / "units").iterdir())) == 2
     with pytest.raises(UserError, match="is missing"):
@@ -247,3 +246,13 @@ def test_latents_that_are_not_finite_are_not_stored(tmp_path, monkeypatch):
     monkeypatch.setattr(units, "encode_images", broken)
     with pytest.raises(UserError, match="latents of 0 are not finite"):
         encode_small(tmp_path / "a", Infinite(8))
+
+
+def test_a_folder_of_images_is_not_written_into(tmp_path, monkeypatch, capfd):
+    (tmp_path / "images").mkdir()
+    spec = f"{ROOT / 'configs' / 'encode.py'}:digits"
+    words = ["--config", spec, f"--config.data.images={tmp_path / 'images'}"]
+    words += ["--out", str(tmp_path / "images" / "latents")]
+    ended = run_here(words, monkeypatch, capfd, encode.main)
+    assert ended.code == 2 and "lies in the images of" in ended.error
+    assert not any((tmp_path / "images").iterdir())

@@ -14,6 +14,7 @@ from ..errors import UserError
 from ..training.fingerprint import digest
 from .cache import FORMAT, MANIFEST, NULL_TEXT, SHARDS, hash_file
 from .encoders import Encoders
+from .rejects import Reject, check_rejects, write_rejects
 from .units import UNITS, Job
 
 PLAN = "encoding.json"
@@ -93,37 +94,26 @@ def _short(value: Any) -> str:
     return text if len(text) <= 40 else f"{text[:37]}..."
 
 
-def rejected_lines(entries: Iterable[dict[str, Any]]) -> bytes:
-    """``rejected.jsonl`` of some units: one object with key, source and reason for each record."""
-    rejected = [item for entry in entries for item in entry["rejected"]]
-    return "".join(json.dumps(item, ensure_ascii=False) + "\n" for item in rejected).encode()
-
-
 def check_rejected(
-    entries: list[dict[str, Any]], seen: int, total: int, limit: float, folder: Path
+    entries: list[dict[str, Any]], seen: int, limit: float, folder: Path, total: int
 ) -> None:
-    """Ends the job once too many records are rejected: it need not go through all of them to see that.
-
-    A share counts from 1000 records on, or from all of them. ``rejected.jsonl`` is written first.
+    """Ends the job once too many records of its units are rejected; ``rejected.jsonl`` is written first.
 
     Args:
       entries: of units that are done; seen: records of those units.
-      total: records in all.
-      limit: the share that may be rejected.
-
-    Raises:
-      UserError: with the numbers and the first record.
+      limit, total: see `rejects.check_rejects`, which raises UserError.
     """
-    rejected = [item for entry in entries for item in entry["rejected"]]
-    if len(rejected) <= limit * max(seen, min(total, 1000)):
-        return
-    write_atomic(folder / REJECTED, rejected_lines(entries))
-    first = rejected[0]
-    raise UserError(
-        f"{len(rejected)} of {seen} records of {first['source']} cannot be used, more than "
-        f"data.max_rejected={limit:g} allows; the first is {first['key']}: {first['reason']}; all are in "
-        f"{folder / REJECTED}"
-    )
+    found = rejects_of(entries)
+    try:
+        check_rejects(found, seen, limit, folder / REJECTED, total=total)
+    except UserError:
+        write_rejects(folder / REJECTED, found)
+        raise
+
+
+def rejects_of(entries: Iterable[dict[str, Any]]) -> list[Reject]:
+    """The rejected records of some units."""
+    return [Reject(**item) for entry in entries for item in entry["rejected"]]
 
 
 def finish(job: Job, entries: list[dict[str, Any]], sigma_d: float) -> dict[str, Any]:
@@ -140,7 +130,7 @@ def finish(job: Job, entries: list[dict[str, Any]], sigma_d: float) -> dict[str,
       UserError: there is no record at all, or a file cannot be written.
     """
     shards = [shard for entry in entries for shard in entry["shards"]]
-    write_atomic(job.folder / REJECTED, rejected_lines(entries))
+    write_rejects(job.folder / REJECTED, rejects_of(entries))
     if not shards:
         raise UserError(f"no record of {job.source.name} can be used: see {job.folder / REJECTED}")
     features = _write_null_text(job.folder / NULL_TEXT, job.encoders)

@@ -56,21 +56,23 @@ def read_rejects(path: str | Path) -> list[Reject]:
 
 
 def check_rejects(
-    rejects: Sequence[Reject], seen: int, limit: float, path: str | Path, *, done: bool = False
+    rejects: Sequence[Reject], seen: int, limit: float, path: str | Path, *, total: int = FIRST
 ) -> None:
-    """Stops a job in which too many records could not be used.
+    """Stops a job in which too many records could not be used, once that is sure.
+
+    As long as fewer than FIRST were seen, and fewer than there are, the share is that of so many.
 
     Args:
       rejects: those so far.
       seen: records so far, good or not.
       limit: the largest share of rejects that is accepted, 0 to 1.
       path: of rejected.jsonl, for the message.
-      done: whether all records have been seen; before that, nothing is judged by fewer than FIRST.
+      total: records in all, where that is known.
 
     Raises:
       UserError: with counts, the kinds of reason by frequency, and three examples.
     """
-    if len(rejects) <= limit * seen or (seen < FIRST and not done):
+    if len(rejects) <= limit * max(seen, min(total, FIRST)):
         return
     kinds = Counter(reject.reason.partition(":")[0] for reject in rejects)
     counts = ", ".join(f"{count} {kind}" for kind, count in kinds.most_common(5))

@@ -21,11 +21,11 @@ import numpy as np
 
 from ..atomic import write_atomic
 from ..errors import UserError
-from ..pictures import nearest_size
-from .buckets import fit_image
+from .buckets import read_fitted
 from .cache import SHARDS, CachedRecord
 from .encoders import Encoders, encode_captions, encode_images
 from .records import Caption, Rejected, Source
+from .rejects import reject
 from .shards import write_shards
 
 UNITS = "units"
@@ -145,12 +145,7 @@ def encode_units(
 
 def _load(job: Job, index: int) -> Image | Rejected:
     try:
-        key, image, captions = job.source[index]
-        size = nearest_size(*image.shape[:2], job.sizes)
-        try:
-            return Image(index, key, fit_image(image, size), captions)
-        except ValueError as error:
-            raise Rejected(key, f"shape: {error}") from error
+        return Image(index, *read_fitted(job.source, index, job.sizes))
     except Rejected as rejected:
         return rejected
 
@@ -263,9 +258,7 @@ def _write_unit(
         "shards": shards,
         "captions": _captions_by_bucket(encoded),
         "without_caption": empty,
-        "rejected": [
-            {"key": item.key, "source": job.source.name, "reason": item.reason} for item in rejected
-        ],
+        "rejected": [reject(item, job.source.name)._asdict() for item in rejected],
         "moments": _moments(encoded),
         "examples": _examples(encoded),
     }

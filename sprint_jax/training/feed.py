@@ -57,16 +57,21 @@ def toy_parts(world: str) -> tuple[SpaceToDepth, WordEncoder, tuple[int, int]]:
     return SpaceToDepth(), WordEncoder(), (8 * rows, 8 * columns)
 
 
+def latent_size(c: Config) -> tuple[int, int]:
+    """Height and width of the latents that a run's network draws where no size is asked for."""
+    if c.data.source == "digits":
+        autoencoder, _, (height, width) = toy_parts(c.data.world)
+        return height // autoencoder.factor, width // autoencoder.factor
+    return c.model.sample_size, c.model.sample_size
+
+
 def batch_shapes(c: Config) -> dict[str, jax.ShapeDtypeStruct]:
     """Shapes and dtypes of a global batch; reads no data.
 
     Where data would have to be read, ``data.latent_size`` and ``data.text_length`` stand for it.
     """
     if c.data.source == "digits":
-        autoencoder, text_encoder, (height, width) = toy_parts(c.data.world)
-        text = text_encoder.encode([""])[0].shape[1:]
-        factor = autoencoder.factor
-        size = (height // factor, width // factor)
+        size, text = latent_size(c), toy_parts(c.data.world)[1].encode([""])[0].shape[1:]
     else:
         size, text = tuple(c.data.latent_size), (c.data.text_length, c.model.caption_channels)
     return _shapes(c.data.batch_size, (*size, c.model.in_channels), text)
