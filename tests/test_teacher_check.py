@@ -21,7 +21,7 @@ from sprint_jax.training import setup
 from sprint_jax.training.sharding import make_mesh
 from sprint_jax.training.state import tree_norm
 
-FIELDS = tiny_config("flow")["model"]
+FIELDS = tiny_config("flow")["model"] | {"num_layers": 1}
 SIGMA_D = 0.5
 
 
@@ -208,7 +208,8 @@ def folder(tmp_path_factory):
     data = write_digits(tmp_path_factory.getbasetemp() / "digits")
     make_workdir(folder / "teacher", "flow")
     make_workdir(folder / "student", "distill")
-    diffusers.save_transformer(folder / "before", FIELDS, random_params(FIELDS, 1))
+    fields = tiny_config("flow")["model"]
+    diffusers.save_transformer(folder / "before", fields, random_params(fields, 1))
     return folder, [f"--config.data.dir={data}", "--count", "8", "--batch", "8"]
 
 
