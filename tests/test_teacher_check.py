@@ -14,6 +14,7 @@ from workdirs import make_workdir, random_params, tiny_config
 from sprint_jax import losses, teacher_check, trigflow
 from sprint_jax.errors import UserError
 from sprint_jax.interop import diffusers
+from sprint_jax.interop.sana import config_from_fields
 from sprint_jax.models.sana import from_fields
 from sprint_jax.teacher import measure
 from sprint_jax.teacher.verdict import judge
@@ -210,6 +211,11 @@ def folder(tmp_path_factory):
     make_workdir(folder / "student", "distill")
     fields = tiny_config("flow")["model"]
     diffusers.save_transformer(folder / "before", fields, random_params(fields, 1))
+    # Weights are not looked at before the widths are.
+    (folder / "wide").mkdir()
+    wide = config_from_fields(fields | {"caption_channels": 32})
+    config = {"_class_name": "SanaTransformer2DModel"} | wide
+    (folder / "wide" / "config.json").write_text(json.dumps(config))
     return folder, [f"--config.data.dir={data}", "--count", "8", "--batch", "8"]
 
 
@@ -239,6 +245,7 @@ def test_command_reports_curves_pictures_and_exit_code(folder, monkeypatch, capf
         (["--model", "student"], 1, "is a student"),
         (["--model", "nothing"], 2, "say with --config"),
         (["--model", "teacher", "--before", "nothing"], 1, "does not exist"),
+        (["--model", "teacher", "--before", "wide"], 2, "text of 32"),
         (["--model", "teacher", "--count", "0"], 2, "--count"),
         (["--model", "teacher", "--config.data.source=tape"], 2, "tape"),
     ],
