@@ -57,7 +57,7 @@ def make(root: Path) -> None:
         call("prepare_teacher", *teacher, *keys(data | TUNE | model), *where)
         report = root / f"{name}_check"
         if not (report / "report.json").is_file():
-            words = ["--model", root / name, "--before", root / "base", "--out", report]
+            words = ["--model", root / name, "--out", report]
             call("teacher_check", *words, allowed=(0, 4))
         short = {"steps": STEPS, "optimizer.decay_steps": STEPS, "ladd.weight": 0.0}
         short |= {"log.every": 5, "log.sample_every": 10000, "teacher": root / name} | model

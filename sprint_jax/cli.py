@@ -6,7 +6,7 @@ A command is a module with ``main(argv)`` that ends with::
         cli.run_command(main)
 
 Exit codes: 0 success, 1 failure, 2 wrong usage, 130 interrupted; training has 3, 75 and 143 as well
-(README, Pods and clusters).
+(README, Pods and clusters), and teacher_check 4 for a teacher that is not ready.
 """
 
 import argparse

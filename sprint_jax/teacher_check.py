@@ -91,6 +91,11 @@ def check(
     batch_size = -(-batch_size // ways) * ways
     data = feed.open_data(c, mesh)
     held = data.held_out(max(1, count // batch_size) * batch_size)
+    runtime = {key: c.model[key] for key in ("dtype", "remat", "scan")}
+    runtime["partition"] = Partition(mesh) if mesh.size > 1 else None
+    models = {name: from_fields(source.fields, **runtime) for name, source in sources.items()}
+    for name, model in models.items():
+        _check_width(paths[name], model, held)
     pieces = np.split(np.arange(len(held["latents"])), max(1, count // batch_size))
     setting = Setting(
         [to_devices(mesh, {key: a[rows] for key, a in held.items()}) for rows in pieces],
@@ -110,14 +115,9 @@ def check(
             progress.update(done)
 
         for name, weights in sources.items():
-            runtime = {key: c.model[key] for key in ("dtype", "remat", "scan")}
-            model = from_fields(
-                dict(weights.fields) | runtime, partition=Partition(mesh) if mesh.size > 1 else None
-            )
-            _check_width(weights.path, model, held)
             params, _ = weights.load(lambda tree: state_shardings(mesh, tree))
             params.pop("logvar_linear", None)
-            found[name], drawn[name] = measure(model, params, setting, tick)
+            found[name], drawn[name] = measure(models[name], params, setting, tick)
     if data.autoencoder is None:
         return found, {}
     return found, {

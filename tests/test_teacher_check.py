@@ -14,6 +14,7 @@ from workdirs import make_workdir, random_params, tiny_config
 from sprint_jax import losses, teacher_check, trigflow
 from sprint_jax.errors import UserError
 from sprint_jax.interop import diffusers
+from sprint_jax.interop.sana import config_from_fields
 from sprint_jax.models.sana import from_fields
 from sprint_jax.teacher import measure
 from sprint_jax.teacher.verdict import judge
@@ -21,7 +22,7 @@ from sprint_jax.training import feed, setup
 from sprint_jax.training.sharding import make_mesh
 from sprint_jax.training.state import tree_norm
 
-FIELDS = tiny_config("flow")["model"]
+FIELDS = tiny_config("flow")["model"] | {"num_layers": 1}
 SIGMA_D = 0.5
 
 
@@ -208,7 +209,13 @@ def folder(tmp_path_factory):
     data = write_digits(tmp_path_factory.getbasetemp() / "digits")
     make_workdir(folder / "teacher", "flow")
     make_workdir(folder / "student", "distill")
-    diffusers.save_transformer(folder / "before", FIELDS, random_params(FIELDS, 1))
+    fields = tiny_config("flow")["model"]
+    diffusers.save_transformer(folder / "before", fields, random_params(fields, 1))
+    # Weights are not looked at before the widths are.
+    (folder / "wide").mkdir()
+    wide = config_from_fields(fields | {"caption_channels": 32})
+    config = {"_class_name": "SanaTransformer2DModel"} | wide
+    (folder / "wide" / "config.json").write_text(json.dumps(config))
     return folder, [f"--config.data.dir={data}", "--count", "8", "--batch", "8"]
 
 
@@ -238,6 +245,7 @@ def test_command_reports_curves_pictures_and_exit_code(folder, monkeypatch, capf
         (["--model", "student"], 1, "is a student"),
         (["--model", "nothing"], 2, "say with --config"),
         (["--model", "teacher", "--before", "nothing"], 1, "does not exist"),
+        (["--model", "teacher", "--before", "wide"], 2, "text of 32"),
         (["--model", "teacher", "--count", "0"], 2, "--count"),
         (["--model", "teacher", "--config.data.source=tape"], 2, "tape"),
     ],

@@ -105,7 +105,7 @@ def find_teacher(c: Config) -> Weights:
     """
     if not c.teacher:
         raise UserError(
-            "stage 'distill' needs --config.teacher=PATH: the workdir of a teacher, a diffusers folder of "
+            "stage 'distill' needs --config.teacher=DIR, the workdir of a teacher, a diffusers folder of "
             "its pipeline or transformer, or a hub id",
             exit_code=2,
         )
