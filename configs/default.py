@@ -44,7 +44,8 @@ def get_config(arg=None):
     # Folders of images, *.tar, *.array_record, tfds:NAME:SPLIT; as a mixture. `encode` reads them too.
     c.data.images = ()
     c.data.weights = ()  # of the mixture, one each; empty: every record as often as any other
-    # Pipeline folder or hub id whose autoencoder and text encoder make latents; empty: those of digits.
+    # Pipeline folder or hub id whose autoencoder and text encoder make latents, and pictures of them; or
+    # 'digits'. Training on latents does without, and then draws no samples.
     c.data.encoders = ""
     c.data.resolution = 1024  # of the published table of sizes that images are cut to
     c.data.sizes = ()  # instead of the table, such as 8x16,16x8 (height x width)

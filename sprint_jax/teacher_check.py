@@ -118,10 +118,10 @@ def check(
             params, _ = weights.load(lambda tree: state_shardings(mesh, tree))
             params.pop("logvar_linear", None)
             found[name], drawn[name] = measure(models[name], params, setting, tick)
-    if data.autoencoder is None:
+    if data.decode is None:
         return found, {}
     return found, {
-        name: to_bytes(np.asarray(data.autoencoder.decode(np.nan_to_num(latents[:SHEET_ROWS]))))
+        name: to_bytes(np.asarray(data.decode(np.nan_to_num(latents[:SHEET_ROWS]))))
         for name, latents in drawn.items()
     }
 

@@ -2,6 +2,7 @@
 
 import contextlib
 import io
+import shutil
 
 import numpy as np
 import pytest
@@ -9,7 +10,7 @@ from encoding import Pictures, encode_small
 from PIL import Image
 from runs import quick_compilation, records, tiny
 
-from sprint_jax import train
+from sprint_jax import SprintPipeline, train
 from sprint_jax.data.cache import open_cache
 from sprint_jax.data.image_records import write_image_records
 from sprint_jax.data.latents import latent_batches
@@ -22,7 +23,7 @@ from sprint_jax.training import feed, setup
 TEACHER, STUDENT = "configs/digits.py:teacher,small", "configs/digits.py:student,small"
 SIZES = ("8x16", "16x8", "8x8", "8x20")
 TWO = ("8x16", "16x8")
-OFTEN = {"log__every": 1, "log__checkpoint_every": 4}
+OFTEN = {"model__sample_size": 8, "log__every": 1, "log__checkpoint_every": 4}
 KEYS = {"data.sizes": SIZES, "data.max_rejected": 0.5, "data.encoders": "", "encode.threads": 2}
 
 
@@ -87,6 +88,20 @@ def test_batches_have_the_shapes_that_were_compiled_for(packed, tmp_path):
                 name: (each.shape, each.dtype) for name, each in shape.items()
             }
         assert data.batches(data.next_of_first(3))["latents"].shape[1:] == (8, 4, 12)
+
+
+def test_a_run_on_latents_draws_samples_with_encoders_and_says_how_without(teacher, tmp_path):
+    folder, trained = teacher
+    with pytest.raises(UserError, match=r"with --config.data.encoders=PIPELINE"):
+        SprintPipeline.from_pretrained(trained)
+    shutil.copytree(trained, tmp_path / "run")
+    changes = {"data.encoders": "digits", "steps": 9, "model.sample_size": 8, "log.sample_every": 9}
+    c = of_latents(tiny(TEACHER, folder, **OFTEN), folder).override(changes)
+    run(c, tmp_path / "run")
+    picture = np.asarray(Image.open(tmp_path / "run" / "samples" / "00000009_ema.png"))
+    assert picture.shape[2] == 3 and picture.std() > 0
+    pipe = SprintPipeline.from_pretrained(tmp_path / "run")
+    assert pipe(["a red 3"], steps=2)[0].size == (16, 16)
 
 
 def test_held_out_records_are_the_same_and_are_not_trained_on(packed, tmp_path):

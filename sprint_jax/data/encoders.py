@@ -55,7 +55,7 @@ def load_encoders(
 
     Args:
       path: a pipeline folder of diffusers with ``vae``, ``text_encoder`` and ``tokenizer``, or the id of
-        one on the hub, of which only these are downloaded; empty: those of the digits world.
+        one on the hub, of which only these are downloaded; 'digits' or nothing: those of the digits world.
       dtype: of parameters and matmuls.
       mesh: of this host's devices, over which batches, and by its axes parameters, are split.
       text_batch_size: captions at once.
@@ -69,7 +69,7 @@ def load_encoders(
             f"{text_batch_size} captions at once cannot be split over {ways} devices", 2
         )
     sharding = batch_sharding(mesh) if mesh is not None else None
-    if not path:
+    if path in ("", "digits"):
         return _toy_encoders(sharding)
     folder = Path(path)
     if hub.is_hub_id(path):
