@@ -17,7 +17,7 @@ import tempfile
 import time
 from pathlib import Path
 
-import ml_dtypes
+import jax.numpy as jnp
 import numpy as np
 import safetensors.numpy
 
@@ -80,7 +80,7 @@ def write_folder(folder: Path, records: int, tokens: int) -> None:
     sizes = [(32, 32), (24, 42), (42, 24), (28, 36)]
 
     def noise(*shape: int) -> np.ndarray:
-        return random.standard_normal(shape, np.float32).astype(ml_dtypes.bfloat16)
+        return random.standard_normal(shape, np.float32).astype(jnp.bfloat16)
 
     made = (
         CachedRecord(

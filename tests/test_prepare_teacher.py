@@ -15,7 +15,7 @@ from sprint_jax.errors import UserError
 from sprint_jax.interop import diffusers
 from sprint_jax.models.sana import from_fields
 from sprint_jax.teacher import surgery
-from sprint_jax.training import setup
+from sprint_jax.training import feed, setup
 from sprint_jax.training.checkpoint import load_params
 from sprint_jax.training.fingerprint import fingerprint
 from sprint_jax.training.weights import find_weights
@@ -293,7 +293,7 @@ def test_what_cannot_be_prepared_leaves_nothing(
 def test_a_student_may_have_a_teacher_from_a_diffusers_folder(folder, data):
     c = tiny("configs/digits.py:student,small", data, teacher=str(folder))
     mesh = setup.mesh_from(c)
-    nets, opened = setup.build_nets(c, mesh), setup.open_data(c, mesh)
+    nets, opened = setup.build_nets(c, mesh), feed.open_data(c, mesh)
     frozen, origin = setup.load_frozen(c, opened, mesh)
     assert nets.teacher.timestep_scale == 1.0 and not nets.teacher.qk_norm
     assert origin["path"] == str(folder.resolve())
