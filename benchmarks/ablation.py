@@ -15,9 +15,14 @@ import sys
 from pathlib import Path
 
 import numpy as np
+from jax import numpy as jnp
 from matplotlib.figure import Figure
 
+from sprint_jax.models.sana import from_fields
+from sprint_jax.teacher import measure, surgery
+from sprint_jax.training import setup
 from sprint_jax.training.log import read_metrics
+from sprint_jax.training.weights import find_weights, read_workdir_config
 
 HERE = Path(__file__).parent
 BINS = 8
@@ -62,6 +67,27 @@ def make(root: Path) -> None:
         short = {"steps": STEPS, "optimizer.decay_steps": STEPS, "ladd.weight": 0.0}
         short |= {"log.every": 5, "log.sample_every": 10000, "teacher": root / name} | model
         call("train", *student, *keys(data | short), "--workdir", root / f"{name}_student")
+
+
+def losses_after_surgery(root: Path) -> dict:
+    """Mean flow losses on 256 held-out records: of the base, and right after surgery, by both ways."""
+    source = find_weights(str(root / "base"))
+    base, _ = source.load(None)
+    target = source.fields | {"timestep_scale": 0.001, "qk_norm": True}
+    c = read_workdir_config(root / "base")
+    held = {name: jnp.asarray(a) for name, a in setup.held_out(c, 256).items()}
+    null = (jnp.zeros_like(held["text"][0]), held["mask"][0])  # not looked at
+    halves = [{name: a[i::2] for name, a in held.items()} for i in (0, 1)]
+    setting = measure.Setting(halves, *null, guidance=1.0, sigma_d=c.sigma_d, shift=c.flow.shift)
+
+    def loss(fields, params):
+        return measure.flow_losses(from_fields(fields), params, setting, lambda: None)["mean"]
+
+    line = {"what": "flow loss", "base": loss(source.fields, base)}
+    for name, fit in (("time embedding fitted", True), ("time embedding kept", False)):
+        params, _ = surgery.operate(source.fields, base, target, fit_time=fit)
+        line[name] = loss(target, params)
+    return line
 
 
 def summarize(root: Path) -> list[dict]:
@@ -134,7 +160,9 @@ def main(argv: list[str]) -> None:
     make(flags.root)
     lines = summarize(flags.root)
     command = {"command": "python benchmarks/ablation.py"}
-    text = "".join(json.dumps(line) + "\n" for line in [command, *lines])
+    text = "".join(
+        json.dumps(line) + "\n" for line in [command, losses_after_surgery(flags.root), *lines]
+    )
     (HERE / "results" / "ablation.jsonl").write_text(text)
     draw(lines, flags.root, HERE / "pictures" / "ablation.png")
 
