@@ -13,5 +13,7 @@ if [ "${1:-}" = --parity ]; then
 fi
 environment "$extras"
 
-# One file stays on one worker, so that what a file trains once is shared by its tests.
-exec .venv/bin/python -m pytest --numprocesses auto --maxprocesses 8 --dist loadfile "$@"
+# One file stays on one worker, so that what a file trains once is shared by its tests; files come in the
+# order of tests/conftest.py, where xdist would begin with those of many tests.
+exec .venv/bin/python -m pytest --numprocesses auto --maxprocesses 8 --dist loadfile \
+  --no-loadscope-reorder "$@"

@@ -41,3 +41,11 @@ use_compilation_cache(Path(__file__).parent.parent / ".cache" / "jax")
 import jax  # noqa: E402
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
+
+# Files that take longest, the longest first: else a worker would be left alone with one at the end.
+SLOW = ("test_pod", "test_updates", "test_compiled", "test_train", "test_sweep_backends")
+SLOW += ("test_launch", "test_peers", "test_feed", "test_faults", "test_encode_faults")
+
+
+def pytest_collection_modifyitems(items):
+    items.sort(key=lambda item: SLOW.index(item.path.stem) if item.path.stem in SLOW else len(SLOW))
