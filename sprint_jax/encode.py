@@ -10,6 +10,7 @@ preview.png and one file for each unit that is done. Several processes with --di
 units of one folder, which all of them must see.
 """
 
+import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -88,16 +89,16 @@ def run(
     plan = manifest.describe_job(job)
     begun = manifest.check_plan(folder, plan)
     if begun and manifest.is_complete(folder) and (folder / PREVIEW).exists():
-        _report(open_cache(folder).manifest, folder, "is done already")
-        return
+        try:
+            _report(open_cache(folder).manifest, folder, "is done already")
+            return
+        except UserError as error:
+            print(f"{error}; encoding what is missing", file=sys.stderr, flush=True)
     _meet(peers, "checked")
     if jax.process_index() == 0:
         manifest.begin(folder, plan)
     _meet(peers, "begun")
-    if not manifest.check_plan(folder, plan):
-        raise UserError(
-            f"--out {folder} is not what process 0 began: all hosts must see one folder"
-        )
+    _wait_for_plan(folder, plan)
 
     began = time.monotonic()
     encoded = _encode_share(job, c.data.max_rejected, peers)
@@ -148,7 +149,8 @@ def _encode_share(job: Job, max_rejected: float, peers: Peers | None) -> int:
     total = sum(len(job.records(unit)) for unit in todo)
     seen = sum(len(job.records(entry["unit"])) for entry in entries)
     start = seen
-    manifest.check_rejected(entries, seen, max_rejected, job.folder, job.count)
+    if jax.process_count() == 1:
+        manifest.check_rejected(entries, seen, max_rejected, job.folder, job.count)
     if seen and jax.process_index() == 0:
         print(f"goes on in {job.folder}: {seen} of {seen + total} records are done", flush=True)
     with Progress(start + total, start, unit="image") as progress:
@@ -164,8 +166,21 @@ def _encode_share(job: Job, max_rejected: float, peers: Peers | None) -> int:
         for entry in encode_units(job, todo, advance):
             entries.append(entry)
             seen += len(job.records(entry["unit"]))
-            manifest.check_rejected(entries, seen, max_rejected, job.folder, job.count)
+            if jax.process_count() == 1:  # of several, each sees its own part alone
+                manifest.check_rejected(entries, seen, max_rejected, job.folder, job.count)
     return total
+
+
+def _wait_for_plan(folder: Path, plan: dict[str, Any]) -> None:
+    """Waits until this host sees the folder that process 0 has begun; a file system may take its time."""
+    deadline = time.monotonic() + VISIBLE_SECONDS
+    while not (folder / manifest.PLAN).exists():
+        if time.monotonic() > deadline:
+            raise UserError(
+                f"--out {folder} is not what process 0 began: all hosts must see one folder"
+            )
+        time.sleep(1.0)
+    manifest.check_plan(folder, plan)
 
 
 def _all_units(job: Job) -> list[dict[str, Any]]:

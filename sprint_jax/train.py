@@ -271,16 +271,17 @@ def train(c: Config, workdir: Path, overridden: list[str], peers=None) -> None:
     # --- Resume
     workdir.mkdir(parents=True, exist_ok=True)
     meta = {"stage": c.stage, "teacher_hash": origin.get("hash", ""), "teacher": origin}
-    expected = {key: meta[key] for key in ("stage", "teacher_hash")}
+    meta |= {"data": data.identity} if data.identity else {}
+    expected = {key: meta[key] for key in meta if key != "teacher"}
     keep, every = options["keep"], options["checkpoint_every"]
     checkpoints = Checkpoints(workdir / "checkpoints", keep=keep, every=every)
     restored = checkpoints.restore_latest(state, expected, donate=True)
     state = restored[0] if restored else state
     start = int(state.step)
+    write_json_atomic(workdir / "config.json", c.to_dict())
     if start >= total:
         print(f"{workdir} is at step {start} of {total}: nothing to do", flush=True)
         return
-    write_json_atomic(workdir / "config.json", c.to_dict())
 
     # --- Loop: the host prepares one step while the devices work on the one before.
     print(f"{setup.describe(c, state, mesh)}; compiling", flush=True)

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from encoding import Pictures, encode_small
 
+from sprint_jax.data import cache
 from sprint_jax.data.cache import CachedRecord, open_cache, pack, pad_texts, unpack, verify_cache
 from sprint_jax.data.records import Caption
 from sprint_jax.errors import UserError
@@ -176,3 +177,15 @@ def test_a_damaged_byte_is_found_by_its_hash_and_by_reading(folder):
     start = sum(shard["records"] for shard in cache.manifest["shards"][:2])
     with pytest.raises(UserError, match=r"latents: records .* cannot be read"):
         cache.__getitems__(range(start, start + first["records"]))
+
+
+def test_more_shards_than_files_may_be_open_are_refused(monkeypatch):
+    limits = []
+    monkeypatch.setattr(cache.resource, "getrlimit", lambda _: (100, 2000))
+    monkeypatch.setattr(cache.resource, "setrlimit", lambda _, limit: limits.append(limit))
+    cache._allow_open_files(1500)
+    assert limits == [(2000, 2000)]
+    with pytest.raises(
+        UserError, match="1800 shards cannot be open at once: this system allows 2000"
+    ):
+        cache._allow_open_files(1800)

@@ -2,6 +2,7 @@
 
 import contextlib
 import io
+import json
 import shutil
 
 import numpy as np
@@ -15,8 +16,10 @@ from sprint_jax.data.cache import open_cache
 from sprint_jax.data.image_records import write_image_records
 from sprint_jax.data.latents import latent_batches
 from sprint_jax.data.loader import prefetch
+from sprint_jax.data.online import RejectLog
 from sprint_jax.data.order import make_order
 from sprint_jax.data.records import Rejected
+from sprint_jax.data.rejects import read_rejects
 from sprint_jax.errors import UserError
 from sprint_jax.training import feed, setup
 
@@ -226,9 +229,10 @@ def test_a_broken_image_is_replaced_named_and_counted(packed, tmp_path, capfd):
         opened = feed.open_images
         patch.setattr(feed, "open_images", lambda *a, **k: tuple(map(Failing, opened(*a, **k))))
         data = feed.open_data(c, sharding_mesh, tmp_path / "run")
-        again = feed.open_data(c, sharding_mesh, tmp_path / "run")
+        again = feed.open_data(c, sharding_mesh, tmp_path / "again")
         for i in range(12):
             np.testing.assert_array_equal(data.batches(i)["latents"], again.batches(i)["latents"])
+        assert data.prompts(40)[0].shape[0] == 40
     lines = (tmp_path / "run" / "rejected.jsonl").read_text().splitlines()
     assert len(lines) == 2 and "truncated: it ends early" in lines[0]
     assert "left out: picture-003" in capfd.readouterr().err
@@ -243,7 +247,7 @@ def test_a_broken_image_is_replaced_named_and_counted(packed, tmp_path, capfd):
         ({"model.in_channels": 4}, "has 12 channels where config.model.in_channels is 4"),
         ({"model.caption_channels": 9}, "has 64 channels where config.model.caption_channels is 9"),
         ({"data.weights": (1.0, 2.0)}, "give one number above 0 for each of 1 sources"),
-        ({"data.holdout": 500}, "500 records cannot be held out of 120"),
+        ({"data.holdout": 500}, "config.data.holdout: 500 records cannot be held out of 120"),
     ],
 )
 def test_what_cannot_be_trained_on_is_said(packed, tmp_path, changes, message):
@@ -252,6 +256,48 @@ def test_what_cannot_be_trained_on_is_said(packed, tmp_path, changes, message):
         c = of_latents(c, packed)
     with pytest.raises(UserError, match=message):
         feed.open_data(c.override(changes), setup.mesh_from(c))
+
+
+def test_too_many_broken_images_end_a_run_however_often_they_are_drawn(tmp_path):
+    log = RejectLog(tmp_path / "rejected.jsonl", 0.1)
+    log.count(40)
+    for number in range(4):
+        for _ in range(3):
+            log.add(Rejected(f"picture-{number}", "truncated: it ends early"), "pictures")
+    with pytest.raises(UserError, match="5 of 40 records cannot be used"):
+        log.add(Rejected("picture-4", "truncated: it ends early"), "pictures")
+    path = tmp_path / "rejected.jsonl"
+    assert len(path.read_text().splitlines()) == 5
+    # A killed process may leave half of a line; the next run names no record twice.
+    path.write_bytes(path.read_bytes()[:-9])
+    again = RejectLog(path, 0.5)
+    again.count(40)
+    for number in range(5):
+        again.add(Rejected(f"picture-{number}", "truncated: it ends early"), "pictures")
+    assert [each.key for each in read_rejects(path)] == [f"picture-{n}" for n in range(5)]
+
+
+def test_a_run_does_not_go_on_with_other_data(teacher, tmp_path):
+    folder, trained = teacher
+    shutil.copytree(trained, tmp_path / "run")
+    other = encode_small(
+        tmp_path / "latents", Pictures(50), data__sizes=TWO, encode__dtype="float32"
+    )
+    c = of_latents(tiny(TEACHER, folder, steps=12, **OFTEN), folder)
+    with pytest.raises(UserError, match=r"data is .* in the checkpoint but .* in this run"):
+        run(c.override({"data.latents": (str(other),)}), tmp_path / "run")
+
+
+def test_pictures_are_decoded_by_the_autoencoder_that_made_the_latents(packed, tmp_path):
+    c = of_latents(tiny(TEACHER, tmp_path), packed).override({"data.encoders": "digits"})
+    feed.open_data(c, setup.mesh_from(c))
+    copied = tmp_path / "latents"
+    shutil.copytree(packed / "latents", copied)
+    manifest = json.loads((copied / "manifest.json").read_text())
+    manifest["encoders"]["autoencoder"]["scaling_factor"] = 0.5
+    (copied / "manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(UserError, match="has not the autoencoder that made"):
+        feed.open_data(c.override({"data.latents": (str(copied),)}), setup.mesh_from(c))
 
 
 def test_latents_of_different_encoders_are_not_mixed(packed, tmp_path):

@@ -14,6 +14,7 @@ A record is a safetensors file of its own, without pickles: ``latents`` [h, w, C
 
 import hashlib
 import json
+import resource
 import zlib
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -33,6 +34,7 @@ FORMAT = 1  # of the folder; a reader refuses others
 MANIFEST, NULL_TEXT, SHARDS = "manifest.json", "null_text.safetensors", "shards"
 TAIL = 1 << 16  # bytes at a shard's end, where its index lies; a copy cut short lacks them
 DTYPES = {"BF16": jnp.dtype("bfloat16"), "F32": jnp.dtype("float32")}
+OTHER_FILES = 256  # that a training has open beside its shards
 _THREADS = 32  # that look at shards; disks and networks answer many at once
 _HASHERS = 4  # threads that read whole shards
 
@@ -204,10 +206,28 @@ def open_cache(folder: str | Path) -> Cache:
 
     with ThreadPoolExecutor(_THREADS) as pool:
         list(pool.map(check, shards.values()))
+    _allow_open_files(len(shards))
     path = folder / NULL_TEXT
     if not path.is_file() or hash_file(path) != manifest["null_text_sha256"]:
         raise UserError(f"{path} is missing or not the one that was written: copy it again")
     return Cache(folder, manifest, safetensors.numpy.load_file(path))
+
+
+def _allow_open_files(count: int) -> None:
+    """Lets this process have as many files open as the system allows: a reader keeps its shards open.
+
+    Raises:
+      UserError: that is not enough for ``count`` shards and what else a training has open.
+    """
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    limit = soft + count if hard == resource.RLIM_INFINITY else hard
+    if soft not in (limit, resource.RLIM_INFINITY):
+        resource.setrlimit(resource.RLIMIT_NOFILE, (limit, hard))
+    if count + OTHER_FILES > limit:
+        raise UserError(
+            f"{count} shards cannot be open at once: this system allows {hard} files (ulimit -Hn); raise that, "
+            "or encode with a larger config.encode.unit"
+        )
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:

@@ -11,7 +11,7 @@ from tqdm import tqdm
 from ..errors import UserError
 from .caption_files import captions_beside, parse_json, read_captions
 from .images import EXTENSIONS, MAX_PIXELS, decode_image, measure_image
-from .records import Caption, Record, Rejected, hash_identity
+from .records import Caption, Record, Rejected, cannot_read, hash_identity
 
 METADATA = "metadata.jsonl"
 
@@ -64,7 +64,7 @@ class FolderSource:
             with (self._folder / item.image).open("rb") as file:
                 return item.key, measure_image(file, item.key, max_pixels=self._max_pixels)
         except OSError as error:
-            raise Rejected(item.key, f"cannot be read: {error.strerror}") from error
+            raise cannot_read(item.key, error) from error
 
     def _item(self, index: int) -> Item:
         item = self._items[index]
@@ -79,7 +79,7 @@ class FolderSource:
         try:
             return (self._folder / path).read_bytes()
         except OSError as error:
-            raise Rejected(key, f"cannot be read: {path}: {error.strerror}") from error
+            raise cannot_read(key, error, path) from error
 
 
 def open_folder(

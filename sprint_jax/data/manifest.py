@@ -138,7 +138,7 @@ def finish(job: Job, entries: list[dict[str, Any]], sigma_d: float) -> dict[str,
     captions = _by_bucket(run for entry in entries for run in entry["captions"])
     factor = job.encoders.autoencoder.factor
     manifest = describe_job(job) | {
-        "identity": digest(job.encoders.identity),
+        "identity": digest(job.encoders.identity | {"dtype": np.dtype(job.dtype).name}),
         "records": sum(records.values()),
         "rejected": sum(len(entry["rejected"]) for entry in entries),
         "captions": sum(captions.values()),

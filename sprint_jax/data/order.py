@@ -220,7 +220,9 @@ def hold_out(
     """
     total = sum(map(len, buckets.values()))
     if count < 0 or (count and count >= total):
-        raise UserError(f"{count} records cannot be held out of {total}", exit_code=2)
+        raise UserError(
+            f"config.data.holdout: {count} records cannot be held out of {total}", exit_code=2
+        )
     training, held_out = {}, {}
     left, records_left = count, total
     for bucket in sorted(buckets):

@@ -1,11 +1,16 @@
 """What every image source gives: a record, or the reason why there is none."""
 
+import errno
 import hashlib
 from collections.abc import Iterable
 from pathlib import Path
 from typing import NamedTuple, Protocol
 
 import numpy as np
+
+from ..errors import UserError
+
+_MISSING = (errno.ENOENT, errno.EACCES, errno.EPERM, errno.EISDIR, errno.ENOTDIR, errno.ELOOP)
 
 
 class Caption(NamedTuple):
@@ -39,6 +44,18 @@ class Rejected(Exception):
 
     def __reduce__(self):
         return Rejected, (self.key, self.reason)  # an exception is pickled with its message alone
+
+
+def cannot_read(key: str, error: OSError, path: object = "") -> Exception:
+    """What to raise where a record's file cannot be read: `Rejected` for one that is not there or not for us.
+
+    Anything else, such as an input/output error, is the disk's fault or the network's: it would come and go, so
+    that good records were lost, and is a UserError.
+    """
+    where = f"{path}: " if path else ""
+    if error.errno in _MISSING:
+        return Rejected(key, f"cannot be read: {where}{error.strerror}")
+    return UserError(f"cannot read {path or key}: {error.strerror or error}; run it again later")
 
 
 class Source(Protocol):

@@ -14,7 +14,7 @@ from tqdm import tqdm
 from ..errors import UserError
 from .caption_files import captions_beside, parse_json
 from .images import EXTENSIONS, MAX_PIXELS, decode_image, measure_image
-from .records import Record, Rejected, hash_identity
+from .records import Record, Rejected, cannot_read, hash_identity
 from .tar_index import Group, index_tar
 
 THREADS = 8  # that index shards: on a network's disk they wait more than they work
@@ -60,14 +60,14 @@ class TarSource:
                 member = io.BufferedReader(_Member(file.fileno(), *place))
                 return key, measure_image(member, key, max_pixels=self._max_pixels)
         except OSError as error:
-            raise Rejected(key, f"cannot be read: {path}: {error.strerror}") from error
+            raise cannot_read(key, error, path) from error
 
     def _value(self, path: Path, key: str) -> Any:
         if path not in self._values:
             try:
                 self._values[path] = parse_json(path.read_bytes(), key, path.name)
             except OSError as error:
-                raise Rejected(key, f"cannot be read: {path}: {error.strerror}") from error
+                raise cannot_read(key, error, path) from error
         return self._values[path]
 
     def _read(self, path: Path, key: str, place: tuple[int, int]) -> bytes:
@@ -76,7 +76,7 @@ class TarSource:
             with path.open("rb", buffering=0) as file:
                 data = os.pread(file.fileno(), size, offset)
         except OSError as error:
-            raise Rejected(key, f"cannot be read: {path}: {error.strerror}") from error
+            raise cannot_read(key, error, path) from error
         if len(data) < size:
             raise Rejected(key, f"broken tar member: {path.name} has shrunk since it was indexed")
         return data

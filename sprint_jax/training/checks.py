@@ -6,7 +6,6 @@ import jax
 
 from ..config import Config, diff
 from ..errors import UserError
-from .feed import REJECTED
 from .setup import LOG_FILE, PREPARED
 from .sharding import batch_ways
 from .weights import read_workdir_config
@@ -25,8 +24,10 @@ def check_workdir(workdir: Path, c: Config) -> None:
     """
     if workdir.exists() and not workdir.is_dir():
         raise UserError(f"--workdir {workdir} is a file; name a directory")
-    early = {LOG_FILE, REJECTED, PREPARED, f"{PREPARED}.partial"}
-    if not workdir.is_dir() or {path.name for path in workdir.iterdir()} <= early:
+    early = {LOG_FILE, PREPARED, f"{PREPARED}.partial"}
+    if not workdir.is_dir() or all(
+        path.name in early or path.match("rejected*.jsonl*") for path in workdir.iterdir()
+    ):
         return
     old = read_workdir_config(workdir).to_dict()
     free = (

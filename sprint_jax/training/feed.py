@@ -1,5 +1,7 @@
 """From a config's ``data`` section to batches: the digits world, cached latents, images, or noise."""
 
+import hashlib
+import json
 import math
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -10,19 +12,19 @@ import jax.numpy as jnp
 import numpy as np
 
 from ..config import Config
-from ..data.buckets import check_factor, choose_sizes, read_fitted
+from ..data.buckets import check_factor, choose_sizes
 from ..data.cache import Cache, open_cache, pad_texts
 from ..data.digits import get_world, held_out_prompts, open_digits
 from ..data.encoders import Encoders, encode_captions, load_encoders
 from ..data.latents import latent_batches, read_rows
 from ..data.loader import encode_online, make_batches
-from ..data.online import RejectLog, encode_rows, image_batches, survey
+from ..data.online import RejectLog, encode_rows, image_batches, read_usable, survey
 from ..data.order import Order, hold_out, make_order
 from ..data.sources import open_images
 from ..data.synthetic import SyntheticLatents, collate
 from ..errors import UserError
 from ..models.toy import SpaceToDepth, WordEncoder
-from .sharding import local_rows, make_mesh
+from .sharding import local_rows, make_mesh, same_everywhere
 
 Batch = dict[str, np.ndarray]
 REJECTED = "rejected.jsonl"  # in a workdir: images that could not be used
@@ -38,7 +40,8 @@ class Data(NamedTuple):
     ``next_of_first(i)`` is the number, i or the next, of a batch of the first. ``null_text`` [L, D] and
     ``null_mask`` [L] are of the empty prompt. ``held_out(count)`` is a batch of records that training does
     not see, whole on this host. ``prompts(count)`` are features of what sample grids show, and ``decode``
-    makes pictures of latents; without it there is nothing to look at.
+    makes pictures of latents; without it there is nothing to look at. ``identity`` is a hash of which
+    records there are in which bucket and of what made their latents, where data may change under a run.
     """
 
     batches: Callable[[int], Batch]
@@ -49,6 +52,7 @@ class Data(NamedTuple):
     next_of_first: Callable[[int], int] = lambda i: i
     prompts: Callable[[int], tuple[np.ndarray, np.ndarray]] | None = None
     decode: Callable[[Any], Any] | None = None
+    identity: str = ""
 
 
 def toy_parts(world: str) -> tuple[SpaceToDepth, WordEncoder, tuple[int, int]]:
@@ -170,7 +174,7 @@ def _open_latents(c: Config, rows: Sequence[int]) -> Data:
     record = first[0]
     decode = None
     if c.data.encoders:  # for pictures of samples alone
-        decode = _load_encoders(c, DECODED).autoencoder.decode
+        decode = _decoder(c, first)
 
     def read(sources, records) -> Batch:
         return read_rows(caches, sources, records, np.zeros(len(records)), temperature)
@@ -185,18 +189,19 @@ def _open_latents(c: Config, rows: Sequence[int]) -> Data:
         record.texts[0].dtype,
         (first.null_text, first.null_mask),
         decode,
+        _identify([cache.buckets for cache in caches], first.identity),
     )
 
 
 def _open_images(c: Config, rows: Sequence[int], workdir: Path | None) -> Data:
     features = dict(image_feature=c.data.image_feature, caption_feature=c.data.caption_feature)
     sources = open_images(c.data.images, data_dir=c.data.dir, **features)
-    encoders = _load_encoders(c, len(rows))
+    encoders = _load_encoders(c)
     factor, threads = encoders.autoencoder.factor, c.encode.threads
     sizes = choose_sizes(c.data.resolution, c.data.sizes)
     check_factor(sizes, factor)
-    path = workdir / REJECTED if workdir and jax.process_index() == 0 else None
-    log = RejectLog(path, c.data.max_rejected)
+    name = f"rejected-{jax.process_index()}.jsonl" if jax.process_index() else REJECTED
+    log = RejectLog(workdir / name if workdir else None, c.data.max_rejected)
     folder = Path(c.data.dir)
     buckets = [
         survey(source, sizes, factor, log, threads=threads, cache_dir=folder) for source in sources
@@ -205,7 +210,16 @@ def _open_images(c: Config, rows: Sequence[int], workdir: Path | None) -> Data:
     temperature = c.data.caption_temperature
     how = dict(batch_size=c.data.batch_size, seed=c.seed, temperature=temperature)
     batches = image_batches(
-        sources, buckets, encoders, order, log, sizes=sizes, rows=rows, threads=threads, **how
+        sources,
+        buckets,
+        encoders,
+        order,
+        log,
+        sizes=sizes,
+        rows=rows,
+        threads=threads,
+        encode_size=c.encode.batch_size,
+        **how,
     )
     null_text, null_mask = encode_captions(encoders.text_encoder, [""])
     channels = encoders.identity["autoencoder"]["channels"]
@@ -213,9 +227,12 @@ def _open_images(c: Config, rows: Sequence[int], workdir: Path | None) -> Data:
     null_text, null_mask = pad_texts([null_text[0][null_mask[0] == 1]], null_mask.shape[1])
 
     def read(numbers, records) -> Batch:
-        pairs = zip(numbers, records, strict=True)
-        found = [read_fitted(sources[n], int(record), sizes)[1:] for n, record in pairs]
-        return encode_rows(encoders, found, np.zeros(len(found)), temperature)
+        pairs = list(zip(numbers, records, strict=True))
+        found = [
+            read_usable(sources, buckets, order.buckets[0], sizes, log, *pair) for pair in pairs
+        ]
+        draws = np.zeros(len(found))
+        return encode_rows(encoders, found, draws, temperature, c.encode.batch_size)
 
     return _bucketed(
         c,
@@ -225,23 +242,61 @@ def _open_images(c: Config, rows: Sequence[int], workdir: Path | None) -> Data:
         held_out,
         (channels, null_text.shape[1:]),
         jnp.float32,
-        (null_text[0], null_mask[0]),
+        (same_everywhere(null_text[0]), null_mask[0]),
         encoders.autoencoder.decode,
+        _identify(buckets, json.dumps(encoders.identity, sort_keys=True)),
     )
 
 
-def _load_encoders(c: Config, batch_size: int) -> Encoders:
-    """The encoders on as many of this host's devices as share a batch; each holds a part of them."""
-    ways = math.gcd(batch_size, jax.local_device_count())
-    mesh = make_mesh(1, ways, devices=jax.local_devices()[:ways])
-    return load_encoders(
-        c.data.encoders, jnp.dtype(c.encode.dtype), mesh, text_batch_size=batch_size
+def _load_encoders(c: Config) -> Encoders:
+    """The encoders on as many of this host's devices as share a batch.
+
+    Each has all of them: programs that wait for other devices must not run beside those of the training, which
+    another thread starts.
+    """
+    sizes = c.encode.batch_size, c.encode.text_batch_size
+    ways = math.gcd(*sizes, jax.local_device_count())
+    mesh = make_mesh(ways, devices=jax.local_devices()[:ways])
+    return load_encoders(c.data.encoders, jnp.dtype(c.encode.dtype), mesh, text_batch_size=sizes[1])
+
+
+def _decoder(c: Config, cache: Cache) -> Callable[[Any], Any]:
+    """What makes pictures of the latents of a cache. Raises UserError if it is not of their autoencoder."""
+    encoders = _load_encoders(c)
+    found, made = (
+        {key: value for key, value in identity["autoencoder"].items() if key != "params"}
+        for identity in (encoders.identity, cache.manifest["encoders"])
     )
+    if found != made:
+        raise UserError(
+            f"config.data.encoders={c.data.encoders} has not the autoencoder that made {cache.folder}"
+        )
+    return encoders.autoencoder.decode
+
+
+def _identify(buckets: Sequence[Mapping], encoders: str) -> str:
+    """A hash of the records of each source by bucket, and of the encoders; the same on every host.
+
+    Raises:
+      UserError: the hosts do not see the same data.
+    """
+    digest = hashlib.sha256(encoders.encode())
+    for source in buckets:
+        for bucket in sorted(source):
+            digest.update(f"{bucket} {len(source[bucket])}".encode())
+            digest.update(np.ascontiguousarray(source[bucket], np.int64))
+    mine = np.frombuffer(digest.digest(), np.uint8)
+    if (same_everywhere(mine) != mine).any():
+        raise UserError(
+            f"process {jax.process_index()} sees other data than process 0: do all hosts have the same "
+            "config.data.latents or images, whole?"
+        )
+    return digest.hexdigest()
 
 
 def _order(c: Config, buckets: Sequence[Mapping]) -> tuple[Order, Mapping]:
     """The order of what is trained on, and the held-out records of the first source by bucket."""
-    parts = [hold_out(each, c.data.holdout) for each in buckets]
+    parts = [hold_out(each, 0 if number else c.data.holdout) for number, each in enumerate(buckets)]
     order = make_order(
         [training for training, _ in parts],
         batch_size=c.data.batch_size,
@@ -251,7 +306,7 @@ def _order(c: Config, buckets: Sequence[Mapping]) -> tuple[Order, Mapping]:
     return order, parts[0][1]
 
 
-def _bucketed(c, order, batches, read, kept, dims, dtype, null, decode) -> Data:
+def _bucketed(c, order, batches, read, kept, dims, dtype, null, decode, identity) -> Data:
     """`Data` of an order over buckets; ``read(sources, records)`` gives a batch of records by number."""
     channels, text = dims
     shapes = [_shapes(c.data.batch_size, (*size, channels), text, dtype) for size in order.buckets]
@@ -273,9 +328,9 @@ def _bucketed(c, order, batches, read, kept, dims, dtype, null, decode) -> Data:
     def prompts(count: int):
         rows = order.rows(next_of_first(0))
         batch = read(np.resize(rows.sources, count), np.resize(rows.records, count))
-        return batch["text"], batch["mask"]
+        return same_everywhere(batch["text"]), same_everywhere(batch["mask"])
 
-    return Data(batches, shapes, *null, held_out, next_of_first, prompts, decode)
+    return Data(batches, shapes, *null, held_out, next_of_first, prompts, decode, identity)
 
 
 def _check_caches(c: Config, caches: Sequence[Cache]) -> None:

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 from einops import rearrange
-from jax.experimental import mesh_utils
+from jax.experimental import mesh_utils, multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from ..errors import UserError
@@ -243,6 +243,11 @@ def place_shapes(tree: Tree, shardings: Tree) -> Tree:
         tree,
         jax.tree.broadcast(shardings, tree),
     )
+
+
+def same_everywhere(array: np.ndarray) -> np.ndarray:
+    """The array of process 0, on every process: what each computed by itself may differ in its last bits."""
+    return array if jax.process_count() == 1 else multihost_utils.broadcast_one_to_all(array)
 
 
 def local_rows(mesh: Mesh, batch_size: int) -> np.ndarray:
