@@ -18,7 +18,10 @@ import numpy as np
 from jax import numpy as jnp
 from matplotlib.figure import Figure
 
+from sprint_jax.data.digits import held_out_prompts, to_float
+from sprint_jax.metrics.digits import Judge, prompt_accuracy
 from sprint_jax.models.sana import from_fields
+from sprint_jax.pipeline import SprintPipeline
 from sprint_jax.teacher import measure, surgery
 from sprint_jax.training import setup
 from sprint_jax.training.log import read_metrics
@@ -56,6 +59,8 @@ def make(root: Path) -> None:
     student = ["--config", "configs/digits.py:student,small"]
     base = {"model.timestep_scale": 1.0, "model.qk_norm": False, "log.sample_every": 10000}
     call("train", *teacher, *keys(data | base), "--workdir", root / "base")
+    where = ["--model", root / "base", "--workdir", root / "kept_qk", "--keep_time_embedding"]
+    call("prepare_teacher", *teacher, *keys(data | TUNE), *where)
     for name, (scale, qk_norm) in ARMS.items():
         model = {"model.timestep_scale": scale, "model.qk_norm": qk_norm}
         where = ["--model", root / "base", "--workdir", root / name]
@@ -70,7 +75,7 @@ def make(root: Path) -> None:
 
 
 def losses_after_surgery(root: Path) -> dict:
-    """Mean flow losses on 256 held-out records: of the base, and right after surgery, by both ways."""
+    """Mean flow losses on 256 held-out records: of the base, after surgery by both ways, and tuned."""
     source = find_weights(str(root / "base"))
     base, _ = source.load(None)
     target = source.fields | {"timestep_scale": 0.001, "qk_norm": True}
@@ -84,10 +89,25 @@ def losses_after_surgery(root: Path) -> dict:
         return measure.flow_losses(from_fields(fields), params, setting, lambda: None)["mean"]
 
     line = {"what": "flow loss", "base": loss(source.fields, base)}
-    for name, fit in (("time embedding fitted", True), ("time embedding kept", False)):
+    for name, fit in (("fitted", True), ("kept", False)):
         params, _ = surgery.operate(source.fields, base, target, fit_time=fit)
         line[name] = loss(target, params)
+    for name, folder in (("fitted", "dense_qk"), ("kept", "kept_qk")):
+        tuned, _ = find_weights(str(root / folder)).load(None)
+        line[f"{name}, fine-tuned"] = loss(target, tuned)
     return line
+
+
+def accuracies(workdir: Path, count: int = 400) -> dict[str, float]:
+    """Share of held-out prompts that a student's pictures satisfy, by its number of steps."""
+    pipe = SprintPipeline.from_pretrained(workdir)
+    prompts, judge = held_out_prompts("small", count, 0), Judge.fit("small")
+    found = {}
+    for steps in (1, 2, 4):
+        batches = pipe.draw(prompts, steps=steps, guidance=3.0, seed=0, batch_size=count)
+        readings = judge.read(to_float(np.concatenate(list(batches))))
+        found[str(steps)] = prompt_accuracy(readings, prompts, "small")["overall"]["accuracy"]
+    return found
 
 
 def summarize(root: Path) -> list[dict]:
@@ -119,6 +139,7 @@ def summarize(root: Path) -> list[dict]:
                 "teacher_gap": by_bin("teacher_gap"),
                 "gradient_median": float(np.median(gradients)),
                 "gradient_largest": float(gradients.max()),
+                "accuracy": accuracies(root / f"{name}_student"),
                 "skipped": metrics[-1]["health/skipped"],
             }
         )

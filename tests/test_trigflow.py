@@ -7,7 +7,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from configs import default
 from sprint_jax import trigflow
+from sprint_jax.training import closures
 
 SIGMA_D = 0.5
 MEAN, SPREAD = 0.3, 1.7  # of the Gaussian latents; far from 0 and 1 so that no term cancels
@@ -237,6 +239,19 @@ def test_truncated_flow_times_are_those_of_the_reference():
     assert distance(t, theirs) < limit
     assert distance(exact, theirs) < limit + 0.003
     assert distance(exact, t**1.1) > 3 * limit  # it can fail
+
+
+@pytest.mark.parametrize("truncate", [False, True])
+def test_training_shows_the_network_truncated_times_if_it_is_told_to(truncate):
+    c = default.get_config()
+    c.flow.shift, c.flow.truncate_times = 3.0, truncate
+    t, shown = closures.draw_flow_time(c, jax.random.key(6), jnp.zeros((2000, 1, 1, 1)))
+    t, shown = np.asarray(t, np.float64), np.asarray(shown, np.float64)
+    if not truncate:
+        np.testing.assert_array_equal(t, shown)
+    else:
+        np.testing.assert_allclose(1000 * shown, np.rint(1000 * shown), atol=1e-4)
+        assert (t - shown).max() > 5e-4
 
 
 def test_max_time_replaces_with_its_probability():

@@ -18,8 +18,10 @@ All limits are relative, so that they mean the same for other sizes, latents and
   clipped step sees.
 * ``samples``: the spread of 20-step samples is to be within a factor of 2 of the data's.
 
-README (Bring your teacher) has the digits teachers, good and broken, that the limits of ``tangent``, ``bend``,
-``bfloat16`` and ``gradient`` were set between.
+On digits (README, Bring your teacher), teachers with the dense time embedding had a tangent of 0.49 and a bend
+of 0.007 to 0.009, those with times 0..1000 had 1.13 and 0.21, and only the former gave good students: the two
+limits lie between. Of the other limits no digits teacher came near: ``bfloat16`` 0.04 to 0.06, ``gradient`` 2.0
+to 2.8, ``samples`` 1.03, ``learnt`` 0.23, ``lossless`` 1e-6.
 """
 
 import math
