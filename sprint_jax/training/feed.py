@@ -168,7 +168,7 @@ def _open_latents(c: Config, rows: Sequence[int]) -> Data:
             exit_code=2,
         )
     _check_caches(c, caches)
-    order, held_out = _order(c, [cache.buckets for cache in caches])
+    order, _, held_out = _order(c, [cache.buckets for cache in caches])
     first, temperature = caches[0], c.data.caption_temperature
     how = dict(batch_size=c.data.batch_size, seed=c.seed, temperature=temperature)
     record = first[0]
@@ -206,12 +206,12 @@ def _open_images(c: Config, rows: Sequence[int], workdir: Path | None) -> Data:
     buckets = [
         survey(source, sizes, factor, log, threads=threads, cache_dir=folder) for source in sources
     ]
-    order, held_out = _order(c, buckets)
+    order, training, held_out = _order(c, buckets)
     temperature = c.data.caption_temperature
     how = dict(batch_size=c.data.batch_size, seed=c.seed, temperature=temperature)
     batches = image_batches(
         sources,
-        buckets,
+        training,
         encoders,
         order,
         log,
@@ -294,16 +294,12 @@ def _identify(buckets: Sequence[Mapping], encoders: str) -> str:
     return digest.hexdigest()
 
 
-def _order(c: Config, buckets: Sequence[Mapping]) -> tuple[Order, Mapping]:
-    """The order of what is trained on, and the held-out records of the first source by bucket."""
+def _order(c: Config, buckets: Sequence[Mapping]) -> tuple[Order, list[Mapping], Mapping]:
+    """The order of what is trained on; that by source and bucket; and the first source's held-out records."""
     parts = [hold_out(each, 0 if number else c.data.holdout) for number, each in enumerate(buckets)]
-    order = make_order(
-        [training for training, _ in parts],
-        batch_size=c.data.batch_size,
-        seed=c.seed,
-        weights=c.data.weights,
-    )
-    return order, parts[0][1]
+    training = [kept for kept, _ in parts]
+    order = make_order(training, batch_size=c.data.batch_size, seed=c.seed, weights=c.data.weights)
+    return order, training, parts[0][1]
 
 
 def _bucketed(c, order, batches, read, kept, dims, dtype, null, decode, identity) -> Data:
