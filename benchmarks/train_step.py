@@ -20,7 +20,6 @@ unrolled, without remat, because XLA counts the body of a loop once.
 import functools
 import json
 import os
-import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -31,7 +30,6 @@ import jax.numpy as jnp
 import numpy as np
 
 from sprint_jax import cli, losses, train
-from sprint_jax.atomic import write_json_atomic
 from sprint_jax.config import load_config
 from sprint_jax.data.digits import held_out_prompts
 from sprint_jax.errors import UserError
@@ -57,12 +55,10 @@ class Arm(NamedTuple):
 def build(world, overrides):
     """``(c, nets, state, batch, given)`` of a student; given: ``frozen`` and the parts' inputs."""
     model = [word for word in overrides if word.startswith("--config.model.")]
-    with tempfile.TemporaryDirectory() as workdir:
-        teacher = load_config(f"{DIGITS}:teacher,{world}", model)
-        write_json_atomic(Path(workdir) / "config.json", teacher.to_dict())
-        c = load_config(f"{DIGITS}:student,{world}", [*overrides, f"--config.teacher={workdir}"])
-        mesh = sharding.make_mesh(1, 1, devices=jax.devices()[:1])
-        nets = setup.build_nets(c, mesh)
+    teacher = load_config(f"{DIGITS}:teacher,{world}", model)
+    c = load_config(f"{DIGITS}:student,{world}", overrides)
+    mesh = sharding.make_mesh(1, 1, devices=jax.devices()[:1])
+    nets = setup.build_nets(c, mesh, dict(teacher.model) | {"guidance_embeds": False})
     if c.model.scan or c.model.remat != "none" or c.accumulate != 1 or not nets.heads:
         raise UserError("needs scan=false, remat=none, accumulate=1, ladd.weight>0", exit_code=2)
     checks.check_batch(c, mesh)

@@ -183,6 +183,7 @@ def test_savings_compare_equal_things(monkeypatch):
     assert all(line["rounds"] + line["dropped"] == 1 for line in lines)
 
 
+@pytest.mark.slow
 def test_the_loop_benchmark_on_the_shrunk_world(tmp_path_factory, monkeypatch):
     """Its arms make the same numbers, and its lines have what the README quotes."""
     loop, printed = load("loop"), []

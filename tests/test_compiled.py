@@ -118,6 +118,7 @@ def test_flops_are_those_of_the_algorithm(topology):
     assert flops[0] > 0.9 * generator and flops[1] > 0.8 * discriminator
 
 
+@pytest.mark.slow
 def test_activation_memory_of_an_image(topology):
     """The sCM branch with remat at 1024 pixels in bfloat16: at most 0.25 GB for 28 blocks of 0.6B.
 
@@ -135,6 +136,7 @@ def test_activation_memory_of_an_image(topology):
     assert 0.1e9 < (held[1] - held[0]) / (16 / DEVICES) <= 0.25e9
 
 
+@pytest.mark.slow
 def test_offload_keeps_block_inputs_in_the_hosts_memory(topology):
     changes = dict(ladd__weight=0.0, model__num_layers=28)
     kept = plan_compile.compile_update(config(**changes), topology, 0, False)

@@ -80,6 +80,7 @@ def test_without_libtpu_the_extra_is_named(command, monkeypatch):
     assert "pip install 'sprint_jax[plan]'" in ended.error
 
 
+@pytest.mark.slow
 def test_local_plan_of_a_distillation(command, tmp_path):
     out = tmp_path / "plans" / "plan.json"
     ended = command(*STUDENT, "--topology", "local", "--config.mesh.fsdp=8", "--out", str(out))
@@ -120,6 +121,7 @@ def test_a_plan_says_what_does_not_fit_and_by_how_much():
     assert not found["fits"] and found["updates"] == [] and found["step_seconds"] is None
 
 
+@pytest.mark.slow
 def test_sweep_finds_the_largest_batch_that_fits(command, tmp_path, monkeypatch):
     c = load_config(TEACHER[1], list(TINY))
     limit = plan_layout(c, open_topology("local"), lambda c: [1.0])["bytes_per_device"] * 1.01

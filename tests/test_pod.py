@@ -135,6 +135,7 @@ def test_death_of_a_process_is_named_and_resumed_exactly(line, folder, alone, pa
     assert_losses_agree(losses(workdir), losses(alone["flow"]), range(STEPS + 1, LONGER + 1))
 
 
+@pytest.mark.slow
 def test_sigterm_to_one_process_stops_all_at_the_same_step(line, folder, pair):
     workdir = folder / "stopped"
     words = command(line, "flow", workdir, log__checkpoint_every=1000)

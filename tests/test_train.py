@@ -297,6 +297,7 @@ def test_every_key_is_read_by_a_stage(whole):
     assert sections == [{"scm", "ladd", "teacher"}, {"flow"}]
 
 
+@pytest.mark.slow
 def test_the_full_world_trains_as_shipped_with_unrolled_blocks(tmp_path):
     data = write_digits(tmp_path / "data", "full")
     changes = {"steps": 2, "model__scan": False}

@@ -59,7 +59,13 @@ def run(built) -> tuple[list[dict[str, float]], dict]:
     return rows, jax.device_get(state.params)
 
 
-@pytest.mark.parametrize("shape", MESHES.values(), ids=MESHES.keys())
+@pytest.mark.parametrize(
+    "shape",
+    [
+        pytest.param(shape, id=name, marks=[pytest.mark.slow] if name.startswith("fsdp") else [])
+        for name, shape in MESHES.items()
+    ],
+)
 @pytest.mark.parametrize("stage", SPECS)
 def test_eight_devices_equal_one(stage, shape, configs, singles, single_runs):
     mesh = sharding.make_mesh(*shape)

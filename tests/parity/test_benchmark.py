@@ -49,6 +49,7 @@ def test_a_difference_is_refused(monkeypatch):
         benchmark.main(["train", "--against=diffusers", "--image=64x64", "--only=forward"])
 
 
+@pytest.mark.slow
 def test_sample_compares_transformer_and_decoder(tmp_path):
     out = tmp_path / "out.jsonl"
     words = ["sample", "--against=diffusers", "--image=32x32", "--batch=1", "--rounds=1"]
@@ -60,6 +61,7 @@ def test_sample_compares_transformer_and_decoder(tmp_path):
         assert max(line["relative_error"].values()) < 5e-5
 
 
+@pytest.mark.slow
 def test_sample_times_a_pipeline_folder(tmp_path, capsys, monkeypatch):
     folder = saved(tiny_pipeline(student=True), tmp_path / "pipeline")
     out = tmp_path / "out.jsonl"

@@ -64,7 +64,13 @@ def test_encode_and_decode(tmp_path, changes, size):
     assert max(errors(tiny_dc_ae(**changes), tmp_path, *size)) < 5e-5
 
 
-@pytest.mark.parametrize("size, tile", [((64, 88), Tiling(32, 24)), ((40, 24), Tiling(32, 16))])
+@pytest.mark.parametrize(
+    "size, tile",
+    [
+        pytest.param((64, 88), Tiling(32, 24), marks=pytest.mark.slow),
+        ((40, 24), Tiling(32, 16)),
+    ],
+)
 def test_tiles(tmp_path, tile, size):
     assert max(errors(tiny_dc_ae(), tmp_path, *size, tile)) < 5e-5
 
@@ -78,6 +84,7 @@ def test_true_names_and_shapes():
     assert ours == {name: tuple(tensor.shape) for name, tensor in theirs.items()}
 
 
+@pytest.mark.slow
 def test_true_size_decodes_256_pixels():
     config = AutoencoderDC()
     fields = {key: getattr(config, key) for key in config.__dataclass_fields__ if key != "dtype"}
