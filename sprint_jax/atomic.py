@@ -1,6 +1,7 @@
 """Files that are never seen half-written."""
 
 import json
+import math
 import os
 from pathlib import Path
 from typing import Any
@@ -39,3 +40,12 @@ def write_json_atomic(path: str | Path, value: Any) -> None:
     if jax.process_index() == 0:
         text = json.dumps(value, indent=2, allow_nan=False) + "\n"
         write_atomic(Path(path), text.encode())
+
+
+def without_nan(value: Any) -> Any:
+    """What JSON can hold: None instead of NaN and infinity, in nested dicts and lists."""
+    if isinstance(value, dict):
+        return {key: without_nan(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [without_nan(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value

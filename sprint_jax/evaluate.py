@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from . import cli
-from .atomic import write_json_atomic
+from .atomic import without_nan, write_json_atomic
 from .data.digits import draw_images, get_world
 from .errors import UserError
 from .metrics.report import (
@@ -79,7 +79,7 @@ def main(argv: list[str]) -> None:
         "runs": results,
         "goals": judge_goals(results),
     }
-    write_json_atomic(out, _without_nan(report))
+    write_json_atomic(out, without_nan(report))
     sheet = out.with_suffix(".png")
     write_sheet(sheet, sticks, flags.seed, pictures)
     print_table(report)
@@ -185,15 +185,6 @@ def print_table(report: dict[str, Any]) -> None:
 
 def _plus_minus(value: float, error: float) -> str:
     return "-" if not np.isfinite(value) else f"{value:.3f} ± {error:.3f}"
-
-
-def _without_nan(value: Any) -> Any:
-    """JSON has no NaN: None instead, in nested dicts and lists."""
-    if isinstance(value, dict):
-        return {key: _without_nan(item) for key, item in value.items()}
-    if isinstance(value, list):
-        return [_without_nan(item) for item in value]
-    return None if isinstance(value, float) and not np.isfinite(value) else value
 
 
 def _parser() -> cli.Parser:

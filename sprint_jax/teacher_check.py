@@ -22,7 +22,7 @@ import jax
 import numpy as np
 
 from . import cli
-from .atomic import write_json_atomic
+from .atomic import without_nan, write_json_atomic
 from .config import Config, load_config
 from .errors import UserError
 from .models.sana import from_fields
@@ -61,7 +61,7 @@ def main(argv: list[str]) -> None:
         "guidance": c.log.sample_guidance,
         "count": flags.count,
     }
-    write_json_atomic(out / "report.json", _without_nan(report))
+    write_json_atomic(out / "report.json", without_nan(report))
     draw_curves(out / "curves.png", found)
     if pictures:
         draw_pictures(out / "samples.png", pictures)
@@ -182,15 +182,6 @@ def print_checks(checks: list[Check]) -> None:
     for each in checks:
         said = "ok" if each.passed else f"FAILED: {each.advice}"
         print(f"{each.name:9} {each.value:10.3g}  at most {each.limit:<7g} {each.what}: {said}")
-
-
-def _without_nan(value: Any) -> Any:
-    """JSON has neither NaN nor infinity: None instead, in nested dicts and lists."""
-    if isinstance(value, dict):
-        return {key: _without_nan(item) for key, item in value.items()}
-    if isinstance(value, list):
-        return [_without_nan(item) for item in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _config(flags: argparse.Namespace, overrides: list[str]) -> Config:

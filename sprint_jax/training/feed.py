@@ -28,7 +28,6 @@ from .sharding import local_rows, make_mesh, same_everywhere
 
 Batch = dict[str, np.ndarray]
 REJECTED = "rejected.jsonl"  # in a workdir: images that could not be used
-DECODED = 4  # pictures at once: at 1024 pixels a decoder needs some GB for them
 SOURCES = ("digits", "latents", "images", "synthetic")
 
 

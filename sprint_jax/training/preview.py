@@ -13,11 +13,13 @@ from PIL import Image
 from .. import sampling, trigflow
 from ..config import Config
 from ..pictures import to_bytes
-from .feed import DECODED, Data
+from .feed import Data
 from .setup import Nets
 from .sharding import batch_ways, replicated
 
 Tree = Any
+
+DECODED = 4  # pictures at once: at 1024 pixels a decoder needs some GB for them
 
 
 def make_preview(
