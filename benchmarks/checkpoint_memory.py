@@ -25,7 +25,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
-from sprint_jax.training.checkpoint import Checkpoints
+from sprint_jax.checkpoints.checkpoint import Checkpoints
 
 LEAF = (10, 2048, 2048)  # 0.17 GB of float32
 MODES = {"save async": 1e9, "save stream": 0.0, "restore": 0.0}  # name: async_gb

@@ -26,7 +26,7 @@ import numpy as np
 from sprint_jax.interop.diffusers import WEIGHTS, load_transformer, read_config
 from sprint_jax.interop.sana import config_from_fields, fields_from_config, sana_table
 from sprint_jax.models.sana import SIZES
-from sprint_jax.training.sharding import make_mesh, state_shardings
+from sprint_jax.parallel.sharding import make_mesh, state_shardings
 
 
 def write_random(folder: Path, fields: dict) -> None:

@@ -21,8 +21,9 @@ import jax.numpy as jnp
 import numpy as np
 import safetensors.numpy
 
-from sprint_jax.atomic import write_json_atomic
-from sprint_jax.data.cache import (
+from sprint_jax.core.files import write_json_atomic
+from sprint_jax.data.cached import latent_batches
+from sprint_jax.data.latents.cache import (
     FORMAT,
     MANIFEST,
     NULL_TEXT,
@@ -31,11 +32,10 @@ from sprint_jax.data.cache import (
     hash_file,
     open_cache,
 )
-from sprint_jax.data.latents import latent_batches
+from sprint_jax.data.latents.shards import write_shards
 from sprint_jax.data.loader import prefetch
 from sprint_jax.data.order import make_order
-from sprint_jax.data.records import Caption
-from sprint_jax.data.shards import write_shards
+from sprint_jax.data.sources.records import Caption
 
 LENGTH, WIDTH = 300, 2304
 PAIR_TFLOP = 17.6

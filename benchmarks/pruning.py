@@ -18,12 +18,12 @@ from pathlib import Path
 import jax
 import numpy as np
 
-from sprint_jax.data.digits import held_out_prompts, to_float
+from sprint_jax.checkpoints.weights import find_weights
+from sprint_jax.digits.judge import Judge, prompt_accuracy
+from sprint_jax.digits.scenes import held_out_prompts, to_float
 from sprint_jax.interop.diffusers import save_transformer
-from sprint_jax.metrics.digits import Judge, prompt_accuracy
 from sprint_jax.pipeline import SprintPipeline
 from sprint_jax.teacher.pruning import prune_blocks
-from sprint_jax.training.weights import find_weights
 
 HERE = Path(__file__).parent
 KEEP, RANDOM = 4, 4  # blocks left; random choices

@@ -20,9 +20,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from sprint_jax.benchmarking.timing import paired_rounds, summarize
 from sprint_jax.models.convolution import convolve, upsampled_conv3x3
 from sprint_jax.models.gemma2 import Gemma2
-from sprint_jax.timing import paired_rounds, summarize
 
 STAGES = [(8, 1024, 1024), (32, 512, 512), (64, 512, 256), (128, 256, 128)]  # size, in, out
 INSTRUCTION, PROMPT = (

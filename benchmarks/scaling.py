@@ -14,10 +14,10 @@ from pathlib import Path
 
 from matplotlib.figure import Figure
 
-from sprint_jax import cli
-from sprint_jax.chips import GIB
-from sprint_jax.plan_layout import cached_algorithm, plan_layout
-from sprint_jax.topology import open_topology
+from sprint_jax.core import cli
+from sprint_jax.planning.chips import GIB
+from sprint_jax.planning.layout import cached_algorithm, plan_layout
+from sprint_jax.planning.topology import open_topology
 
 SLICES = {"v5e": ("4x4", "8x8", "16x16"), "v6e": ("4x4", "8x8", "16x16")}
 LARGEST_FSDP = 64

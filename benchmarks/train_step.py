@@ -29,12 +29,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from sprint_jax import cli, losses, train
-from sprint_jax.config import load_config
-from sprint_jax.data.digits import held_out_prompts
-from sprint_jax.errors import UserError
+from sprint_jax import losses, train
+from sprint_jax.core import cli
+from sprint_jax.core.config import load_config
+from sprint_jax.core.errors import UserError
+from sprint_jax.data import feed
+from sprint_jax.digits.scenes import held_out_prompts
+from sprint_jax.models import functions as closures
 from sprint_jax.models.discriminator import update_spectral
-from sprint_jax.training import checks, closures, feed, setup, sharding
+from sprint_jax.parallel import sharding
+from sprint_jax.training import checks, setup
 from sprint_jax.training.state import apply_gradients
 
 DIGITS = Path(__file__).resolve().parent.parent / "configs" / "digits.py"

@@ -14,7 +14,7 @@ and 91.0 %, on 400 prompts.
 """
 
 from configs import default
-from sprint_jax.config import parse_arg
+from sprint_jax.core.config import parse_arg
 from sprint_jax.sweeps import chain, product, sweep
 
 

@@ -11,7 +11,7 @@ The digits took some 1,200 records/s on two busy CPU cores.
 """
 
 from configs import default
-from sprint_jax.config import parse_arg
+from sprint_jax.core.config import parse_arg
 
 
 def get_config(arg=None):

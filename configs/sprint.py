@@ -13,7 +13,7 @@ README under "Planning a run". No full training was run.
 import ml_collections
 
 from configs import default
-from sprint_jax.config import parse_arg
+from sprint_jax.core.config import parse_arg
 
 
 def get_config(arg=None):

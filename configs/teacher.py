@@ -12,7 +12,7 @@ the published fine-tuning of SANA-1.5. No full training was run.
 """
 
 from configs import default, sprint
-from sprint_jax.config import parse_arg
+from sprint_jax.core.config import parse_arg
 
 
 def get_config(arg=None):

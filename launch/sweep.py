@@ -18,12 +18,12 @@ and Ctrl-C reach the trainings, which write a checkpoint.
 
 from pathlib import Path
 
-from sprint_jax import cli
-from sprint_jax.atomic import write_atomic
-from sprint_jax.errors import UserError
+from sprint_jax.core import cli
+from sprint_jax.core.errors import UserError
+from sprint_jax.core.files import write_atomic
 from sprint_jax.sweeps.drive import BACKENDS, print_commands, run_sweep
-from sprint_jax.sweeps.plan import check_same_sweep, load_rows, sweep_record
 from sprint_jax.sweeps.report import Ranking
+from sprint_jax.sweeps.rows import check_same_sweep, load_rows, sweep_record
 from sprint_jax.sweeps.run import only_sweep
 
 LOSSES = {"flow": "loss/flow", "distill": "loss/total"}

@@ -8,7 +8,7 @@ sample times text encoder, transformer, decoder, and the whole from prompts to p
 forward pass, the JVP, forward and backward, and the sCM branch (JVP, forward and backward) of a
 transformer. parity compares outputs only. Weights are random unless --model is given, inputs always;
 blocks have their weights apart (`unstack_blocks`) unless --stacked is given. Arms take turns in every
-round; see `sprint_jax.timing`. Ratios are times of others over ours. On Linux start it with
+round; see `sprint_jax.benchmarking.timing`. Ratios are times of others over ours. On Linux start it with
 GLIBC_TUNABLES=glibc.malloc.hugetlb=1, as the launch scripts do.
 """
 
@@ -21,13 +21,21 @@ from collections.abc import Callable, Iterator
 
 import jax
 
-from . import cli, inference_parts
-from .errors import UserError
-from .interop import reference
+from .benchmarking import inference_parts
+from .benchmarking import torch_reference as reference
+from .benchmarking.timing import first_call, paired_rounds, summarize
+from .benchmarking.workloads import (
+    NETWORK,
+    STUDENTS,
+    compiled,
+    network_calls,
+    network_inputs,
+    random_params,
+)
+from .core import cli
+from .core.errors import UserError
 from .models.blocks import stack, unstack_blocks
 from .models.sana import SanaTransformer
-from .timing import first_call, paired_rounds, summarize
-from .workloads import NETWORK, STUDENTS, compiled, network_calls, network_inputs, random_params
 
 OURS = "sprint_jax"
 # Relative L2 between two orders of the same sums.

@@ -19,21 +19,21 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from . import cli
-from .config import Config
-from .data import manifest
+from .core import cli
+from .core.config import Config
+from .core.errors import UserError
 from .data.buckets import check_factor, choose_sizes
-from .data.cache import open_cache
-from .data.encoders import load_encoders
-from .data.latent_sheet import draw_latents
-from .data.records import Source
-from .data.sources import Concatenation, open_images
-from .data.units import Job, encode_units, process_units, read_unit
-from .errors import UserError
-from .training import distributed
+from .data.latents import manifest
+from .data.latents.cache import open_cache
+from .data.latents.latent_sheet import draw_latents
+from .data.latents.units import Job, encode_units, process_units, read_unit
+from .data.sources.open import Concatenation, open_images
+from .data.sources.records import Source
+from .encoders.load import load_encoders
+from .parallel import distributed
+from .parallel.peers import Peers
+from .parallel.sharding import batch_ways, make_mesh
 from .training.log import Progress
-from .training.peers import Peers
-from .training.sharding import batch_ways, make_mesh
 
 PREVIEW = "preview.png"
 VISIBLE_SECONDS = 60.0  # until what one host wrote must be there for another
@@ -83,7 +83,7 @@ def run(
       peers: the other processes.
 
     Raises:
-      UserError: see `data.units`, `data.manifest`, `data.encoders` and `data.buckets`.
+      UserError: see `data.latents.units`, `data.latents.manifest`, `encoders.load` and `data.buckets`.
     """
     job = make_job(c, source, folder, limit)
     plan = manifest.describe_job(job)

@@ -16,11 +16,13 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from . import cli
-from .atomic import without_nan, write_json_atomic
-from .data.digits import draw_images, get_world
-from .errors import UserError
-from .metrics.report import (
+from .checkpoints.weights import read_workdir_config
+from .core import cli
+from .core.errors import UserError
+from .core.files import without_nan, write_json_atomic
+from .core.pixels import to_bytes
+from .core.sheet import Cell, draw_sheet
+from .digits.report import (
     FRECHET_MINIMUM,
     Yardsticks,
     judge_goals,
@@ -29,11 +31,9 @@ from .metrics.report import (
     measure_real,
     number,
 )
-from .pictures import to_bytes
+from .digits.scenes import draw_images, get_world
 from .pipeline import SprintPipeline
-from .sheet import Cell, draw_sheet
 from .training.log import Progress
-from .training.weights import read_workdir_config
 
 SHEET_ROWS = 12
 

@@ -24,18 +24,19 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from . import cli
-from .atomic import write_json_atomic
-from .config import Config
-from .errors import UserError
-from .interop import hub, pipeline_folder
-from .interop.stablehlo import export_pipeline
-from .loading import SETTINGS, read_index
+from .artifacts import pipeline_folder
+from .artifacts.loading import SETTINGS, read_index
+from .artifacts.stablehlo import export_pipeline
+from .checkpoints.checkpoint import load_params
+from .checkpoints.weights import read_workdir_config
+from .core import cli
+from .core.config import Config
+from .core.errors import UserError
+from .core.files import write_json_atomic
+from .core.fingerprint import fingerprint
+from .data.feed import latent_size
+from .interop import hub
 from .pipeline import SprintPipeline
-from .training.checkpoint import load_params
-from .training.feed import latent_size
-from .training.fingerprint import fingerprint
-from .training.weights import read_workdir_config
 
 
 def main(argv: list[str]) -> None:

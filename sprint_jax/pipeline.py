@@ -17,10 +17,10 @@ import numpy as np
 from PIL import Image
 
 from . import sampling, trigflow
-from .errors import UserError
-from .loading import load_parts
+from .artifacts.loading import load_parts
+from .core.errors import UserError
+from .core.pixels import nearest_size, resize_and_crop, to_bytes, to_pixels
 from .models.sana import SanaTransformer
-from .pictures import nearest_size, resize_and_crop, to_bytes, to_pixels
 
 Array = jax.Array
 
@@ -87,7 +87,7 @@ class SprintPipeline:
             SanaPipeline), or the id of one on the Hugging Face hub, which is downloaded once.
           dtype: of parameters and of the networks' matmuls; samplers stay float32.
           params: of a workdir, 'ema' or 'raw'.
-          mesh: of `training.sharding.make_mesh`, over which parameters are split; by default they lie on
+          mesh: of `parallel.sharding.make_mesh`, over which parameters are split; by default they lie on
             the default device.
 
         Raises:

@@ -15,7 +15,7 @@ MFU is the algorithm's FLOPs (matrix products and convolutions, without remat) p
 program that the compiler finds too large does not fit, and by how much is said. Not in it: the second batch
 that prefetching may hold, diagnostics, and pictures of samples.
 
---sweep searches batch, fsdp and remat; see sprint_jax/plan_sweep.py for order and bounds. JSON (--out) has
+--sweep searches batch, fsdp and remat; see sprint_jax/planning/search.py for order and bounds. JSON (--out) has
 fits, spare_bytes, bytes_per_device, memory (by kind), flops_per_device, model_flops_per_device, hbm_bytes,
 collective_bytes (kind, axis), step_seconds, images_per_second, mfu, bound, warnings, updates (each of them),
 and with --sweep all layouts tried; a picture of memory by kind is written beside it.
@@ -26,13 +26,13 @@ from pathlib import Path
 
 import jax
 
-from . import cli
-from .atomic import write_json_atomic
-from .errors import UserError
-from .plan_layout import cached_algorithm, plan_layout
-from .plan_report import picture, sweep_table, table
-from .plan_sweep import best, check_keys, summary, sweep
-from .topology import open_topology
+from .core import cli
+from .core.errors import UserError
+from .core.files import write_json_atomic
+from .planning.layout import cached_algorithm, plan_layout
+from .planning.report import picture, sweep_table, table
+from .planning.search import best, check_keys, summary, sweep
+from .planning.topology import open_topology
 
 
 def main(argv: list[str]) -> None:

@@ -19,19 +19,21 @@ from typing import Any
 
 import jax
 
-from . import cli
-from .atomic import write_json_atomic
-from .config import Config
-from .errors import UserError
+from .checkpoints.weights import Weights, find_weights
+from .core import cli
+from .core.config import Config
+from .core.errors import UserError
+from .core.files import write_json_atomic
+from .core.fingerprint import fingerprint
+from .data import feed
 from .interop.diffusers import save_transformer
 from .models.sana import from_fields
+from .parallel import distributed
+from .parallel.sharding import state_shardings, to_devices
 from .teacher import pruning, surgery
 from .train import train
-from .training import checks, distributed, feed, setup
-from .training.fingerprint import fingerprint
+from .training import checks, setup
 from .training.setup import PREPARED
-from .training.sharding import state_shardings, to_devices
-from .training.weights import Weights, find_weights
 
 RECORD = "prepared.json"
 PROBE_BATCHES, PROBE_TIMES = 2, 8  # of the data, to measure the importance of blocks

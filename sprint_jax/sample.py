@@ -15,10 +15,10 @@ import jax.numpy as jnp
 import numpy as np
 from PIL import Image
 
-from . import cli
-from .errors import UserError
+from .core import cli
+from .core.errors import UserError
+from .core.sheet import Cell, draw_sheet, enlarge
 from .pipeline import SOLVERS, SprintPipeline
-from .sheet import Cell, draw_sheet, enlarge
 
 GRID_LIMIT = 400  # pictures; a larger grid is neither looked at nor quickly opened
 

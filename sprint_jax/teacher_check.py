@@ -21,19 +21,20 @@ from typing import Any
 import jax
 import numpy as np
 
-from . import cli
-from .atomic import without_nan, write_json_atomic
-from .config import Config, load_config
-from .errors import UserError
+from .checkpoints.weights import Weights, find_weights, read_workdir_config
+from .core import cli
+from .core.config import Config, load_config
+from .core.errors import UserError
+from .core.files import without_nan, write_json_atomic
+from .core.pixels import to_bytes
+from .core.sheet import Cell, draw_sheet
+from .data import feed
 from .models.sana import from_fields
-from .pictures import to_bytes
-from .sheet import Cell, draw_sheet
+from .parallel.sharding import Partition, batch_ways, state_shardings, to_devices
 from .teacher.measure import Setting, measure
 from .teacher.verdict import Check, judge
-from .training import feed, setup
+from .training import setup
 from .training.log import Progress
-from .training.sharding import Partition, batch_ways, state_shardings, to_devices
-from .training.weights import Weights, find_weights, read_workdir_config
 
 NOT_READY = 4  # exit code
 SHEET_ROWS = 8

@@ -18,22 +18,26 @@ import jax
 import jax.numpy as jnp
 from tqdm import tqdm
 
-from . import cli, losses, trigflow
-from .atomic import write_json_atomic
-from .config import Config
+from . import losses, trigflow
+from .checkpoints.checkpoint import Checkpoints
+from .core import cli
+from .core.config import Config
+from .core.files import write_json_atomic
+from .data import feed
 from .data.loader import prefetch
+from .models import functions as closures
 from .models.discriminator import update_spectral
-from .training import checks, closures, distributed, feed, setup, sharding
+from .parallel import distributed, sharding
+from .parallel.interrupt import Stop, check_finite, end_stopped
+from .parallel.sharding import in_use
+from .training import checks, setup
 from .training.accumulate import gradients
-from .training.checkpoint import Checkpoints
 from .training.clock import Clock
 from .training.diagnostics import binned, tangent_checks
-from .training.interrupt import Stop, check_finite, end_stopped
 from .training.log import MetricLog, Progress
 from .training.preview import make_preview
 from .training.profile import Profile
 from .training.setup import Nets
-from .training.sharding import in_use
 from .training.state import TrainState, apply_gradients, apply_head_gradients, health
 
 COMPILERS = max(1, min(16, (os.cpu_count() or 1) // 4))  # threads, each of which uses several cores
@@ -236,7 +240,7 @@ def train(c: Config, workdir: Path, overridden: list[str], peers=None) -> None:
       c: the resolved config.
       workdir: made if missing; see the README for what it holds.
       overridden: dotted keys that the user set by hand; one that nothing reads is an error.
-      peers: the `training.peers.Peers` of a run of several processes.
+      peers: the `parallel.peers.Peers` of a run of several processes.
 
     Raises:
       UserError: for whatever in config, workdir or data cannot work, before the first step; and when

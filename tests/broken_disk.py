@@ -3,8 +3,9 @@
 import subprocess
 import sys
 
-from sprint_jax import cli, train
-from sprint_jax.training.checkpoint import Checkpoints
+from sprint_jax import train
+from sprint_jax.checkpoints.checkpoint import Checkpoints
+from sprint_jax.core import cli
 
 STEP, COMMAND = int(sys.argv[1]), sys.argv[2]
 sys.argv[1:3] = []

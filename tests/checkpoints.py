@@ -12,7 +12,7 @@ import optax
 import pytest
 from jax.sharding import AxisType
 
-from sprint_jax.training.checkpoint import Checkpoints
+from sprint_jax.checkpoints.checkpoint import Checkpoints
 
 META = {"stage": "distill", "model": {"width": 16, "heads": [1, 2]}, "optimizer": "came"}
 

@@ -17,7 +17,8 @@ from pathlib import Path
 
 from encoding import Pictures
 
-from sprint_jax import cli, encode
+from sprint_jax import encode
+from sprint_jax.core import cli
 
 PATIENCE = 200  # seconds for one encoding
 

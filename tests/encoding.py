@@ -7,8 +7,8 @@ import numpy as np
 from runs import ROOT
 
 from sprint_jax import encode
-from sprint_jax.config import load_config
-from sprint_jax.data.records import Caption, Record, Rejected
+from sprint_jax.core.config import load_config
+from sprint_jax.data.sources.records import Caption, Record, Rejected
 
 STORED = ROOT / "tests" / "parity" / "stored"
 SHAPES = ((8, 16), (20, 11), (9, 9), (16, 40), (33, 16))

@@ -13,8 +13,8 @@ import numpy as np
 import tensorflow_datasets as tfds
 from PIL import Image
 
-from sprint_jax.data.image_records import write_image_records
-from sprint_jax.data.records import Caption
+from sprint_jax.data.sources.image_records import write_image_records
+from sprint_jax.data.sources.records import Caption
 
 DAMAGE_EVERY = 33  # 3 % of a damaged set
 LONG = "a very long caption of a small picture, " * 500

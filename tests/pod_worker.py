@@ -12,10 +12,10 @@ import jax
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
-from sprint_jax import cli
-from sprint_jax.errors import UserError
-from sprint_jax.training import distributed
-from sprint_jax.training.interrupt import Stop, end_stopped
+from sprint_jax.core import cli
+from sprint_jax.core.errors import UserError
+from sprint_jax.parallel import distributed
+from sprint_jax.parallel.interrupt import Stop, end_stopped
 
 
 def fail(kind: str) -> None:

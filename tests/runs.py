@@ -19,11 +19,14 @@ import numpy as np
 import orbax.checkpoint as ocp
 import tensorflow_datasets as tfds
 
-from sprint_jax import cli, train
-from sprint_jax.config import Config, load_config
-from sprint_jax.data.digits import Digits, DigitsConfig, World, get_world, open_digits
-from sprint_jax.training import feed, setup, sharding
-from sprint_jax.training.fingerprint import leaf_table
+from sprint_jax import train
+from sprint_jax.core import cli
+from sprint_jax.core.config import Config, load_config
+from sprint_jax.core.fingerprint import leaf_table
+from sprint_jax.data import feed
+from sprint_jax.digits.scenes import Digits, DigitsConfig, World, get_world, open_digits
+from sprint_jax.parallel import sharding
+from sprint_jax.training import setup
 from sprint_jax.training.log import read_metrics
 
 ROOT = Path(__file__).parent.parent

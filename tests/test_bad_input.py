@@ -22,7 +22,7 @@ from runs import (
 from workdirs import STEP, make_workdir, random_params, tiny_config
 
 from sprint_jax import sample, train
-from sprint_jax.training.checkpoint import Checkpoints
+from sprint_jax.checkpoints.checkpoint import Checkpoints
 
 TEACHER = "configs/digits.py:teacher,small"
 STUDENT = "configs/digits.py:student,small"

@@ -9,8 +9,9 @@ import numpy as np
 import pytest
 from runs import quick_compilation
 
-from sprint_jax import benchmark, inference_parts, timing, workloads
-from sprint_jax.errors import UserError
+from sprint_jax import benchmark
+from sprint_jax.benchmarking import inference_parts, timing, workloads
+from sprint_jax.core.errors import UserError
 from sprint_jax.models import blocks
 from sprint_jax.models.dc_ae import AutoencoderDC
 

@@ -14,9 +14,9 @@ import numpy as np
 import pytest
 from runs import ROOT, quick_compilation, tiny, write_digits
 
-from sprint_jax.errors import UserError
+from sprint_jax.core.errors import UserError
+from sprint_jax.models import functions as closures
 from sprint_jax.models.gemma2 import Gemma2
-from sprint_jax.training import closures
 
 TINY = ["--rounds=1", "--batch=4", "--world=small", "--config.model.num_layers=1"]
 TINY += ["--config.ladd.taps=0"]

@@ -4,9 +4,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from sprint_jax.core.errors import UserError
+from sprint_jax.core.pixels import SIZES_1024, nearest_size
 from sprint_jax.data.buckets import SIZES_2048, check_factor, choose_sizes, fit_image, size_table
-from sprint_jax.errors import UserError
-from sprint_jax.pictures import SIZES_1024, nearest_size
 
 
 def picture(height: int, width: int, seed: int = 0) -> np.ndarray:

@@ -9,10 +9,17 @@ import numpy as np
 import pytest
 from encoding import Pictures, encode_small
 
-from sprint_jax.data import cache
-from sprint_jax.data.cache import CachedRecord, open_cache, pack, pad_texts, unpack, verify_cache
-from sprint_jax.data.records import Caption
-from sprint_jax.errors import UserError
+from sprint_jax.core.errors import UserError
+from sprint_jax.data.latents import cache
+from sprint_jax.data.latents.cache import (
+    CachedRecord,
+    open_cache,
+    pack,
+    pad_texts,
+    unpack,
+    verify_cache,
+)
+from sprint_jax.data.sources.records import Caption
 
 SHARD = "shards/00002-0.array_record"
 

@@ -6,7 +6,7 @@ import math
 import numpy as np
 import pytest
 
-from sprint_jax.data.caption_files import (
+from sprint_jax.data.sources.caption_files import (
     captions_beside,
     choose_caption,
     dump_captions,
@@ -14,7 +14,7 @@ from sprint_jax.data.caption_files import (
     parse_text,
     read_captions,
 )
-from sprint_jax.data.records import Caption, Rejected
+from sprint_jax.data.sources.records import Caption, Rejected
 
 
 @pytest.mark.parametrize(

@@ -23,8 +23,8 @@ from checkpoints import (
 )
 from jax.sharding import NamedSharding, PartitionSpec
 
-from sprint_jax.errors import UserError
-from sprint_jax.training.checkpoint import Checkpoints, load_params
+from sprint_jax.checkpoints.checkpoint import Checkpoints, load_params
+from sprint_jax.core.errors import UserError
 
 
 def test_no_checkpoint_is_none(tmp_path):

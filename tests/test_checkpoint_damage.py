@@ -15,8 +15,8 @@ from checkpoints import (
     saved,
 )
 
-from sprint_jax.errors import UserError
-from sprint_jax.training.checkpoint import Checkpoints
+from sprint_jax.checkpoints.checkpoint import Checkpoints
+from sprint_jax.core.errors import UserError
 
 
 def damage_bit(checkpoint, state):

@@ -4,9 +4,9 @@ from types import SimpleNamespace
 
 import pytest
 
-from sprint_jax.chips import CHIPS, Roofline, chip_of, link_seconds, roofline
-from sprint_jax.errors import UserError
-from sprint_jax.hlo import Collective, Cost
+from sprint_jax.core.errors import UserError
+from sprint_jax.planning.chips import CHIPS, Roofline, chip_of, link_seconds, roofline
+from sprint_jax.planning.hlo import Collective, Cost
 
 
 def torus(*shape: int, slices: int = 1) -> list[SimpleNamespace]:

@@ -1,4 +1,4 @@
-"""sprint_jax/cli.py: flags, one-line errors and exit codes, in this process and in a real one."""
+"""sprint_jax/core/cli.py: flags, one-line errors and exit codes, in this process and in a real one."""
 
 import errno
 import subprocess
@@ -8,8 +8,8 @@ from pathlib import Path
 import jax
 import pytest
 
-from sprint_jax import cli
-from sprint_jax.errors import UserError
+from sprint_jax.core import cli
+from sprint_jax.core.errors import UserError
 
 
 def exit_of(main, argv, monkeypatch, capsys) -> tuple[int, str]:

@@ -8,7 +8,7 @@ import pytest
 from runs import finish, quick_compilation, start, tiny, words, write_digits
 
 from sprint_jax import train
-from sprint_jax.errors import UserError
+from sprint_jax.core.errors import UserError
 from sprint_jax.training import log as log_module
 from sprint_jax.training.clock import PARTS, Clock
 from sprint_jax.training.log import MetricLog, Progress, read_metrics

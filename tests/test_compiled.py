@@ -10,11 +10,12 @@ import jax
 import pytest
 from runs import ROOT
 
-from sprint_jax import hlo, plan_compile
-from sprint_jax.config import load_config
+from sprint_jax.core.config import load_config
 from sprint_jax.models.blocks import compute_params
-from sprint_jax.plan_layout import algorithm_flops
-from sprint_jax.topology import open_topology
+from sprint_jax.planning import compile as plan_compile
+from sprint_jax.planning import hlo
+from sprint_jax.planning.layout import algorithm_flops
+from sprint_jax.planning.topology import open_topology
 
 pytestmark = pytest.mark.skipif(
     importlib.util.find_spec("libtpu") is None, reason="needs libtpu, of the extra 'plan'"

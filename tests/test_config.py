@@ -6,8 +6,8 @@ import pickle
 import pytest
 from ml_collections import ConfigDict
 
-from sprint_jax.config import Config, diff, load_config, parse_arg
-from sprint_jax.errors import UserError
+from sprint_jax.core.config import Config, diff, load_config, parse_arg
+from sprint_jax.core.errors import UserError
 
 VALUES = {
     "steps": 100,

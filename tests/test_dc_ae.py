@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from sprint_jax.errors import UserError
+from sprint_jax.core.errors import UserError
 from sprint_jax.interop.dc_ae import dc_ae_table
 from sprint_jax.interop.diffusers import WEIGHTS, load_autoencoder, save_autoencoder
 from sprint_jax.models import convolution

@@ -7,9 +7,10 @@ import time
 import numpy as np
 import pytest
 
-from sprint_jax.data import captions, digits
-from sprint_jax.data.captions import Prompt, Thing, parse_caption, write_caption
-from sprint_jax.errors import UserError
+from sprint_jax.core.errors import UserError
+from sprint_jax.digits import captions
+from sprint_jax.digits import scenes as digits
+from sprint_jax.digits.captions import Prompt, Thing, parse_caption, write_caption
 
 RED, GREEN, BLUE, YELLOW, PURPLE, CYAN = range(6)
 

@@ -13,13 +13,13 @@ from runs import ROOT, run_here
 from safetensors.numpy import load_file, save_file
 
 from sprint_jax import encode
-from sprint_jax.data import units
+from sprint_jax.core.errors import UserError
+from sprint_jax.core.pixels import nearest_size
 from sprint_jax.data.buckets import fit_image
-from sprint_jax.data.cache import open_cache, verify_cache
-from sprint_jax.data.encoders import encode_captions, encode_images, load_encoders
-from sprint_jax.data.records import Caption, Record
-from sprint_jax.errors import UserError
-from sprint_jax.pictures import nearest_size
+from sprint_jax.data.latents import units
+from sprint_jax.data.latents.cache import open_cache, verify_cache
+from sprint_jax.data.sources.records import Caption, Record
+from sprint_jax.encoders.load import encode_captions, encode_images, load_encoders
 
 SIZES = tuple(tuple(map(int, size.split("x"))) for size in SMALL["data.sizes"])
 GOOD = [i for i in range(40) if i not in (5, 21)]

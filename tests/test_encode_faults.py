@@ -14,8 +14,8 @@ from pods import environment, finish_pod, start_pod
 from runs import ROOT
 
 from sprint_jax import encode
-from sprint_jax.data import shards, units
-from sprint_jax.errors import UserError
+from sprint_jax.core.errors import UserError
+from sprint_jax.data.latents import shards, units
 
 WORKER = str(ROOT / "tests" / "encode_worker.py")
 

@@ -7,10 +7,10 @@ import pytest
 from workdirs import STEP, make_workdir
 
 from sprint_jax import evaluate
-from sprint_jax.data.digits import draw_images
-from sprint_jax.errors import UserError
-from sprint_jax.metrics import report
-from sprint_jax.pictures import to_bytes
+from sprint_jax.core.errors import UserError
+from sprint_jax.core.pixels import to_bytes
+from sprint_jax.digits import report
+from sprint_jax.digits.scenes import draw_images
 
 
 @pytest.fixture(scope="module")

@@ -16,11 +16,11 @@ from safetensors.numpy import load_file, save_file
 from workdirs import STEP, make_workdir
 
 from sprint_jax import SprintPipeline, export
-from sprint_jax.interop import pipeline_folder, stablehlo
+from sprint_jax.artifacts import pipeline_folder, stablehlo
+from sprint_jax.checkpoints.checkpoint import load_params
+from sprint_jax.checkpoints.weights import find_weights
 from sprint_jax.interop.diffusers import load_transformer
 from sprint_jax.models.sana import from_fields
-from sprint_jax.training.checkpoint import load_params
-from sprint_jax.training.weights import find_weights
 
 STORED = Path(__file__).parent / "parity" / "stored"
 # Programs of symbolic and of fixed batch may add in another order: observed 3e-7.

@@ -12,16 +12,17 @@ from PIL import Image
 from runs import quick_compilation, records, tiny
 
 from sprint_jax import SprintPipeline, train
-from sprint_jax.data.cache import open_cache
-from sprint_jax.data.image_records import write_image_records
-from sprint_jax.data.latents import latent_batches
+from sprint_jax.core.errors import UserError
+from sprint_jax.data import feed
+from sprint_jax.data.cached import latent_batches
+from sprint_jax.data.latents.cache import open_cache
 from sprint_jax.data.loader import prefetch
 from sprint_jax.data.online import RejectLog
 from sprint_jax.data.order import make_order
-from sprint_jax.data.records import Rejected
 from sprint_jax.data.rejects import read_rejects
-from sprint_jax.errors import UserError
-from sprint_jax.training import feed, setup
+from sprint_jax.data.sources.image_records import write_image_records
+from sprint_jax.data.sources.records import Rejected
+from sprint_jax.training import setup
 
 TEACHER, STUDENT = "configs/digits.py:teacher,small", "configs/digits.py:student,small"
 SIZES = ("8x16", "16x8", "8x8", "8x20")

@@ -14,7 +14,7 @@ from checkpoints import (
 )
 from jax.sharding import NamedSharding, PartitionSpec
 
-from sprint_jax.training.fingerprint import fingerprint, leaf_table
+from sprint_jax.core.fingerprint import fingerprint, leaf_table
 
 
 def test_fingerprint_does_not_depend_on_placement_or_container():

@@ -7,9 +7,9 @@ import image_sets
 import pytest
 from PIL import Image
 
-from sprint_jax.data.folders import open_folder
-from sprint_jax.data.records import Caption, Rejected
-from sprint_jax.errors import UserError
+from sprint_jax.core.errors import UserError
+from sprint_jax.data.sources.folders import open_folder
+from sprint_jax.data.sources.records import Caption, Rejected
 
 PNG = image_sets.encode(Image.new("RGB", (3, 2), "red"), "PNG")
 

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from sprint_jax.errors import UserError
+from sprint_jax.core.errors import UserError
 from sprint_jax.interop.gemma2 import gemma2_table, load_text_encoder, save_text_encoder
 from sprint_jax.models.gemma2 import Gemma2
 

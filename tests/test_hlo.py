@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
-from sprint_jax import hlo
-from sprint_jax.hlo_count import _positions
-from sprint_jax.hlo_text import Array, parse, replica_groups, trip_count
-from sprint_jax.topology import open_topology
+from sprint_jax.planning import hlo
+from sprint_jax.planning.hlo_count import _positions
+from sprint_jax.planning.hlo_text import Array, parse, replica_groups, trip_count
+from sprint_jax.planning.topology import open_topology
 
 LAYERS, WIDTH, HIDDEN, ROWS = 6, 256, 1024, 256  # ROWS per device
 MESH = {"data": 2, "fsdp": 4}

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from sprint_jax.config import load_config
+from sprint_jax.core.config import load_config
 
 ROOT = Path(__file__).parent.parent
 NO_TEXT = {".png", ".jpg", ".gif", ".safetensors"}

@@ -8,8 +8,8 @@ import pytest
 from image_sets import bomb, encode
 from PIL import Image
 
-from sprint_jax.data.images import decode_image, flatten_pixels, measure_image
-from sprint_jax.data.records import Rejected
+from sprint_jax.data.sources.images import decode_image, flatten_pixels, measure_image
+from sprint_jax.data.sources.records import Rejected
 
 RANDOM = np.random.default_rng(0)
 RGB = RANDOM.integers(0, 256, (11, 17, 3), np.uint8)

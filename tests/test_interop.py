@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from sprint_jax.errors import UserError
+from sprint_jax.core.errors import UserError
 from sprint_jax.interop import nvlabs
 from sprint_jax.interop.diffusers import LOGVAR, STEM, WEIGHTS, load_transformer, save_transformer
 from sprint_jax.interop.discriminator import load_heads, save_heads
@@ -22,7 +22,7 @@ from sprint_jax.interop.files import save_safetensors
 from sprint_jax.interop.sana import sana_table
 from sprint_jax.models.discriminator import init_heads
 from sprint_jax.models.sana import SanaTransformer
-from sprint_jax.training.sharding import make_mesh, state_shardings
+from sprint_jax.parallel.sharding import make_mesh, state_shardings
 
 ROOT = Path(__file__).parent.parent
 STORED = ROOT / "tests" / "parity" / "stored" / "sana"

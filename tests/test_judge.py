@@ -6,12 +6,12 @@ import time
 import numpy as np
 import pytest
 
-from sprint_jax.data import digits
-from sprint_jax.data.captions import parse_caption
-from sprint_jax.data.digits import Mark, Scene
-from sprint_jax.errors import UserError
-from sprint_jax.metrics import digits as judging
-from sprint_jax.metrics.digits import Judge, PixelFeatures, diversity, frechet_distance
+from sprint_jax.core.errors import UserError
+from sprint_jax.digits import judge as judging
+from sprint_jax.digits import scenes as digits
+from sprint_jax.digits.captions import parse_caption
+from sprint_jax.digits.judge import Judge, PixelFeatures, diversity, frechet_distance
+from sprint_jax.digits.scenes import Mark, Scene
 from sprint_jax.metrics.frechet import frechet
 
 RED, GREEN, BLUE, YELLOW, PURPLE, CYAN = range(6)

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from sprint_jax import cli
+from sprint_jax.core import cli
 from sprint_jax.train import main as train_main
 
 ROOT = Path(__file__).parent.parent

@@ -8,9 +8,9 @@ from itertools import islice
 import numpy as np
 import pytest
 
+from sprint_jax.core.errors import UserError
 from sprint_jax.data.loader import encode_online, make_batches, prefetch
-from sprint_jax.errors import UserError
-from sprint_jax.models.toy import SpaceToDepth, WordEncoder
+from sprint_jax.digits.encoders import SpaceToDepth, WordEncoder
 
 
 def numbers(records):

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from sprint_jax import SprintPipeline, sample
-from sprint_jax.errors import UserError
+from sprint_jax.core.errors import UserError
 from sprint_jax.interop import hub
 from sprint_jax.interop.diffusers import WEIGHTS, save_transformer
 from sprint_jax.interop.sana import example_inputs

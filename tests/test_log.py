@@ -13,14 +13,9 @@ import pytest
 from PIL import Image
 from tensorboardX.proto.event_pb2 import Event, SessionLog
 
-from sprint_jax.atomic import write_json_atomic
-from sprint_jax.errors import UserError
-from sprint_jax.training.log import (
-    MetricLog,
-    Progress,
-    draw_curves,
-    read_metrics,
-)
+from sprint_jax.core.errors import UserError
+from sprint_jax.core.files import write_json_atomic
+from sprint_jax.training.log import MetricLog, Progress, draw_curves, read_metrics
 
 
 def refuse_constant(name):

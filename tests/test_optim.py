@@ -6,7 +6,7 @@ import numpy as np
 import optax
 import pytest
 
-from sprint_jax.errors import UserError
+from sprint_jax.core.errors import UserError
 from sprint_jax.training.optim import (
     decay_mask,
     in_transformer_blocks,

@@ -5,8 +5,8 @@ from collections import Counter
 import numpy as np
 import pytest
 
+from sprint_jax.core.errors import UserError
 from sprint_jax.data.order import PERIOD, hold_out, make_order
-from sprint_jax.errors import UserError
 
 BUCKETS = {
     (4, 4): np.arange(0, 200),

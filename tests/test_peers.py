@@ -17,12 +17,12 @@ from pods import (
     until,
 )
 
-from sprint_jax.errors import UserError
-from sprint_jax.training import distributed
-from sprint_jax.training.distributed import Place, find_place, several_tasks
-from sprint_jax.training.interrupt import Stop
-from sprint_jax.training.peers import LOST_PEER, Vitals, exit_code, follow, judge
-from sprint_jax.training.rendezvous import roll_call, split_address
+from sprint_jax.core.errors import UserError
+from sprint_jax.parallel import distributed
+from sprint_jax.parallel.distributed import Place, find_place, several_tasks
+from sprint_jax.parallel.interrupt import Stop
+from sprint_jax.parallel.peers import LOST_PEER, Vitals, exit_code, follow, judge
+from sprint_jax.parallel.rendezvous import roll_call, split_address
 
 
 def flags(*words):

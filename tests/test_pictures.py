@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from sprint_jax import pictures
-from sprint_jax.errors import UserError
+from sprint_jax.core import pixels as pictures
+from sprint_jax.core.errors import UserError
 
 
 def test_bytes_cover_the_range_and_round():

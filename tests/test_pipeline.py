@@ -11,8 +11,8 @@ from PIL import Image
 from workdirs import STEP, make_workdir
 
 from sprint_jax import SprintPipeline, sample, sampling
-from sprint_jax.errors import UserError
-from sprint_jax.sheet import Cell, draw_sheet
+from sprint_jax.core.errors import UserError
+from sprint_jax.core.sheet import Cell, draw_sheet
 
 PROMPTS = ["a red 3 on blue", "a 7", "a green 5"]
 

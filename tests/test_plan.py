@@ -7,12 +7,14 @@ import jax
 import pytest
 from runs import ROOT, quick_compilation, run_here
 
-from sprint_jax import plan, plan_sweep, topology
-from sprint_jax.config import load_config
-from sprint_jax.hlo import analyze
-from sprint_jax.plan_compile import compile_update, lower
-from sprint_jax.plan_layout import KINDS, algorithm_flops, plan_layout
-from sprint_jax.topology import open_topology, out_of_memory
+from sprint_jax import plan
+from sprint_jax.core.config import load_config
+from sprint_jax.planning import search as plan_sweep
+from sprint_jax.planning import topology
+from sprint_jax.planning.compile import compile_update, lower
+from sprint_jax.planning.hlo import analyze
+from sprint_jax.planning.layout import KINDS, algorithm_flops, plan_layout
+from sprint_jax.planning.topology import open_topology, out_of_memory
 
 GIB = 2**30
 needs_libtpu = pytest.mark.skipif(

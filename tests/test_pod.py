@@ -21,7 +21,7 @@ from runs import (
 from workdirs import make_workdir
 
 from sprint_jax import train
-from sprint_jax.training.peers import LOST_PEER
+from sprint_jax.parallel.peers import LOST_PEER
 
 STAGES = ("flow", "distill")
 STEPS, LONGER, EVERY = 20, 24, 5

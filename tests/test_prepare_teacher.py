@@ -11,14 +11,15 @@ from runs import quick_compilation, read_state, run_here, tiny, words, write_dig
 from workdirs import STEP, make_workdir, random_params, tiny_config
 
 from sprint_jax import prepare_teacher
-from sprint_jax.errors import UserError
+from sprint_jax.checkpoints.checkpoint import load_params
+from sprint_jax.checkpoints.weights import find_weights
+from sprint_jax.core.errors import UserError
+from sprint_jax.core.fingerprint import fingerprint
+from sprint_jax.data import feed
 from sprint_jax.interop import diffusers
 from sprint_jax.models.sana import from_fields
 from sprint_jax.teacher import surgery
-from sprint_jax.training import feed, setup
-from sprint_jax.training.checkpoint import load_params
-from sprint_jax.training.fingerprint import fingerprint
-from sprint_jax.training.weights import find_weights
+from sprint_jax.training import setup
 
 DENSE = tiny_config("flow")["model"]
 OLD = DENSE | {"qk_norm": False, "timestep_scale": 1.0}

@@ -11,10 +11,8 @@ import tokenizers
 from safetensors import safe_open
 from safetensors.numpy import load_file
 
-from sprint_jax.errors import UserError
-from sprint_jax.interop.gemma2 import load_text_encoder
-from sprint_jax.models.gemma2 import Gemma2
-from sprint_jax.prompts import (
+from sprint_jax.core.errors import UserError
+from sprint_jax.encoders.text import (
     BOUNDARY,
     INSTRUCTION,
     INSTRUCTION_NVLABS,
@@ -24,6 +22,8 @@ from sprint_jax.prompts import (
     prepare,
     tokenize,
 )
+from sprint_jax.interop.gemma2 import load_text_encoder
+from sprint_jax.models.gemma2 import Gemma2
 
 STORED = Path(__file__).parent / "parity" / "stored" / "gemma2"
 LENGTH = 12

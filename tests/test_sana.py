@@ -20,7 +20,7 @@ from sana_derivation import (
     setup,
 )
 
-from sprint_jax.errors import UserError
+from sprint_jax.core.errors import UserError
 from sprint_jax.models.blocks import remat
 from sprint_jax.models.layers import LinearAttention
 from sprint_jax.models.sana import SIZES, SanaTransformer, from_fields

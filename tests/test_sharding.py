@@ -8,10 +8,11 @@ from jax.sharding import AxisType, PartitionSpec
 from runs import ROOT
 from sana_derivation import abstract_params
 
-from sprint_jax.config import load_config
-from sprint_jax.errors import UserError
+from sprint_jax.core.config import load_config
+from sprint_jax.core.errors import UserError
 from sprint_jax.models.sana import SIZES
-from sprint_jax.training import setup, sharding
+from sprint_jax.parallel import sharding
+from sprint_jax.training import setup
 from sprint_jax.training.optim import make_optimizer
 
 DIGITS = SIZES["digits"] | dict(guidance_embeds=True, logvar=True)

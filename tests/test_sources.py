@@ -12,11 +12,11 @@ import image_sets
 import numpy as np
 import pytest
 
-from sprint_jax.data.image_records import write_image_records
-from sprint_jax.data.records import Caption, Rejected
+from sprint_jax.core.errors import UserError
 from sprint_jax.data.rejects import check_rejects, read_rejects, reject, write_rejects
-from sprint_jax.data.sources import Concatenation, open_images
-from sprint_jax.errors import UserError
+from sprint_jax.data.sources.image_records import write_image_records
+from sprint_jax.data.sources.open import Concatenation, open_images
+from sprint_jax.data.sources.records import Caption, Rejected
 
 COUNT = 2000
 WRITERS = {

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from sana_derivation import apply, cast, setup
 
-from sprint_jax.errors import UserError
+from sprint_jax.core.errors import UserError
 from sprint_jax.training import accumulate, diagnostics, state
 from sprint_jax.training.state import TrainState
 

@@ -11,8 +11,8 @@ import pytest
 from runs import ROOT, quick_compilation, words, write_digits
 from toy_sweep import FAKE, ToySweep
 
-from sprint_jax.errors import UserError
-from sprint_jax.sweeps.plan import load_rows
+from sprint_jax.core.errors import UserError
+from sprint_jax.sweeps.rows import load_rows
 from sprint_jax.sweeps.submit import job_name
 
 

@@ -13,7 +13,7 @@ from runs import ROOT
 from toy_sweep import FAKE, ToySweep, wait_for
 
 from launch import sweep as command
-from sprint_jax.errors import UserError
+from sprint_jax.core.errors import UserError
 from sprint_jax.sweeps import drive
 from sprint_jax.sweeps import run as run_module
 from sprint_jax.sweeps.report import Ranking, rank

@@ -8,10 +8,10 @@ from runs import ROOT
 from toy_sweep import TOY
 
 from launch import sweep as command
-from sprint_jax.config import load_config
-from sprint_jax.errors import UserError
+from sprint_jax.core.config import load_config
+from sprint_jax.core.errors import UserError
 from sprint_jax.sweeps import chain, product, sweep, zip
-from sprint_jax.sweeps.plan import NAME_LIMIT, folder_name, load_rows
+from sprint_jax.sweeps.rows import NAME_LIMIT, folder_name, load_rows
 
 DIGITS = str(ROOT / "configs" / "digits.py")
 

@@ -9,11 +9,11 @@ import image_sets
 import pytest
 from PIL import Image
 
-from sprint_jax.data import tar_index
-from sprint_jax.data.records import Caption, Rejected
-from sprint_jax.data.tar_index import index_tar, scan_tar
-from sprint_jax.data.tars import open_tars
-from sprint_jax.errors import UserError
+from sprint_jax.core.errors import UserError
+from sprint_jax.data.sources import tar_index
+from sprint_jax.data.sources.records import Caption, Rejected
+from sprint_jax.data.sources.tar_index import index_tar, scan_tar
+from sprint_jax.data.sources.tars import open_tars
 
 PNG = image_sets.encode(Image.effect_noise((30, 20), 99), "PNG")
 

@@ -12,14 +12,15 @@ from runs import quick_compilation, run_here, tiny, write_digits
 from workdirs import make_workdir, random_params, tiny_config
 
 from sprint_jax import losses, teacher_check, trigflow
-from sprint_jax.errors import UserError
+from sprint_jax.core.errors import UserError
+from sprint_jax.data import feed
 from sprint_jax.interop import diffusers
 from sprint_jax.interop.sana import config_from_fields
 from sprint_jax.models.sana import from_fields
+from sprint_jax.parallel.sharding import make_mesh
 from sprint_jax.teacher import measure
 from sprint_jax.teacher.verdict import judge
-from sprint_jax.training import feed, setup
-from sprint_jax.training.sharding import make_mesh
+from sprint_jax.training import setup
 from sprint_jax.training.state import tree_norm
 
 FIELDS = tiny_config("flow")["model"] | {"num_layers": 1}

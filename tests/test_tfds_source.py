@@ -10,11 +10,11 @@ import numpy as np
 import pytest
 import tensorflow_datasets as tfds
 
-from sprint_jax.data.digits import open_digits
-from sprint_jax.data.records import Caption, Rejected
-from sprint_jax.data.sources import open_images
-from sprint_jax.data.tfds_source import open_tfds
-from sprint_jax.errors import UserError
+from sprint_jax.core.errors import UserError
+from sprint_jax.data.sources.open import open_images
+from sprint_jax.data.sources.records import Caption, Rejected
+from sprint_jax.data.sources.tfds_source import open_tfds
+from sprint_jax.digits.scenes import open_digits
 
 
 @pytest.fixture(scope="module")

@@ -4,10 +4,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from sprint_jax.data import digits
-from sprint_jax.data.captions import COLORS, DIGITS, vocabulary
-from sprint_jax.errors import UserError
-from sprint_jax.models.toy import SpaceToDepth, WordEncoder
+from sprint_jax.core.errors import UserError
+from sprint_jax.digits import scenes as digits
+from sprint_jax.digits.captions import COLORS, DIGITS, vocabulary
+from sprint_jax.digits.encoders import SpaceToDepth, WordEncoder
 
 
 def test_word_order_is_visible_and_words_are_told_apart():

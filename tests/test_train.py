@@ -25,9 +25,9 @@ from workdirs import make_workdir
 
 from configs import default
 from sprint_jax import train
-from sprint_jax.config import Config
-from sprint_jax.training import feed
-from sprint_jax.training.checkpoint import load_params
+from sprint_jax.checkpoints.checkpoint import load_params
+from sprint_jax.core.config import Config
+from sprint_jax.data import feed
 
 STAGES = ("flow", "distill")
 STEPS = {"flow": 16, "distill": 16}

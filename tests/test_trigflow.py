@@ -9,7 +9,7 @@ import pytest
 
 from configs import default
 from sprint_jax import trigflow
-from sprint_jax.training import closures
+from sprint_jax.models import functions as closures
 
 SIGMA_D = 0.5
 MEAN, SPREAD = 0.3, 1.7  # of the Gaussian latents; far from 0 and 1 so that no term cancels

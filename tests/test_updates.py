@@ -8,7 +8,8 @@ from runs import assert_same_bits, build, copy, quick_compilation, tiny, write_d
 from workdirs import make_workdir
 
 from sprint_jax import train
-from sprint_jax.training import setup, sharding
+from sprint_jax.parallel import sharding
+from sprint_jax.training import setup
 from sprint_jax.training.accumulate import gradients
 
 STEPS = 20

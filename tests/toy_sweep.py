@@ -11,7 +11,7 @@ from runs import ROOT
 
 from launch import sweep as command
 from sprint_jax.sweeps import drive
-from sprint_jax.sweeps.plan import load_rows
+from sprint_jax.sweeps.rows import load_rows
 
 TOY = """
 from configs import default

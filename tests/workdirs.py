@@ -8,8 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from configs import default
+from sprint_jax.checkpoints.checkpoint import Checkpoints
 from sprint_jax.models.sana import from_fields
-from sprint_jax.training.checkpoint import Checkpoints
 
 STEP = 7
 

@@ -1,1 +1,1 @@
-"""Data: worlds, sources and the loader."""
+"""Batches of any source as a function of (seed, i)."""

@@ -6,9 +6,9 @@ from collections.abc import Sequence
 import numpy as np
 from PIL import Image
 
-from ..errors import UserError
-from ..pictures import SIZES_1024, nearest_size
-from .records import Caption, Rejected, Source
+from ..core.errors import UserError
+from ..core.pixels import SIZES_1024, nearest_size
+from .sources.records import Caption, Rejected, Source
 
 # (height, width) of the published 2K models, from wide to tall (diffusers' ASPECT_RATIO_2048_BIN).
 SIZES_2048 = (

@@ -11,7 +11,7 @@ from typing import Any
 import grain
 import numpy as np
 
-from sprint_jax.errors import UserError
+from sprint_jax.core.errors import UserError
 
 Batch = dict[str, np.ndarray]
 
@@ -42,7 +42,7 @@ def make_batches(
       batch_size: rows of the global batch.
       seed: 0 <= seed < 2**32.
       rows: numbers of the rows of each global batch that this host makes, increasing, such as
-        `training.sharding.local_rows` gives; None for all of them.
+        `parallel.sharding.local_rows` gives; None for all of them.
       shuffle: False keeps the order of the source.
 
     Returns:

@@ -14,17 +14,17 @@ import numpy as np
 import safetensors.numpy
 from tqdm import tqdm
 
-from ..atomic import write_atomic
-from ..errors import UserError
-from ..pictures import nearest_size
+from ..core.errors import UserError
+from ..core.files import write_atomic
+from ..core.pixels import nearest_size
+from ..encoders.load import Encoders, encode_captions, encode_images
 from .buckets import read_fitted
-from .cache import pad_texts
-from .caption_files import choose_caption
-from .encoders import Encoders, encode_captions, encode_images
-from .latents import caption_draws
+from .cached import caption_draws
+from .latents.cache import pad_texts
 from .order import Bucket, Order
-from .records import Rejected, Source
 from .rejects import Reject, check_rejects, read_rejects, reject, reject_line
+from .sources.caption_files import choose_caption
+from .sources.records import Rejected, Source
 
 Batch = dict[str, np.ndarray]
 Size = tuple[int, int]

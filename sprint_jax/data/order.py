@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from sprint_jax.errors import UserError
+from sprint_jax.core.errors import UserError
 
 Bucket = tuple[int, int]
 

@@ -6,9 +6,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from ..atomic import write_atomic
-from ..errors import UserError
-from .records import Rejected
+from ..core.errors import UserError
+from ..core.files import write_atomic
+from .sources.records import Rejected
 
 FIRST = 100  # records seen before their share is judged: at the start a few say nothing
 

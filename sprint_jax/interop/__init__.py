@@ -1,1 +1,1 @@
-"""Weights to and from other libraries: name tables, and the folders that diffusers reads and writes."""
+"""Other libraries' weights: one total name table for each network, both directions."""

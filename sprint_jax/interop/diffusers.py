@@ -8,8 +8,8 @@ from typing import Any
 
 import jax.numpy as jnp
 
-from ..atomic import write_json_atomic
-from ..errors import UserError
+from ..core.errors import UserError
+from ..core.files import write_json_atomic
 from ..models.dc_ae import AutoencoderDC
 from .dc_ae import dc_ae_table
 from .files import load_params, open_safetensors, save_safetensors, write_safetensors

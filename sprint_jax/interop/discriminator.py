@@ -10,7 +10,7 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 
-from ..errors import UserError
+from ..core.errors import UserError
 from ..models.discriminator import init_heads
 from .files import Tensors, load_params, open_safetensors, open_torch, write_safetensors
 from .tables import SAME, Entry, Layout, make_table

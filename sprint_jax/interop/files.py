@@ -17,8 +17,8 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
-from ..atomic import write_json_atomic
-from ..errors import UserError
+from ..core.errors import UserError
+from ..core.files import write_json_atomic
 from .tables import Entry, check_names
 
 Tree = Any
@@ -183,7 +183,7 @@ def load_params(
       tensors: names and shapes must be those of the table.
       dtype: of the result.
       shardings: from the tree of `jax.ShapeDtypeStruct` to that of shardings, e.g. a partial
-        `training.sharding.state_shardings`; by default all goes to the default device.
+        `parallel.sharding.state_shardings`; by default all goes to the default device.
 
     Raises:
       UserError: see `tables.check_names`.

@@ -9,8 +9,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from ..atomic import write_json_atomic
-from ..errors import UserError
+from ..core.errors import UserError
+from ..core.files import write_json_atomic
 from ..models.gemma2 import Gemma2
 from .files import Tensors, load_params, open_safetensors, save_safetensors
 from .tables import LINEAR, SAME, Entry, make_table

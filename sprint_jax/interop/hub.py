@@ -7,7 +7,7 @@ from pathlib import Path
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import GatedRepoError, HFValidationError, RepositoryNotFoundError
 
-from ..errors import UserError
+from ..core.errors import UserError
 
 # What a pipeline needs: no pickles, no other framework's weights, no pictures of a model card.
 _FILES = ["*.json", "*.safetensors", "tokenizer/*"]

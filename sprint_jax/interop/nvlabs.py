@@ -13,7 +13,7 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
-from ..errors import UserError
+from ..core.errors import UserError
 from .diffusers import logvar_table
 from .files import Tensors, import_torch, load_params, open_torch, to_torch
 from .sana import sana_table

@@ -6,7 +6,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from ..errors import UserError
+from ..core.errors import UserError
 from ..models.sana import SanaTransformer, from_fields
 from .tables import DEPTHWISE, LINEAR, POINTWISE, SAME, Entry, Layout, make_table
 

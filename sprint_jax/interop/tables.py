@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 import jax
 
-from ..errors import UserError
+from ..core.errors import UserError
 
 Tree = Any
 

@@ -1,1 +1,1 @@
-"""Numbers about samples."""
+"""Numbers about pictures, whoever drew them."""

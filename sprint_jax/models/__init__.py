@@ -1,1 +1,1 @@
-"""Networks and encoders."""
+"""Networks as pure functions of (params, inputs): no files, no data, no mesh."""

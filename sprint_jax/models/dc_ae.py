@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from einops import rearrange
 from flax import linen as nn
 
-from ..errors import UserError
+from ..core.errors import UserError
 from .convolution import Conv3x3, depthwise_conv, group_mean, pixel_shuffle, pixel_unshuffle
 from .layers import GLUMBConv, Linear, RMSNorm, linear_attention, wide
 from .tiling import Tiling

@@ -17,7 +17,7 @@ import numpy as np
 from einops import rearrange
 from flax import linen as nn
 
-from ..errors import UserError
+from ..core.errors import UserError
 from .layers import Linear, wide
 
 Array = jax.Array

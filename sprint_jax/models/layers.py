@@ -228,7 +228,7 @@ class GLUMBConv(nn.Module):
     """Gated convolutional MLP: 1x1 to 2h, SiLU, depthwise 3x3, value times SiLU(gate), 1x1 back.
 
     The first half of the depthwise output is the value, the second the gate; or of each of ``groups``
-    parts of it, for weights regrouped by `training.sharding.Partition.gather`.
+    parts of it, for weights regrouped by `parallel.sharding.Partition.gather`.
     """
 
     features: int

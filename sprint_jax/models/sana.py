@@ -16,7 +16,7 @@ from einops import rearrange
 from flax import linen as nn
 from jax.ad_checkpoint import checkpoint_name
 
-from ..errors import UserError
+from ..core.errors import UserError
 from .blocks import POLICIES, compute_params, remat, run_blocks
 from .layers import (
     CaptionProjection,
@@ -82,7 +82,7 @@ class SanaTransformer(nn.Module):
       remat: what the backward pass recomputes, a name that `remat` accepts.
       scan: run the stacked blocks by `lax.scan`; False unrolls them (slower to compile).
       partition: where weights in use and activations lie on a mesh of several devices, as
-        `training.sharding.Partition`; None leaves it to the compiler.
+        `parallel.sharding.Partition`; None leaves it to the compiler.
     """
 
     in_channels: int = 32

@@ -17,7 +17,7 @@ import itertools
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from ..errors import UserError
+from ..core.errors import UserError
 
 Overrides = dict[str, Any]
 

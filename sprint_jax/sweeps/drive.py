@@ -5,8 +5,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from ..errors import UserError
-from .plan import Row
+from ..core.errors import UserError
 from .report import (
     PICTURE,
     RESULTS,
@@ -17,6 +16,7 @@ from .report import (
     unknown_metrics,
     write_results,
 )
+from .rows import Row
 from .run import TRAIN, Progress, Result, run_rows
 from .submit import POD, sbatch_command, submit_rows
 

@@ -8,9 +8,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from ..atomic import write_atomic
-from ..errors import UserError
-from .plan import Row
+from ..core.errors import UserError
+from ..core.files import write_atomic
+from .rows import Row
 from .run import Result
 
 RESULTS, PICTURE = "results.csv", "results.png"

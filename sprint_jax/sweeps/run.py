@@ -17,9 +17,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
 
-from ..errors import UserError
+from ..core.errors import UserError
 from ..training.setup import LOG_FILE
-from .plan import Row
+from .rows import Row
 
 TRAIN = (sys.executable, "-m", "sprint_jax.train")
 LINE_LIMIT = 300

@@ -4,9 +4,9 @@ import hashlib
 import subprocess
 from collections.abc import Callable, Sequence
 
-from ..errors import UserError
+from ..core.errors import UserError
 from ..training.setup import LOG_FILE
-from .plan import Row
+from .rows import Row
 from .run import LINE_LIMIT, Result
 
 SCRIPT = "launch/slurm.sbatch"

@@ -15,8 +15,8 @@ import numpy as np
 
 from .. import losses, sampling, trigflow
 from ..models.sana import SanaTransformer
+from ..parallel.sharding import in_use
 from ..training.diagnostics import BINS, tangent_checks
-from ..training.sharding import in_use
 from ..training.state import tree_norm
 
 Array = jax.Array

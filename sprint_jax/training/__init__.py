@@ -1,1 +1,1 @@
-"""What a training run needs around its losses: optimizers, checkpoints, logs, state, sharding."""
+"""One run: stages, updates, state, optimizer, log."""

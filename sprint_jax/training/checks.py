@@ -4,11 +4,11 @@ from pathlib import Path
 
 import jax
 
-from ..config import Config, diff
-from ..errors import UserError
+from ..checkpoints.weights import read_workdir_config
+from ..core.config import Config, diff
+from ..core.errors import UserError
+from ..parallel.sharding import batch_ways
 from .setup import LOG_FILE, PREPARED
-from .sharding import batch_ways
-from .weights import read_workdir_config
 
 
 def check_workdir(workdir: Path, c: Config) -> None:

@@ -19,8 +19,8 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
-from ..atomic import write_atomic
-from ..errors import UserError
+from ..core.errors import UserError
+from ..core.files import write_atomic
 from .board import Board
 
 SYNC_SECONDS = 5.0

@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from ..errors import UserError
+from ..core.errors import UserError
 
 Array = jax.Array
 Tree = Any

@@ -11,11 +11,11 @@ from einops import rearrange
 from PIL import Image
 
 from .. import sampling, trigflow
-from ..config import Config
-from ..pictures import to_bytes
-from .feed import Data
+from ..core.config import Config
+from ..core.pixels import to_bytes
+from ..data.feed import Data
+from ..parallel.sharding import batch_ways, replicated
 from .setup import Nets
-from .sharding import batch_ways, replicated
 
 Tree = Any
 

@@ -6,7 +6,7 @@ from typing import Any
 
 import jax
 
-from ..errors import UserError
+from ..core.errors import UserError
 
 
 class Profile:

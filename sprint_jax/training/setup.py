@@ -13,15 +13,15 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from ..config import Config
-from ..errors import UserError
+from ..checkpoints.weights import Weights, find_weights
+from ..core.config import Config
+from ..core.errors import UserError
+from ..core.fingerprint import fingerprint
+from ..data.feed import Data, batch_shapes
 from ..models.blocks import compute_params
 from ..models.discriminator import DiscriminatorHeads, init_heads
 from ..models.sana import SanaTransformer, from_fields
-from .feed import Data, batch_shapes
-from .fingerprint import fingerprint
-from .optim import make_optimizer
-from .sharding import (
+from ..parallel.sharding import (
     Partition,
     batch_sharding,
     make_mesh,
@@ -29,8 +29,8 @@ from .sharding import (
     replicated,
     state_shardings,
 )
+from .optim import make_optimizer
 from .state import TrainState, overlay
-from .weights import Weights, find_weights
 
 Tree = Any
 LOG_FILE = "log.txt"  # what a run prints, where nobody watches it

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from ..errors import UserError
+from ..core.errors import UserError
 
 Tree = Any
 

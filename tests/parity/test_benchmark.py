@@ -5,8 +5,9 @@ import json
 import pytest
 from tiny_pipeline import saved, tiny_pipeline
 
-from sprint_jax import benchmark, inference_parts, workloads
-from sprint_jax.errors import UserError
+from sprint_jax import benchmark
+from sprint_jax.benchmarking import inference_parts, workloads
+from sprint_jax.core.errors import UserError
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 

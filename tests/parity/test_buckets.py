@@ -6,8 +6,8 @@ from diffusers.image_processor import PixArtImageProcessor
 from diffusers.pipelines.pixart_alpha import pipeline_pixart_alpha, pipeline_pixart_sigma
 from diffusers.pipelines.sana import pipeline_sana
 
+from sprint_jax.core.pixels import nearest_size
 from sprint_jax.data.buckets import size_table
-from sprint_jax.pictures import nearest_size
 
 TABLES = {
     256: pipeline_pixart_alpha.ASPECT_RATIO_256_BIN,

@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from torch import nn
 from torch.nn.utils import spectral_norm
 
-from sprint_jax.errors import UserError
+from sprint_jax.core.errors import UserError
 from sprint_jax.interop.discriminator import load_heads, save_heads
 from sprint_jax.models.discriminator import DiscriminatorHeads, init_heads, update_spectral
 

@@ -17,9 +17,9 @@ from tiny_pipeline import centered
 from workdirs import make_workdir
 
 from sprint_jax import SprintPipeline, export, sampling
+from sprint_jax.checkpoints.checkpoint import load_params
+from sprint_jax.encoders.text import INSTRUCTION
 from sprint_jax.models.sana import from_fields
-from sprint_jax.prompts import INSTRUCTION
-from sprint_jax.training.checkpoint import load_params
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 

@@ -11,11 +11,11 @@ import pytest
 import torch
 from reference import tiny_sana
 
-from sprint_jax.errors import UserError
+from sprint_jax.checkpoints.weights import find_weights
+from sprint_jax.core.errors import UserError
 from sprint_jax.interop import diffusers, nvlabs
 from sprint_jax.interop.sana import example_inputs
 from sprint_jax.models.sana import SIZES, from_fields
-from sprint_jax.training.weights import find_weights
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 STUDENT = {"guidance_embeds": True, "patch_size": 2, "out_channels": 6}

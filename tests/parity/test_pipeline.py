@@ -13,8 +13,9 @@ from PIL import Image
 from reference import channels_first, channels_last
 from tiny_pipeline import PROMPTS, saved, tiny_pipeline
 
-from sprint_jax import SprintPipeline, pictures
-from sprint_jax.training.sharding import make_mesh
+from sprint_jax import SprintPipeline
+from sprint_jax.core import pixels as pictures
+from sprint_jax.parallel.sharding import make_mesh
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 

@@ -13,8 +13,7 @@ from diffusers import SanaPipeline, SanaSprintPipeline
 from reference import tiny_gemma2, tiny_tokenizer
 from transformers import Gemma2Model, GemmaTokenizer
 
-from sprint_jax.interop.gemma2 import load_text_encoder
-from sprint_jax.prompts import (
+from sprint_jax.encoders.text import (
     BOUNDARY,
     INSTRUCTION,
     INSTRUCTION_NVLABS,
@@ -22,6 +21,7 @@ from sprint_jax.prompts import (
     load_tokenizer,
     tokenize,
 )
+from sprint_jax.interop.gemma2 import load_text_encoder
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 

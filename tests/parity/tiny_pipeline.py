@@ -6,7 +6,7 @@ import diffusers
 import torch
 from reference import randomize, tiny_dc_ae, tiny_gemma2, tiny_tokenizer
 
-from sprint_jax.prompts import INSTRUCTION
+from sprint_jax.encoders.text import INSTRUCTION
 
 PROMPTS = ["A red cat on a wall", "", "two dogs, in oil"]
 TINY_SANA = dict(

@@ -1,0 +1,1 @@
+"""Whole pipelines on disk: workdirs, diffusers folders, StableHLO."""

@@ -1,0 +1,183 @@
+"""Pipeline folders of diffusers (SanaSprintPipeline, SanaPipeline) around a trained transformer.
+
+Autoencoder, text encoder and tokenizer come from another pipeline folder, the base. Without one the
+folder says that they are not there, and diffusers wants them as arguments, or ``None``.
+"""
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from ..core.errors import UserError
+from ..core.files import write_json_atomic
+from ..core.fingerprint import fingerprint
+from ..interop.diffusers import load_transformer, read_config, save_transformer
+from ..models.sana import SanaTransformer, from_fields
+
+PARTS = ("vae", "text_encoder", "tokenizer")  # what a base gives
+
+# The only times that diffusers' Sprint pipelines show a network, whatever its config says.
+SPRINT_TIMESTEP_SCALE = 0.001
+
+
+def check_fields(fields: dict[str, Any], student: bool) -> None:
+    """Refuses a transformer that diffusers' pipelines would run otherwise than it was trained.
+
+    Args:
+      fields: of SanaTransformer.
+      student: whether it goes into a SanaSprintPipeline.
+
+    Raises:
+      UserError: a student's times are not those of Sprint.
+    """
+    scale = from_fields(fields).timestep_scale
+    if student and scale != SPRINT_TIMESTEP_SCALE:
+        raise UserError(
+            f"model.timestep_scale is {scale}: diffusers' Sprint pipelines show a student times in "
+            f"[0, 1], which is {SPRINT_TIMESTEP_SCALE}, so this student would draw something else there; "
+            "export it with --format stablehlo"
+        )
+
+
+def check_base(base: Path, index: dict[str, Any], fields: dict[str, Any]) -> None:
+    """Refuses a base whose parts are not there, or do not fit the transformer.
+
+    Args:
+      base: a pipeline folder of diffusers.
+      index: its ``model_index.json``.
+      fields: of SanaTransformer.
+
+    Raises:
+      UserError: a part or its weights are missing, the autoencoder is no AutoencoderDC or has other latent
+        channels, or the text encoder has another width.
+    """
+    model = from_fields(fields)
+    for part in PARTS:
+        if not (base / part).is_dir() or index.get(part, [None])[0] is None:
+            raise UserError(f"--base {base} has no {part}: give a whole pipeline folder")
+        weights = [*(base / part).glob("*.safetensors"), *(base / part).glob("*.bin")]
+        if part != "tokenizer" and not weights:
+            raise UserError(f"--base {base}: {part} has no weights")
+    channels = read_config(base / "vae", "AutoencoderDC").get("latent_channels")
+    if channels != model.in_channels:
+        raise UserError(
+            f"--base {base}: the autoencoder has {channels} latent channels, the trained transformer "
+            f"{model.in_channels}"
+        )
+    path = base / "text_encoder" / "config.json"
+    try:
+        width = json.loads(path.read_text(encoding="utf-8"))["hidden_size"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{path} has no hidden_size that can be read: {error!r}") from error
+    if width != model.caption_channels:
+        raise UserError(
+            f"--base {base}: the text encoder has {width} features, the trained transformer takes "
+            f"{model.caption_channels}"
+        )
+
+
+def base_bytes(base: Path) -> int:
+    """What the parts of a base take on disk."""
+    files = (path for part in PARTS for path in (base / part).rglob("*") if path.is_file())
+    return sum(path.stat().st_size for path in files)
+
+
+def save_pipeline(
+    folder: Path,
+    fields: dict[str, Any],
+    params: Any,
+    dtype: Any,
+    *,
+    student: bool,
+    sigma_d: float,
+    shift: float,
+    base: Path | None = None,
+    base_index: dict[str, Any] | None = None,
+) -> None:
+    """Writes a folder for ``SanaSprintPipeline.from_pretrained`` or, of a teacher, ``SanaPipeline``'s.
+
+    Args:
+      folder: an existing one, empty.
+      fields, params: of SanaTransformer; dtype: of the weights written.
+      sigma_d: standard deviation of TrigFlow's data, for a student's scheduler.
+      shift: resolution shift of flow times, for a teacher's.
+      base, base_index: see `check_base`.
+    """
+    save_transformer(folder / "transformer", fields, params, dtype)
+    scheduler = scheduler_config(student, sigma_d, shift)
+    (folder / "scheduler").mkdir()
+    write_json_atomic(folder / "scheduler" / "scheduler_config.json", scheduler)
+    for part in PARTS if base else ():
+        # Folders of the hub's cache hold links; what they lead to is copied.
+        shutil.copytree(base / part, folder / part)
+    index = {
+        "_class_name": "SanaSprintPipeline" if student else "SanaPipeline",
+        "transformer": ["diffusers", "SanaTransformer2DModel"],
+        "scheduler": ["diffusers", scheduler["_class_name"]],
+    }
+    index |= {part: base_index[part] if base else [None, None] for part in PARTS}
+    write_json_atomic(folder / "model_index.json", index)
+
+
+def scheduler_config(student: bool, sigma_d: float, shift: float) -> dict[str, Any]:
+    """The config of diffusers' SCMScheduler or, for a teacher, of its DPM-Solver++ on flow sigmas."""
+    if student:
+        return {
+            "_class_name": "SCMScheduler",
+            "num_train_timesteps": 1000,
+            "prediction_type": "trigflow",
+            "sigma_data": sigma_d,
+        }
+    return {
+        "_class_name": "DPMSolverMultistepScheduler",
+        "algorithm_type": "dpmsolver++",
+        "final_sigmas_type": "zero",
+        "flow_shift": shift,
+        "lower_order_final": True,
+        "num_train_timesteps": 1000,
+        "prediction_type": "flow_prediction",
+        "solver_order": 2,
+        "solver_type": "midpoint",
+        "use_flow_sigmas": True,
+    }
+
+
+def check_saved(folder: Path, fields: dict[str, Any], params: Any, dtype: Any) -> None:
+    """Loads a written transformer and compares it with the one it should be.
+
+    Every bit of the parameters, and the network's outputs on fixed random inputs, must be those of
+    ``params`` rounded to ``dtype``.
+
+    Raises:
+      UserError: they are not, or outputs are not finite.
+    """
+    loaded_fields, loaded = load_transformer(folder, dtype)
+    params = jax.tree.map(lambda leaf: leaf.astype(dtype), params)
+    if fingerprint(loaded) != fingerprint(params):
+        raise UserError(f"{folder} does not read back as it was written; is the disk sound?")
+    # Memory and compilation choices, which diffusers' config does not hold: they move roundings.
+    loaded_fields |= {key: fields[key] for key in ("scan", "remat") if key in fields}
+    expected = _outputs(from_fields(fields, dtype="float32", logvar=False), params)
+    found = _outputs(from_fields(loaded_fields, dtype="float32", logvar=False), loaded)
+    if not np.isfinite(expected).all():
+        raise UserError("the network's outputs are not finite: the checkpoint is of a failed run")
+    if not np.array_equal(found, expected):
+        raise UserError(
+            f"{folder} holds another network than the workdir: its config is not the same"
+        )
+
+
+def _outputs(model: SanaTransformer, params: Any) -> np.ndarray:
+    random = np.random.default_rng(0)
+    size = (2, 2 * model.patch_size, 3 * model.patch_size, model.in_channels)
+    x = jnp.asarray(random.standard_normal(size), jnp.float32)
+    text = jnp.asarray(random.standard_normal((2, 5, model.caption_channels)), jnp.float32)
+    mask = jnp.asarray([[1, 1, 1, 1, 1], [1, 1, 0, 0, 0]], jnp.int32)
+    guidance = jnp.asarray([0.45, 0.3]) if model.guidance_embeds else None
+    inputs = (x, jnp.asarray([0.3, 1.0]), text, mask, guidance)
+    return np.asarray(jax.jit(model.apply)({"params": params}, *inputs))

@@ -1,0 +1,1 @@
+"""Our programs beside others': workloads, paired rounds, the torch networks to compare with."""

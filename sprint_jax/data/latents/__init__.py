@@ -1,0 +1,1 @@
+"""Encoded records on disk: what `encode` writes and training reads."""

@@ -1,0 +1,1 @@
+"""Random access to images and captions: folders, tars, records, TFDS."""

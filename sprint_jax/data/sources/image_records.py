@@ -1,0 +1,152 @@
+"""ArrayRecord files of images: one record for an image, as safetensors, which any language reads.
+
+A record holds three arrays of bytes: ``key`` (UTF-8), ``image`` (the content of an image file, as it was)
+and ``captions`` (UTF-8, JSON as `caption_files` describes; empty for none). `write_image_records` writes
+such files.
+"""
+
+import bisect
+import os
+import re
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+import numpy as np
+import safetensors.numpy
+from array_record.python import array_record_data_source, array_record_module
+
+from ...core.errors import UserError
+from .caption_files import captions_beside, dump_captions
+from .images import MAX_PIXELS, decode_image, measure_image
+from .records import Caption, Record, Rejected, fingerprint, hash_identity
+
+FIELDS = ("key", "image", "captions")
+PATTERN = re.compile(r".*\.array_?record(-\d+-of-\d+)?")  # of file names
+
+
+def write_image_records(
+    path: str | os.PathLike, images: Iterable[tuple[str, bytes, Sequence[Caption] | str]]
+) -> int:
+    """Writes an ArrayRecord file that is whole or not there; replaces one that was.
+
+    Args:
+      path: of the file, such as ``cats.array_record`` or ``cats.array_record-00000-of-00002``.
+      images: of each image its key, the content of its file, and its captions or only caption.
+
+    Returns:
+      The number of images.
+
+    Raises:
+      UserError: a name of another form, a file that cannot be written, a key that is empty or comes
+        twice, text that is not Unicode, a weight or score that is not finite.
+    """
+    path = Path(path).expanduser()
+    if not PATTERN.fullmatch(path.name):
+        raise UserError(f"{path} must end with .array_record or .array_record-00000-of-00001")
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    keys = set()
+    try:
+        # Groups of one record, so that one is read without others; images are compressed already.
+        writer = array_record_module.ArrayRecordWriter(str(temporary), "group_size:1,uncompressed")
+        try:
+            for key, data, captions in images:
+                if not key or key in keys:
+                    raise UserError(f"{path}: key {key!r} is empty or comes twice")
+                keys.add(key)
+                writer.write(_pack(key, data, captions))
+        finally:
+            writer.close()
+        with temporary.open("rb") as file:
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    except (OSError, RuntimeError) as error:  # the library reports its errors as RuntimeError
+        raise UserError(f"cannot write {path}: {error}") from error
+    finally:
+        temporary.unlink(missing_ok=True)
+    return len(keys)
+
+
+def _pack(key: str, data: bytes, captions: Sequence[Caption] | str) -> bytes:
+    captions = (Caption(captions),) if isinstance(captions, str) else captions
+    try:
+        parts = (key.encode(), bytes(data), dump_captions(captions))
+    except ValueError as error:  # half of a surrogate pair, or a weight that is not finite
+        raise UserError(f"image {key!r} cannot be written: {error}") from error
+    arrays = [np.frombuffer(part, np.uint8) for part in parts]
+    return safetensors.numpy.save(dict(zip(FIELDS, arrays, strict=True)))
+
+
+class ArrayRecordSource:
+    """The images of ArrayRecord files in their order; see `open_array_records`."""
+
+    def __init__(
+        self,
+        records: array_record_data_source.ArrayRecordDataSource,
+        starts: Sequence[tuple[str, int]],
+        name: str,
+        identity: str,
+        max_pixels: int,
+    ):
+        self.name, self.identity = name, identity
+        self._records, self._starts, self._max_pixels = records, starts, max_pixels
+
+    def __len__(self) -> int:
+        return len(self._records)
+
+    def __getitem__(self, index: int) -> Record:
+        """The record; raises `Rejected`."""
+        key, data, captions = self._read(index)
+        image = decode_image(data, key, max_pixels=self._max_pixels)
+        return Record(key, image, captions_beside(key, json_bytes=captions or None))
+
+    def measure(self, index: int) -> tuple[str, tuple[int, int]]:
+        """Key and (height, width), from the headers of the image; raises `Rejected`."""
+        key, data, _ = self._read(index)
+        return key, measure_image(data, key, max_pixels=self._max_pixels)
+
+    def _read(self, index: int) -> tuple[str, bytes, bytes]:
+        if not 0 <= index < len(self):
+            raise IndexError(index)
+        file, start = self._starts[bisect.bisect(self._starts, index, key=lambda at: at[1]) - 1]
+        where = f"{file}@{index - start}"
+        try:
+            record = self._records[index]
+        except (RuntimeError, ValueError, OSError) as error:
+            raise Rejected(where, f"broken record: {error}") from error
+        try:
+            arrays = safetensors.numpy.load(record)
+            key, image, captions = (arrays[field].tobytes() for field in FIELDS)
+            return key.decode(), image, captions
+        except (safetensors.SafetensorError, KeyError, ValueError) as error:
+            what = f"bad record: not as sprint_jax.data.sources.image_records describes: {error}"
+            raise Rejected(where, what) from error
+
+
+def open_array_records(
+    paths: Sequence[str | os.PathLike], *, name: str | None = None, max_pixels: int = MAX_PIXELS
+) -> ArrayRecordSource:
+    """Opens ArrayRecord files of images, one after the other.
+
+    Args:
+      paths: of the files.
+      name: of the source in messages; the paths if left out.
+      max_pixels: see `images.decode_image`.
+
+    Raises:
+      UserError: a file that is missing or broken, or no record in any of them.
+    """
+    files = [Path(path).expanduser() for path in paths]
+    name = ", ".join(map(str, files)) if name is None else name
+    starts, total = [], 0
+    for file in files:
+        try:
+            count = len(array_record_data_source.ArrayRecordDataSource([str(file)]))
+        except (RuntimeError, ValueError, OSError) as error:
+            raise UserError(f"{file} is not a whole ArrayRecord file: {error}") from error
+        starts.append((file.name, total))
+        total += count
+    if not total:
+        raise UserError(f"{name} has no record")
+    records = array_record_data_source.ArrayRecordDataSource([str(file) for file in files])
+    identity = hash_identity("array_record", [max_pixels, *map(fingerprint, files)])
+    return ArrayRecordSource(records, starts, name, identity, max_pixels)

@@ -1,0 +1,283 @@
+"""One mesh and one rule: how state, weights in use and batches lie on the devices.
+
+Mesh axes: ``data`` replicates parameters, ``fsdp`` splits them between uses, ``tensor`` splits the work
+of each layer as well (heads of the attentions, hidden channels of the MLP). Batches are split over
+``data`` and ``fsdp``. Each axis is a product of two parts: one between slices, over the data-center
+network (DCN), and one inside a slice, over its own interconnect (ICI). The axes are Auto, so GSPMD
+propagates shardings through any Linen module; `jax.make_mesh` defaults to Explicit axes, under which
+Linen's Dense raises.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+from einops import rearrange
+from jax.experimental import mesh_utils, multihost_utils
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+from ..core.errors import UserError
+
+Tree = Any
+
+AXES = ("data", "fsdp", "tensor")
+BATCH_AXES = ("data", "fsdp")
+
+# Megatron's pairs: the first of two layers splits its outputs over ``tensor``, the second its inputs.
+SPLITS_OUTPUTS = ("to_q", "to_k", "to_v", "conv_inverted", "conv_depth")
+SPLITS_INPUTS = ("to_out_0", "conv_point")
+GLU = ("conv_inverted", "conv_depth")  # whose outputs are [values | gates]
+
+SMALLEST = 16  # numbers in an array that is worth splitting; counters are not
+
+
+def make_mesh(
+    data: int = -1,
+    fsdp: int = 1,
+    tensor: int = 1,
+    *,
+    dcn_data: int = -1,
+    dcn_fsdp: int = 1,
+    dcn_tensor: int = 1,
+    devices: Sequence[jax.Device] | None = None,
+) -> Mesh:
+    """A mesh with axes ``data, fsdp, tensor``; one size of each three may be -1, "what is left".
+
+    Args:
+      data, fsdp, tensor: sizes inside a slice; their product is the number of devices of a slice.
+      dcn_data, dcn_fsdp, dcn_tensor: sizes between slices; their product is the number of slices.
+      devices: all by default. Those that tell a ``slice_index`` form slices by it, others are one.
+
+    Raises:
+      UserError: exit code 2, naming the sizes, if a product is not the number to be covered.
+    """
+    devices = jax.devices() if devices is None else list(devices)
+    slices = len({getattr(device, "slice_index", 0) for device in devices})
+    inner = _fill({"data": data, "fsdp": fsdp, "tensor": tensor}, len(devices) // slices, "devices")
+    outer = _fill(
+        {"dcn_data": dcn_data, "dcn_fsdp": dcn_fsdp, "dcn_tensor": dcn_tensor}, slices, "slices"
+    )
+    # A size need not be that of a physical axis: 64 of 16x16 chips are one and a quarter of the other.
+    split = {"allow_split_physical_axes": True}
+    if slices == 1:
+        placed = mesh_utils.create_device_mesh(inner, devices, **split)
+    else:
+        placed = mesh_utils.create_hybrid_device_mesh(inner, outer, devices, **split)
+    return Mesh(placed, AXES, axis_types=(AxisType.Auto,) * len(AXES))
+
+
+def _fill(sizes: dict[str, int], count: int, what: str) -> tuple[int, ...]:
+    """The sizes with -1 replaced, once it is sure that their product is ``count``."""
+    unknown = [name for name, size in sizes.items() if size == -1]
+    wrong = [name for name, size in sizes.items() if size < 1 and size != -1]
+    known = int(np.prod([size for size in sizes.values() if size > 0]))
+    wanted = f"mesh {' x '.join(f'{name}={size}' for name, size in sizes.items())}"
+    if wrong:
+        raise UserError(f"{wanted}: {wrong[0]} must be at least 1, or -1 for what is left", 2)
+    if len(unknown) > 1:
+        raise UserError(f"{wanted}: only one of {' and '.join(unknown)} may be -1", 2)
+    if count % known or not (unknown or known == count):
+        # The axis at which the product stops dividing, or the one to fill up with.
+        products = dict(
+            zip(sizes, np.cumprod([max(size, 1) for size in sizes.values()]), strict=True)
+        )
+        at = next((name for name, product in products.items() if count % product), None)
+        hint = f"{at} does not fit" if at else f"set {next(iter(sizes))}=-1 to use all of them"
+        raise UserError(f"{wanted} does not cover {count} {what}: {hint}", 2)
+    return tuple(count // known if size == -1 else size for size in sizes.values())
+
+
+def replicated(mesh: Mesh) -> NamedSharding:
+    """Every device holds the whole array."""
+    return NamedSharding(mesh, PartitionSpec())
+
+
+def batch_sharding(mesh: Mesh) -> NamedSharding:
+    """The leading axis is split over ``data`` and ``fsdp``."""
+    return NamedSharding(mesh, PartitionSpec(BATCH_AXES))
+
+
+def batch_ways(mesh: Mesh) -> int:
+    """Into how many parts a batch is split."""
+    return mesh.shape["data"] * mesh.shape["fsdp"]
+
+
+def state_shardings(mesh: Mesh, state: Tree) -> Tree:
+    """Shardings for params, EMA and optimizer state at rest: every array is split as far as it can be.
+
+    ``tensor`` takes the axis along which the layer's work is split (`SPLITS_OUTPUTS`,
+    `SPLITS_INPUTS`), ``fsdp`` the larger of the last two axes that is free and that it divides; what is
+    left of ``tensor`` goes to another axis. The layers' axis of stacked blocks is never split, nor are
+    arrays of fewer than `SMALLEST` numbers. What no size divides is replicated.
+
+    Args:
+      state: pytree of arrays or ShapeDtypeStructs.
+    """
+    return _by_rule(mesh, state, _at_rest)
+
+
+def _names(path) -> list[str]:
+    return [str(getattr(entry, "key", getattr(entry, "name", ""))) for entry in path]
+
+
+def _by_rule(mesh: Mesh, tree: Tree, rule: Callable) -> Tree:
+    sizes = {axis: size for axis, size in mesh.shape.items() if size > 1}
+    return jax.tree_util.tree_map_with_path(
+        lambda path, leaf: NamedSharding(mesh, rule(_names(path), leaf.shape, sizes)), tree
+    )
+
+
+def _split_axis(names: Sequence[str], rank: int) -> int | None:
+    """The axis of a leaf along which ``tensor`` splits its layer's work."""
+    if any(name in SPLITS_OUTPUTS for name in names):
+        return rank - 1
+    if any(name in SPLITS_INPUTS for name in names) and names[-1] == "kernel":
+        return rank - 2
+    return None
+
+
+def _at_rest(names: Sequence[str], shape: tuple[int, ...], sizes: dict[str, int]) -> PartitionSpec:
+    """The rule of `state_shardings` for one leaf.
+
+    Args:
+      names: keys on the way to it, such as ``["transformer_blocks", "ff", "conv_point", "kernel"]``.
+      shape: of the leaf.
+      sizes: of the mesh axes that have more than one device.
+    """
+    rank = len(shape)
+    first = 1 if "transformer_blocks" in names else 0
+    free = list(range(max(first, rank - 2), rank)) if np.prod(shape) >= SMALLEST else []
+    placed: dict[int, str] = {}
+
+    def place(axis: str, choices: Sequence[int]) -> None:
+        for choice in choices if axis in sizes and axis not in placed.values() else ():
+            if choice in free and shape[choice] % sizes[axis] == 0:
+                placed[choice] = axis
+                free.remove(choice)
+                return
+
+    # The halves of a GLU are regrouped before use (`Partition.gather`): their axis is no place for it.
+    if not set(GLU) & set(names):
+        place("tensor", [_split_axis(names, rank)])
+    # Of equal axes the last.
+    place("fsdp", sorted(free, key=lambda axis: (-shape[axis], -axis)))
+    place("tensor", list(free))
+    return PartitionSpec(*(placed.get(axis) for axis in range(rank))) if placed else PartitionSpec()
+
+
+def _while_used(
+    names: Sequence[str], shape: tuple[int, ...], sizes: dict[str, int]
+) -> PartitionSpec:
+    """How a leaf of a block lies while it is used: split over ``tensor`` alone, if its layer is."""
+    axis = _split_axis(names, len(shape))
+    if "tensor" not in sizes or axis is None:
+        return PartitionSpec()
+    halves = 2 if set(GLU) & set(names) else 1
+    if shape[axis] % (halves * sizes["tensor"]):
+        return PartitionSpec()
+    return PartitionSpec(*("tensor" if i == axis else None for i in range(len(shape))))
+
+
+class Partition(NamedTuple):
+    """What a network asks of the compiler while it runs; a static field of its module.
+
+    Without it, GSPMD keeps the weights where they lie and moves the far larger activations.
+    """
+
+    mesh: Mesh
+
+    def batch(self, x: jax.Array) -> jax.Array:
+        """An activation [B, ...] split over its batch alone."""
+        return jax.lax.with_sharding_constraint(x, batch_sharding(self.mesh))
+
+    def ways(self, hidden: int) -> int:
+        """Into how many parts ``tensor`` splits a GLU of this width; 1 where it does not divide it."""
+        size = self.mesh.shape["tensor"]
+        return 1 if hidden % size else size
+
+    def gather(self, params: Tree) -> Tree:
+        """Parameters as their use needs them, and their gradients back as the state lies.
+
+        Weights are gathered over ``fsdp`` for this use only, and their gradients leave it summed and
+        scattered (ZeRO 3). Stacked blocks are left alone: the scan gathers one block at a time. The
+        last axis of a GLU's first layers, [values | gates], is regrouped into ``ways`` parts that
+        hold values and gates of the same channels, so that no product crosses devices.
+        """
+        sizes = {axis: size for axis, size in self.mesh.shape.items() if size > 1}
+
+        def move(path, leaf):
+            names = _names(path)
+            if "transformer_blocks" in names:
+                return leaf
+            home = NamedSharding(self.mesh, _at_rest(names, leaf.shape, sizes))
+            there = NamedSharding(self.mesh, _while_used(names, leaf.shape, sizes))
+            if not set(GLU) & set(names) or there.spec == PartitionSpec():
+                return _there_and_back(leaf, there, home)
+            leaf = _there_and_back(leaf, replicated(self.mesh), home)
+            ways = self.ways(leaf.shape[-1] // 2)
+            leaf = rearrange(leaf, "... (two n c) -> ... (n two c)", two=2, n=ways)
+            return jax.lax.with_sharding_constraint(leaf, there)
+
+        return jax.tree_util.tree_map_with_path(move, params)
+
+
+def in_use(model, params: Tree) -> Tree:
+    """``params`` as ``model.partition`` gathers them before their use; blocks stay with the model's scan."""
+    return model.partition.gather(params) if model.partition is not None else params
+
+
+def _there_and_back(x: jax.Array, there: NamedSharding, home: NamedSharding) -> jax.Array:
+    """``x`` laid out as ``there``, and its cotangent as ``home``; the transpose of a plain sharding
+    constraint would keep the cotangent ``there``, whole on every device."""
+    constrain = jax.lax.with_sharding_constraint
+    return jax.custom_derivatives.linear_call(
+        lambda _, x: constrain(x, there), lambda _, x: constrain(x, home), (), x
+    )
+
+
+def place_shapes(tree: Tree, shardings: Tree) -> Tree:
+    """ShapeDtypeStructs of a tree's leaves with their shardings, or with the one for all of them."""
+    return jax.tree.map(
+        lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
+        tree,
+        jax.tree.broadcast(shardings, tree),
+    )
+
+
+def same_everywhere(array: np.ndarray) -> np.ndarray:
+    """The array of process 0, on every process: what each computed by itself may differ in its last bits."""
+    return array if jax.process_count() == 1 else multihost_utils.broadcast_one_to_all(array)
+
+
+def local_rows(mesh: Mesh, batch_size: int) -> np.ndarray:
+    """Numbers of the rows of a global batch that this process' devices hold, increasing."""
+    indices = batch_sharding(mesh).addressable_devices_indices_map((batch_size,))
+    rows = {row for (part,) in indices.values() for row in range(*part.indices(batch_size))}
+    return np.asarray(sorted(rows))
+
+
+def to_devices(
+    mesh: Mesh, batch: dict[str, np.ndarray], batch_size: int | None = None
+) -> dict[str, jax.Array]:
+    """This host's rows of a global batch (`local_rows`) as global arrays, split over the devices.
+
+    Args:
+      batch: arrays whose leading axis is the local rows in increasing order.
+      batch_size: of the global batch; by default that of one process.
+    """
+    sharding = batch_sharding(mesh)
+    rows = len(next(iter(batch.values())))
+    batch_size = rows if batch_size is None else batch_size
+    position = {int(row): i for i, row in enumerate(local_rows(mesh, batch_size))}
+
+    def place(array: np.ndarray) -> jax.Array:
+        shape = (batch_size, *array.shape[1:])
+        parts = []
+        for device, index in sharding.addressable_devices_indices_map(shape).items():
+            start, stop, _ = index[0].indices(batch_size)
+            rows = array[position[start] : position[stop - 1] + 1]
+            parts.append(jax.device_put(rows, device))  # an explicit transfer: guards let it pass
+        return jax.make_array_from_single_device_arrays(shape, sharding, parts)
+
+    return {name: place(array) for name, array in batch.items()}

@@ -1,0 +1,145 @@
+"""What accelerators can do at best, and how long a program must take on them.
+
+The table's numbers are datasheet peaks; ``hbm_bytes`` of TPUs is what their compiler lets a program use, as
+libtpu 0.0.52 names it when a program is too large ("exceeds available HBM (15.75G)"). Sources:
+
+- TPUs: Google Cloud TPU documentation, "TPU v4", "TPU v5e", "TPU v5p", "TPU v6e": FLOP/s, HBM bandwidth, ring
+  sizes and data centre network per pod (v5e 6.4 Tbit/s, v6e 25.6 Tbit/s per 256 chips, v5p 50 Gbit/s per chip).
+- ICI per link and direction, and DCN of v4: "How to Scale Your Model" (the JAX scaling book), part 2, "TPU
+  specs"; a tenth below the documentation's figure divided by the number of ports.
+- GPUs: NVIDIA datasheets "A100 Tensor Core GPU" (80 GB SXM), "H100 Tensor Core GPU" (SXM), "H200 Tensor Core
+  GPU", dense bfloat16, NVLink in one direction; network of DGX A100 and DGX H100 user guides, per GPU.
+- cpu: measured on two cores of this project's machine, float32 (a rough guide, not a datasheet): matrix
+  products 240 GFLOP/s, copies 20 GB/s, shared by the virtual devices.
+"""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from ..core.errors import UserError
+from .hlo import Collective, Cost
+
+
+class Chip(NamedTuple):
+    """One accelerator.
+
+    Attributes:
+      flops: bfloat16 FLOP/s at most. hbm_bytes: bytes that programs can use. hbm: bytes/s of main memory.
+      link: bytes/s of one link in one direction. ring: an axis of so many chips, or of a multiple where
+        ``multiples``, is a closed ring, with two links per chip; other axes are lines with one.
+      dcn: bytes/s per chip between slices or nodes.
+    """
+
+    flops: float
+    hbm_bytes: float
+    hbm: float
+    link: float
+    ring: int
+    multiples: bool
+    dcn: float
+
+
+GIB = 2**30
+CHIPS = {
+    "v4": Chip(275e12, 30.75 * GIB, 1200e9, 45e9, 4, True, 6.25e9),
+    "v5e": Chip(197e12, 15.75 * GIB, 819e9, 45e9, 16, False, 3.125e9),
+    "v5p": Chip(459e12, 95.73 * GIB, 2765e9, 90e9, 4, True, 6.25e9),
+    "v6e": Chip(918e12, 31.24 * GIB, 1640e9, 90e9, 16, False, 12.5e9),
+    "A100": Chip(312e12, 80e9, 2039e9, 300e9, 0, False, 25e9),
+    "H100": Chip(989e12, 80e9, 3350e9, 450e9, 0, False, 50e9),
+    "H200": Chip(989e12, 141e9, 4800e9, 450e9, 0, False, 50e9),
+    "cpu": Chip(240e9, 0.0, 20e9, 10e9, 0, False, 1e9),
+}
+_KINDS = {
+    "TPU v4": "v4",
+    "TPU v5 lite": "v5e",
+    "TPU v5": "v5p",
+    "TPU v5p": "v5p",
+    "TPU v6 lite": "v6e",
+}
+
+
+class Roofline(NamedTuple):
+    """Seconds that one run of a program takes at least.
+
+    ``compute`` and ``memory`` sum over its instructions, each by what limits it; ``ici`` and ``dcn`` are links
+    alone. ``seconds`` is what the largest of (compute + memory, ici, dcn) gives, links hidden behind
+    arithmetic; ``serial`` is their sum, nothing hidden.
+    """
+
+    compute: float
+    memory: float
+    ici: float
+    dcn: float
+
+    @property
+    def seconds(self) -> float:
+        return max(self.compute + self.memory, self.ici, self.dcn)
+
+    @property
+    def serial(self) -> float:
+        return sum(self)
+
+    @property
+    def bound(self) -> str:
+        """What limits it: compute, memory, ici or dcn."""
+        if self.seconds == self.compute + self.memory:
+            return "compute" if self.compute >= self.memory else "memory"
+        return "ici" if self.ici >= self.dcn else "dcn"
+
+
+def chip_of(device) -> str:
+    """The table's name of a jax device.
+
+    Raises:
+      UserError: for a device that the table lacks.
+    """
+    kind = device.device_kind
+    if device.platform == "cpu" and kind not in _KINDS:
+        return "cpu"
+    found = _KINDS.get(kind) or next((name for name in CHIPS if name in kind.upper()), None)
+    if found is None:
+        raise UserError(f"no data on '{kind}'; sprint_jax/planning/chips.py knows {', '.join(CHIPS)}")
+    return found
+
+
+def roofline(chip: Chip, cost: Cost, devices: Sequence) -> Roofline:
+    """The roofline of a program whose partition i runs on ``devices[i]``."""
+    links = {"ici": 0.0, "dcn": 0.0}
+    for each in cost.collectives:
+        network, seconds = link_seconds(chip, each, devices)
+        links[network] += each.count * seconds
+    return Roofline(cost.compute_seconds, cost.memory_seconds, links["ici"], links["dcn"])
+
+
+def link_seconds(chip: Chip, each: Collective, devices: Sequence) -> tuple[str, float]:
+    """Which network a collective uses, and the seconds of one run of it.
+
+    Inside a slice a group of chips has, along every axis of the torus that it spans, one link per chip and
+    direction, or two where it spans a closed ring. An all-to-all passes others' data on: n / 4 times as long
+    on n chips.
+    """
+    group = [devices[number] for number in each.group]
+    slices = [getattr(device, "slice_index", 0) or 0 for device in group]
+    if len(set(slices)) > 1 or each.axes == "dcn":
+        return "dcn", each.moved / chip.dcn
+    bandwidth = chip.link * sum(_links(chip, group, devices))
+    if each.kind == "collective-permute":
+        bandwidth = chip.link
+    if each.kind == "all-to-all" and chip.ring:
+        bandwidth /= max(1.0, each.size / 4)
+    return "ici", each.moved / bandwidth
+
+
+def _links(chip: Chip, group: Sequence, devices: Sequence) -> list[int]:
+    """Links of one direction along each axis that a group spans; one where there is no torus."""
+    if not chip.ring or not hasattr(group[0], "coords"):
+        return [1]
+    counts = []
+    for axis in range(len(group[0].coords)):
+        whole = len({device.coords[axis] for device in devices})
+        spanned = len({device.coords[axis] for device in group})
+        if spanned > 1:
+            ring = whole % chip.ring == 0 if chip.multiples else whole == chip.ring
+            counts.append(2 if ring and spanned == whole else 1)
+    return counts or [1]

@@ -1,0 +1,135 @@
+"""Devices that nobody owns: TPU topologies from libtpu's compiler, or this machine's own devices.
+
+A topology is ``v5e:16x16``, ``v6e:8x8``, ``v5p:4x4x4``: a kind of chip and how many stand along each axis of
+the torus; or ``local``.
+"""
+
+import contextlib
+import importlib.util
+import os
+import re
+import subprocess
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
+
+import jax
+from jax.experimental import topologies
+
+from ..core.errors import UserError
+from .chips import CHIPS, Chip, chip_of
+
+TPUS = tuple(name for name in CHIPS if name.startswith("v"))
+
+# What libtpu says wherever there is no TPU; everything else it says is passed on.
+NOISE = (
+    "TPU_ACCELERATOR_TYPE|TPU_WORKER_HOSTNAMES|Failed to find host bounds|Logging before InitGoogle"
+    "|could not determine TPU|=== Source Location Trace|^learning/[0-9a-z]+/tfrc/|^ *$"
+)
+
+
+class Topology(NamedTuple):
+    """Devices to compile for, one per chip; ``hbm_bytes`` is what a program may use of each."""
+
+    name: str
+    slices: int
+    devices: Sequence
+    chip_name: str
+    chip: Chip
+    hbm_bytes: float
+
+
+def open_topology(name: str, slices: int = 1) -> Topology:
+    """The devices of a topology; JAX runs on CPU from here on unless it is ``local``.
+
+    Args:
+      name: such as ``v5e:16x16``, or ``local``.
+      slices: so many of these, joined by the data centre's network.
+
+    Raises:
+      UserError: exit code 2 for a name of no topology; 1 where libtpu is not installed.
+    """
+    if name == "local":
+        if slices != 1:
+            raise UserError("--slices is for TPU topologies; local is what it is", exit_code=2)
+        devices = jax.devices()
+        chip_name = chip_of(devices[0])
+        chip = CHIPS[chip_name]
+        return Topology(name, 1, devices, chip_name, chip, _local_memory(devices, chip))
+    kind, _, shape = name.partition(":")
+    if kind not in TPUS or not re.fullmatch(r"[1-9]\d*(x[1-9]\d*){1,2}", shape) or slices < 1:
+        raise UserError(
+            f"--topology {name} with {slices} slice(s) is not one of "
+            f"{', '.join(f'{tpu}:AxB[xC]' for tpu in TPUS)}, local; for example v5e:16x16, v5p:4x4x4",
+            exit_code=2,
+        )
+    if importlib.util.find_spec("libtpu") is None:
+        raise UserError(
+            f"--topology {name} needs TPU's compiler: pip install 'sprint_jax[plan]' (Linux on x86-64)"
+        )
+    # Else libtpu asks a metadata server that only Google Cloud has, for minutes.
+    os.environ["TPU_SKIP_MDS_QUERY"] = "1"
+    # Compiling takes no device, so that several such processes need not exclude one another.
+    os.environ["ALLOW_MULTIPLE_LIBTPU_LOAD"] = "1"
+    jax.config.update("jax_platforms", "cpu")
+    options = {"num_slices": slices} if slices > 1 else {}
+    if kind == "v4":
+        options["chip_config_name"] = "megacore"  # one device per chip, as on v5p
+    if len(shape.split("x")) == 2 and shape in ("1x1", "1x2", "2x1"):
+        options["chips_per_host_bounds"] = [*map(int, shape.split("x")), 1]
+    try:
+        with quiet_libtpu():
+            found = topologies.get_topology_desc(platform="tpu", topology_name=name, **options)
+    except jax.errors.JaxRuntimeError as error:
+        reason = " ".join(str(error).split())
+        raise UserError(
+            f"--topology {name}: libtpu knows {', '.join(TPUS)} in shapes such as v5e:2x4, v5e:16x16, "
+            f"v6e:8x8, v5p:2x2x1, v5p:4x4x4, but not this one ({reason:.160})",
+            exit_code=2,
+        ) from error
+    return Topology(name, slices, found.devices, kind, CHIPS[kind], CHIPS[kind].hbm_bytes)
+
+
+def _local_memory(devices: Sequence, chip: Chip) -> float:
+    """Bytes that a program may use of each local device."""
+    if devices[0].platform == "cpu":
+        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / len(devices)
+    return float((devices[0].memory_stats() or {}).get("bytes_limit", chip.hbm_bytes))
+
+
+@contextlib.contextmanager
+def quiet_libtpu() -> Iterator[None]:
+    """Keeps libtpu's complaints about a missing TPU from stderr; all other lines pass, as they come.
+
+    A process of its own filters them, so that the last words of a library that aborts are seen too.
+    """
+    read, write = os.pipe()
+    saved = os.dup(2)
+    filter_ = subprocess.Popen(["grep", "-Ev", "--line-buffered", NOISE], stdin=read, stdout=saved)
+    os.close(read)
+    os.dup2(write, 2)
+    os.close(write)
+    try:
+        yield
+    finally:
+        os.dup2(saved, 2)
+        os.close(saved)
+        filter_.wait()
+
+
+def out_of_memory(text: str) -> float | None:
+    """Bytes that a program would need on a device, if that is what the compiler complains of.
+
+    libtpu says "Used 20.1G of 15.75G hbm", or, where even the largest part does not fit, "memory required for
+    HLO temporaries (384.00G) exceeds available HBM".
+    """
+    if "RESOURCE_EXHAUSTED" not in text:
+        return None
+    for pattern in (
+        r"Used ([\d.]+)([KMGT]?) of [\d.]+[KMGT]? hbm",
+        r"temporaries \(([\d.]+)([KMGT]?)\)",
+        r"([\d.]+)([KMGT]?i?)B? ?(?:bytes)? exceeds available",
+    ):
+        if match := re.search(pattern, text):
+            power = " KMGT".index(match[2][:1]) if match[2] else 0
+            return float(match[1]) * 1024.0**power
+    return None
