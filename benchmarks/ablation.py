@@ -18,14 +18,14 @@ import numpy as np
 from jax import numpy as jnp
 from matplotlib.figure import Figure
 
-from sprint_jax.checkpoints.weights import find_weights, read_workdir_config
+from sprint_jax.checkpoints.weights import find_weights
+from sprint_jax.checkpoints.workdir import read_metrics, read_workdir_config
 from sprint_jax.digits.judge import Judge, prompt_accuracy
 from sprint_jax.digits.scenes import held_out_prompts, to_float
 from sprint_jax.models.sana import from_fields
 from sprint_jax.pipeline import SprintPipeline
 from sprint_jax.teacher import measure, surgery
 from sprint_jax.training import setup
-from sprint_jax.training.log import read_metrics
 
 HERE = Path(__file__).parent
 BINS = 8

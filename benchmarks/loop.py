@@ -10,7 +10,7 @@ Two questions, for the teacher and for the student that is distilled from it:
   sharding  the same updates as the loop compiles them, on a mesh of one device with shardings for
             the whole state, against plain `jax.jit` of the same functions: milliseconds per step
             (all its updates), and their ratio round by round, arms in turns
-            (`sprint_jax.benchmarking.timing.paired_rounds`). Rounds with other processes about are dropped, except
+            (`benchmarking.timing.paired_rounds`). Rounds with other processes about are dropped, except
             from "ratio_of_all_rounds", which says less.
 The data set is built on the first run, in --data.
 """
@@ -30,6 +30,7 @@ import jax.numpy as jnp
 
 from sprint_jax import train
 from sprint_jax.benchmarking.timing import paired_rounds, spread, summarize
+from sprint_jax.checkpoints.workdir import read_metrics
 from sprint_jax.core import cli
 from sprint_jax.core.config import load_config
 from sprint_jax.core.errors import UserError
@@ -37,7 +38,6 @@ from sprint_jax.data import feed
 from sprint_jax.parallel import sharding
 from sprint_jax.training import setup
 from sprint_jax.training.clock import PARTS
-from sprint_jax.training.log import read_metrics
 
 DIGITS = Path(__file__).resolve().parent.parent / "configs" / "digits.py"
 STAGES = ("teacher", "student")

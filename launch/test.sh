@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Runs the test suite, or the part that the arguments name:
-#   launch/test.sh [tests/test_config.py] [-k words] [any other pytest argument]
+#   launch/test.sh [tests/core/test_config.py] [-k words] [any other pytest argument]
 #   launch/test.sh --parity [...]    installs torch and diffusers too and compares with them
 #   launch/test.sh --all [...]       with the slowest tests, which take some five minutes of two cores more
 # Needs no network once .venv is there, no accelerator and no downloads.

@@ -22,6 +22,7 @@ import jax.numpy as jnp
 from .core import cli
 from .core.config import Config
 from .core.errors import UserError
+from .core.progress import Progress
 from .data.buckets import check_factor, choose_sizes
 from .data.latents import manifest
 from .data.latents.cache import open_cache
@@ -33,7 +34,6 @@ from .encoders.load import load_encoders
 from .parallel import distributed
 from .parallel.peers import Peers
 from .parallel.sharding import batch_ways, make_mesh
-from .training.log import Progress
 
 PREVIEW = "preview.png"
 VISIBLE_SECONDS = 60.0  # until what one host wrote must be there for another

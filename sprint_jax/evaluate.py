@@ -16,11 +16,12 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from .checkpoints.weights import read_workdir_config
+from .checkpoints.workdir import read_workdir_config
 from .core import cli
 from .core.errors import UserError
 from .core.files import without_nan, write_json_atomic
 from .core.pixels import to_bytes
+from .core.progress import Progress
 from .core.sheet import Cell, draw_sheet
 from .digits.report import (
     FRECHET_MINIMUM,
@@ -33,7 +34,6 @@ from .digits.report import (
 )
 from .digits.scenes import draw_images, get_world
 from .pipeline import SprintPipeline
-from .training.log import Progress
 
 SHEET_ROWS = 12
 

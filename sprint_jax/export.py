@@ -28,7 +28,7 @@ from .artifacts import pipeline_folder
 from .artifacts.loading import SETTINGS, read_index
 from .artifacts.stablehlo import export_pipeline
 from .checkpoints.checkpoint import load_params
-from .checkpoints.weights import read_workdir_config
+from .checkpoints.workdir import read_workdir_config
 from .core import cli
 from .core.config import Config
 from .core.errors import UserError

@@ -21,12 +21,14 @@ from typing import Any
 import jax
 import numpy as np
 
-from .checkpoints.weights import Weights, find_weights, read_workdir_config
+from .checkpoints.weights import Weights, find_weights
+from .checkpoints.workdir import read_workdir_config
 from .core import cli
 from .core.config import Config, load_config
 from .core.errors import UserError
 from .core.files import without_nan, write_json_atomic
 from .core.pixels import to_bytes
+from .core.progress import Progress
 from .core.sheet import Cell, draw_sheet
 from .data import feed
 from .models.sana import from_fields
@@ -34,7 +36,6 @@ from .parallel.sharding import Partition, batch_ways, state_shardings, to_device
 from .teacher.measure import Setting, measure
 from .teacher.verdict import Check, judge
 from .training import setup
-from .training.log import Progress
 
 NOT_READY = 4  # exit code
 SHEET_ROWS = 8

@@ -23,6 +23,7 @@ from .checkpoints.checkpoint import Checkpoints
 from .core import cli
 from .core.config import Config
 from .core.files import write_json_atomic
+from .core.progress import Progress
 from .data import feed
 from .data.loader import prefetch
 from .models import functions as closures
@@ -34,7 +35,7 @@ from .training import checks, setup
 from .training.accumulate import gradients
 from .training.clock import Clock
 from .training.diagnostics import binned, tangent_checks
-from .training.log import MetricLog, Progress
+from .training.log import MetricLog
 from .training.preview import make_preview
 from .training.profile import Profile
 from .training.setup import Nets

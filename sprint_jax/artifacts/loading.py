@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from ..checkpoints.checkpoint import load_params
-from ..checkpoints.weights import read_workdir_config
+from ..checkpoints.workdir import read_workdir_config
 from ..core.config import Config
 from ..core.errors import UserError
 from ..data.feed import latent_size

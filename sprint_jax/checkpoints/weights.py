@@ -1,15 +1,14 @@
 """A transformer from where it lies: a workdir, a folder of diffusers, a hub id, a file of NVlabs."""
 
-import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from ..core.config import Config
 from ..core.errors import UserError
 from ..interop import diffusers, hub, nvlabs
 from ..interop.sana import fields_from_config
 from .checkpoint import load_params
+from .workdir import read_workdir_config
 
 Tree = Any
 TRANSFORMER_FILES = ["transformer/*", "config.json", "*.safetensors", "*.index.json"]
@@ -99,18 +98,3 @@ def _diffusers(path: str, folder: Path) -> Weights:
         return diffusers.load_transformer(folder, shardings=shardings)[1], None
 
     return Weights(path, "diffusers", fields, not fields.get("guidance_embeds"), load)
-
-
-def read_workdir_config(workdir: str | Path) -> Config:
-    """The resolved config of a training workdir.
-
-    Raises:
-      UserError: if there is none, or it is damaged.
-    """
-    path = Path(workdir) / "config.json"
-    if not path.is_file():
-        raise UserError(f"{workdir} is not a training workdir: it has no config.json")
-    try:
-        return Config(json.loads(path.read_text()))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise UserError(f"{path} is not JSON ({error}); is it damaged?") from error

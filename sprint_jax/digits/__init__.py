@@ -1,1 +1,1 @@
-"""The embedded world: scenes of handwriting, their captions, stand-in encoders, and a judge that reads pictures back."""
+"""The embedded world: scenes of handwriting, captions, stand-in encoders, a judge that reads pictures back."""

@@ -99,7 +99,9 @@ def chip_of(device) -> str:
         return "cpu"
     found = _KINDS.get(kind) or next((name for name in CHIPS if name in kind.upper()), None)
     if found is None:
-        raise UserError(f"no data on '{kind}'; sprint_jax/planning/chips.py knows {', '.join(CHIPS)}")
+        raise UserError(
+            f"no data on '{kind}'; sprint_jax/planning/chips.py knows {', '.join(CHIPS)}"
+        )
     return found
 
 

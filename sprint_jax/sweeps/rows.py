@@ -9,11 +9,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..checkpoints.weights import read_workdir_config
+from ..checkpoints.workdir import read_metrics, read_workdir_config
 from ..core.config import Config, load_config, load_functions
 from ..core.errors import UserError
 from ..training.checks import check_values
-from ..training.log import read_metrics
 
 # With a hash behind it, below the 255 bytes that file systems allow.
 NAME_LIMIT = 100

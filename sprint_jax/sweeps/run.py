@@ -17,8 +17,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
 
+from ..checkpoints.workdir import LOG_FILE
 from ..core.errors import UserError
-from ..training.setup import LOG_FILE
 from .rows import Row
 
 TRAIN = (sys.executable, "-m", "sprint_jax.train")

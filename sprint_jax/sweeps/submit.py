@@ -4,8 +4,8 @@ import hashlib
 import subprocess
 from collections.abc import Callable, Sequence
 
+from ..checkpoints.workdir import LOG_FILE
 from ..core.errors import UserError
-from ..training.setup import LOG_FILE
 from .rows import Row
 from .run import LINE_LIMIT, Result
 

@@ -4,11 +4,11 @@ from pathlib import Path
 
 import jax
 
-from ..checkpoints.weights import read_workdir_config
+from ..checkpoints.workdir import LOG_FILE, read_workdir_config
 from ..core.config import Config, diff
 from ..core.errors import UserError
 from ..parallel.sharding import batch_ways
-from .setup import LOG_FILE, PREPARED
+from .setup import PREPARED
 
 
 def check_workdir(workdir: Path, c: Config) -> None:

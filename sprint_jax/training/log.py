@@ -8,40 +8,27 @@ from it or beside it. Metric names are ``group/name`` (``loss/scm``, ``grad/norm
 import json
 import math
 import os
-import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 import jax
 import numpy as np
 from PIL import Image
-from tqdm import tqdm
 
+from ..checkpoints.workdir import read_metrics
 from ..core.errors import UserError
 from ..core.files import write_atomic
+from ..core.progress import Progress
 from .board import Board
+from .curves import draw_curves
 
 SYNC_SECONDS = 5.0
 
 
 def _line(record: dict[str, Any]) -> bytes:
     return json.dumps(record, allow_nan=False).encode() + b"\n"
-
-
-def read_metrics(path: str | Path) -> list[dict[str, Any]]:
-    """The objects of a metrics.jsonl in file order; torn lines are left out."""
-    path = Path(path)
-    records = []
-    for line in path.read_bytes().splitlines() if path.exists() else []:
-        try:
-            record = json.loads(line)
-        except ValueError:  # Also bytes that are not UTF-8: a crash may leave a block of zeros.
-            continue
-        if isinstance(record, dict) and isinstance(record.get("step"), int):
-            records.append(record)
-    return records
 
 
 class MetricLog:
@@ -61,7 +48,7 @@ class MetricLog:
     """
 
     def __init__(
-        self, workdir: str | Path, *, resume_step: int | None, progress: "Progress | None" = None
+        self, workdir: str | Path, *, resume_step: int | None, progress: Progress | None = None
     ):
         self.workdir = Path(workdir)
         self.path = self.workdir / "metrics.jsonl"
@@ -197,159 +184,3 @@ class MetricLog:
             self._file.close()
             self._board.close()
             self._active = False
-
-
-def _panel(axes, group: str, series: dict[str, tuple[list[int], list[float]]]) -> None:
-    """Draws the metrics of one group; a moving average over the noise of long series."""
-    everything = np.concatenate([values for _, values in series.values()])
-    finite = everything[np.isfinite(everything)]
-    if finite.size and finite.min() > 0 and finite.max() > 50 * finite.min():
-        axes.set_yscale("log")
-    for index, (name, (steps, values)) in enumerate(sorted(series.items())):
-        color = f"C{index % 10}"
-        dash = ("-", "--", ":", "-.")[index // 10 % 4]
-        label = name.removeprefix(f"{group}/")
-        window = len(values) // 50
-        if window < 2:
-            axes.plot(steps, values, color=color, linestyle=dash, label=label, marker=".", ms=3)
-            continue
-        axes.plot(steps, values, color=color, linestyle=dash, alpha=0.25, linewidth=0.8)
-        # Means over whole windows; a window with nothing finite stays a gap.
-        rows = len(values) // window
-        block = np.asarray(values[: rows * window]).reshape(rows, window)
-        known = np.isfinite(block).sum(1)
-        mean = np.where(known > 0, np.nansum(block, 1) / np.maximum(known, 1), np.nan)
-        centers = np.asarray(steps[: rows * window]).reshape(rows, window).mean(1)
-        axes.plot(centers, mean, color=color, linestyle=dash, label=label)
-    axes.set_title(group)
-    axes.set_xlabel("step (generator updates)")
-    axes.set_ylabel(group)
-    axes.grid(alpha=0.3)
-    # Beside the panel: a dozen names would hide the lines.
-    axes.legend(fontsize=7, loc="upper left", bbox_to_anchor=(1.0, 1.0), frameon=False)
-
-
-def draw_curves(metrics_path: str | Path, out_path: str | Path) -> bool:
-    """Draws all metrics of a metrics.jsonl over steps into a PNG, one panel per group.
-
-    Nulls (NaN) are gaps; a group whose values are positive and span more than a factor of 50 gets a
-    logarithmic axis.
-
-    Returns:
-      Whether there was anything to draw.
-    """
-    # Imported here because it takes a second that a short command need not pay. Figure without
-    # pyplot has no global state and renders with Agg.
-    from matplotlib.figure import Figure
-
-    groups: dict[str, dict[str, tuple[list[int], list[float]]]] = {}
-    for record in read_metrics(metrics_path):
-        for name, value in record.items():
-            if name == "step" or not (value is None or isinstance(value, int | float)):
-                continue
-            group = name.split("/")[0] if "/" in name else "other"
-            steps, values = groups.setdefault(group, {}).setdefault(name, ([], []))
-            steps.append(record["step"])
-            values.append(math.nan if value is None else float(value))
-    if not groups:
-        return False
-    columns = min(2, len(groups))
-    rows = -(-len(groups) // columns)
-    figure = Figure(figsize=(7.5 * columns, 3.6 * rows), layout="constrained")
-    panels = figure.subplots(rows, columns, squeeze=False).ravel()
-    for axes, (group, series) in zip(panels, sorted(groups.items()), strict=False):
-        _panel(axes, group, series)
-    for axes in panels[len(groups) :]:
-        axes.set_axis_off()
-    out_path = Path(out_path)
-    temporary = out_path.with_name(f".{out_path.name}")
-    try:
-        figure.savefig(temporary, format="png", dpi=110)
-        temporary.replace(out_path)
-    except OSError as error:
-        raise UserError(f"cannot write {out_path}: {error.strerror}") from error
-    return True
-
-
-def _duration(seconds: float) -> str:
-    minutes, seconds = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02d}:{seconds:02d}"
-
-
-class Progress:
-    """Progress over steps: a tqdm bar on a terminal, else a plain line every ``interval`` seconds.
-
-    Plain lines look like ``step 1200/20000  loss/scm 0.93  3.1 steps/s  ETA 1:41:03``, with another
-    ``unit`` in the step's place where that is what is counted. The rate
-    leaves out the first update, which compiles. Silent on processes other than 0.
-
-    Args:
-      total: step at which the run ends.
-      start: step it starts from (the restored one).
-      interval: seconds between plain lines.
-      stream: where it goes; default stderr.
-      clock: seconds, monotonic.
-    """
-
-    def __init__(
-        self,
-        total: int,
-        start: int = 0,
-        *,
-        unit: str = "step",
-        interval: float = 20.0,
-        stream: TextIO | None = None,
-        clock: Callable[[], float] = time.monotonic,
-    ):
-        self._stream = sys.stderr if stream is None else stream
-        self._active = jax.process_index() == 0
-        self._total, self._interval, self._clock = total, interval, clock
-        self._unit = unit
-        self._origin: tuple[int, float] | None = None
-        self._printed = -math.inf
-        self._bar = None
-        if self._active and self._stream.isatty():
-            self._bar = tqdm(total=total, initial=start, file=self._stream, unit=unit)
-
-    def __enter__(self) -> "Progress":
-        return self
-
-    def __exit__(self, *exception) -> None:
-        self.close()
-
-    def update(self, step: int, metrics: Mapping[str, float] | None = None) -> None:
-        """Says that ``step`` updates are done; ``metrics`` are the few numbers to show.
-
-        Cheap enough for every step as long as metrics are numbers, not arrays still on a device.
-        """
-        if not self._active:
-            return
-        now = self._clock()
-        if self._origin is None:
-            self._origin = (step, now)
-        shown = {name: f"{float(value):.4g}" for name, value in (metrics or {}).items()}
-        if self._bar is not None:
-            if shown:
-                self._bar.set_postfix(shown, refresh=False)
-            self._bar.update(step - self._bar.n)
-            return
-        if now - self._printed < self._interval and step < self._total:
-            return
-        self._printed = now
-        words = [
-            f"{self._unit} {step}/{self._total}",
-            *(f"{name} {text}" for name, text in shown.items()),
-        ]
-        first_step, first_time = self._origin
-        if step > first_step and now > first_time:
-            rate = (step - first_step) / (now - first_time)
-            words += [
-                f"{rate:.3g} {self._unit}s/s",
-                f"ETA {_duration((self._total - step) / rate)}",
-            ]
-        print("  ".join(words), file=self._stream, flush=True)
-
-    def close(self) -> None:
-        if self._bar is not None:
-            self._bar.close()

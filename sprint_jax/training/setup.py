@@ -33,7 +33,6 @@ from .optim import make_optimizer
 from .state import TrainState, overlay
 
 Tree = Any
-LOG_FILE = "log.txt"  # what a run prints, where nobody watches it
 PREPARED = "prepared"  # where `prepare_teacher` puts the weights that a run starts from
 
 

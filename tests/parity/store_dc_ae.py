@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from reference import channels_first, channels_last, tiny_dc_ae
+from helpers.reference import channels_first, channels_last, tiny_dc_ae
 from safetensors.numpy import save_file
 
 FOLDER = Path(__file__).parent / "stored" / "dc_ae"

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from diffusers import SanaPipeline
-from reference import tiny_gemma2, tiny_tokenizer
+from helpers.reference import tiny_gemma2, tiny_tokenizer
 from safetensors.numpy import save_file
 
 FOLDER = Path(__file__).parent / "stored" / "gemma2"

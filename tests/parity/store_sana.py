@@ -7,7 +7,7 @@ python tests/parity/store_sana.py
 from pathlib import Path
 
 import numpy as np
-from reference import sana_inputs, sana_velocity, tiny_sana
+from helpers.reference import sana_inputs, sana_velocity, tiny_sana
 from safetensors.numpy import save_file
 
 FOLDER = Path(__file__).parent / "stored" / "sana"

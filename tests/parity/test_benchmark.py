@@ -3,7 +3,7 @@
 import json
 
 import pytest
-from tiny_pipeline import saved, tiny_pipeline
+from helpers.tiny_pipeline import saved, tiny_pipeline
 
 from sprint_jax import benchmark
 from sprint_jax.benchmarking import inference_parts, workloads

@@ -8,7 +8,7 @@ import jax
 import numpy as np
 import pytest
 import torch
-from reference import channels_first, channels_last, randomize, tiny_dc_ae
+from helpers.reference import channels_first, channels_last, randomize, tiny_dc_ae
 
 from sprint_jax.interop.dc_ae import dc_ae_table
 from sprint_jax.interop.diffusers import load_autoencoder, save_autoencoder

@@ -11,10 +11,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
-from reference import channels_first, channels_last, tiny_dc_ae, tiny_gemma2, tiny_tokenizer
-from runs import quick_compilation
-from tiny_pipeline import centered
-from workdirs import make_workdir
+from helpers.reference import channels_first, channels_last, tiny_dc_ae, tiny_gemma2, tiny_tokenizer
+from helpers.runs import quick_compilation
+from helpers.tiny_pipeline import centered
+from helpers.workdirs import make_workdir
 
 from sprint_jax import SprintPipeline, export, sampling
 from sprint_jax.checkpoints.checkpoint import load_params

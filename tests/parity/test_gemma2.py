@@ -8,7 +8,7 @@ import json
 import numpy as np
 import pytest
 import torch
-from reference import tiny_gemma2
+from helpers.reference import tiny_gemma2
 from transformers import Gemma2Config, Gemma2ForCausalLM, Gemma2Model
 
 from sprint_jax.interop.gemma2 import gemma2_table, load_text_encoder, save_text_encoder

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
-from reference import tiny_sana
+from helpers.reference import tiny_sana
 
 from sprint_jax.checkpoints.weights import find_weights
 from sprint_jax.core.errors import UserError

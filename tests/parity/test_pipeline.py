@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 import torch
 from diffusers.pipelines.pixart_alpha.pipeline_pixart_alpha import ASPECT_RATIO_1024_BIN
+from helpers.reference import channels_first, channels_last
+from helpers.tiny_pipeline import PROMPTS, saved, tiny_pipeline
 from PIL import Image
-from reference import channels_first, channels_last
-from tiny_pipeline import PROMPTS, saved, tiny_pipeline
 
 from sprint_jax import SprintPipeline
 from sprint_jax.core import pixels as pictures

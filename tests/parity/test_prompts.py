@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 from diffusers import SanaPipeline, SanaSprintPipeline
-from reference import tiny_gemma2, tiny_tokenizer
+from helpers.reference import tiny_gemma2, tiny_tokenizer
 from transformers import Gemma2Model, GemmaTokenizer
 
 from sprint_jax.encoders.text import (

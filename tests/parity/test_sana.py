@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 from diffusers import SanaTransformer2DModel
-from reference import sana_inputs, sana_velocity, tiny_sana
+from helpers.reference import sana_inputs, sana_velocity, tiny_sana
 
 from sprint_jax.interop.diffusers import load_transformer, save_transformer
 from sprint_jax.interop.files import save_safetensors

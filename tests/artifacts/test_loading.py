@@ -1,0 +1,156 @@
+"""Tests of loading and interop.hub: pipeline folders, and what can be wrong with them."""
+
+import json
+import shutil
+from pathlib import Path
+
+import huggingface_hub.constants
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from sprint_jax import SprintPipeline, sample
+from sprint_jax.core.errors import UserError
+from sprint_jax.interop import hub
+from sprint_jax.interop.diffusers import WEIGHTS, save_transformer
+from sprint_jax.interop.sana import example_inputs
+from sprint_jax.models.sana import from_fields
+
+STORED = Path(__file__).parents[1] / "parity" / "stored"
+FIELDS = dict(
+    in_channels=4,
+    out_channels=4,
+    num_attention_heads=2,
+    attention_head_dim=8,
+    num_layers=2,
+    num_cross_attention_heads=2,
+    cross_attention_head_dim=8,
+    sample_size=4,
+    qk_norm=True,
+    timestep_scale=0.001,
+)
+PROMPTS = ["a red cat", "a wall"]
+
+
+def write_json(path: Path, value) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(value))
+
+
+def write_pipeline(folder: Path, student: bool = True) -> Path:
+    """A pipeline of a random transformer and of the stored autoencoder, text encoder and tokenizer."""
+    shutil.copytree(STORED / "dc_ae", folder / "vae")
+    for part in ("text_encoder", "tokenizer"):
+        shutil.copytree(STORED / "gemma2" / part, folder / part)
+    width = json.loads((folder / "text_encoder" / "config.json").read_text())["hidden_size"]
+    fields = FIELDS | dict(guidance_embeds=student, caption_channels=width)
+    model = from_fields(fields)
+    shapes = jax.eval_shape(model.init, jax.random.key(0), *example_inputs(model))["params"]
+    random = np.random.default_rng(0)
+    params = jax.tree.map(lambda a: 0.2 * random.normal(size=a.shape).astype("float32"), shapes)
+    save_transformer(folder / "transformer", fields, params)
+    scheduler = {"sigma_data": 0.5} if student else {"flow_shift": 2.5}
+    write_json(folder / "scheduler" / "scheduler_config.json", scheduler)
+    name = "SanaSprintPipeline" if student else "SanaPipeline"
+    write_json(folder / "model_index.json", {"_class_name": name})
+    return folder
+
+
+@pytest.fixture(scope="module")
+def written(tmp_path_factory):
+    return write_pipeline(tmp_path_factory.mktemp("written") / "student")
+
+
+@pytest.fixture
+def folder(written, tmp_path):
+    return Path(shutil.copytree(written, tmp_path / "student"))
+
+
+def test_a_student_draws_in_one_to_four_steps(written):
+    pipe = SprintPipeline.from_pretrained(written)
+    assert pipe.is_student and pipe.size == (16, 16) and pipe.sigma_d == 0.5
+    drawn = [np.stack(pipe(PROMPTS, steps=n)) for n in (1, 2, 3, 4)]
+    assert all(pictures.shape == (2, 16, 16, 3) for pictures in drawn)
+    assert np.stack(pipe(PROMPTS[:1], height=24, width=8)).shape == (1, 24, 8, 3)
+    with pytest.raises(UserError, match="size 18x16: both must be multiples of 4"):
+        pipe(PROMPTS, height=18)
+
+
+def test_a_teacher_draws_at_its_shift(tmp_path):
+    pipe = SprintPipeline.from_pretrained(write_pipeline(tmp_path / "teacher", student=False))
+    assert not pipe.is_student and pipe.shift == 2.5 and pipe.integer_times
+    text, mask = pipe.encode_text(PROMPTS)
+    noise, _ = pipe.draw_noise(0, np.arange(2), pipe.latent_shape(), 3)
+    guided = pipe.denoise(text, mask, noise, steps=3, guidance=4.5)
+    away = pipe.denoise(text, mask, noise, steps=3, guidance=4.5, negative="a wall")
+    assert guided.shape == (2, 4, 4, 4) and np.abs(guided - away).max() > 1e-3
+
+
+def test_bfloat16_reaches_every_part(written):
+    pipe = SprintPipeline.from_pretrained(written, dtype=jnp.bfloat16)
+    parts = (pipe.params, pipe.autoencoder.params, pipe.text_encoder.params)
+    assert {leaf.dtype for leaf in jax.tree.leaves(parts)} == {jnp.dtype("bfloat16")}
+    dtypes = pipe.model.dtype, pipe.autoencoder.config.dtype, pipe.text_encoder.gemma.dtype
+    assert all(dtype == jnp.bfloat16 for dtype in dtypes)
+    exact = SprintPipeline.from_pretrained(written)
+    text, mask = exact.encode_text(PROMPTS)
+    gap = np.abs(pipe.encode_text(PROMPTS)[0] - text)[mask == 1].max() / np.abs(text).max()
+    # Eight bits of mantissa through a few layers.
+    assert 0 < gap < 0.1
+
+
+def test_the_command_draws_from_a_folder(written, tmp_path):
+    words = ["--model", str(written), "--prompt", PROMPTS[0], "--out", str(tmp_path)]
+    sample.main([*words, "--steps", "1", "--size", "8x12"])
+    assert {path.name for path in tmp_path.iterdir()} == {"00000.png", "grid.png"}
+
+
+def change(path: Path, **changes) -> None:
+    write_json(path, json.loads(path.read_text()) | changes)
+
+
+@pytest.mark.parametrize(
+    "damage, message",
+    [
+        (lambda f: change(f / "model_index.json", _class_name="FluxPipeline"), "'FluxPipeline'"),
+        (lambda f: (f / "model_index.json").write_text("{"), r"model_index\.json cannot be read"),
+        (lambda f: (f / "model_index.json").write_text("[]"), "holds list, not a dict"),
+        (lambda f: change(f / "model_index.json", _class_name="SanaPipeline"), "with guidance"),
+        (lambda f: shutil.rmtree(f / "scheduler"), r"scheduler_config\.json is missing"),
+        (lambda f: shutil.rmtree(f / "transformer"), r"transformer.config\.json is missing"),
+        (lambda f: shutil.rmtree(f / "vae"), r"vae.config\.json is missing"),
+        (lambda f: shutil.rmtree(f / "text_encoder"), r"text_encoder.config\.json is missing"),
+        (lambda f: shutil.rmtree(f / "tokenizer"), r"tokenizer.*is missing"),
+        (lambda f: (f / "transformer" / WEIGHTS).write_bytes(b"12"), "no whole safetensors file"),
+        (lambda f: change(f / "transformer" / "config.json", num_layers=3), r"blocks\.2.* missing"),
+        (lambda f: change(f / "transformer" / "config.json", norm_eps=1e-5), "norm_eps 1e-05"),
+    ],
+)
+def test_damaged_folders_end_in_one_line(folder, tmp_path, damage, message):
+    damage(folder)
+    out = tmp_path / "out"
+    with pytest.raises(UserError, match=message) as raised:
+        sample.main(["--model", str(folder), "--prompt", "a cat", "--out", str(out)])
+    assert "\n" not in str(raised.value) and not out.exists()
+
+
+def test_parts_of_different_models(folder):
+    change(folder / "vae" / "config.json", latent_channels=8)
+    with pytest.raises(UserError, match="vae: tensor"):
+        SprintPipeline.from_pretrained(folder)
+
+
+def test_hub_ids(written, tmp_path, monkeypatch):
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
+    assert hub.is_hub_id("Efficient-Large-Model/Sana_Sprint_0.6B_1024px_diffusers")
+    assert not any(map(hub.is_hub_id, ["student", "./runs/x", "/a/b", "a/b/c", str(written)]))
+    with pytest.raises(UserError, match="org/model is no folder here and could not be had from"):
+        SprintPipeline.from_pretrained("org/model")
+    # As the hub's library keeps what it once downloaded.
+    cache = tmp_path / "models--org--model"
+    shutil.copytree(written, cache / "snapshots" / "a1")
+    (cache / "refs").mkdir()
+    (cache / "refs" / "main").write_text("a1")
+    assert SprintPipeline.from_pretrained("org/model").is_student

@@ -1,0 +1,221 @@
+"""The command that times networks: its rounds, ratios and lines. Milliseconds are not judged."""
+
+import json
+import os
+import sys
+
+import jax
+import numpy as np
+import pytest
+from helpers.runs import quick_compilation
+
+from sprint_jax import benchmark
+from sprint_jax.benchmarking import inference_parts, timing, workloads
+from sprint_jax.core.errors import UserError
+from sprint_jax.models import blocks
+from sprint_jax.models.dc_ae import AutoencoderDC
+
+# One narrow block: the command's paths, compiled in a second or two.
+SMALL = workloads.STUDENTS["tiny"] | dict(
+    num_attention_heads=2,
+    num_layers=1,
+    num_cross_attention_heads=2,
+    cross_attention_head_dim=32,
+    caption_channels=16,
+)
+
+TINY_DECODER = AutoencoderDC(
+    decoder_block_out_channels=(32, 32),
+    encoder_block_out_channels=(32, 32),
+    decoder_block_types=("ResBlock", "EfficientViTBlock"),
+    decoder_layers_per_block=(1, 1),
+    decoder_qkv_multiscales=((), (5,)),
+)
+
+
+class Clock:
+    """A clock that stands still, except that ``calls`` take their time on it."""
+
+    def __init__(self):
+        self.now, self.log = 0.0, []
+
+    def __call__(self) -> float:
+        return self.now
+
+    def arm(self, name: str, seconds: list[float]):
+        """A call that takes the next of ``seconds``, then the last again and again."""
+        left = list(seconds)
+
+        def call():
+            self.log.append(name)
+            self.now += left.pop(0) if len(left) > 1 else left[0]
+
+        return call
+
+
+class Load:
+    """A meter of foreign load that reads what it is given."""
+
+    def __init__(self, shares):
+        self.shares = iter(shares)
+
+    def start(self):
+        pass
+
+    def share(self):
+        return next(self.shares)
+
+
+def test_arms_take_turns_after_warm_calls_and_one_that_does_not_count():
+    clock = Clock()
+    # Three warm calls, then per turn one that does not count and as many as fill a turn.
+    a, b = clock.arm("a", [5, 5, 0.1, 7, 0.2]), clock.arm("b", [9, 9, 0.3, 8, 0.6])
+    rounds = timing.paired_rounds({"a": a, "b": b}, 2, clock=clock, load=Load([0.0, 0.05]))
+    turn = ["a"] * 3 + ["b"] * 2
+    assert clock.log == ["a"] * 3 + ["b"] * 3 + turn + turn
+    assert [each.foreign for each in rounds] == [0.0, 0.05]
+    for each in rounds:
+        assert each.ms == pytest.approx({"a": 200, "b": 600})
+
+
+def test_ratios_are_taken_within_rounds_and_loud_rounds_are_dropped():
+    rounds = [
+        timing.Round({"ours": 1, "theirs": 4}, 0.0),
+        timing.Round({"ours": 100, "theirs": 1}, 0.13),
+        timing.Round({"ours": 3, "theirs": 9}, 0.12),
+        timing.Round({"ours": 4, "theirs": 8}, 0.01),
+    ]
+    assert timing.summarize(rounds, "ours") == {
+        "rounds": 3,
+        "dropped": 1,
+        "foreign": [0.0, 0.065, 0.13],
+        "ms": {"ours": [1, 3, 4], "theirs": [4, 8, 9]},
+        "ratio": {"theirs": [2, 3, 4]},
+    }
+
+
+def test_without_a_clean_round_there_are_no_numbers():
+    summary = timing.summarize([timing.Round({"ours": 1, "theirs": 4}, 0.5)], "ours")
+    assert (summary["rounds"], summary["dropped"]) == (0, 1)
+    assert summary["ms"] == summary["ratio"] == {}
+
+
+def test_unrecorded_load_is_said_and_drops_nothing(tmp_path):
+    assert timing.ForeignLoad(tmp_path / "none").share() is None
+    summary = timing.summarize([timing.Round({"ours": 2.0}, None)], "ours")
+    assert summary["foreign"] == "not recorded" and summary["rounds"] == 1
+
+
+@pytest.mark.skipif(not hasattr(os, "sched_getaffinity"), reason="cores are counted on Linux alone")
+def test_foreign_load_is_what_our_cores_did_without_us(tmp_path, monkeypatch):
+    monkeypatch.setattr(timing.os, "sched_getaffinity", lambda _: {0, 2})
+    monkeypatch.setattr(timing.os, "sysconf", lambda _: 100)
+    own = iter([10.0, 11.0])
+    monkeypatch.setattr(timing.time, "process_time", lambda: next(own))
+    stat = tmp_path / "stat"
+    # user nice system idle iowait irq softirq steal guest guest_nice
+    line = "cpu{} {} 0 0 {} {} 0 0 {} 9 9\n".format
+    stat.write_text("cpu 7 7\n" + line(0, 0, 0, 0, 0) + line(1, 0, 0, 0, 0) + line(2, 5, 5, 5, 5))
+    load = timing.ForeignLoad(stat)
+    # Core 0: 1.2 s busy and 0.8 s not; core 2: 0.3 s of it stolen, 1.7 s not; core 1 is not ours.
+    stat.write_text(
+        "cpu 9 9\n" + line(0, 120, 50, 30, 0) + line(1, 9, 0, 0, 0) + line(2, 5, 175, 5, 35)
+    )
+    assert load.share() == pytest.approx((1.2 + 0.3 - 1.0) / 4)
+
+
+@pytest.fixture
+def small(monkeypatch):
+    monkeypatch.setitem(workloads.STUDENTS, "tiny", SMALL)
+
+
+def test_train_writes_a_line_per_workload(small, tmp_path, capsys):
+    out = tmp_path / "out.jsonl"
+    words = ["train", "--image=64x96", "--batch=2", "--rounds=1", f"--out={out}"]
+    benchmark.main([*words, "--only=forward,scm"])
+    head, forward, scm = map(json.loads, out.read_text().splitlines())
+    assert head["command"].startswith("python -m sprint_jax.benchmark train --image=64x96")
+    assert (forward["workload"], scm["workload"]) == ("forward", "scm")
+    for line in forward, scm:
+        assert (line["image"], line["batch"]) == ([64, 96], 2)
+        assert line["rounds"] + line["dropped"] == 1 and line["cold_s"]["sprint_jax"] > 0
+        assert line["relative_error"] == line["ratio"] == {}
+    assert "forward" in capsys.readouterr().out
+
+
+def test_workloads_agree_with_one_another():
+    model = workloads.SanaTransformer(**SMALL)
+    inputs = workloads.network_inputs(SMALL, 2, 64, 64)
+    params = workloads.random_params(model, inputs)
+    calls = {name: jax.jit(call) for name, call in workloads.network_calls(model).items()}
+    assert tuple(calls) == workloads.NETWORK
+    out = calls["forward"](params, inputs)
+    primal, tangent = calls["jvp"](params, inputs)
+    np.testing.assert_allclose(primal, out, rtol=1e-5, atol=1e-5)
+    step = {key: inputs[key] + 1e-3 * inputs[f"d{key}"] for key in ("x", "t")}
+    change = calls["forward"](params, inputs | step) - out
+    np.testing.assert_allclose(change / 1e-3, tangent, atol=2e-2 * np.abs(tangent).max())
+    loss, gradient = calls["backward"](params, inputs)
+    np.testing.assert_allclose(loss, np.square(out - inputs["target"]).mean(), rtol=1e-5)
+    assert all(np.any(leaf != 0) for leaf in (gradient["proj_out"]["kernel"], out))
+
+
+def test_sample_times_transformer_and_decoder(small, tmp_path, monkeypatch):
+    monkeypatch.setattr(inference_parts, "AutoencoderDC", lambda: TINY_DECODER)
+    out = tmp_path / "out.jsonl"
+    words = ["sample", "--image=32x64", "--batch=1,2", "--rounds=1", f"--out={out}"]
+    benchmark.main(words)
+    head, *lines = map(json.loads, out.read_text().splitlines())
+    assert head["command"].startswith("python -m sprint_jax.benchmark sample")
+    found = [(line["workload"], line["batch"]) for line in lines]
+    assert found == [("transformer", 1), ("transformer", 2), ("decoder", 1), ("decoder", 2)]
+    for line in lines:
+        assert line["image"] == [32, 64] and line["dtype"] == "float32"
+        assert line["peak_gb"]["process"] > 0 and line["cold_s"]["sprint_jax"] > 0
+        assert ("pictures_per_s" in line) == (line["rounds"] == 1)
+
+
+def test_blocks_apart_compute_what_the_stack_does():
+    fields = SMALL | dict(num_layers=2)
+    inputs = workloads.network_inputs(fields, 1, 32, 64)
+    model = workloads.SanaTransformer(**fields)
+    params = workloads.random_params(model, inputs)
+    apart = blocks.unstack_blocks(params)
+    assert len(apart["transformer_blocks"]) == 2
+    call = jax.jit(workloads.network_calls(model)["backward"])
+    with quick_compilation():
+        (loss, gradient), (loss_apart, gradient_apart) = call(params, inputs), call(apart, inputs)
+    stacked = blocks.stack(gradient_apart["transformer_blocks"])
+    gradient_apart = gradient_apart | {"transformer_blocks": stacked}
+    np.testing.assert_allclose(loss, loss_apart, rtol=1e-6)
+    # Two orders of the same float32 sums.
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5 * np.abs(a).max(), rtol=1e-4),
+        gradient,
+        gradient_apart,
+    )
+
+
+def test_without_torch_one_line_says_what_to_install(monkeypatch):
+    monkeypatch.setitem(sys.modules, "torch", None)
+    with pytest.raises(UserError, match=r"needs (torch|diffusers): pip install -e .\[parity\]"):
+        benchmark.main(["train", "--against=diffusers"])
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["train", "--image=512"], "HEIGHTxWIDTH"),
+        (["train", "--image=500x512"], "multiples of 32"),
+        (["train", "--rounds=0"], "at least 1"),
+        (["parity", "--only=forward,backwards"], "'backwards' is not one of"),
+        (["train", "--threads=999"], "--threads 999"),
+        (["parity", "--rounds=3"], "--rounds"),
+        (["sample", "--parts=whole"], "--parts whole needs --model"),
+        (["sample", "--batch=1,x"], "'x' must be a whole number"),
+    ],
+)
+def test_wrong_flags_are_one_line(words, message):
+    with pytest.raises(UserError, match=message) as error:
+        benchmark.main(words)
+    assert error.value.exit_code == 2

@@ -1,0 +1,337 @@
+"""Tests of export: what it writes is what was trained, and what it cannot write leaves nothing behind."""
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from helpers.runs import assert_same_bits, quick_compilation, run_here
+from helpers.workdirs import STEP, make_workdir
+from jax import export as jax_export
+from safetensors.numpy import load_file, save_file
+
+from sprint_jax import SprintPipeline, export
+from sprint_jax.artifacts import pipeline_folder, stablehlo
+from sprint_jax.checkpoints.checkpoint import load_params
+from sprint_jax.checkpoints.weights import find_weights
+from sprint_jax.interop.diffusers import load_transformer
+from sprint_jax.models.sana import from_fields
+
+STORED = Path(__file__).parents[1] / "parity" / "stored"
+# Programs of symbolic and of fixed batch may add in another order: observed 3e-7.
+TOLERANCE = 1e-5
+
+
+@pytest.fixture(scope="module", autouse=True)
+def quick():
+    with quick_compilation():
+        yield
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory):
+    """Workdirs of the world whose latents are not square."""
+    root = tmp_path_factory.mktemp("models")
+    return {stage: make_workdir(root / stage, stage, "full") for stage in ("flow", "distill")}
+
+
+def words(workdir, out, *extra, to="diffusers") -> list[str]:
+    return ["--workdir", str(workdir), "--out", str(out), "--format", to, *map(str, extra)]
+
+
+def make_base(folder: Path, channels: int = 12, width: int = 64) -> Path:
+    """A pipeline folder of which export reads configs and copies the rest."""
+    configs = {
+        "vae": {"_class_name": "AutoencoderDC", "latent_channels": channels},
+        "text_encoder": {"hidden_size": width},
+        "tokenizer": {},
+    }
+    index = {"_class_name": "SanaSprintPipeline", "transformer": ["diffusers", "Other"]}
+    for part, config in configs.items():
+        (folder / part).mkdir(parents=True)
+        (folder / part / "config.json").write_text(json.dumps(config))
+        if part != "tokenizer":
+            save_file({"x": np.arange(3.0)}, folder / part / "model.safetensors")
+        index[part] = ["library", f"Class of {part}"]
+    (folder / "model_index.json").write_text(json.dumps(index))
+    return folder
+
+
+def everything(folder: Path) -> list[str]:
+    return sorted(str(path) for path in folder.rglob("*"))
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize(
+    ("stage", "which"), [("distill", "ema"), ("distill", "raw"), ("flow", "ema")]
+)
+def test_transformer_is_the_trained_one(models, tmp_path, capsys, stage, which, dtype):
+    out = tmp_path / "new" / "out"
+    export.main(words(models[stage], out, "--dtype", dtype, "--params", which))
+    assert "no --base" in capsys.readouterr().out
+    fields, params = load_transformer(out / "transformer", dtype)
+    trained, _ = load_params(str(models[stage]), which)
+    assert_same_bits(params, jax.tree.map(lambda leaf: leaf.astype(dtype), trained))
+    assert fields["guidance_embeds"] == fields.get("logvar", False) == (stage == "distill")
+    card = (out / "README.md").read_text()
+    assert f"{which} parameters of step {STEP}" in card and "latents of 4 x 8" in card
+    index = json.loads((out / "model_index.json").read_text())
+    assert index["vae"] == index["text_encoder"] == index["tokenizer"] == [None, None]
+    assert everything(tmp_path)[0].endswith("/new") and len(list(out.parent.iterdir())) == 1
+
+
+def test_schedulers(models, tmp_path):
+    for stage in models:
+        export.main(words(models[stage], tmp_path / stage))
+    path = "scheduler/scheduler_config.json"
+    student = json.loads((tmp_path / "distill" / path).read_text())
+    assert student == {
+        "_class_name": "SCMScheduler",
+        "num_train_timesteps": 1000,
+        "prediction_type": "trigflow",
+        "sigma_data": 0.5,
+    }
+    teacher = json.loads((tmp_path / "flow" / path).read_text())
+    assert teacher["_class_name"] == "DPMSolverMultistepScheduler" and teacher["flow_shift"] == 1.0
+
+
+def test_training_can_go_on_with_logvar(models, tmp_path):
+    export.main(words(models["distill"], tmp_path / "out"))
+    fields, params = load_transformer(tmp_path / "out" / "transformer")
+    inputs = jnp.ones((2, 4, 8, 12)), jnp.full(2, 0.5), jnp.ones((2, 12, 64)), jnp.ones((2, 12))
+    model = from_fields(fields)
+    _, logvar = model.apply({"params": params}, *inputs, jnp.full(2, 0.3), with_logvar=True)
+    assert logvar.shape == (2,) and (np.abs(logvar) > 1e-3).all()
+
+
+def test_parts_of_a_base_are_copied(models, tmp_path, capsys):
+    base, out = make_base(tmp_path / "base"), tmp_path / "out"
+    # The hub's cache holds links.
+    weights = base / "vae" / "model.safetensors"
+    (base / "vae" / "model.safetensors").rename(tmp_path / "blob")
+    weights.symlink_to(tmp_path / "blob")
+    out.mkdir()
+    export.main(words(models["distill"], out, "--base", base))
+    assert "no --base" not in capsys.readouterr().out
+    index = json.loads((out / "model_index.json").read_text())
+    assert index["vae"] == ["library", "Class of vae"]
+    assert index["transformer"] == ["diffusers", "SanaTransformer2DModel"]
+    for part in pipeline_folder.PARTS:
+        for path in (base / part).iterdir():
+            assert (out / part / path.name).read_bytes() == path.read_bytes()
+    assert not (out / "vae" / "model.safetensors").is_symlink()
+
+
+@pytest.fixture
+def refused(tmp_path, monkeypatch, capfd):
+    """``refused(words, code, *parts)``: one line with these words, and nothing is left behind."""
+
+    def run(arguments, code, *parts):
+        before = everything(tmp_path)
+        ended = run_here(arguments, monkeypatch, capfd, main=export.main)
+        assert ended.code == code, ended
+        for part in parts:
+            assert part in ended.error, (part, ended.error)
+        assert everything(tmp_path) == before
+
+    return run
+
+
+def test_bad_workdirs(models, tmp_path, refused):
+    refused(words(tmp_path / "none", tmp_path / "new" / "out"), 1, "none", "no config.json")
+    (tmp_path / "empty" / "checkpoints").mkdir(parents=True)
+    shutil.copy(models["flow"] / "config.json", tmp_path / "empty")
+    refused(words(tmp_path / "empty", tmp_path / "out"), 1, "no complete checkpoint")
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "config.json").write_text('{"stage": "flow"}')
+    refused(words(tmp_path / "other", tmp_path / "out"), 1, "config.json", "not of a training")
+    refused(words(tmp_path / "none", tmp_path / "out", to="stablehlo"), 1, "none does not exist")
+
+
+def test_bad_outputs(models, tmp_path, refused):
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "file").touch()
+    for out in ("full", "full/file"):
+        refused(words(models["flow"], tmp_path / out), 1, f"{out} exists", "new folder")
+    refused(words(models["flow"], tmp_path / "full/file/out"), 1, "cannot be made")
+
+
+def test_full_disk(models, tmp_path, refused, monkeypatch):
+    usage = shutil.disk_usage(tmp_path)._replace(free=1000)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage)
+    for to in ("diffusers", "stablehlo"):
+        refused(words(models["flow"], tmp_path / "out", to=to), 1, "0.0 GB left")
+
+
+def test_bad_bases(models, tmp_path, refused):
+    def check(base, *parts):
+        refused(words(models["distill"], tmp_path / "out", "--base", base), 1, *parts)
+
+    check(tmp_path / "none", "none does not exist")
+    check(models["flow"], "model_index.json is missing")
+    check(make_base(tmp_path / "channels", channels=32), "32 latent channels", "transformer 12")
+    check(make_base(tmp_path / "width", width=2304), "2304 features", "takes 64")
+    for part in pipeline_folder.PARTS:
+        shutil.rmtree(make_base(tmp_path / f"no_{part}") / part)
+        check(tmp_path / f"no_{part}", f"has no {part}")
+    (make_base(tmp_path / "bare") / "text_encoder" / "model.safetensors").unlink()
+    check(tmp_path / "bare", "text_encoder has no weights")
+    (make_base(tmp_path / "odd") / "text_encoder" / "config.json").write_text("[]")
+    check(tmp_path / "odd", "text_encoder/config.json", "hidden_size")
+    shutil.copy(STORED / "dc_ae" / "config.json", make_base(tmp_path / "true") / "vae")
+    check(tmp_path / "true", "4 latent channels")
+
+
+def test_flags_of_the_other_format_and_bad_sizes(models, tmp_path, refused):
+    out = tmp_path / "out"
+    refused(words(models["flow"], out, "--size", "8x8"), 2, "--size is for --format stablehlo")
+    refused(words(models["flow"], out, "--base", "x", to="stablehlo"), 2, "--base", "diffusers")
+    refused(words(models["distill"], out, "--steps", 2, to="stablehlo"), 2, "--steps", "teachers")
+    refused(words(models["flow"], out, "--steps", 0, to="stablehlo"), 2, "steps must be at least 1")
+    refused(words(models["flow"], out, "--size", "8x9", to="stablehlo"), 2, "8x9", "multiples of 2")
+    refused(words(models["flow"], out, "--size", "8", to="stablehlo"), 2, "HEIGHTxWIDTH")
+
+
+def test_student_whose_times_diffusers_cannot_show(tmp_path, models, refused):
+    shutil.copytree(models["distill"], tmp_path / "student")
+    path = tmp_path / "student" / "config.json"
+    config = json.loads(path.read_text())
+    config["model"]["timestep_scale"] = 1.0
+    path.write_text(json.dumps(config))
+    refused(words(tmp_path / "student", tmp_path / "out"), 1, "timestep_scale is 1.0", "stablehlo")
+
+
+def test_another_network_in_the_folder_is_an_error(models, tmp_path, refused, monkeypatch):
+    def changed(folder, dtype):
+        fields, params = load_transformer(folder, dtype)
+        return fields, params | {"scale_shift_table": params["scale_shift_table"] + 1e-6}
+
+    monkeypatch.setattr(pipeline_folder, "load_transformer", changed)
+    refused(words(models["flow"], tmp_path / "out"), 1, "does not read back")
+
+    def other_times(folder, dtype):
+        fields, params = load_transformer(folder, dtype)
+        return fields | {"timestep_scale": 1.0}, params
+
+    monkeypatch.setattr(pipeline_folder, "load_transformer", other_times)
+    refused(words(models["flow"], tmp_path / "out"), 1, "another network")
+
+
+def test_artifact_that_differs_is_an_error(models, tmp_path, refused, monkeypatch):
+    monkeypatch.setattr(stablehlo, "TOLERANCE", {"float32": -1.0})
+    arguments = words(models["flow"], tmp_path / "out", "--steps", 1, to="stablehlo")
+    refused(arguments, 1, "denoise_1.stablehlo differs from the pipeline")
+
+
+def test_interrupted_export_leaves_nothing(tmp_path):
+    with (
+        pytest.raises(KeyboardInterrupt),
+        export.new_folder(tmp_path / "a" / "b" / "out") as folder,
+    ):
+        (folder / "half").touch()
+        raise KeyboardInterrupt
+    assert everything(tmp_path) == []
+
+
+@pytest.fixture(scope="module")
+def student(models, tmp_path_factory):
+    """(folder of artifacts, its manifest, pipeline)."""
+    out = tmp_path_factory.mktemp("stablehlo") / "student"
+    export.main(words(models["distill"], out, to="stablehlo"))
+    manifest = json.loads((out / "manifest.json").read_text())
+    return out, manifest, SprintPipeline.from_pretrained(models["distill"])
+
+
+def relative_error(ours, theirs) -> float:
+    assert ours.shape == theirs.shape
+    return float(np.abs(np.asarray(ours) - np.asarray(theirs)).max() / np.abs(theirs).max())
+
+
+def artifact(folder: Path, name: str):
+    return jax_export.deserialize(bytearray((folder / f"{name}.stablehlo").read_bytes()))
+
+
+@pytest.mark.parametrize(("steps", "count"), [(1, 3), (2, 1), (3, 3), (4, 1)])
+def test_artifacts_sample_as_the_pipeline(student, steps, count):
+    folder, _, pipe = student
+    text, mask = pipe.encode_text(
+        ["a red 3 on blue", "a green 7 on yellow", "a blue 1 on red"][:count]
+    )
+    noise, step_noise = pipe.draw_noise(5, np.arange(count), pipe.latent_shape(), steps)
+    guidance = np.arange(2, 2 + count, dtype=np.float32)
+    expected = pipe.denoise(
+        text, mask, noise, steps=steps, guidance=guidance, step_noise=step_noise
+    )
+    if step_noise is None:
+        step_noise = np.zeros((0, *noise.shape), np.float32)
+    params = load_file(folder / "params.safetensors")
+    found = artifact(folder, f"denoise_{steps}").call(
+        params, text, mask, noise, step_noise, guidance
+    )
+    assert relative_error(found, expected) < TOLERANCE
+    pixels = artifact(folder, "decode").call(found)
+    assert relative_error(pixels, pipe.decode(expected)) < TOLERANCE
+
+
+def test_manifest_says_what_the_functions_take(student):
+    folder, manifest, pipe = student
+    assert manifest["kind"] == "student" and manifest["source"]["step"] == STEP
+    assert set(manifest["functions"]) == {"decode", *(f"denoise_{n}" for n in (1, 2, 3, 4))}
+    for name, entry in manifest["functions"].items():
+        exported = artifact(folder, name)
+        assert exported.platforms == ("cpu", "cuda", "tpu") == tuple(manifest["platforms"])
+        described = [(value["dtype"], *value["shape"]) for value in entry["inputs"]]
+        taken = exported.in_avals[-len(described) :]
+        sizes = [tuple("b" if str(n) == "b" else n for n in aval.shape) for aval in taken]
+        assert described == [(aval.dtype.name, *s) for aval, s in zip(taken, sizes, strict=True)]
+    names = [value["name"] for value in manifest["functions"]["denoise_2"]["inputs"]]
+    assert names == ["text", "mask", "noise", "step_noise", "guidance"]
+    assert manifest["functions"]["denoise_2"]["schedule"] == list(pipe.schedule(2))
+    assert not any("logvar" in name for name in load_file(folder / "params.safetensors"))
+
+
+def run_loader(folder: Path) -> dict[str, float]:
+    """What load.py prints, where this package cannot be imported."""
+    code = "import runpy, sys; sys.modules['sprint_jax'] = None; runpy.run_path('load.py', run_name='__main__')"
+    command = [sys.executable, "-W", "error", "-c", code]
+    ended = subprocess.run(command, cwd=folder, capture_output=True, text=True)
+    assert ended.returncode == 0, ended.stderr
+    return {line.split()[0]: float(line.split()[-1]) for line in ended.stdout.splitlines()}
+
+
+def test_loader_runs_without_this_package(student):
+    folder, manifest, _ = student
+    errors = run_loader(folder)
+    assert set(errors) == set(manifest["functions"])
+    assert max(errors.values()) < TOLERANCE
+
+
+def test_teacher_in_bfloat16_at_another_size(models, tmp_path, capsys):
+    out = tmp_path / "out"
+    extra = ("--steps", 2, "--dtype", "bfloat16", "--size", "16x8", "--params", "raw")
+    export.main(words(models["flow"], out, *extra, to="stablehlo"))
+    manifest = json.loads((out / "manifest.json").read_text())
+    inputs = manifest["functions"]["denoise_2"]["inputs"]
+    assert [value["name"] for value in inputs][-3:] == ["null_text", "null_mask", "guidance"]
+    assert manifest["functions"]["decode"]["output"]["shape"] == ["b", 16, 8, 3]
+    params = load_file(out / "params.safetensors")
+    raw, _ = load_params(str(models["flow"]), "raw")
+    expected = raw["scale_shift_table"].astype(jnp.bfloat16)
+    assert params["scale_shift_table"].dtype == jnp.bfloat16
+    np.testing.assert_array_equal(params["scale_shift_table"], expected)
+
+
+def test_training_goes_on_from_an_export(models, tmp_path):
+    """With every parameter, the logvar head included."""
+    out = tmp_path / "out"
+    export.main(["--workdir", str(models["distill"]), "--out", str(out), "--format", "diffusers"])
+    trained, _ = load_params(str(models["distill"]), "ema")
+    assert "logvar_linear" in trained
+    for place in (out, models["distill"]):
+        params, _ = find_weights(str(place)).load(None)
+        jax.tree.map(np.testing.assert_array_equal, params, trained)

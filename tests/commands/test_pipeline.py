@@ -1,0 +1,346 @@
+"""The pipeline and the command `sample`, on workdirs of tiny networks with random weights."""
+
+import subprocess
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from helpers.workdirs import STEP, make_workdir
+from PIL import Image
+
+from sprint_jax import SprintPipeline, sample, sampling
+from sprint_jax.core.errors import UserError
+from sprint_jax.core.sheet import Cell, draw_sheet
+
+PROMPTS = ["a red 3 on blue", "a 7", "a green 5"]
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    root = tmp_path_factory.mktemp("workdirs")
+    return {stage: make_workdir(root / stage, stage) for stage in ("distill", "flow")}
+
+
+@pytest.fixture(scope="module")
+def student(folders):
+    return SprintPipeline.from_pretrained(folders["distill"])
+
+
+@pytest.fixture(scope="module")
+def teacher(folders):
+    return SprintPipeline.from_pretrained(str(folders["flow"]))
+
+
+def inputs(pipe, prompts=PROMPTS, seed=0, steps=2):
+    text, mask = pipe.encode_text(prompts)
+    indices = np.arange(len(prompts))
+    noise, step_noise = pipe.draw_noise(seed, indices, pipe.latent_shape(), steps)
+    return text, mask, noise, step_noise
+
+
+def read(path):
+    with Image.open(path) as image:
+        return np.asarray(image)
+
+
+def arrays(images):
+    return np.stack([np.asarray(image, np.int32) for image in images])
+
+
+@pytest.mark.parametrize("steps", [1, 2, 3, 4])
+def test_student_equals_the_published_loop(student, steps):
+    """reference.md section 4 written out in flow time, with float64 between the network calls."""
+    text, mask, noise, step_noise = inputs(student, steps=steps)
+    result = student.denoise(text, mask, noise, steps=steps, guidance=4.5, step_noise=step_noise)
+    angles = {
+        1: [1.5708, 0],
+        2: [1.5708, 1.3, 0],
+        3: [1.5708, 1.0472, 0.5236, 0],
+        4: [1.5708, 1.1781, 0.7854, 0.3927, 0],
+    }[steps]
+    apply = jax.jit(student.model.apply)
+    x = 0.5 * np.asarray(noise, np.float64)
+    for step, u in enumerate(angles[:-1]):
+        t = np.sin(u) / (np.sin(u) + np.cos(u))
+        r = np.sqrt(t**2 + (1 - t) ** 2)
+        seen = (x / 0.5 * r).astype(np.float32)
+        time, told = np.full(3, t, np.float32), np.full(3, 0.45, np.float32)
+        f = np.asarray(apply({"params": student.params}, seen, time, text, mask, told), np.float64)
+        F = 0.5 * ((1 - 2 * t) * seen + (1 - 2 * t + 2 * t**2) * f) / r
+        x0 = np.cos(u) * x - np.sin(u) * F
+        if step + 1 < steps:
+            fresh = np.asarray(step_noise[step], np.float64)
+            x = np.cos(angles[step + 1]) * x0 + np.sin(angles[step + 1]) * 0.5 * fresh
+    assert result.shape == noise.shape and result.dtype == jnp.float32
+    scale = np.abs(x0 / 0.5).max()
+    np.testing.assert_allclose(result, x0 / 0.5, atol=2e-5 * scale)
+
+
+def test_pictures_have_the_size_of_training_or_the_one_asked_for(student):
+    images = student(PROMPTS, steps=1)
+    assert [image.size for image in images] == [(8, 8)] * 3
+    assert all(isinstance(image, Image.Image) and image.mode == "RGB" for image in images)
+    assert student(PROMPTS[:1], steps=1, height=8, width=16)[0].size == (16, 8)
+
+
+def test_a_picture_depends_on_seed_place_and_prompt_alone(student):
+    together = arrays(student(PROMPTS, steps=2, seed=3))
+    # Other batches are other programs: their sums may round to a neighbouring byte.
+    assert np.abs(arrays(student(PROMPTS, steps=2, seed=3, batch_size=2)) - together).max() <= 1
+    others = ["a 1", PROMPTS[1], "a blue 9"]
+    assert np.abs(arrays(student(others, steps=2, seed=3))[1] - together[1]).max() <= 1
+    assert np.abs(arrays(student(PROMPTS, steps=2, seed=4)) - together).max() > 10
+
+
+def test_images_per_prompt_follow_each_other(student):
+    images = arrays(student(PROMPTS[:2], steps=1, images_per_prompt=2))
+    same = arrays(student([PROMPTS[0], PROMPTS[0], PROMPTS[1], PROMPTS[1]], steps=1))
+    np.testing.assert_array_equal(images, same)
+    assert np.abs(images[0] - images[1]).max() > 10
+
+
+def test_default_renoising_is_that_of_seed_0(student):
+    text, mask, noise, step_noise = inputs(student, seed=0, steps=3)
+    default = student.denoise(text, mask, noise, steps=3)
+    given = student.denoise(text, mask, noise, steps=3, guidance=3.0, step_noise=step_noise)
+    np.testing.assert_array_equal(default, given)
+    other = student.denoise(text, mask, noise, steps=3, step_noise=-step_noise)
+    assert np.abs(np.asarray(other - default)).max() > 0.01
+
+
+def test_a_program_is_compiled_once_for_steps_and_shape(folders):
+    pipe = SprintPipeline.from_pretrained(folders["distill"])
+    for seed, guidance in ((0, 3.0), (1, 4.5)):
+        pipe(PROMPTS, steps=2, seed=seed, guidance=guidance)
+    pipe(PROMPTS * 3, steps=2, batch_size=3)
+    assert pipe._student._cache_size() == 1
+    pipe(PROMPTS, steps=3)
+    assert pipe._student._cache_size() == 2
+
+
+def test_an_image_is_changed_by_its_strength(student):
+    random = np.random.default_rng(0)
+    image = random.integers(0, 256, (8, 8, 3), dtype=np.uint8)
+
+    def drawn(image, strength, steps=2):
+        return arrays(student(PROMPTS, seed=2, image=image, strength=strength, steps=steps))
+
+    assert np.abs(drawn(image, 1e-7, 1) - image[None].astype(np.int32)).max() <= 2
+    # Diffusers ignores the image here.
+    assert np.abs(drawn(image, 0.6) - drawn(255 - image, 0.6)).max() > 10
+    whole = student(PROMPTS, seed=2, steps=2, image=Image.fromarray(image), strength=1.0)
+    ignored = student(PROMPTS, seed=2, steps=2)
+    # cos(1.5708) of the image is left.
+    assert np.abs(arrays(whole) - arrays(ignored)).max() <= 1
+    each = [image, 255 - image, image]
+    own, one = drawn(each, 1e-7, 1), drawn(image, 1e-7, 1)
+    assert np.abs(own[::2] - one[::2]).max() <= 1 and np.abs(own[1] - one[1]).max() > 100
+
+
+def test_guidance_reaches_the_student(student):
+    text, mask, noise, _ = inputs(student, steps=1)
+    low = student.denoise(text, mask, noise, steps=1, guidance=1.0)
+    mixed = student.denoise(text, mask, noise, steps=1, guidance=np.asarray([1.0, 9.0, 1.0]))
+    np.testing.assert_allclose(mixed[::2], low[::2], atol=1e-5)
+    assert np.abs(np.asarray(mixed[1] - low[1])).max() > 1e-3
+
+
+def test_ema_and_raw_parameters_are_not_confused(folders, student):
+    raw = SprintPipeline.from_pretrained(folders["distill"], params="raw")
+    images = arrays(raw(PROMPTS, steps=1)) - arrays(student(PROMPTS, steps=1))
+    assert np.abs(images).max() > 10
+    assert student.meta["step"] == STEP
+
+
+def test_bfloat16_stays_near_float32(folders, student):
+    half = SprintPipeline.from_pretrained(folders["distill"], dtype=jnp.bfloat16)
+    assert {leaf.dtype for leaf in jax.tree.leaves(half.params)} == {jnp.dtype("bfloat16")}
+    assert half.model.dtype == jnp.bfloat16
+    text, mask, noise, _ = inputs(student, steps=1)
+    exact = np.asarray(student.denoise(text, mask, noise, steps=1))
+    rounded = half.denoise(text, mask, noise, steps=1)
+    assert rounded.dtype == jnp.float32
+    gap = np.linalg.norm(np.asarray(rounded) - exact) / np.linalg.norm(exact)
+    assert 0 < gap < 0.05
+
+
+def test_decode_is_clipped_and_text_has_its_shape(student):
+    pixels = student.decode(3 * jnp.ones((2, 4, 4, 12)))
+    assert pixels.shape == (2, 8, 8, 3) and float(pixels.max()) == 1
+    text, mask = student.encode_text(["", "a 3"])
+    assert text.shape == (2, 12, 64) and mask.sum(1).tolist() == [1, 3]
+
+
+def test_teacher_guidance(teacher):
+    text, mask, noise, _ = inputs(teacher)
+    apply = jax.jit(teacher.model.apply)
+
+    def velocity(x, t):
+        return apply({"params": teacher.params}, x, t, text, mask)
+
+    plain = sampling.dpm_solver_sample(velocity, noise, steps=5, shift=teacher.shift)
+    scale = float(np.abs(plain).max())
+    one = teacher.denoise(text, mask, noise, steps=5, guidance=1.0)
+    np.testing.assert_allclose(one, plain, atol=1e-4 * scale)
+
+    zero = teacher.denoise(text, mask, noise, steps=5, guidance=0.0)
+    other_text, other_mask = teacher.encode_text(["a 1", "a blue 2", "a 9 on cyan"])
+    same = teacher.denoise(other_text, other_mask, noise, steps=5, guidance=0.0)
+    np.testing.assert_allclose(zero, same, atol=1e-4 * scale)
+    assert np.abs(np.asarray(zero - one)).max() > 0.01
+
+
+def test_solvers_of_a_teacher_agree_in_the_limit(teacher):
+    text, mask, noise, _ = inputs(teacher)
+    run = dict(steps=100, guidance=1.0)
+    dpm, flow, trig = (
+        np.asarray(teacher.denoise(text, mask, noise, solver=solver, **run))
+        for solver in ("dpm", "flow_euler", "trigflow_euler")
+    )
+    for other in (flow, trig):
+        assert np.linalg.norm(other - dpm) / np.linalg.norm(dpm) < 0.1
+    assert np.abs(flow - trig).max() > 1e-4
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (dict(steps=5), "steps must be 1, 2, 3 or 4"),
+        (dict(steps=0), "steps must be 1, 2, 3 or 4"),
+        (dict(steps=2, solver="dpm"), "is for teachers"),
+        (dict(height=9), "size 9x8"),
+        (dict(width=0), "size 8x0"),
+        (dict(prompts=[]), "at least one prompt"),
+        (dict(prompts="a 3"), "must be a list"),
+        (dict(prompts=["a rad 3"]), "'red'"),
+        (dict(images_per_prompt=0), "at least one prompt"),
+        (dict(image=np.zeros((8, 8), np.uint8)), r"an image is uint8 \(8, 8\)"),
+        (dict(image=[np.zeros((8, 8, 3), np.uint8)] * 2), "2 images for 3 pictures"),
+        (dict(image=Image.new("L", (9, 5)), strength=0.0), "strength must be above 0"),
+        (dict(negative="a 4"), "takes no negative prompt"),
+    ],
+)
+def test_what_a_student_refuses(student, arguments, message):
+    with pytest.raises(UserError, match=message):
+        student(**(dict(prompts=PROMPTS) | arguments))
+
+
+def test_what_denoise_refuses(student, teacher):
+    text, mask, noise, step_noise = inputs(student, steps=3)
+    with pytest.raises(UserError, match=r"step_noise has shape \(2, 3, 4, 4, 12\)"):
+        student.denoise(text, mask, noise, steps=2, step_noise=step_noise)
+    with pytest.raises(UserError, match="step_noise is for students"):
+        teacher.denoise(text, mask, noise, steps=2, step_noise=step_noise)
+    with pytest.raises(UserError, match="solver 'euler' is not one of dpm, "):
+        teacher.denoise(text, mask, noise, solver="euler")
+    with pytest.raises(UserError, match="at least 1"):
+        teacher.denoise(text, mask, noise, steps=0)
+    with pytest.raises(UserError, match="an image to start from is for students"):
+        teacher(PROMPTS, image=Image.new("RGB", (8, 8)))
+
+
+def test_a_teacher_is_guided_away_from_the_negative_prompt(teacher):
+    text, mask, noise, _ = inputs(teacher)
+    run = dict(steps=3, guidance=0.0)
+    away = teacher.denoise(text, mask, noise, negative="a 4", **run)
+    other_text, other_mask = teacher.encode_text(["a 4"] * 3)
+    conditional = teacher.denoise(other_text, other_mask, noise, steps=3, guidance=1.0)
+    scale = float(np.abs(conditional).max())
+    np.testing.assert_allclose(away, conditional, atol=1e-4 * scale)
+    assert np.abs(np.asarray(away - teacher.denoise(text, mask, noise, **run))).max() > 0.01
+
+
+def test_what_is_no_pipeline(tmp_path, folders):
+    with pytest.raises(UserError, match="does not exist: give a training workdir, a diffusers fol"):
+        SprintPipeline.from_pretrained(tmp_path / "nothing")
+    with pytest.raises(UserError, match="neither a training workdir"):
+        SprintPipeline.from_pretrained(tmp_path)
+    with pytest.raises(UserError, match="'ema' or 'raw'"):
+        SprintPipeline.from_pretrained(folders["distill"], params="best")
+    foreign = tmp_path / "foreign"
+    (foreign / "checkpoints").mkdir(parents=True)
+    (foreign / "config.json").write_text('{"stage": "flow"}')
+    with pytest.raises(UserError, match=r"foreign.config\.json is not of a training.*'data'"):
+        SprintPipeline.from_pretrained(foreign)
+
+
+def test_command_writes_pictures_and_a_grid(folders, tmp_path, capsys, student):
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("a 7\n\n  a green 5 \n")
+    out = tmp_path / "new" / "out"
+    common = ["--model", str(folders["distill"]), "--out", str(out), "--steps", "1"]
+    sample.main([*common, "--prompt", PROMPTS[0], "--prompts", str(prompts), "--scale", "3"])
+    assert sorted(p.name for p in out.iterdir()) == [
+        *(f"{i:05d}.png" for i in range(3)),
+        "grid.png",
+    ]
+    written = np.stack([read(out / f"{i:05d}.png") for i in range(3)])
+    assert written.shape == (3, 24, 24, 3)
+    np.testing.assert_array_equal(written[:, ::3, ::3], arrays(student(PROMPTS, steps=1)))
+    assert read(out / "grid.png").shape[1] > 2 * 96
+    assert str(out / "grid.png") in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("words", "message", "code"),
+    [
+        (["--steps", "5"], "steps must be 1, 2, 3 or 4", 2),
+        (["--size", "8"], "--size 8 must be HEIGHTxWIDTH", 2),
+        (["--size", "9x8"], "size 9x8", 2),
+        (["--scale", "0"], "--scale must be at least 1", 2),
+        (["--prompts", "EMPTY"], "has no prompt", 1),
+        (["--prompts", "missing.txt"], "missing.txt: No such file", 1),
+        (["--out", "EMPTY"], "there is a file in its place", 1),
+        (["--model", "nowhere"], "nowhere does not exist", 1),
+        (["--image", "missing.png"], "--image missing.png: No such file", 1),
+        (["--image", "EMPTY"], "is not a picture that can be read", 1),
+        (["--negative", "a 4"], "takes no negative prompt", 2),
+        (["--step", "2"], "unknown flag --step, nearest is --steps", 2),
+    ],
+)
+def test_what_the_command_refuses(folders, tmp_path, words, message, code):
+    empty = tmp_path / "empty.txt"
+    empty.write_text("\n \n")
+    base = {"--model": str(folders["distill"]), "--out": str(tmp_path / "out"), "--prompt": "a 3"}
+    given = dict(zip(words[::2], words[1::2], strict=True))
+    flags = base | {flag: str(empty) if word == "EMPTY" else word for flag, word in given.items()}
+    with pytest.raises(UserError, match=message) as raised:
+        sample.main([word for pair in flags.items() for word in pair])
+    assert raised.value.exit_code == code
+
+
+def test_command_needs_a_prompt(folders, tmp_path):
+    with pytest.raises(UserError, match="give --prompt P or --prompts FILE"):
+        sample.main(["--model", str(folders["distill"]), "--out", str(tmp_path)])
+
+
+def test_the_command_ends_in_one_line(tmp_path):
+    command = [
+        sys.executable,
+        "-m",
+        "sprint_jax.sample",
+        "--model",
+        str(tmp_path),
+        "--prompt",
+        "a 3",
+    ]
+    result = subprocess.run([*command, "--out", str(tmp_path)], capture_output=True, text=True)
+    assert result.returncode == 1
+    assert result.stderr.startswith("error: ") and result.stderr.count("\n") == 1
+
+
+def test_sheet_shows_pictures_undistorted_with_ticks():
+    picture = np.arange(8 * 8 * 3, dtype=np.uint8).reshape(8, 8, 3)
+    cells = [Cell(picture), Cell(picture, "a red 3 on blue"), Cell(picture, "", False)]
+    sheet = np.asarray(draw_sheet([cells, [Cell(picture, "a 7", True)]], titles=["real", "1", "2"]))
+    whole = picture.repeat(12, 0).repeat(12, 1)
+    found = [
+        (y, x)
+        for y, x in np.argwhere((sheet == whole[0, 0]).all(-1))
+        if np.array_equal(sheet[y : y + 96, x : x + 96], whole)
+    ]
+    assert len(found) == 4
+    green, red = ((sheet == color).all(-1).sum() for color in ((0, 150, 0), (205, 0, 0)))
+    assert green > 10 and red > 10

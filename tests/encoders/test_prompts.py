@@ -1,0 +1,234 @@
+"""Tests of prompts: against stored tokens and features of diffusers, no torch."""
+
+import hashlib
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import tokenizers
+from safetensors import safe_open
+from safetensors.numpy import load_file
+
+from sprint_jax.core.errors import UserError
+from sprint_jax.encoders.text import (
+    BOUNDARY,
+    INSTRUCTION,
+    INSTRUCTION_NVLABS,
+    PromptTokenizer,
+    TextEncoder,
+    load_tokenizer,
+    prepare,
+    tokenize,
+)
+from sprint_jax.interop.gemma2 import load_text_encoder
+from sprint_jax.models.gemma2 import Gemma2
+
+STORED = Path(__file__).parents[1] / "parity" / "stored" / "gemma2"
+LENGTH = 12
+
+
+@pytest.fixture
+def folder(tmp_path) -> Path:
+    return Path(shutil.copytree(STORED / "tokenizer", tmp_path / "tokenizer"))
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return load_tokenizer(STORED / "tokenizer")
+
+
+@pytest.fixture(scope="module")
+def loaded():
+    return load_text_encoder(STORED / "text_encoder")
+
+
+@pytest.fixture(scope="module")
+def encoder(loaded, tokenizer):
+    return TextEncoder(*loaded, tokenizer, length=LENGTH, batch_size=3)
+
+
+@pytest.fixture(scope="module")
+def arrays():
+    return load_file(STORED / "arrays.safetensors")
+
+
+@pytest.fixture(scope="module")
+def prompts():
+    with safe_open(STORED / "arrays.safetensors", framework="numpy") as file:
+        return json.loads(file.metadata()["prompts"])
+
+
+def assert_close(ours, theirs):
+    # As in test_gemma2.py.
+    np.testing.assert_allclose(ours, theirs, rtol=0, atol=2e-5 * np.abs(theirs).max())
+
+
+def test_instruction_is_the_published_text():
+    digest = hashlib.sha256(INSTRUCTION.encode()).hexdigest()
+    assert digest.startswith("48290080bb4fd4a2")
+    assert INSTRUCTION.count("\n") == 7
+    assert '"Enhanced prompt"' in INSTRUCTION_NVLABS and "'" not in INSTRUCTION_NVLABS
+
+
+def test_prompts_are_lower_case_without_space_around():
+    assert prepare(" A Cat\n") == "a cat"
+    assert prepare(" A Cat\n", lower=False) == "A Cat"
+
+
+def test_kept_tokens_behind_an_instruction(tokenizer):
+    alone = tokenizer.encode(INSTRUCTION)
+    tokens = tokenize(tokenizer, ["", "a cat " * 300], INSTRUCTION)
+    assert tokens.ids.shape == tokens.mask.shape == (2, len(alone) + 298)
+    assert tokens.kept.tolist() == [0, *range(len(alone) - 1, len(alone) + 298)]
+    assert tokens.ids[0, tokens.kept[:2]].tolist() == [tokenizer.begin, alone[-1]]
+    assert tokens.mask[0, tokens.kept].sum() == 2 and (tokens.ids[0, len(alone) :] == 0).all()
+    assert tokens.mask[1].all()
+
+
+def test_kept_tokens_without_one(tokenizer):
+    tokens = tokenize(tokenizer, ["", "a cat"], length=LENGTH)
+    assert tokens.kept.tolist() == list(range(LENGTH))
+    assert tokens.ids[0].tolist() == [tokenizer.begin] + [tokenizer.pad] * (LENGTH - 1)
+    assert 1 < tokens.mask[1].sum() < LENGTH
+
+
+def test_features_of_diffusers(encoder, arrays, prompts):
+    text, mask = encoder.encode(prompts)
+    np.testing.assert_array_equal(mask, arrays["kept"])
+    assert text.dtype == np.float32 and mask.dtype == np.int32
+    assert_close(text, arrays["text"])
+
+
+def test_negative_features_of_diffusers(encoder, arrays, prompts):
+    text, mask = encoder.encode_plain(prompts)
+    np.testing.assert_array_equal(mask, arrays["negative_mask"])
+    assert_close(text, arrays["negative_text"])
+
+
+def test_without_instruction_encode_is_plain(loaded, tokenizer, encoder):
+    plain = TextEncoder(*loaded, tokenizer, None, length=LENGTH)
+    np.testing.assert_array_equal(plain.encode(["a cat"])[0], encoder.encode_plain(["a cat"])[0])
+
+
+def test_the_instruction_runs_once(loaded, tokenizer, prompts, monkeypatch):
+    runs = []
+    cache, run = Gemma2.prefix_cache, Gemma2.encode
+
+    def counted_cache(self, params, ids):
+        runs.append(("prefix", len(ids)))
+        return cache(self, params, ids)
+
+    def counted_run(self, params, ids, mask, prefix=None):
+        runs.append(("rest", ids.shape[1]))
+        return run(self, params, ids, mask, prefix)
+
+    monkeypatch.setattr(Gemma2, "prefix_cache", counted_cache)
+    monkeypatch.setattr(Gemma2, "encode", counted_run)
+    encoder = TextEncoder(*loaded, tokenizer, length=LENGTH, batch_size=4)
+    first, _ = encoder.encode(prompts)
+    again, _ = encoder.encode(prompts)
+    np.testing.assert_array_equal(first, again)
+    count = len(tokenizer.encode(INSTRUCTION))
+    # Each is traced once.
+    assert runs == [("prefix", count - BOUNDARY), ("rest", LENGTH - 2 + BOUNDARY)]
+
+
+def test_batches_and_repeats_do_not_matter(loaded, tokenizer, encoder, prompts):
+    one = TextEncoder(*loaded, tokenizer, length=LENGTH, batch_size=1)
+    order = [3, 0, 3, 1, 2, 0]
+    text, mask = one.encode([prompts[i] for i in order])
+    expected, expected_mask = encoder.encode(prompts)
+    assert_close(text, expected[order])
+    np.testing.assert_array_equal(mask, expected_mask[order])
+
+
+def test_a_prompt_may_change_the_whole_instruction(loaded):
+    # Without its last letter "abcdefgh" falls into single letters; with it, it is one token.
+    letters, joined = "abcdefgh", []
+    for i in reversed(range(7)):
+        joined.append((letters[i], letters[i + 1 :]))
+    tokens = ["<pad>", "<bos>", *letters, *(a + b for a, b in joined)]
+    vocabulary = {token: i for i, token in enumerate(tokens)}
+    bpe = tokenizers.Tokenizer(tokenizers.models.BPE(vocabulary, joined))
+    tokenizer = PromptTokenizer(bpe, 1, 0)
+    encoder = TextEncoder(*loaded, tokenizer, "abcdefg", length=LENGTH, batch_size=1)
+    for prompt, count in ("h", 2), ("a", 9):
+        found = tokenize(tokenizer, [prompt], "abcdefg", LENGTH)
+        assert found.mask.sum() == count
+        assert (encoder._prefix_of(found.ids) is None) == (prompt == "h")
+        whole = loaded[0].encode(loaded[1], found.ids, found.mask)[:, found.kept]
+        assert_close(encoder.encode([prompt])[0], whole)
+
+
+def test_an_instruction_of_few_tokens(loaded, tokenizer):
+    encoder = TextEncoder(*loaded, tokenizer, "a", length=LENGTH)
+    found = tokenize(tokenizer, ["cat"], "a", LENGTH)
+    whole = loaded[0].encode(loaded[1], found.ids, found.mask)[:, found.kept]
+    assert_close(encoder.encode(["cat"])[0], whole)
+
+
+@pytest.mark.parametrize("prompts, message", [([], "nothing to encode"), ("a cat", "not the sent")])
+def test_prompts_must_be_a_list_of_some(encoder, prompts, message):
+    for encode in encoder.encode, encoder.encode_plain:
+        with pytest.raises(UserError, match=message):
+            encode(prompts)
+
+
+def test_tokenizer_of_another_model(loaded, tokenizer):
+    small = Gemma2(vocab_size=400)
+    with pytest.raises(UserError, match="has 440 tokens, but the text encoder embeds 400"):
+        TextEncoder(small, loaded[1], tokenizer)
+
+
+def change(folder, file, **changes):
+    path = folder / file
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+CONFIG, TOKENIZER = "tokenizer_config.json", "tokenizer.json"
+
+
+def test_token_names_in_either_file(folder, tokenizer):
+    (folder / CONFIG).unlink()
+    names = {"bos_token": {"content": "<bos>"}, "pad_token": "<pad>"}
+    (folder / "special_tokens_map.json").write_text(json.dumps(names))
+    found = load_tokenizer(folder)
+    assert (found.begin, found.pad) == (tokenizer.begin, tokenizer.pad) == (2, 0)
+
+
+def test_begin_token_by_config_alone(folder, tokenizer):
+    change(folder, TOKENIZER, post_processor=None)
+    with pytest.raises(UserError, match="must add its begin token"):
+        load_tokenizer(folder)
+    change(folder, CONFIG, add_bos_token=True)
+    assert load_tokenizer(folder).encode("a cat") == tokenizer.encode("a cat")
+
+
+def test_padding_and_truncation_of_the_file_do_not_count(folder, tokenizer):
+    raw = tokenizers.Tokenizer.from_file(str(folder / TOKENIZER))
+    raw.enable_truncation(4)
+    raw.enable_padding(length=50)
+    raw.save(str(folder / TOKENIZER))
+    assert load_tokenizer(folder).encode(INSTRUCTION) == tokenizer.encode(INSTRUCTION)
+
+
+@pytest.mark.parametrize(
+    "damage, message",
+    [
+        (lambda f: (f / TOKENIZER).unlink(), r"tokenizer\.json is missing"),
+        (lambda f: (f / TOKENIZER).write_text("{"), r"tokenizer\.json cannot be read"),
+        (lambda f: (f / CONFIG).write_text("{"), r"tokenizer_config\.json cannot be read"),
+        (lambda f: (f / CONFIG).write_text("[1]"), r"tokenizer_config\.json cannot be read"),
+        (lambda f: (f / CONFIG).unlink(), "special_tokens_map.json has a bos_token"),
+        (lambda f: change(f, CONFIG, pad_token="<hole>"), "pad_token '<hole>' is not in"),
+        (lambda f: change(f, CONFIG, add_bos_token=False), "must add its begin token"),
+        (lambda f: change(f, CONFIG, add_eos_token=True), "and no end token"),
+    ],
+)
+def test_damaged_tokenizers_are_refused(folder, damage, message):
+    damage(folder)
+    with pytest.raises(UserError, match=message) as caught:
+        load_tokenizer(folder)
+    assert "\n" not in str(caught.value)

@@ -1,0 +1,171 @@
+"""Two processes as one run: the same numbers as one process, a shared stop, and death of either."""
+
+import json
+import signal
+import time
+
+import jax
+import numpy as np
+import pytest
+from helpers.pods import HOST, TRAIN, errors, finish_pod, start_pod, survivor_of, until
+from helpers.runs import (
+    assert_same_bits,
+    checkpoint_steps,
+    quick_compilation,
+    read_state,
+    records,
+    tiny,
+    words,
+    write_digits,
+)
+from helpers.workdirs import make_workdir
+
+from sprint_jax import train
+from sprint_jax.parallel.peers import LOST_PEER
+
+STAGES = ("flow", "distill")
+STEPS, LONGER, EVERY = 20, 24, 5
+
+
+@pytest.fixture(scope="module", autouse=True)
+def quick():
+    with quick_compilation():
+        yield
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return tmp_path_factory.mktemp("pod")
+
+
+@pytest.fixture(scope="module")
+def line(folder, tmp_path_factory):
+    """``line(stage, **changes) -> (spec, data, changes)`` for `tiny` and `words`."""
+    data = write_digits(tmp_path_factory.getbasetemp() / "digits")
+    teacher = make_workdir(folder / "teacher", "flow")
+
+    def arguments(stage, **changes):
+        options = {"steps": STEPS, "log__checkpoint_every": EVERY, "log__sample_every": 1000}
+        if stage == "distill":
+            options |= {"teacher": str(teacher), "log__diagnostics_every": 10}
+        spec = "teacher" if stage == "flow" else "student"
+        return f"configs/digits.py:{spec},small", data, options | changes
+
+    return arguments
+
+
+def command(line, stage, workdir, **changes):
+    spec, data, options = line(stage, **changes)
+    return [*TRAIN, *words(spec, data, workdir, **options)]
+
+
+def train_here(config, workdir):
+    handler = signal.getsignal(signal.SIGTERM)
+    try:
+        train.train(config, workdir, [])
+    finally:
+        signal.signal(signal.SIGTERM, handler)
+
+
+@pytest.fixture(scope="module")
+def alone(folder, line):
+    """Runs of one process with 8 devices, some steps longer: stage -> workdir."""
+    for stage in STAGES:
+        spec, data, options = line(stage, steps=LONGER, log__keep=10)
+        train_here(tiny(spec, data, **options), folder / f"alone_{stage}")
+    return {stage: folder / f"alone_{stage}" for stage in STAGES}
+
+
+@pytest.fixture(scope="module")
+def pair(folder, line):
+    """Runs of two processes with 4 devices each: stage -> workdir."""
+    for stage in STAGES:
+        for ended in finish_pod(start_pod(command(line, stage, folder / f"pair_{stage}"))):
+            assert ended.code == 0, ended.err
+    return {stage: folder / f"pair_{stage}" for stage in STAGES}
+
+
+def losses(workdir):
+    return {
+        step: {name: value for name, value in record.items() if name.startswith("loss/")}
+        for step, record in records(workdir).items()
+    }
+
+
+def assert_losses_agree(mine, other, steps):
+    for step in steps:
+        assert mine[step].keys() == other[step].keys() and mine[step]
+        for name, value in mine[step].items():
+            # Logits are sums around zero: their mean is compared on the scale of the logits.
+            assert value == pytest.approx(other[step][name], rel=1e-5, abs=1e-6), (step, name)
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_two_processes_equal_one(stage, alone, pair):
+    mine, other = losses(pair[stage]), losses(alone[stage])
+    assert list(mine) == list(range(1, STEPS + 1))
+    assert_losses_agree(mine, other, mine)
+    states = [read_state(workdir[stage], STEPS)["params"] for workdir in (pair, alone)]
+    for a, b in zip(*map(jax.tree.leaves, states), strict=True):
+        assert a.dtype == np.float32
+        assert np.linalg.norm(a - b) <= 1e-4 * np.linalg.norm(b)
+
+
+def test_death_of_a_process_is_named_and_resumed_exactly(line, folder, alone, pair):
+    workdir = folder / "killed"
+    words = command(line, "flow", workdir)
+    pod = start_pod(words)
+    until(lambda: checkpoint_steps(workdir) and max(records(workdir)) > EVERY, pod)
+    survivor, seconds = survivor_of(pod, 1, signal.SIGKILL)
+    print(f"the survivor ended after {seconds:.1f} s")
+    assert seconds < 60 and survivor.code == LOST_PEER
+    (error,) = errors(survivor)
+    assert f"process 1 of 2 on host {HOST}: no sign of life" in error
+    newest = checkpoint_steps(workdir)[-1]
+    assert EVERY <= newest < STEPS
+    # The same command line resumes; the result is that of the run which nobody disturbed, bit for bit.
+    for ended in finish_pod(start_pod(words)):
+        assert ended.code == 0, ended.err
+    assert losses(workdir) == losses(pair["flow"])
+    assert_same_bits(read_state(workdir, STEPS), read_state(pair["flow"], STEPS))
+    # Elastic: goes on with one process and two devices.
+    longer = command(line, "flow", workdir, steps=LONGER)
+    (ended,) = finish_pod(start_pod(longer, count=1, devices=2))
+    assert ended.code == 0 and "2 device(s)" in ended.out, ended.err
+    assert_losses_agree(losses(workdir), losses(alone["flow"]), range(STEPS + 1, LONGER + 1))
+
+
+@pytest.mark.slow
+def test_sigterm_to_one_process_stops_all_at_the_same_step(line, folder, pair):
+    workdir = folder / "stopped"
+    words = command(line, "flow", workdir, log__checkpoint_every=1000)
+    pod = start_pod(words)
+    until(lambda: len(records(workdir)) >= 3, pod)
+    before = max(records(workdir))
+    pod[1].send_signal(signal.SIGTERM)
+    both = finish_pod(pod)
+    assert [ended.code for ended in both] == [128 + signal.SIGTERM] * 2, both
+    (step,) = checkpoint_steps(workdir)
+    assert max(records(workdir)) == step
+    # How many steps it took the signal to arrive is the system's affair; `Stop` itself is tested apart.
+    assert before <= step < STEPS
+    assert all(f"stopped by signal at step {step};" in ended.out for ended in both)
+    assert not any("Traceback" in ended.err for ended in both)
+    for ended in finish_pod(start_pod(words)):
+        assert ended.code == 0, ended.err
+    assert_same_bits(read_state(workdir, STEPS), read_state(pair["flow"], STEPS))
+
+
+def test_an_error_of_one_process_ends_all(line, folder):
+    """Process 0 alone writes the log: the others are told what happened there."""
+    workdir = folder / "log_in_the_way"
+    (workdir / "metrics.jsonl").mkdir(parents=True)
+    (workdir / "config.json").write_text(
+        json.dumps(tiny(*line("flow")[:2], **line("flow")[2]).to_dict())
+    )
+    begun = time.monotonic()
+    first, second = finish_pod(start_pod(command(line, "flow", workdir)))
+    assert time.monotonic() - begun < 120
+    assert first.code == 1 and "metrics.jsonl" in errors(first)[0]
+    assert second.code == LOST_PEER
+    assert f"process 0 of 2 on host {HOST} ended: " in errors(second)[0]

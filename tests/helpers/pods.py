@@ -1,0 +1,94 @@
+"""Runs of several processes on this machine, started one by one so that a test can hurt one of them."""
+
+import concurrent.futures
+import os
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+from helpers.runs import ROOT, Ended
+
+HOST = socket.gethostname()
+WORKER = [str(Path(__file__).parent / "pod_worker.py")]
+TRAIN = ["-m", "sprint_jax.train"]
+
+
+def free_port() -> int:
+    with socket.create_server(("", 0)) as server:
+        return server.getsockname()[1]
+
+
+def environment(devices: int, **more: str) -> dict[str, str]:
+    """That of the tests, with another number of virtual devices; the last flag of a name counts."""
+    flags = f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count={devices}"
+    return os.environ | {"XLA_FLAGS": flags, "PYTHONPATH": str(ROOT)} | more
+
+
+def start_one(words: list[str], devices: int, **more: str) -> subprocess.Popen:
+    return subprocess.Popen(
+        [sys.executable, *words],
+        cwd=ROOT,
+        env=environment(devices, **more),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def start_pod(words: list[str], count: int = 2, devices: int = 4) -> list[subprocess.Popen]:
+    """Starts ``python WORDS --distributed`` once per process."""
+    address = f"localhost:{free_port()}"
+    return [
+        start_one(
+            [*words, "--distributed"],
+            devices,
+            JAX_COORDINATOR_ADDRESS=address,
+            JAX_NUM_PROCESSES=str(count),
+            JAX_PROCESS_ID=str(index),
+        )
+        for index in range(count)
+    ]
+
+
+def finish_pod(pod: list[subprocess.Popen], timeout: float = 300) -> list[Ended]:
+    """Waits for all processes; whatever goes wrong, none is left behind."""
+    with concurrent.futures.ThreadPoolExecutor(len(pod)) as threads:
+        try:
+            outputs = list(threads.map(lambda process: process.communicate(timeout=timeout), pod))
+        finally:
+            for process in pod:
+                process.kill()
+    return [
+        Ended(process.returncode, *output) for process, output in zip(pod, outputs, strict=True)
+    ]
+
+
+def until(ready: Callable[[], bool], pod: list[subprocess.Popen], timeout: float = 300) -> None:
+    """Waits for ``ready()``, with every process of the pod still running."""
+    deadline = time.monotonic() + timeout
+    while not ready():
+        if time.monotonic() > deadline or any(process.poll() is not None for process in pod):
+            raise AssertionError([process.kill() or process.communicate() for process in pod])
+        time.sleep(0.01)
+
+
+def survivor_of(pod: list[subprocess.Popen], victim: int, number: int) -> tuple[Ended, float]:
+    """Signals one of two processes; how the other one ended, and after how many seconds."""
+    other = pod[1 - victim]
+    begun = time.monotonic()
+    pod[victim].send_signal(number)
+    try:
+        out, err = other.communicate(timeout=90)
+    finally:
+        seconds = time.monotonic() - begun
+        for process in pod:
+            process.kill()
+        pod[victim].communicate()
+    return Ended(other.returncode, out, err), seconds
+
+
+def errors(ended: Ended) -> list[str]:
+    return [line for line in ended.err.splitlines() if line.startswith("error: ")]

@@ -1,0 +1,213 @@
+"""Trainings of the shipped configs, shrunk to two blocks of 32 features, for several tests.
+
+Compiling is what they cost: they do without most of XLA's optimizations, and a command started here
+shares the compilation cache of the tests (see conftest.py).
+"""
+
+import contextlib
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+import tensorflow_datasets as tfds
+
+from sprint_jax import train
+from sprint_jax.checkpoints.workdir import read_metrics
+from sprint_jax.core import cli
+from sprint_jax.core.config import Config, load_config
+from sprint_jax.core.fingerprint import leaf_table
+from sprint_jax.data import feed
+from sprint_jax.digits.scenes import Digits, DigitsConfig, World, get_world, open_digits
+from sprint_jax.parallel import sharding
+from sprint_jax.training import setup
+
+ROOT = Path(__file__).parents[2]
+BATCH = 16
+TINY = {
+    "model.num_layers": 2,
+    "model.num_attention_heads": 1,
+    "model.num_cross_attention_heads": 1,
+    "model.scan": True,
+    "data.batch_size": BATCH,
+    "log.every": 1,
+}
+
+
+@contextlib.contextmanager
+def quick_compilation() -> Iterator[None]:
+    """Most of XLA's optimizations are off, here and in the commands that are started meanwhile."""
+    name = "JAX_DISABLE_MOST_OPTIMIZATIONS"
+    jax.config.update(name.lower(), True)
+    os.environ[name] = "1"
+    try:
+        yield
+    finally:
+        del os.environ[name]
+        jax.config.update(name.lower(), False)
+
+
+def write_digits(folder: Path, world: str = "small") -> Path:
+    """Builds a world of few scenes in ``folder``; trainings take what they find there."""
+    if not (folder / "digits" / world).exists():
+        few = World(get_world(world).cells, train=200, test=20)
+        with tfds.core.registered.skip_registration():
+            # A class of its own, since TFDS remembers each class's configs; found by its name.
+            fields = {"BUILDER_CONFIGS": [DigitsConfig(name=world, world=few)], "name": "digits"}
+            kind = type("Digits", (Digits,), fields | {"__module__": Digits.__module__})
+        kind(data_dir=folder, config=world, file_format="array_record").download_and_prepare()
+    assert len(open_digits(folder, world, "train")) == 200
+    return folder
+
+
+def overrides(spec: str, data: Path, **changes: Any) -> dict[str, Any]:
+    """Dotted keys and values that shrink a shipped config; ``a__b=1`` in ``changes`` sets a.b."""
+    values = TINY | {"data.dir": str(data)}
+    if "student" in spec:
+        values["ladd.taps"] = (1,)
+    return values | {name.replace("__", "."): value for name, value in changes.items()}
+
+
+def tiny(spec: str, data: Path, **changes: Any) -> Config:
+    return load_config(str(ROOT / spec), overrides(spec, data, **changes))
+
+
+def words(spec: str, data: Path, workdir: Path, **changes: Any) -> list[str]:
+    """The command line after ``train`` for `tiny` of the same arguments."""
+
+    def text(value: Any) -> str:
+        return ",".join(map(str, value)) if isinstance(value, tuple) else str(value)
+
+    values = overrides(spec, data, **changes)
+    flags = [f"--config.{name}={text(value)}" for name, value in values.items()]
+    return ["--config", str(ROOT / spec), "--workdir", str(workdir), *flags]
+
+
+class Ended(NamedTuple):
+    """A command that is over: exit code and what it printed."""
+
+    code: int
+    out: str
+    err: str
+
+    @property
+    def error(self) -> str:
+        """The only line on stderr that starts with ``error:``; it is the last, with no traceback."""
+        lines = self.err.splitlines()
+        assert "Traceback" not in self.err, self.err
+        assert [line.startswith("error: ") for line in lines].count(True) == 1, self.err
+        assert lines[-1].startswith("error: "), self.err
+        return lines[-1]
+
+
+def run_here(arguments: list[str], monkeypatch, capfd, main=train.main) -> Ended:
+    """Runs a command in this process, through `cli.run_command`, as ``python -m`` would."""
+    handler = signal.getsignal(signal.SIGTERM)
+    capfd.readouterr()
+    with monkeypatch.context() as patch:
+        patch.setattr(sys, "argv", ["command", *arguments])
+        try:
+            cli.run_command(main)
+            code = 0
+        except SystemExit as stop:
+            code = stop.code
+        finally:
+            signal.signal(signal.SIGTERM, handler)
+    return Ended(code, *capfd.readouterr())
+
+
+def start(arguments: list[str], module: str = "train") -> subprocess.Popen:
+    """Starts a command in a process of its own."""
+    return subprocess.Popen(
+        [sys.executable, "-m", f"sprint_jax.{module}", *arguments],
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def finish(process: subprocess.Popen) -> Ended:
+    out, err = process.communicate(timeout=300)
+    return Ended(process.returncode, out, err)
+
+
+def signal_when(process: subprocess.Popen, number: int, ready: Callable[[], bool]) -> Ended:
+    """Sends a signal as soon as ``ready()``; the process must still be running then."""
+    deadline = time.monotonic() + 300
+    while not ready():
+        assert process.poll() is None, finish(process)
+        assert time.monotonic() < deadline
+        time.sleep(0.002)
+    process.send_signal(number)
+    return finish(process)
+
+
+def records(workdir: Path) -> dict[int, dict]:
+    """metrics.jsonl by step, without what a clock measured; each step must be there once."""
+    found = read_metrics(workdir / "metrics.jsonl")
+    steps = [record["step"] for record in found]
+    assert len(set(steps)) == len(steps), steps
+    clean = [{k: v for k, v in record.items() if not k.startswith("time/")} for record in found]
+    return dict(zip(steps, clean, strict=True))
+
+
+def checkpoint_steps(workdir: Path) -> list[int]:
+    folder = workdir / "checkpoints"
+    return sorted(int(path.name) for path in folder.glob("*") if path.name.isdigit())
+
+
+def read_state(workdir: Path, step: int) -> dict:
+    """All arrays of a checkpoint, read by Orbax alone, as nested dicts of numpy arrays."""
+    path = (workdir / "checkpoints" / str(step) / "state").resolve()
+    with ocp.PyTreeCheckpointer() as reader:
+        shapes = reader.metadata(path).item_metadata.tree
+        numpy = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), shapes)
+        return reader.restore(path, args=ocp.args.PyTreeRestore(restore_args=numpy))
+
+
+def assert_same_bits(mine: Any, other: Any) -> None:
+    """Two trees have the same leaves, bit for bit."""
+    table, others = leaf_table(mine), leaf_table(other)
+    assert table.keys() == others.keys()
+    assert not [name for name in table if table[name] != others[name]]
+
+
+class Built(NamedTuple):
+    """All that a run has before its first step, and its compiled updates."""
+
+    nets: setup.Nets
+    data: feed.Data
+    mesh: jax.sharding.Mesh
+    frozen: dict
+    state: Any
+    updates: list[Callable]
+
+    def batch(self, number: int) -> dict[str, jax.Array]:
+        return sharding.to_devices(self.mesh, self.data.batches(number))
+
+
+def build(c: Config, mesh: jax.sharding.Mesh, state: Any = None) -> Built:
+    """Builds and compiles a run on a mesh; from a copy of ``state``, or from step 0."""
+    nets, data = setup.build_nets(c, mesh), feed.open_data(c, mesh)
+    frozen, _ = setup.load_frozen(c, data, mesh)
+    batch = sharding.to_devices(mesh, data.batches(0))
+    if state is None:
+        state = setup.init_state(c, nets, batch, frozen, mesh)
+    else:
+        state = jax.device_put(jax.device_get(state), sharding.state_shardings(mesh, state))
+    frozen = setup.at_compute_precision(nets, frozen)
+    updates = [program.compile() for program in train.lower_updates(c, nets, state, batch, frozen)]
+    return Built(nets, data, mesh, frozen, state, updates)
+
+
+def copy(state: Any) -> Any:
+    """A copy of a state that an update may take (updates reuse the memory of what they get)."""
+    return jax.device_put(jax.device_get(state), jax.tree.map(lambda leaf: leaf.sharding, state))

@@ -1,0 +1,386 @@
+"""The losses against formulas written out in numpy, and the cost of the sCM branch."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from helpers.sana_derivation import assert_close, cast, fast_jit, setup
+
+from sprint_jax import losses, trigflow
+from sprint_jax.models.sana import SIZES, SanaTransformer
+
+SIGMA_D = 0.5
+SHAPE = (3, 2, 3, 4)
+
+
+def draw(*shapes, seed=0):
+    random = np.random.default_rng(seed)
+    return [random.standard_normal(shape) for shape in shapes]
+
+
+def expand(t):
+    return np.reshape(t, (-1, 1, 1, 1))
+
+
+# --- sCM on a linear network, by hand
+
+
+def linear_student(params, x, t):
+    """F = x W + t b + a and logvar = l t + m."""
+    F = x @ params["W"] + t[:, None, None, None] * params["b"][None, None, None]
+    F = F + params["a"][None, None, None]
+    return F, params["l"] * t + params["m"]
+
+
+def draw_linear(seed=0):
+    W, b, a, T = draw((4, 4), (4,), (4,), (4, 4), seed=seed)
+    return {"W": W, "b": b, "a": a, "l": np.float64(0.3), "m": np.float64(-0.7)}, T
+
+
+def scm_by_hand(p, T, x0, z, t, *, warmup, constant, mean_norm):
+    """Loss, its gradient and its parts: the derivative of F is written out, no autodiff."""
+    n, batch = x0[0].size, len(x0)
+    cos, sin = np.cos(expand(t)), np.sin(expand(t))
+    x_t = cos * x0 + sin * z
+    x = x_t / SIGMA_D
+    F_teacher = x @ T
+    F = x @ p["W"] + expand(t) * p["b"] + p["a"]
+    dF = cos * sin * (F_teacher @ p["W"] + p["b"])  # dx/dt = F_teacher, dt/dt = 1
+    velocity = SIGMA_D * F_teacher
+    g = -(cos**2) * (SIGMA_D * F - velocity) - warmup * (cos * sin * x_t + SIGMA_D * dF)
+    norm = np.sqrt((g**2).sum((1, 2, 3)))
+    g = g / expand((norm / np.sqrt(n) if mean_norm else norm) + constant)
+    weight = 1 / (SIGMA_D * np.tan(t))
+    logvar = p["l"] * t + p["m"]
+    error = weight * (g**2).mean((1, 2, 3))
+    per_sample = error * np.exp(-logvar) + logvar
+    to_F = expand(weight * np.exp(-logvar)) * -2 * g / (n * batch)
+    to_logvar = (1 - error * np.exp(-logvar)) / batch
+    gradient = {
+        "W": np.einsum("bhwi,bhwo->io", x, to_F),
+        "b": (expand(t) * to_F).sum((0, 1, 2)),
+        "a": to_F.sum((0, 1, 2)),
+        "l": (t * to_logvar).sum(),
+        "m": to_logvar.sum(),
+    }
+    aux = {
+        "loss": per_sample,
+        "t": t,
+        "tangent_norm": norm,
+        "teacher_gap": np.sqrt(((F - F_teacher) ** 2).mean((1, 2, 3))),
+        "error": error,
+        "logvar": logvar,
+    }
+    return per_sample.mean(), gradient, aux
+
+
+@pytest.mark.parametrize("shared_primal", [True, False])
+@pytest.mark.parametrize("mean_norm", [True, False])
+@pytest.mark.parametrize(("warmup", "constant"), [(0.0, 0.1), (0.37, 0.1), (1.0, 0.6)])
+def test_scm_equals_the_hand_derivation(shared_primal, mean_norm, warmup, constant):
+    params, T = draw_linear()
+    x0, z = (SIGMA_D * x for x in draw(SHAPE, SHAPE, seed=1))
+    t = np.array([0.2, 0.9, 1.5])
+    expected, gradient, aux = scm_by_hand(
+        params, T, x0, z, t, warmup=warmup, constant=constant, mean_norm=mean_norm
+    )
+    options = dict(tangent_constant=constant, mean_norm=mean_norm, shared_primal=shared_primal)
+
+    @jax.jit
+    def run(params, warmup):
+        def loss(params):
+            return losses.scm_loss(
+                linear_student,
+                lambda x, t: x @ T,
+                params,
+                *map(jnp.asarray, (x0, z, t)),
+                sigma_d=SIGMA_D,
+                warmup=warmup,
+                **options,
+            )
+
+        return jax.value_and_grad(loss, has_aux=True)(params)
+
+    with jax.enable_x64(True):
+        (value, actual_aux), actual = run(jax.tree.map(jnp.asarray, params), warmup)
+        assert value.dtype == jnp.float64
+        assert value == pytest.approx(expected, rel=1e-12)
+        assert_close(dict(actual), gradient, 1e-12)
+        assert_close(dict(actual_aux), aux, 1e-12)
+
+
+def test_scm_of_the_perfect_student_keeps_only_the_tangent():
+    """Student = teacher = exact velocity of one point: F constant on the line, so g = 0."""
+    latents, noise = draw(SHAPE, SHAPE, seed=3)
+    t = np.array([0.3, 1.0, 1.4])
+
+    def exact(params, x, t):
+        # All data are one point c: x = cos(t) c + sin(t) eps, so F = (cos(t) x - c) / sin(t).
+        time = trigflow.expand(t, x)
+        F = (jnp.cos(time) * x - params * jnp.asarray(latents)) / jnp.sin(time)
+        return F, jnp.zeros_like(t)
+
+    with jax.enable_x64(True):
+        _, aux = losses.scm_loss(
+            exact,
+            lambda x, t: exact(1.0, x, t)[0],
+            jnp.float64(1),
+            *map(jnp.asarray, (SIGMA_D * latents, SIGMA_D * noise, t)),
+            sigma_d=SIGMA_D,
+            warmup=1.0,
+        )
+    np.testing.assert_allclose(aux["tangent_norm"], 0, atol=1e-13)
+    np.testing.assert_allclose(aux["teacher_gap"], 0, atol=1e-13)
+
+
+# --- sCM on the real network
+
+
+def real_student(fields, inputs):
+    model = SanaTransformer(**fields)
+
+    def student(params, x, t):
+        def velocity(x_fm, t_fm):
+            return model.apply({"params": params}, x_fm, t_fm, *inputs, with_logvar=True)
+
+        return trigflow.to_trigflow(velocity)(x, t)
+
+    return student
+
+
+@pytest.mark.parametrize(("remat", "scan"), [("none", True), ("full", True), ("none", False)])
+def test_shared_and_separate_jvp_have_the_same_gradient(remat, scan):
+    fields, params, inputs = setup("student")
+    blocks = jax.tree.map(lambda leaf: leaf[:2], params["transformer_blocks"])
+    params = cast(params | {"transformer_blocks": blocks}, jnp.float32)
+    fields = fields | dict(num_layers=2, remat=remat, scan=scan, out_channels=3)
+    # As many channels out as in.
+    params["proj_out"] = jax.tree.map(lambda leaf: leaf[..., :3], params["proj_out"])
+    x, _, text, mask, guidance = cast(inputs, jnp.float32)
+    z, v = (jnp.asarray(a, jnp.float32) for a in draw(x.shape, x.shape, seed=5))
+    student = real_student(fields, (text, mask, guidance))
+
+    def loss(params, teacher, shared):
+        return losses.scm_loss(
+            student,
+            lambda x, t: teacher * x + v,
+            params,
+            SIGMA_D * x,
+            SIGMA_D * z,
+            jnp.array([0.4, 1.2]),
+            sigma_d=SIGMA_D,
+            warmup=0.7,
+            shared_primal=shared,
+        )
+
+    @fast_jit
+    def run(params, teacher):
+        grad = jax.value_and_grad(loss, argnums=(0, 1), has_aux=True)
+        return [grad(params, teacher, shared) for shared in (True, False)]
+
+    shared, separate = run(params, jnp.float32(0.3))
+    (value, aux), (gradient, to_teacher) = shared
+    assert_close(shared[0], separate[0], 1e-5)
+    assert_close(gradient, separate[1][0], 1e-5)
+    assert all(jnp.abs(leaf).max() > 0 for leaf in jax.tree.leaves(gradient))
+    # The teacher matters to the value and has no gradient.
+    assert to_teacher == separate[1][1] == 0
+    other, other_aux = run(params, jnp.float32(0.6))[0][0]
+    assert abs(other - value) > 1e-5
+    assert jnp.abs(other_aux["teacher_gap"] - aux["teacher_gap"]).min() > 1e-3
+    assert value.dtype == jnp.float32
+    assert {leaf.shape for leaf in jax.tree.leaves(aux)} == {(2,)}
+
+
+def costs(fields, size=32, length=300):
+    """FLOPs of programs of one image of 1024 px and a text of 300 tokens, compiled, not run."""
+    float32 = lambda *shape: jax.ShapeDtypeStruct(shape, jnp.float32)  # noqa: E731
+    x, t = float32(1, size, size, 32), float32(1)
+    inputs = float32(1, length, 2304), float32(1, length), float32(1)
+    model = SanaTransformer(**fields)
+    params = jax.eval_shape(model.init, jax.random.key(0), x, t, *inputs)["params"]
+
+    def forward(params, x, t, inputs):
+        return real_student(fields, inputs)(params, x, t)
+
+    def tangent(params, x, t, inputs):
+        return jax.jvp(lambda x, t: forward(params, x, t, inputs), (x, t), (x, t))
+
+    def scm(params, x, t, inputs, shared):
+        def loss(params):
+            student = real_student(fields, inputs)
+            frozen = lambda x, t: x  # noqa: E731
+            options = dict(sigma_d=SIGMA_D, warmup=0.5, shared_primal=shared)
+            return losses.scm_loss(student, frozen, params, x, x, t, **options)
+
+        return jax.value_and_grad(loss, has_aux=True)(params)
+
+    def flops(function):
+        return fast_jit(function).lower(params, x, t, inputs).compile().cost_analysis()["flops"]
+
+    shared, separate = (functools.partial(scm, shared=choice) for choice in (True, False))
+    return forward, tangent, shared, separate, flops
+
+
+def test_forward_equivalents():
+    """At the width of the 0.6B model; unrolled, since the body of a loop is counted once."""
+    fields = SIZES["600m"] | dict(logvar=True, scan=False)
+    forward, tangent, shared, separate, flops = costs(fields | dict(num_layers=2))
+    one = flops(forward)
+    assert 1.9 < flops(tangent) / one <= 2.05
+    assert 3.8 < flops(shared) / one <= 4.1
+    assert 4.6 < flops(separate) / one <= 5.1
+    # The published count of a whole forward, from its first block and each further one.
+    shallow, *_, flops = costs(fields | dict(num_layers=1))
+    first = flops(shallow)
+    assert first + 27 * (one - first) == pytest.approx(1121.5e9, rel=0.01)
+
+
+# --- LADD
+
+
+def test_generator_loss():
+    x0, z, w = draw(SHAPE, SHAPE, SHAPE[1:])
+    t = np.array([0.2, 0.9, 1.5])
+
+    def discriminate(x, t):  # two logits per sample
+        projection = (x * w[None]).sum((1, 2, 3))
+        return jnp.stack([projection, 2 * projection + t], axis=1)
+
+    def run(x0):
+        return losses.ladd_generator_loss(discriminate, x0, *map(jnp.asarray, (z, t)), SIGMA_D)
+
+    with jax.enable_x64(True):
+        (value, aux), gradient = jax.value_and_grad(run, has_aux=True)(jnp.asarray(x0))
+        x = (np.cos(expand(t)) * x0 + np.sin(expand(t)) * z) / SIGMA_D
+        projection = (x * w).sum((1, 2, 3))
+        assert value == pytest.approx(-(3 * projection + t).mean() / 2, rel=1e-12)
+        assert_close(aux, {"logits": (3 * projection + t) / 2}, 1e-12)
+        expected = -np.cos(expand(t)) * w * 3 / (SIGMA_D * 2 * len(x0))
+        assert_close(gradient, expected, 1e-12)
+
+
+@pytest.fixture
+def critic():
+    """Two feature maps and heads with parameters, in jax and written out in numpy."""
+    images = [tuple(draw(SHAPE, SHAPE, seed=seed)) for seed in (1, 2, 3)]
+    times = [np.array(t) for t in ([0.1, 0.7, 1.2], [1.5, 0.3, 0.4], [0.5, 0.8, 1.1])]
+    triples = [(x0, z, t) for (x0, z), t in zip(images, times, strict=True)]
+    params = {"w": draw((4,), seed=4)[0] / 4, "q": np.float64(0.05)}
+
+    def features(x, t):
+        return x, x**2 + t[:, None, None, None]
+
+    def heads(params, maps):  # the second head sees the whole batch, as batch norm does
+        first = (maps[0] @ params["w"]).reshape(len(maps[0]), -1)
+        second = params["q"] * (maps[1] ** 2).sum((1, 2, 3))[:, None]
+        return (first, second - second.mean(0, keepdims=True))
+
+    def written(triple_list):
+        """Logits of the concatenated noisy images."""
+        noisy = [
+            (np.cos(expand(t)) * x0 + np.sin(expand(t)) * z) / SIGMA_D for x0, z, t in triple_list
+        ]
+        times = np.concatenate([t for *_, t in triple_list])
+        return np.concatenate(heads(params, features(np.concatenate(noisy), times)), axis=1)
+
+    return params, features, heads, triples, written
+
+
+def discriminator_loss(critic, misaligned, **options):
+    params, features, heads, triples, _ = critic
+    triples = jax.tree.map(jnp.asarray, triples)
+    join = lambda parts: jnp.concatenate(parts, axis=1)  # noqa: E731
+
+    def run(params, real):
+        return losses.ladd_discriminator_loss(
+            features,
+            lambda maps: join(heads(params, maps)),
+            real,
+            triples[1],
+            triples[2] if misaligned else None,
+            sigma_d=SIGMA_D,
+            **options,
+        )
+
+    return jax.jit(jax.value_and_grad(run, argnums=(0, 1), has_aux=True))(
+        jax.tree.map(jnp.asarray, params), triples[0]
+    )
+
+
+@pytest.mark.parametrize("misaligned", [False, True])
+def test_discriminator_hinge(critic, misaligned):
+    *_, triples, written = critic
+    real = written(triples[:1])
+    # Fakes and misaligned pairs are batches of their own.
+    fake = np.concatenate([written([one]) for one in (triples[1:] if misaligned else triples[1:2])])
+    assert 0 < (real > 1).mean() < 1  # both sides of both hinges
+    assert 0 < (fake < -1).mean() < 1
+    expected = (np.maximum(0, 1 - real).mean() + np.maximum(0, 1 + fake).mean()) / 2
+    with jax.enable_x64(True):
+        (value, aux), (gradient, to_images) = discriminator_loss(critic, misaligned)
+        assert value == pytest.approx(expected, rel=1e-12)
+        names = {"real": real.mean(1), "fake": fake[:3].mean(1)}
+        assert_close(aux, names | ({"misaligned": fake[3:].mean(1)} if misaligned else {}), 1e-12)
+        assert all(jnp.abs(leaf).max() > 0 for leaf in jax.tree.leaves(gradient))
+        # The frozen teacher's features are constants.
+        assert all(not leaf.any() for leaf in jax.tree.leaves(to_images))
+
+
+def test_gradient_penalty(critic):
+    """The penalty itself is float32 whatever its inputs are, hence 1e-6."""
+    params, features, _, triples, written = critic
+    x0, z, t = triples[0]
+    x = (np.cos(expand(t)) * x0 + np.sin(expand(t)) * z) / SIGMA_D
+    # Sums over a batch: the first head's gradient is w everywhere; the second's batch mean
+    # cancels its own sum, so that only the first is left.
+    first = (params["w"] ** 2).sum() * 6
+    with jax.enable_x64(True):
+        plain, without = discriminator_loss(critic, True)
+        (value, aux), (gradient, _) = discriminator_loss(critic, True, r1_weight=0.3)
+        assert "r1" not in plain[1]
+        assert aux["r1"] == pytest.approx(first / 2, rel=1e-6)  # two heads
+        assert value == pytest.approx(float(plain[0]) + 0.3 * first / 2, rel=1e-6)
+        expected = without[0]["w"] + 0.3 * params["w"] * 6
+        assert_close(gradient["w"], expected, 1e-6)
+
+        # And where it depends on features and samples: D = q sum f^2 has the gradient 2 q f.
+        square = lambda p, maps: (maps[0][:, :, 0, 0] * 0, p["q"] * (maps[1] ** 2).sum((2, 3)))  # noqa: E731
+        changed = (params, features, square, triples, written)
+        _, without = discriminator_loss(changed, False)
+        (_, aux), (gradient, _) = discriminator_loss(changed, False, r1_weight=0.3)
+        energy = ((x**2 + expand(t)) ** 2).sum((1, 2, 3)).mean()
+        assert aux["r1"] == pytest.approx(4 * params["q"] ** 2 * energy / 2, rel=1e-6)
+        expected = without[0]["q"] + 0.3 * 8 * params["q"] * energy / 2
+        assert float(gradient["q"]) == pytest.approx(float(expected), rel=1e-6)
+
+
+# --- Flow matching and helpers
+
+
+def test_flow_matching_loss():
+    latents, noise, W = draw(SHAPE, SHAPE, (4, 4))
+    t = np.array([0.0, 0.4, 1.0])
+    with jax.enable_x64(True):
+
+        def run(W):
+            velocity = lambda x, t: x @ W + trigflow.expand(t, x)  # noqa: E731
+            return losses.flow_matching_loss(velocity, *map(jnp.asarray, (latents, noise, t)))
+
+        (value, aux), gradient = jax.value_and_grad(run, has_aux=True)(jnp.asarray(W))
+        x = (1 - expand(t)) * latents + expand(t) * noise
+        residual = x @ W + expand(t) - (noise - latents)
+        assert value == pytest.approx((residual**2).mean(), rel=1e-12)
+        assert_close(aux, {"loss": (residual**2).mean((1, 2, 3)), "t": t}, 1e-12)
+        expected = 2 * np.einsum("bhwi,bhwo->io", x, residual) / x.size
+        assert_close(gradient, expected, 1e-12)
+
+
+def test_per_sample_reductions():
+    x = draw(SHAPE)[0]
+    with jax.enable_x64(True):
+        norm, mean = losses.per_sample_norm(jnp.asarray(x)), losses.per_sample_mean(jnp.asarray(x))
+        np.testing.assert_allclose(norm, np.linalg.norm(x.reshape(3, -1), axis=1), rtol=1e-14)
+        np.testing.assert_allclose(mean, x.mean((1, 2, 3)), rtol=1e-12)
