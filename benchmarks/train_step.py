@@ -29,7 +29,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from sprint_jax import losses, train
+from sprint_jax import losses
 from sprint_jax.core import cli
 from sprint_jax.core.config import load_config
 from sprint_jax.core.errors import UserError
@@ -40,6 +40,7 @@ from sprint_jax.models.discriminator import update_spectral
 from sprint_jax.parallel import sharding
 from sprint_jax.training import checks, setup
 from sprint_jax.training.state import apply_gradients
+from sprint_jax.training.updates import lower_updates
 
 DIGITS = Path(__file__).resolve().parent.parent / "configs" / "digits.py"
 FORWARD, SCM = "student forward", "sCM without teacher"
@@ -156,8 +157,8 @@ def parts(nets, c, state, batch, given):
 def compile_arms(c, nets, state, batch, given):
     """{name: arm} of both updates, the generator's with a separate jvp, and all parts."""
     inputs = state, batch, given
-    updates = train.lower_updates(c.override({"scm.shared_primal": True}), nets, *inputs)
-    updates += train.lower_updates(c.override({"scm.shared_primal": False}), nets, *inputs)[:1]
+    updates = lower_updates(c.override({"scm.shared_primal": True}), nets, *inputs)
+    updates += lower_updates(c.override({"scm.shared_primal": False}), nets, *inputs)[:1]
     names = GENERATOR, DISCRIMINATOR, GENERATOR + SEPARATE
     arms = {n: compile_arm(None, each, True) for n, each in zip(names, updates, strict=True)}
     shardings = jax.tree.map(lambda leaf: leaf.sharding, state), None

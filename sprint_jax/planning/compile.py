@@ -20,6 +20,7 @@ import jax
 from ..core.config import Config
 from ..core.errors import UserError
 from ..training import checks, setup
+from ..training.updates import lower_updates
 from .topology import NOISE, Topology, open_topology, out_of_memory
 
 # Bytes of machine code per line of an optimized program, if it is not compiled: 3.5 to 3.8 kB were seen.
@@ -79,9 +80,7 @@ def abstract(c: Config, topology: Topology) -> tuple[jax.sharding.Mesh, tuple]:
 
 def lower(c: Config, topology: Topology) -> list:
     """The updates of a config, traced for a topology."""
-    from .. import train
-
-    return train.lower_updates(c, *abstract(c, topology)[1])
+    return lower_updates(c, *abstract(c, topology)[1])
 
 
 def compile_update(c: Config, topology: Topology, number: int, full: bool) -> Program:

@@ -215,7 +215,7 @@ def abstract_run(c: Config, mesh: jax.sharding.Mesh) -> tuple[Nets, TrainState, 
       mesh: may be of devices that are described only, as by `jax.experimental.topologies`.
 
     Returns:
-      ``(nets, state, batch, frozen)``, as `train.lower_updates` takes them.
+      ``(nets, state, batch, frozen)``, as `updates.lower_updates` takes them.
     """
     teacher_fields = dict(c.model) | {"guidance_embeds": False}
     nets = build_nets(c, mesh, teacher_fields)

@@ -26,6 +26,7 @@ from helpers.runs import (
 )
 
 from sprint_jax import train
+from sprint_jax.training import updates
 
 STEPS, EVERY, BROKEN = 12, 4, 8  # the disk breaks when this step is to be saved
 
@@ -125,7 +126,7 @@ def test_checkpoints_made_read_only(line, whole, tmp_path, monkeypatch, capfd):
 
 def test_one_bad_gradient_is_skipped_and_counted(line, tmp_path, monkeypatch, capfd):
     """One NaN in one leaf of the gradients of step 4, behind a loss that is finite."""
-    gradients = train.gradients
+    gradients = updates.gradients
     seed = tiny("configs/digits.py:teacher,small", tmp_path).seed
 
     def poisoned(loss, params, batch, key, parts):
@@ -136,7 +137,7 @@ def test_one_bad_gradient_is_skipped_and_counted(line, tmp_path, monkeypatch, ca
         leaves[0] = jnp.where(now, leaves[0].at[(0,) * leaves[0].ndim].set(jnp.nan), leaves[0])
         return value, aux, jax.tree.unflatten(shape, leaves)
 
-    monkeypatch.setattr(train, "gradients", poisoned)
+    monkeypatch.setattr(updates, "gradients", poisoned)
     workdir = tmp_path / "run"
     changes = {"steps": 6, "log__checkpoint_every": 1, "log__keep": 10}
     ended = run_here(line(workdir, **changes), monkeypatch, capfd)

@@ -28,6 +28,7 @@ from sprint_jax.data import feed
 from sprint_jax.digits.scenes import Digits, DigitsConfig, World, get_world, open_digits
 from sprint_jax.parallel import sharding
 from sprint_jax.training import setup
+from sprint_jax.training.updates import lower_updates
 
 ROOT = Path(__file__).parents[2]
 BATCH = 16
@@ -204,7 +205,7 @@ def build(c: Config, mesh: jax.sharding.Mesh, state: Any = None) -> Built:
     else:
         state = jax.device_put(jax.device_get(state), sharding.state_shardings(mesh, state))
     frozen = setup.at_compute_precision(nets, frozen)
-    updates = [program.compile() for program in train.lower_updates(c, nets, state, batch, frozen)]
+    updates = [program.compile() for program in lower_updates(c, nets, state, batch, frozen)]
     return Built(nets, data, mesh, frozen, state, updates)
 
 

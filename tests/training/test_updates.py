@@ -7,9 +7,8 @@ import pytest
 from helpers.runs import assert_same_bits, build, copy, quick_compilation, tiny, write_digits
 from helpers.workdirs import make_workdir
 
-from sprint_jax import train
 from sprint_jax.parallel import sharding
-from sprint_jax.training import setup
+from sprint_jax.training import setup, updates
 from sprint_jax.training.accumulate import gradients
 
 STEPS = 20
@@ -315,8 +314,8 @@ def test_joint_update_shows_the_heads_what_the_student_was_judged_by(configs, si
     @jax.jit
     def by_hand(state, batch, frozen):
         c, nets = configs["distill"], single.nets
-        state, _, fake = train._generator_update(nets, c, state, batch, frozen)
-        return train.discriminator_update(nets, c, state, batch | {"fake": fake}, frozen)
+        state, _, fake = updates._generator_update(nets, c, state, batch, frozen)
+        return updates.discriminator_update(nets, c, state, batch | {"fake": fake}, frozen)
 
     expected, _ = by_hand(copy(single.state), single.batch(0), single.frozen)
     mine = moments(state.disc_opt_state)
