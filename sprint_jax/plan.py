@@ -6,11 +6,11 @@
 The true updates of the config's stage, optimizer and EMA included, are compiled for a topology that need not
 exist here (TPU: libtpu's compiler, extra 'plan'), or for the devices of this machine ('local'). No data and no
 weights are read. Reported per device: memory by kind, FLOPs, memory traffic, bytes of collectives by kind and
-mesh axis, and the least time of a step: every instruction at the peak of what limits it, transfers hidden behind
-arithmetic. A real step takes longer.
+mesh axis, and the least time of a step: every instruction at the peak of what limits it, transfers hidden
+behind arithmetic. A real step takes longer.
 
---out writes all of it as JSON, and a picture of memory by kind beside it. --sweep searches batch, fsdp and remat.
-docs/planning.md says what each number means and how it was checked.
+--out writes all of it as JSON, and a picture of memory by kind beside it. --sweep searches batch, fsdp and
+remat. docs/planning.md says what each number means and how it was checked.
 """
 
 import sys
