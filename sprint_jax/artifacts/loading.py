@@ -17,6 +17,7 @@ from ..encoders.text import load_tokenizer
 from ..interop.diffusers import load_transformer
 from ..models.sana import from_fields
 from ..parallel.sharding import state_shardings
+from .pipeline_folder import check_widths
 
 # Settings for which diffusers has no place; beside model_index.json, from `export`.
 SETTINGS = "sprint_jax.json"
@@ -105,19 +106,6 @@ def _from_folder(folder: Path, dtype: Any, shardings: Any) -> dict[str, Any]:
         integer_times=True,
         meta={"path": str(folder)},
     )
-
-
-def check_widths(folder: Path, model: Any, channels: int, features: int) -> None:
-    """Refuses an autoencoder or a text encoder whose width the transformer does not take."""
-    if channels != model.in_channels:
-        raise UserError(
-            f"{folder}: the autoencoder has {channels} latent channels, the transformer {model.in_channels}"
-        )
-    if features != model.caption_channels:
-        raise UserError(
-            f"{folder}: the text encoder has {features} features, the transformer takes "
-            f"{model.caption_channels}"
-        )
 
 
 def read_index(folder: Path) -> dict[str, Any]:
