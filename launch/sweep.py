@@ -22,6 +22,7 @@ from sprint_jax.sweeps.report import Ranking
 from sprint_jax.sweeps.rows import load_rows
 from sprint_jax.sweeps.run import claim, run_sweep
 from sprint_jax.sweeps.slurm import sbatch_command
+from sprint_jax.training.stages import stage_of
 
 # The words before a run's arguments; SLURM's depend on the run. The script of the pod returns when it is over.
 COMMANDS = {
@@ -29,7 +30,6 @@ COMMANDS = {
     "pod": ("bash", "launch/tpu_pod.sh", "--"),
     "slurm": (),
 }
-LOSSES = {"flow": "loss/flow", "distill": "loss/total"}
 
 
 def parse(argv: list[str]):
@@ -71,7 +71,7 @@ def main(argv: list[str]) -> None:
             words = [*command, *row.arguments] if command else sbatch_command(row)
             print(f"# {'done' if row.finished() else 'unfinished'}\n{shlex.join(words)}")
         return
-    metrics = flags.metric or [LOSSES.get(rows[0].config.stage, "loss/total")]
+    metrics = flags.metric or [stage_of(rows[0].config).headline]
     ranking = Ranking(metrics, flags.goal, flags.last)
     with claim(workdir, flags.config, flags.sweep):
         run_sweep(workdir, rows, ranking, command, flags.parallel)
