@@ -1,8 +1,8 @@
-"""What can be measured of a teacher ahead of its distillation, on latents that it was not trained on.
+"""Measurements of a teacher ahead of its distillation, on latents that it was not trained on.
 
-By time means: in 8 equal bins of flow time, or of TrigFlow's angle, each with the same number of samples, a
-batch at each of equally spaced times. Nothing is drawn but noise, from fixed keys: two teachers are measured
-alike.
+Measurements by time are in 8 equal bins of flow time, or of TrigFlow's angle, each with the same number of
+samples, a batch at each of equally spaced times. Only noise is drawn, from fixed keys, so that all teachers
+are measured on the same samples.
 """
 
 import functools
@@ -23,7 +23,7 @@ Array = jax.Array
 
 
 class Setting(NamedTuple):
-    """What a teacher is measured on.
+    """The data and constants of a measurement.
 
     Attributes:
       batches: of equal size, on devices: latents [B, h, w, C], text [B, L, D], mask [B, L].
@@ -41,14 +41,14 @@ class Setting(NamedTuple):
 
     @property
     def calls(self) -> int:
-        """How often `measure` calls ``tick``."""
+        """The number of times that `measure` calls ``tick``."""
         return 2 * BINS * len(self.batches) + 2
 
 
 def measure(
     model: SanaTransformer, params: Any, setting: Setting, tick: Callable[[], None]
 ) -> tuple[dict[str, Any], np.ndarray]:
-    """All numbers of one teacher, as plain floats and lists of `BINS` of them, and its samples.
+    """Computes all numbers of one teacher, plain floats and lists of `BINS` of them, and its samples.
 
     Args:
       model, params: a flow network.
@@ -91,7 +91,7 @@ def _guided(model, params, setting: Setting, batch) -> Callable:
 
 
 def transform_errors(model: SanaTransformer, params: Any, setting: Setting) -> dict[str, float]:
-    """How lossless Prop. 3.1 is in float32, as max |a - b| / max |b| over a batch.
+    """Computes the errors of Prop. 3.1 in float32, as max |a - b| / max |b| over a batch.
 
     Returns:
       ``velocity``: there and back again against the velocity itself, at flow times over [0, 1];
@@ -143,7 +143,7 @@ def _distance(a: np.ndarray, b: np.ndarray) -> float:
 def flow_losses(
     model: SanaTransformer, params: Any, setting: Setting, tick: Callable[[], None]
 ) -> dict[str, Any]:
-    """The flow-matching loss by bins of flow time.
+    """Computes the flow-matching loss by bins of flow time.
 
     Returns:
       ``loss``: [BINS]; ``linear``: [BINS], the loss of the best multiple of the noisy latents in place of a
@@ -176,10 +176,10 @@ def flow_losses(
 def tangents(
     model: SanaTransformer, params: Any, setting: Setting, tick: Callable[[], None]
 ) -> dict[str, list[float]]:
-    """What `losses.scm_loss` would see of a student at its start, which is the teacher, by bins of the angle.
+    """Computes tangents and gradients of `losses.scm_loss` at a student's start, by bins of the angle.
 
-    The trajectory is the guided teacher's, the student is the teacher without guidance, as a fresh guidance
-    embedder leaves it; the tangent counts in full.
+    The trajectory is the guided teacher's; the student is the teacher without guidance, as a fresh guidance
+    embedder leaves it. The tangent's warm-up is over.
 
     Returns:
       Lists of [BINS]: ``size``: the tangent's norm before it is normalised, over sigma_d times that of F;
@@ -248,7 +248,7 @@ def tangents(
 
 
 def draw(model: SanaTransformer, params: Any, setting: Setting) -> np.ndarray:
-    """Latents [B, h, w, C] for the first batch's prompts, in 20 steps of DPM-Solver++ with guidance."""
+    """Draws latents [B, h, w, C] for the first batch's prompts, in 20 steps of DPM-Solver++ with guidance."""
     shape = setting.batches[0]["latents"].shape
 
     @jax.jit
@@ -261,7 +261,7 @@ def draw(model: SanaTransformer, params: Any, setting: Setting) -> np.ndarray:
 
 
 def _visits(setting: Setting, limit: float):
-    """Every bin with every batch: (bin, number of the batch, batch, its time [B], key)."""
+    """Yields every bin with every batch: (bin, number of the batch, batch, its time [B], key)."""
     size, count = len(setting.batches[0]["latents"]), len(setting.batches)
     for bin_index in range(BINS):
         for number, batch in enumerate(setting.batches):
