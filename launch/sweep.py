@@ -69,7 +69,8 @@ def main(argv: list[str]) -> None:
     if flags.dry_run:
         for row in rows:
             words = [*command, *row.arguments] if command else sbatch_command(row)
-            print(f"# {'done' if row.finished() else 'unfinished'}\n{shlex.join(words)}")
+            state = "done" if row.finished() else "unfinished"
+            print(f"# {row.name}: {state}\n{shlex.join(words)}")
         return
     metrics = flags.metric or [stage_of(rows[0].config).headline]
     ranking = Ranking(metrics, flags.goal, flags.last)
