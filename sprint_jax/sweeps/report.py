@@ -80,8 +80,7 @@ def draw(path: Path, ranked: Sequence[Ranked], ranking: Ranking) -> None:
     from matplotlib.figure import Figure
 
     count = len(ranking.metrics)
-    height = max(3.2, 1.4 + 0.28 * len(ranked))
-    figure = Figure(figsize=(13, height * count), layout="constrained")
+    figure = Figure((13, count * max(3.2, 1.4 + 0.28 * len(ranked))), layout="constrained")
     panels = figure.subplots(count, 2, squeeze=False, width_ratios=(3, 2))
     labels = [f"{each.row.name:.48} ({each.row.status})" for each in ranked]
     for index, (curves, bars) in enumerate(panels):

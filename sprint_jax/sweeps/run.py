@@ -18,7 +18,6 @@ from .report import Ranking, draw, rank, write_results
 from .rows import Row
 from .slurm import submit_rows
 
-POLL_SECONDS = 0.1
 # A training holds its log.txt locked as long as it lives, even if its sweep is killed. A process of the next
 # sweep waits here for it, and then becomes a training of its own, which goes on from there.
 WAIT = "import fcntl, os, sys; fcntl.flock(1, fcntl.LOCK_EX); os.execvp(sys.argv[1], sys.argv[1:])"
@@ -63,13 +62,12 @@ def run_sweep(
         write_results(results, ranked, ranking)
         if row is None or row.status in ("done", "failed", "stopped"):
             draw(picture, ranked, ranking)
-        counts = Counter(each.status for each in rows)
-        what = [f"{count} {state}" for state, count in counts.items()]
+        what = [f"{n} {state}" for state, n in Counter(each.status for each in rows).items()]
         what += [f"{row.name} {row.status} {row.error}".rstrip()] if row else []
         print(", ".join(what), flush=True)
 
     for row in rows:
-        if row.folder.exists() and not row.folder.is_dir():
+        if row.folder.is_file():
             raise UserError(f"{row.folder} is a file, in the place of a run's folder: move it away")
         row.folder.mkdir(exist_ok=True)
         if row.finished():
@@ -124,7 +122,7 @@ def run_rows(
                 running.remove(row)
                 _end(row, stopping=bool(signals))
                 changed(row)
-            time.sleep(POLL_SECONDS)
+            time.sleep(0.1)
     finally:
         _send(running, signal.SIGTERM)  # after an error of the sweep itself, such as a full disk
         for row in running:
