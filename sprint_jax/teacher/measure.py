@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from .. import losses, sampling, trigflow
+from ..models import functions
 from ..models.sana import SanaTransformer
 from ..parallel.sharding import in_use
 from ..training.diagnostics import BINS, tangent_checks
@@ -73,21 +74,14 @@ def measure(
     return result, latents
 
 
-def _velocity(model, params, text, mask) -> Callable:
-    params = in_use(model, params)
-    return lambda x, t: model.apply({"params": params}, x, t, text, mask)
+def _velocity(model, params, batch) -> Callable:
+    return functions.velocity(model, in_use(model, params), batch["text"], batch["mask"])
 
 
 def _guided(model, params, setting: Setting, batch) -> Callable:
-    params = in_use(model, params)
-
-    def velocity(x, t, text, mask):
-        return model.apply({"params": params}, x, t, text, mask)
-
-    guided = sampling.with_cfg(
-        velocity, setting.guidance, setting.null_text[None], setting.null_mask[None]
-    )
-    return lambda x, t: guided(x, t, batch["text"], batch["mask"])
+    network = model, in_use(model, params), batch["text"], batch["mask"]
+    null = setting.null_text[None], setting.null_mask[None]
+    return functions.guided(functions.velocity, *network, setting.guidance, null)
 
 
 def transform_errors(model: SanaTransformer, params: Any, setting: Setting) -> dict[str, float]:
@@ -105,7 +99,7 @@ def transform_errors(model: SanaTransformer, params: Any, setting: Setting) -> d
 
     @jax.jit
     def forms(params, batch):
-        velocity = _velocity(model, params, batch["text"], batch["mask"])
+        velocity = _velocity(model, params, batch)
         trig = trigflow.to_trigflow(velocity)
         x = trigflow.flow_add_noise(batch["latents"], noise, t)
         v, again = velocity(x, t), trigflow.to_velocity(trig)(x, t)
@@ -152,7 +146,7 @@ def flow_losses(
 
     @jax.jit
     def loss(params, batch, t, key):
-        velocity = _velocity(model, params, batch["text"], batch["mask"])
+        velocity = _velocity(model, params, batch)
         noise = jax.random.normal(key, batch["latents"].shape)
         return losses.flow_matching_loss(velocity, batch["latents"], noise, t)[0]
 
@@ -198,7 +192,7 @@ def tangents(
         teacher = trigflow.to_trigflow(_guided(model, params, setting, batch))
 
         def student(params, x, t):
-            velocity = _velocity(model, params, batch["text"], batch["mask"])
+            velocity = _velocity(model, params, batch)
             return trigflow.to_trigflow(velocity)(x, t), jnp.zeros(len(x))
 
         def loss(params):
@@ -221,7 +215,7 @@ def tangents(
 
         def F(dtype):
             net = model.clone(dtype=jnp.dtype(dtype))
-            return trigflow.to_trigflow(_velocity(net, params, batch["text"], batch["mask"]))
+            return trigflow.to_trigflow(_velocity(net, params, batch))
 
         dx = trigflow.expand(dt, x) * teacher(x, t)
         return tangent_checks(F(jnp.float32), F(jnp.bfloat16), x, t, dx, dt)
