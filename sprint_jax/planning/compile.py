@@ -2,8 +2,8 @@
 
 For a TPU the compiler runs in a process of its own and writes down the optimized program and where its
 buffers lie (``--xla_dump_to``). What follows, machine code, takes 95 % of the time and changes neither: the
-process is ended there, unless the size of the code is wanted (``full``). That process is this module's command,
-with a request as JSON on stdin: ``python -m sprint_jax.planning.compile``.
+process is ended there, unless the size of the code is wanted (``full``). That process is this module's command:
+``python -m sprint_jax.planning.compile REQUEST.json``.
 """
 
 import json
@@ -88,7 +88,7 @@ def compile_update(c: Config, topology: Topology, number: int, full: bool) -> Pr
         needed = out_of_memory(said.get("error", ""))
         dumps = sorted(folder.glob(_TOO_LARGE if needed else _OPTIMIZED))
         text = said.get("text") or (dumps[0].read_text() if dumps else "")
-        report = "".join(path.read_text() for path in sorted(folder.glob(_MEMORY))[:1])
+        report = "".join(path.read_text() for path in sorted(folder.glob(_MEMORY)))
     if not needed and ("error" in said or not text):
         reason = " ".join((said.get("error") or words).split())
         raise UserError(
@@ -148,17 +148,11 @@ def _compile_apart(request: dict[str, Any], folder: Path, full: bool) -> tuple[d
     Returns:
       what `_compile` gave there, nothing if it was ended before; what it said on stderr.
     """
+    (folder / "request").write_text(json.dumps(request))
+    command = [sys.executable, "-m", "sprint_jax.planning.compile", str(folder / "request")]
     with (folder / "stdout").open("wb") as out, (folder / "stderr").open("wb") as err:
-        process = subprocess.Popen(
-            [sys.executable, "-m", "sprint_jax.planning.compile"],
-            stdin=subprocess.PIPE,
-            stdout=out,
-            stderr=err,
-            cwd=Path(__file__).parents[2],
-        )
+        process = subprocess.Popen(command, stdout=out, stderr=err, cwd=Path(__file__).parents[2])
         try:
-            process.stdin.write(json.dumps(request).encode())
-            process.stdin.close()
             while process.poll() is None and (full or not _is_whole(folder)):
                 time.sleep(0.2)
         finally:
@@ -193,7 +187,7 @@ def _worker(request: dict[str, Any]) -> dict[str, Any]:
 
 if __name__ == "__main__":
     try:
-        answer = _worker(json.load(sys.stdin))
+        answer = _worker(json.loads(Path(sys.argv[1]).read_text()))
     except UserError as error:
         answer = {"error": str(error)}
     print(json.dumps(answer))

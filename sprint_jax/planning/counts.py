@@ -43,6 +43,7 @@ class Collective(NamedTuple):
     size: int
     group: tuple[int, ...]
     moved: float
+    op_name: str = ""
     channel: str | None = None
 
 
@@ -52,7 +53,6 @@ class Work(NamedTuple):
     ``passes`` is the FLOPs times the passes in which a TPU computes them.
     """
 
-    op_name: str
     count: float
     flops: float = 0.0
     passes: float = 0.0
@@ -87,7 +87,7 @@ def collective_sums(works: Iterable[Work]) -> dict[tuple[str, str, str], tuple[f
     found: dict = {}
     for work in works:
         for each in work.collectives:
-            key = (work.op_name, each.kind, each.axes)
+            key = (each.op_name, each.kind, each.axes)
             moved, count = found.get(key, (0.0, 0.0))
             found[key] = (moved + work.count * each.moved, count + work.count)
     return found
@@ -124,7 +124,7 @@ class _Program(NamedTuple):
                 new = {key: each for key, each in zip(keys, found, strict=True) if key not in seen}
                 seen |= new.keys()
                 hbm = traffic(self.computations, computation, it)
-                yield Work(it.op_name, count, flops, passes, hbm, tuple(new.values()))
+                yield Work(count, flops, passes, hbm, tuple(new.values()))
 
     def arithmetic(self, computation: Computation, it: Instruction) -> tuple[float, float, list]:
         """FLOPs, FLOPs times passes, and collectives of an instruction and of all that is fused in it."""
@@ -162,21 +162,19 @@ class _Program(NamedTuple):
         if it.opcode.endswith("-start") and kind in ("all-gather", "collective-permute"):
             arrays = arrays[len(it.operands) : 2 * len(it.operands)]  # (operands, results, flags)
         result = sum(array.bytes for array in arrays)
-        channel = it.attribute(r"channel_id=(\d+)")
+        names = it.op_name, it.attribute(r"channel_id=(\d+)")
         if kind == "collective-permute":
             found = it.attribute(r"source_target_pairs=\{\{(.*?)\}\}") or ""
             pairs = [tuple(map(int, pair.split(","))) for pair in found.split("},{") if pair]
             pairs = [pair for pair in pairs if pair[0] != pair[1]]
             return (
-                [Collective(kind, self.axes(pairs), 2, *pairs[:1], result, channel)]
-                if pairs
-                else []
+                [Collective(kind, self.axes(pairs), 2, *pairs[:1], result, *names)] if pairs else []
             )
         group = replica_group(it.attributes, math.prod(self.mesh_shape.values()))
         size = len(group)
         array = {"all-gather": result, "all-reduce": 2 * operands}.get(kind, operands)
         moved = (size - 1) / size * array
-        return [Collective(kind, self.axes([group]), size, group, moved, channel)] if moved else []
+        return [Collective(kind, self.axes([group]), size, group, moved, *names)] if moved else []
 
     def axes(self, groups: list[tuple[int, ...]]) -> str:
         """The mesh axes along which devices of a group differ: ``data``, ``data+fsdp``."""
