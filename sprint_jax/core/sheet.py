@@ -2,6 +2,7 @@
 
 import textwrap
 from collections.abc import Sequence
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -9,6 +10,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 FONT_SIZE = 13
 GAP = 8
+GRID_LIMIT = 400  # pictures; a larger grid is neither looked at nor quickly opened
 GREEN, RED, BLACK, WHITE = (0, 150, 0), (205, 0, 0), (0, 0, 0), (255, 255, 255)
 
 
@@ -65,6 +67,25 @@ def draw_sheet(
                 _mark(draw, cell.right, left + width, top + height + line + 2)
         top += row_height
     return sheet
+
+
+def write_pictures(
+    out: Path, images: list[Image.Image], captions: list[str], *, scale: int = 1
+) -> None:
+    """Writes ``out``/00000.png ... and grid.png.
+
+    Args:
+      out: an existing folder; files of these names are replaced.
+      images, captions: equally many, images of one size.
+      scale: whole factor by which the single files are enlarged.
+    """
+    pictures = [np.asarray(image) for image in images]
+    for index, picture in enumerate(pictures):
+        Image.fromarray(enlarge(picture, scale)).save(out / f"{index:05d}.png")
+    cells = [Cell(*pair) for pair in zip(pictures, captions, strict=True)][:GRID_LIMIT]
+    columns = int(np.ceil(np.sqrt(len(cells))))
+    rows = [cells[start : start + columns] for start in range(0, len(cells), columns)]
+    draw_sheet(rows).save(out / "grid.png")
 
 
 def _mark(draw: ImageDraw.ImageDraw, right: bool, x: int, y: int) -> None:
