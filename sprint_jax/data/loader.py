@@ -5,8 +5,6 @@ import threading
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from ..core.errors import UserError
-
 
 def prefetch(
     batches: Callable[[int], Any],
@@ -16,9 +14,8 @@ def prefetch(
 ) -> Iterator[tuple[int, Any]]:
     """Yields ``(i, place(batches(i)))`` for i = start, start + 1, ... with a thread that works ahead.
 
-    The thread starts with the first ``next`` and ends when the iterator is closed, by ``close()``,
-    ``contextlib.closing`` or its going out of use. An error in ``batches`` or ``place`` is raised
-    here, after the batches before it.
+    The thread starts with the first ``next`` and ends when the iterator is closed or no longer used. An error
+    in ``batches`` or ``place`` is raised here, after the batches before it.
 
     Args:
       batches: a function of the batch number that may be called from a thread.
@@ -28,12 +25,6 @@ def prefetch(
         only once there is room: no more than ``depth`` placed batches wait, while one more may be
         ready on the host.
     """
-    if depth < 1:
-        raise UserError(f"prefetch depth {depth} is too small: use at least 1")
-    return _prefetch(batches, start, depth, place)
-
-
-def _prefetch(batches, start: int, depth: int, place):
     waiting: queue.Queue = queue.Queue()
     room = threading.Semaphore(depth)
     stop = threading.Event()

@@ -36,10 +36,9 @@ class Rows(NamedTuple):
 
 
 class Order(NamedTuple):
-    """``rows(i)`` and ``bucket(i)`` of global batch i >= 0, and the ``buckets``, the largest first."""
+    """``rows(i)`` of global batch i >= 0, and the ``buckets``, the largest first."""
 
     rows: Callable[[int], Rows]
-    bucket: Callable[[int], Bucket]
     buckets: tuple[Bucket, ...]
 
 
@@ -71,7 +70,7 @@ def make_single_order(count: int, bucket: Bucket, *, batch_size: int, seed: int)
         records = [stream[i * batch_size + row] for row in range(batch_size)]
         return Rows(bucket, np.zeros(batch_size, np.int64), np.array(records, np.int64))
 
-    return Order(rows, lambda i: bucket, (bucket,))
+    return Order(rows, (bucket,))
 
 
 def make_order(
@@ -114,21 +113,17 @@ def make_order(
         order = np.random.RandomState([seed, epoch]).permutation(len(table))
         return np.array(table, np.int64).reshape(-1, 2)[order]
 
-    def find(i: int) -> tuple[Bucket, int]:
+    def rows(i: int) -> Rows:
         _check_number(i)
         # A bucket is at most one batch ahead of its records.
         epoch = max(0, int((i - len(names)) * batch_size // lengths.sum()))
         while begun(epoch + 1).sum() <= i:
             epoch += 1
         number, batch = batches_of(epoch)[i - begun(epoch).sum()]
-        return names[number], int(batch)
-
-    def rows(i: int) -> Rows:
-        bucket, batch = find(i)
         positions = np.arange(batch * batch_size, (batch + 1) * batch_size)
-        return Rows(bucket, *streams[bucket].at(positions))
+        return Rows(names[number], *streams[names[number]].at(positions))
 
-    return Order(rows, lambda i: find(i)[0], tuple(names))
+    return Order(rows, tuple(names))
 
 
 def _check(count: int, batch_size: int, seed: int) -> None:

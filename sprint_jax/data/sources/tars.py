@@ -8,7 +8,7 @@ import tarfile
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import BinaryIO, NamedTuple
 
 from tqdm import tqdm
 
@@ -20,7 +20,6 @@ from .records import hash_identity
 
 THREADS = 8  # that index shards: on a network's disk they wait more than they work
 VERSION = 1  # of a kept index; another is made anew
-BLOCK = 512
 
 
 class Group(NamedTuple):
@@ -108,9 +107,8 @@ def index_tar(path: Path) -> list[Group]:
 
     Members belong together by their path up to the first dot of the file name, which is the key, without
     a leading ``./``; what follows the dot is the extension, in lower case (WebDataset's rule). Members
-    that are no files, hidden ones and those without a dot are left out. Damage becomes the problem of
-    the group that it can be told to belong to, or of one named ``SHARD.tar@BYTE``; members after it are
-    found again.
+    that are no files, hidden ones and those without a dot are left out. Damage becomes a group of its own,
+    named ``SHARD.tar@BYTE``, and the problem of the groups before and after it, which may lack members.
 
     The index is kept beside the shard as ``.NAME.index.json``, with the file's size and time of change; where
     it cannot be written, a line on stderr says so.
@@ -134,44 +132,43 @@ def index_tar(path: Path) -> list[Group]:
 def scan_tar(path: Path) -> list[Group]:
     """Makes the index of a shard; reads headers only. Raises OSError."""
     groups: dict[str, Group] = {}
-    size = path.stat().st_size
-    end = 0  # of what has been read
+
+    def spoil(key: str, problem: str) -> None:
+        group = groups.get(key, Group(key, {}))
+        groups[key] = group._replace(problem=group.problem or f"broken tar{problem}")
+
+    size, end = path.stat().st_size, 0  # end: of the members so far
+    last = None
     try:
-        # Zeros and headers that cannot be read are passed block by block until one can.
-        with path.open("rb") as file, tarfile.open(None, "r:", file, ignore_zeros=True) as tar:
-            while (member := tar.next()) is not None and tar.offset > end:
-                nameless = _note_damage(groups, path, end, member.offset)
-                end = tar.offset
-                if member.isreg():
-                    _add_member(groups, member, size, nameless)
+        with path.open("rb") as file, path.open("rb") as raw:
+            # Zeros and headers that cannot be read are passed block by block until one can.
+            with tarfile.open(None, "r:", file, ignore_zeros=True) as tar:
+                while (member := tar.next()) is not None and tar.offset > end:
+                    split = _split_name(member.name) if member.isreg() else None
+                    key = split and split[0]
+                    if not _is_zero(raw, end, member.offset):
+                        spoil(f"{path.name}@{end}", f": no member up to byte {member.offset}")
+                        # What is lost may belong to either; it may be the long name of the second.
+                        for beside in filter(None, (last, key)):
+                            spoil(beside, f" member: beside the damage at byte {end}")
+                    last, end = key, tar.offset
+                    if split is None:
+                        continue
+                    members = groups.setdefault(key, Group(key, {})).members
+                    if split[1] in members:
+                        spoil(key, f" member: {member.name} stands there twice")
+                    if member.offset_data + member.size > size:
+                        spoil(key, f" member: {member.name} is cut off at the end of the file")
+                    members[split[1]] = (member.offset_data, member.size)
+            if size <= end or not _is_zero(raw, end, size):
+                raise tarfile.ReadError("no end mark" if size else "empty file")
     except (tarfile.TarError, ValueError, OverflowError) as error:
-        # Of a member that ends after the file, and of one whose extended header is damaged: the rest of
-        # the file is then named as damaged.
-        if size > end:
-            _spoil(groups, f"{path.name}@{end}", f"broken tar: {error}; the rest is lost")
-            return list(groups.values())
-    if size > end:
-        if _note_damage(groups, path, end, size):
-            _spoil(groups, f"{path.name}@{end}", "broken tar: ends in the header of a name")
-    elif size == end:
-        what = "no end mark, members may be missing" if size else "empty file"
-        _spoil(groups, f"{path.name}@{size}", f"broken tar: {what}")
+        # The file ends early, or a header has a size or an extension that cannot be.
+        if size >= end:
+            spoil(f"{path.name}@{end}", f": {error}; members may be missing")
+            if last is not None:
+                spoil(last, f" member: beside the damage at byte {end}")
     return list(groups.values())
-
-
-def _add_member(groups: dict[str, Group], member, size: int, nameless: bool) -> None:
-    """Puts a file into its group; ``nameless``: the header before it, with its true name, is damaged."""
-    if (split := _split_name(member.name)) is None:
-        return
-    key, extension = split
-    group = groups.setdefault(key, Group(key, {}))
-    if nameless:
-        _spoil(groups, key, f"broken tar member: {member.name} may have had another name")
-    if extension in group.members:
-        _spoil(groups, key, f"broken tar member: {member.name} stands there twice")
-    elif member.offset_data + member.size > size:
-        _spoil(groups, key, f"broken tar member: {member.name} is cut off at the end of the file")
-    group.members[extension] = (member.offset_data, member.size)
 
 
 def _split_name(name: str) -> tuple[str, str] | None:
@@ -181,36 +178,11 @@ def _split_name(name: str) -> tuple[str, str] | None:
     return (folder + slash + stem, extension.lower()) if stem and dot else None
 
 
-def _note_damage(groups: dict[str, Group], path: Path, start: int, stop: int) -> bool:
-    """Notes what stands between two members, or after the last, if it is not padding with zeros.
-
-    Returns:
-      Whether it was the header of a long or non-ASCII name, which the member after it then lacks.
-    """
-    noted = nameless = False
-    with path.open("rb") as file:
-        file.seek(start)
-        for at in range(start, stop, BLOCK):
-            block = file.read(min(BLOCK, stop - at))
-            header = block[257:262] == b"ustar"
-            # The first block counts, and every one after it that still looks like a header.
-            if block.count(0) == len(block) or (noted and not header):
-                continue
-            noted, nameless = True, header and block[156:157] in (b"x", b"L")
-            # The name is the first 100 bytes of a header; it may be whole where the rest is not.
-            name = block[:100].partition(b"\0")[0].decode(errors="replace")
-            split = _split_name(name) if name.isprintable() and "\ufffd" not in name else None
-            if split is not None and not nameless:
-                problem = f"broken tar member: {name} has a damaged header at byte {at}"
-                _spoil(groups, split[0], problem)
-            elif not nameless:
-                _spoil(groups, f"{path.name}@{at}", f"broken tar: no member up to byte {stop}")
-    return nameless
-
-
-def _spoil(groups: dict[str, Group], key: str, problem: str) -> None:
-    group = groups.get(key, Group(key, {}))
-    groups[key] = group._replace(problem=group.problem or problem)
+def _is_zero(file: BinaryIO, start: int, stop: int) -> bool:
+    """Whether nothing but padding stands between two places of a file."""
+    file.seek(start)
+    blocks = range(start, stop, tarfile.RECORDSIZE)
+    return not any(file.read(min(blocks.step, stop - at)).strip(b"\0") for at in blocks)
 
 
 def _read_index(path: Path, stamp: list[int]) -> list[Group] | None:
