@@ -29,8 +29,7 @@ def make_batches(
 
     Args:
       order: with the same ``batch_size`` and ``seed``.
-      read: makes a batch of rows. It must treat each row by itself, or batches would depend on the
-        number of hosts.
+      read: treats each row by itself, or batches would depend on the number of hosts.
       rows: numbers of the rows that this host makes, as of `parallel.sharding.local_rows`.
 
     Returns:
@@ -55,13 +54,9 @@ def make_batches(
 def read_latents(
     caches: Sequence[Cache], temperature: float, rows: Rows, draws: np.ndarray
 ) -> Batch:
-    """A `Reader` of cached latents, of the same encoders.
+    """Reads a batch of cached latents, of the same encoders; text keeps the dtype in which it is stored.
 
-    Returns:
-      ``text`` is in the dtype in which it is stored, zero behind the last token.
-
-    Raises:
-      UserError: a record cannot be read.
+    With its first two arguments it is a `Reader`. Raises UserError if a record cannot be read.
     """
     found = [None] * len(rows.records)
     for number in np.unique(rows.sources):
@@ -86,13 +81,11 @@ class ImageReader:
     every restart alike.
 
     Attributes:
-      sources: of images.
       buckets: of each source, the records that may be drawn, as of `survey.survey`.
       sizes: (height, width) in pixels that images are cut to.
-      encoders: with a sharding that divides ``encode_size``.
       log: gets what cannot be used.
       pool: threads that read and decode images.
-      encode_size: images that are encoded at once.
+      encode_size: images that are encoded at once, a multiple of the encoders' devices.
       temperature: see `caption_files.choose_caption`.
     """
 

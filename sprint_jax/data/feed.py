@@ -254,12 +254,9 @@ def _make_bucketed(
     """`Data` of sources in buckets; a part of the first source may be held out.
 
     Args:
-      name: of the data, in messages.
-      buckets: of each source, its records by bucket.
-      make_reader: makes the reader of those records.
-      channels: of latents; dtype: of text.
-      null: text [L, D] and mask [L] of the empty prompt.
-      encoders: identifies them.
+      name: of the data, in messages; encoders: their identity.
+      buckets: of each source, its records by bucket; make_reader: makes a reader of such records.
+      channels: of latents; dtype: of text; null: text [L, D] and mask [L] of the empty prompt.
     """
     for key, value in {"in_channels": channels, "caption_channels": null[0].shape[-1]}.items():
         if value != c.model[key]:
@@ -289,15 +286,13 @@ def _make_bucketed(
         batch = read(chosen, np.zeros(count))
         return same_everywhere(batch["text"]), same_everywhere(batch["mask"])
 
+    count, text = c.data.batch_size, null[0].shape
     data = _make_data(
         c,
         rows,
         order,
         read,
-        shapes=[
-            _shapes(c.data.batch_size, (*size, channels), null[0].shape, dtype)
-            for size in order.buckets
-        ],
+        shapes=[_shapes(count, (*size, channels), text, dtype) for size in order.buckets],
         null_text=null[0],
         null_mask=null[1],
         held_out=held_out,
@@ -335,10 +330,9 @@ def _find_decoder(c: Config, cache: Cache) -> Callable[[Any], Any]:
 
 
 def _identify(buckets: Sequence[Buckets], encoders: str) -> str:
-    """A hash of the records of each source by bucket, and of the encoders; the same on every host.
+    """A hash of the records of each source by bucket, and of the encoders.
 
-    Raises:
-      UserError: the hosts do not see the same data.
+    Raises UserError if the hosts do not see the same data.
     """
     digest = hashlib.sha256(encoders.encode())
     for source in buckets:

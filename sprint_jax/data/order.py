@@ -56,8 +56,7 @@ def make_single_order(count: int, bucket: Bucket, *, batch_size: int, seed: int)
     2 ms in a bucket of 16, and mixtures have small buckets: `make_order` permutes with NumPy instead.
 
     Args:
-      count: records of the source.
-      batch_size: rows of a global batch; seed: 0 <= seed < 2**32.
+      count: records of the source; batch_size: rows of a global batch; seed: 0 <= seed < 2**32.
 
     Raises:
       UserError: no records, or a batch size or seed out of range.
@@ -66,7 +65,6 @@ def make_single_order(count: int, bucket: Bucket, *, batch_size: int, seed: int)
     stream = grain.MapDataset.range(count).seed(seed).shuffle().repeat()
 
     def rows(i: int) -> Rows:
-        _check_number(i)
         records = [stream[i * batch_size + row] for row in range(batch_size)]
         return Rows(bucket, np.zeros(batch_size, np.int64), np.array(records, np.int64))
 
@@ -89,8 +87,7 @@ def make_order(
 
     Args:
       sources: for each source, numbers of its records by bucket.
-      batch_size: rows of a global batch.
-      seed: 0 <= seed < 2**32.
+      batch_size: rows of a global batch; seed: 0 <= seed < 2**32.
       weights: one above 0 for each source, in any unit; or none.
 
     Raises:
@@ -114,7 +111,6 @@ def make_order(
         return np.array(table, np.int64).reshape(-1, 2)[order]
 
     def rows(i: int) -> Rows:
-        _check_number(i)
         # A bucket is at most one batch ahead of its records.
         epoch = max(0, int((i - len(names)) * batch_size // lengths.sum()))
         while begun(epoch + 1).sum() <= i:
@@ -135,11 +131,6 @@ def _check(count: int, batch_size: int, seed: int) -> None:
         raise UserError("the data source is empty: no batch can be made from it")
 
 
-def _check_number(i: int) -> None:
-    if i < 0:
-        raise UserError(f"batch number {i} is negative: batches are counted from 0")
-
-
 def _make_streams(sources, weights: Sequence[float], seed: int) -> dict[Bucket, _Stream]:
     """The stream of every bucket that has records; its parts are the sources, or all of them as one."""
     mixed = len(weights) > 0
@@ -148,17 +139,15 @@ def _make_streams(sources, weights: Sequence[float], seed: int) -> dict[Bucket, 
     often = _frequencies(sources, weights) if mixed else np.ones(1)
     streams = {}
     for bucket in sorted({bucket for source in sources for bucket in source}):
-        parts, shares, shuffles = [], [], []
+        parts, shares, seeds = [], [], []
         for number, group in enumerate(groups):
             found = [np.asarray(sources[k].get(bucket, ()), np.int64) for k in group]
-            if not sum(map(len, found)):
-                continue
-            parts.append((np.repeat(group, list(map(len, found))), np.concatenate(found)))
-            shares.append(often[number] * len(parts[-1][1]))
-            shuffles.append(_make_shuffle(seed, *bucket, *([number] if mixed else [])))
+            if sum(map(len, found)):
+                parts.append((np.repeat(group, list(map(len, found))), np.concatenate(found)))
+                shares.append(often[number] * len(parts[-1][1]))
+                seeds.append([seed, *bucket, number] if mixed else [seed, *bucket])
         if parts:
-            at = functools.partial(_draw, parts, shuffles, _make_pattern(np.array(shares)))
-            streams[bucket] = _Stream(max(1, round(float(sum(shares)))), at)
+            streams[bucket] = _make_stream(parts, shares, seeds)
     return streams
 
 
@@ -175,27 +164,33 @@ def _frequencies(sources, weights: Sequence[float]) -> np.ndarray:
     return weights / weights.sum() * sum(counts) / counts
 
 
-def _draw(parts: Sequence[Part], shuffles, pattern, positions: np.ndarray) -> Part:
-    """Sources and records at positions of a stream."""
-    part_at, before, per_period = pattern
-    period, offset = np.divmod(positions, PERIOD)
-    chosen = part_at[offset]
-    within = period * per_period[chosen] + before[offset]
-    sources, records = np.empty((2, len(positions)), np.int64)
-    for k, (part, shuffle) in enumerate(zip(parts, shuffles, strict=True)):
-        mine = chosen == k
-        index = shuffle(within[mine], len(part[1]))
-        sources[mine], records[mine] = part[0][index], part[1][index]
-    return sources, records
+def _make_stream(parts: Sequence[Part], shares: Sequence[float], seeds) -> _Stream:
+    """A stream of parts by their ``shares``, each with epochs of its own."""
+    part_at, before, per_period = _make_pattern(np.array(shares))
+    lengths = np.array([len(records) for _, records in parts])
+
+    @functools.lru_cache(maxsize=2 * len(parts))
+    def permute(k: int, epoch: int) -> np.ndarray:
+        return np.random.RandomState([*seeds[k], epoch]).permutation(lengths[k])
+
+    def at(positions: np.ndarray) -> Part:
+        period, offset = np.divmod(positions, PERIOD)
+        chosen = part_at[offset]
+        within = period * per_period[chosen] + before[offset]
+        epochs, places = np.divmod(within, lengths[chosen])
+        sources, records = np.empty((2, len(positions)), np.int64)
+        for k, epoch in set(zip(chosen.tolist(), epochs.tolist(), strict=True)):
+            mine = (chosen == k) & (epochs == epoch)
+            index = permute(k, epoch)[places[mine]]
+            sources[mine], records[mine] = parts[k][0][index], parts[k][1][index]
+        return sources, records
+
+    return _Stream(max(1, round(float(sum(shares)))), at)
 
 
 def _make_pattern(shares: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """The parts of ``PERIOD`` rows in proportion to ``shares``, each spread evenly.
-
-    Returns:
-      ``part_at`` [PERIOD], the part of a row; ``before`` [PERIOD], rows of that part before it; and rows
-      of each part in all.
-    """
+    """The parts of PERIOD rows in proportion to ``shares``, each spread evenly: the part of a row [PERIOD], the
+    rows of that part before it [PERIOD], and the rows of each part in all."""
     exact = shares / shares.sum() * PERIOD
     count = np.maximum(np.floor(exact).astype(np.int64), 1)  # the rarest part still has a row
     left = PERIOD - count.sum()
@@ -209,35 +204,13 @@ def _make_pattern(shares: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarra
     return part[order], before[order], count
 
 
-def _make_shuffle(*seed: int) -> Callable[[np.ndarray, int], np.ndarray]:
-    """A function of (positions, length): indices below ``length``, every epoch shuffled afresh."""
-
-    @functools.lru_cache(maxsize=2)
-    def permutation(epoch: int, length: int) -> np.ndarray:
-        return np.random.RandomState([*seed, epoch]).permutation(length)
-
-    def shuffle(positions: np.ndarray, length: int) -> np.ndarray:
-        epochs, offsets = np.divmod(positions, length)
-        index = np.empty(len(positions), np.int64)
-        for epoch in np.unique(epochs):
-            index[epochs == epoch] = permutation(int(epoch), length)[offsets[epochs == epoch]]
-        return index
-
-    return shuffle
-
-
 def hold_out(
     buckets: Mapping[Bucket, np.ndarray], count: int
 ) -> tuple[dict[Bucket, np.ndarray], dict[Bucket, np.ndarray]]:
     """Splits a source's records into those of training and ``count`` that are kept from it.
 
-    Each bucket gives its share, rounded, at places that depend on the bucket's length alone.
-
-    Returns:
-      ``(training, held_out)``.
-
-    Raises:
-      UserError: fewer than one record would be left to train on.
+    Each bucket gives its share, rounded, at places that depend on the bucket's length alone. Returns
+    ``(training, held_out)``; raises UserError where no record would be left to train on.
     """
     total = sum(map(len, buckets.values()))
     if count < 0 or (count and count >= total):

@@ -44,13 +44,11 @@ def check_rejects(
     As long as fewer than FIRST were seen, and fewer than there are, the share is that of so many.
 
     Args:
-      rejects: those so far.
-      seen: records so far, good or not; total: records in all.
+      rejects: those so far; seen: records so far, good or not; total: records in all.
       limit: the largest share of rejects that is accepted, 0 to 1.
       path: of rejected.jsonl, for the message.
 
-    Raises:
-      UserError: with counts, the kinds of reason by frequency, and three examples.
+    Raises UserError with counts, the kinds of reason by frequency, and three examples.
     """
     if len(rejects) <= limit * max(seen, min(total, FIRST)):
         return

@@ -32,9 +32,8 @@ def survey(
     """Finds the bucket of every image; once, as the answer is kept in a file.
 
     Args:
-      sizes: (height, width) in pixels that images are cut to.
-      factor: pixels per latent along a side.
-      log: gets what cannot be measured, every time.
+      sizes: (height, width) in pixels that images are cut to; factor: pixels per latent along a side.
+      log: gets the images that cannot be measured, every time.
       threads: that read headers.
       cache_dir: of the file, which is named after the source's identity and the sizes.
 

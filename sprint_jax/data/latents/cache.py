@@ -13,16 +13,16 @@ A record is a safetensors file of its own, without pickles: ``latents`` [h, w, C
 """
 
 import hashlib
-import itertools
 import json
 import os
 import resource
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import chex
 import jax.numpy as jnp
 import numpy as np
 import safetensors.numpy
@@ -55,30 +55,19 @@ class CachedRecord(NamedTuple):
 
 
 def pack(record: CachedRecord) -> bytes:
-    """Writes a record as bytes, the same for the same record.
-
-    Raises:
-      ValueError: not as many texts as captions, or arrays of a dtype that is not stored.
-    """
+    """Writes a record as bytes, the same for the same record."""
     tensors = {"latents": record.latents}
     tensors |= {f"text.{k}": text for k, text in enumerate(record.texts)}
-    if len(record.texts) != len(record.captions) or not record.captions:
-        raise ValueError(f"{len(record.texts)} texts for {len(record.captions)} captions")
-    dtypes = {array.dtype for array in tensors.values()}
-    if len(dtypes) != 1 or not dtypes <= set(DTYPES.values()):
-        raise ValueError(f"arrays of {sorted(map(str, dtypes))}: give all bfloat16 or all float32")
+    chex.assert_equal(len(record.texts), len(record.captions))
     words = json.dumps([record.key, record.captions])  # one entry: their order is not kept
     tensors = {name: np.ascontiguousarray(array) for name, array in tensors.items()}
     return safetensors.numpy.save(tensors, metadata={"record": words})
 
 
 def unpack(data: bytes) -> CachedRecord:
-    """Reads the record of `pack`, some 20 us whatever its size: arrays are read-only views of ``data``.
+    """Reads the record of `pack` in some 20 us whatever its size: arrays are read-only views of ``data``.
 
-    Nothing is converted, so a reader that needs one caption of several pays for that one alone.
-
-    Raises:
-      ValueError: ``data`` is not a record.
+    Raises ValueError if that is not a record.
     """
     try:
         start = 8 + int.from_bytes(data[:8], "little")
@@ -103,15 +92,10 @@ def pad_texts(texts: Sequence[np.ndarray], length: int) -> tuple[np.ndarray, np.
     Returns:
       text [B, length, D], zero behind the last token, in the dtype of ``texts``: bfloat16 is half the
       memory to fill, and exact as float32 on the devices; and mask [B, length] int32, 1 for tokens.
-
-    Raises:
-      ValueError: a text is longer.
     """
     text = np.empty((len(texts), length, texts[0].shape[-1]), texts[0].dtype)
     mask = np.zeros((len(texts), length), np.int32)
     for row, tokens in enumerate(texts):
-        if len(tokens) > length:
-            raise ValueError(f"text {row} has {len(tokens)} tokens, more than {length}")
         text[row, : len(tokens)] = tokens
         text[row, len(tokens) :] = 0
         mask[row, : len(tokens)] = 1
@@ -161,11 +145,7 @@ class Cache:
         return self.__getitems__([index])[0]
 
     def __getitems__(self, indices: Sequence[int]) -> list[CachedRecord]:
-        """Reads the records of these numbers in one call.
-
-        Raises:
-          UserError: naming the folder, if one cannot be read.
-        """
+        """Reads the records of these numbers in one call; raises UserError if one cannot be read."""
         try:
             return [unpack(data) for data in self._records.__getitems__(indices)]
         except (ValueError, RuntimeError, OSError) as error:
@@ -216,10 +196,9 @@ def open_cache(folder: str | Path) -> Cache:
 
 
 def _allow_open_files(count: int) -> None:
-    """Lets this process have as many files open as the system allows: a reader keeps its shards open.
+    """Lets this process have as many files open as the system allows, as a reader keeps its shards open.
 
-    Raises:
-      UserError: that is not enough for ``count`` shards and what else a training has open.
+    Raises UserError if that is not enough for ``count`` shards and the other files of a training.
     """
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     limit = soft + count if hard == resource.RLIM_INFINITY else hard
@@ -232,63 +211,48 @@ def _allow_open_files(count: int) -> None:
         )
 
 
-def write_shards(
-    folder: Path, unit: int, records: Iterator[CachedRecord], limit: int
-) -> list[dict[str, Any]]:
-    """Writes the records of a unit, each shard under its name only once it is whole and on disk.
+def write_shard(folder: Path, unit: int, records: Iterable[CachedRecord]) -> list[dict[str, Any]]:
+    """Writes the records of a unit as a shard, under its name only once it is whole and on disk.
 
     Args:
-      folder: of the shards; they are called ``UNIT-NUMBER.array_record``.
+      folder: of the shards; this one is called ``UNIT-0.array_record``.
       records: of the unit, those of a bucket next to each other.
-      limit: bytes; a shard is cut behind the record with which it passes them.
 
     Returns:
-      For each shard its entry in the manifest: ``file``, ``records``, ``buckets`` (its runs of a bucket, as
-      [h, w, count]) and those of `describe_end`.
+      The shard's entry in the manifest: ``file``, ``records``, ``buckets`` (its runs of a bucket, as
+      [h, w, count]) and those of `describe_end`; no entry for no records.
 
     Raises:
-      UserError: a file cannot be written, or does not read back.
+      UserError: the file cannot be written, or does not read back.
     """
-    shards = []
-    while (first := next(records, None)) is not None:
-        name = f"{unit:05d}-{len(shards)}.array_record"
-        # Two processes that both take a unit for theirs do not write into one file.
-        temporary = folder / f"{name}.{os.getpid()}.tmp"
-        buckets = _write_shard(temporary, itertools.chain([first], records), limit)
-        described = describe_end(temporary)
-        temporary.replace(folder / name)
-        _sync(folder)
-        count = sum(count for *_, count in buckets)
-        shards.append({"file": name, "records": count, "buckets": buckets} | described)
-    return shards
-
-
-def _write_shard(path: Path, records: Iterator[CachedRecord], limit: int) -> list[list[int]]:
-    """Writes records until a shard is full; the lengths of its runs of a bucket, as [h, w, count]."""
+    path = folder / f"{unit:05d}-0.array_record"
+    # Two processes that both take a unit for theirs do not write into one file.
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     runs: list[list[int]] = []
-    size = count = 0
     try:
-        writer = ArrayRecordWriter(str(path), WRITER)
+        writer = ArrayRecordWriter(str(temporary), WRITER)
         for record in records:
-            data = pack(record)
-            writer.write(data)
+            writer.write(pack(record))
             height, width = record.latents.shape[:2]
             if not runs or runs[-1][:2] != [height, width]:
                 runs.append([height, width, 0])
             runs[-1][2] += 1
-            size, count = size + len(data), count + 1
-            if size > limit:
-                break
         writer.close()
-        _sync(path)
-        reader = ArrayRecordReader(str(path))
-        found = reader.num_records()
+        _sync(temporary)
+        count = sum(run[2] for run in runs)
+        reader = ArrayRecordReader(str(temporary))
+        if reader.num_records() != count:
+            raise UserError(f"{temporary} does not read back as it was written; is the disk sound?")
         reader.close()
+        described = describe_end(temporary)
+        if not count:
+            temporary.unlink()
+            return []
+        temporary.replace(path)
+        _sync(folder)
     except (OSError, RuntimeError) as error:
         raise UserError(f"cannot write {path}: {error}") from error
-    if found != count:
-        raise UserError(f"{path} does not read back as it was written; is the disk sound?")
-    return runs
+    return [{"file": path.name, "records": count, "buckets": runs} | described]
 
 
 def describe_end(path: Path) -> dict[str, int]:

@@ -26,11 +26,7 @@ VISIBLE_SECONDS = 60.0  # until a file that one host wrote must be there for ano
 
 
 def make_job(c: Config, source: Source, folder: Path, limit: int | None) -> Job:
-    """Makes the job that a config describes, with the encoders loaded on the devices of this host.
-
-    Args:
-      c: sections ``data``, ``encode`` and ``mesh``.
-      limit: only so many records.
+    """Makes the job that a config describes, of at most ``limit`` records; loads the encoders on this host.
 
     Raises:
       UserError: exit code 2 for options that cannot be, before anything large is read.
@@ -38,17 +34,10 @@ def make_job(c: Config, source: Source, folder: Path, limit: int | None) -> Job:
     e = c.encode
     mesh = make_mesh(c.mesh.data, c.mesh.fsdp, c.mesh.tensor, devices=jax.local_devices())
     ways = batch_ways(mesh)
-    for key, factor in {
-        "batch_size": ways,
-        "text_batch_size": ways,
-        "unit": 1,
-        "threads": 1,
-    }.items():
+    for key in ("batch_size", "text_batch_size", "unit", "threads"):
+        factor = ways if "batch" in key else 1  # the devices that share a batch
         if e[key] < 1 or e[key] % factor:
-            raise UserError(
-                f"encode.{key} is {e[key]}: give a positive multiple of {factor}, the devices that share it",
-                exit_code=2,
-            )
+            raise UserError(f"encode.{key} is {e[key]}: give a positive multiple of {factor}", 2)
     if e.dtype not in ("bfloat16", "float32"):
         raise UserError(f"encode.dtype is '{e.dtype}': give bfloat16 or float32", exit_code=2)
     sizes = choose_sizes(c.data.resolution, c.data.sizes)
@@ -67,9 +56,6 @@ def encode(job: Job, *, sigma_d: float, max_rejected: float, peers: Any = None) 
     Args:
       sigma_d: see `manifest.finish`; max_rejected: the largest share of records that may be unusable.
       peers: the other processes, `parallel.peers.Peers`.
-
-    Raises:
-      UserError: see `units` and `manifest`.
     """
     folder, main = job.folder, jax.process_index() == 0
     meet = peers.meet if peers is not None else lambda name: None
@@ -85,18 +71,14 @@ def encode(job: Job, *, sigma_d: float, max_rejected: float, peers: Any = None) 
     if main:
         manifest.begin(folder, plan)
     meet("encode/begun")
-    message = (
-        f"--out {folder} is not the folder that process 0 began: all hosts must see one folder"
-    )
+    message = f"--out {folder} is not what process 0 began: all hosts must see one folder"
     _wait_for(lambda: manifest.check_plan(folder, plan), message)
 
     started = time.monotonic()
     encoded = _encode_share(job, max_rejected, peers)
     meet("encode/encoded")
     if main:
-        message = (
-            f"{folder} lacks some of {job.units} units: do all hosts see one folder? Run it again"
-        )
+        message = f"{folder} lacks some of {job.units} units: do all hosts see it? Run it again"
         entries = _wait_for(lambda: _read_all(job), message)
         manifest.check_rejected(job, entries, job.count, max_rejected)
         made = manifest.finish(job, entries, sigma_d)

@@ -40,10 +40,7 @@ def describe_job(job: Job) -> dict[str, Any]:
 
 
 def check_plan(folder: Path, plan: dict[str, Any]) -> bool:
-    """Returns whether a folder was begun with this plan; False for one that is not begun.
-
-    Args:
-      plan: of `describe_job`.
+    """Returns whether a folder was begun with this plan (of `describe_job`); False for one that is not begun.
 
     Raises:
       UserError: it was begun with another one, naming the first thing that differs, or is something else.
@@ -85,11 +82,10 @@ def begin(folder: Path, plan: dict[str, Any]) -> None:
 
 
 def check_rejected(job: Job, entries: list[dict[str, Any]], seen: int, limit: float) -> None:
-    """Ends the job once too many records of its units are rejected; ``rejected.jsonl`` is written first.
+    """Ends the job once too many records are rejected, with all of them in rejected.jsonl.
 
     Args:
       entries: of units that are done; seen: records of those units.
-      limit: see `rejects.check_rejects`, which raises UserError.
     """
     found, path = rejects_of(entries), job.folder / REJECTED
     try:
@@ -111,11 +107,7 @@ def finish(job: Job, entries: list[dict[str, Any]], sigma_d: float) -> dict[str,
       entries: of all units, in order.
       sigma_d: standard deviation of data in training, to say whether the latents have it.
 
-    Returns:
-      The manifest.
-
-    Raises:
-      UserError: there is no record at all, or a file cannot be written.
+    Returns the manifest. Raises UserError if there is no record at all, or a file cannot be written.
     """
     shards = [shard for entry in entries for shard in entry["shards"]]
     write_rejects(job.folder / REJECTED, rejects_of(entries))

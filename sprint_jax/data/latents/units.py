@@ -18,12 +18,12 @@ import grain
 import numpy as np
 
 from ...core.errors import UserError
-from ...core.files import write_atomic
+from ...core.files import read_json, write_atomic
 from ...encoders.load import Encoders, encode_captions, encode_images
 from ..buckets import read_fitted
 from ..rejects import Reject
 from ..sources.records import Caption, Rejected, Source
-from .cache import SHARDS, CachedRecord, write_shards
+from .cache import SHARDS, CachedRecord, write_shard
 
 UNITS = "units"
 IN_FLIGHT = 2  # batches that devices work on while the host goes on
@@ -44,7 +44,6 @@ class Job:
       unit: records of a unit. A host holds the latents and texts of two in memory.
       batch_size: images at once on this host's devices.
       threads: that read and decode.
-      shard_bytes: a shard is cut behind the record with which it passes this.
     """
 
     folder: Path
@@ -56,7 +55,6 @@ class Job:
     unit: int
     batch_size: int
     threads: int
-    shard_bytes: int = 10**9
 
     @property
     def units(self) -> int:
@@ -87,12 +85,9 @@ def unit_path(folder: Path, unit: int) -> Path:
 def read_unit(folder: Path, unit: int) -> dict[str, Any] | None:
     """Reads the entry of a unit; None for one that is to be done: not committed, or short of a shard."""
     path = unit_path(folder, unit)
-    try:
-        entry = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
+    if not path.is_file():
         return None
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path} cannot be read: {error}; delete it and run again") from error
+    entry = read_json(path)
     for shard in entry["shards"]:
         path = folder / SHARDS / shard["file"]
         if not path.is_file() or path.stat().st_size != shard["bytes"]:
@@ -109,11 +104,8 @@ def encode_units(
       units: their numbers, all still to be done.
       progress: told how many more records are through.
 
-    Yields:
-      The entries that `read_unit` reads, each once it is on disk for good.
-
-    Raises:
-      UserError: a file cannot be written, a caption cannot be encoded, or latents are not finite.
+    Yields the entries that `read_unit` reads, each once it is on disk for good. Raises UserError if a file
+    cannot be written, a caption cannot be encoded, or latents are not finite.
     """
     indices = np.concatenate([[], *map(job.records, units)]).astype(np.int64)
     ahead = grain.ReadOptions(job.threads, 2 * (job.batch_size + job.threads))
@@ -215,7 +207,7 @@ def _write_unit(
     )
     entry = {
         "unit": unit,
-        "shards": write_shards(job.folder / SHARDS, unit, records, job.shard_bytes),
+        "shards": write_shard(job.folder / SHARDS, unit, records),
         "rejected": [Reject(item.key, job.source.name, item.reason)._asdict() for item in rejected],
     }
     entry |= _summarize(encoded)

@@ -31,11 +31,7 @@ CAPTION_KEYS = ("caption", "prompt", "text", "captions")
 
 
 def parse_json(data: bytes, key: str, name: object) -> Any:
-    """Parses the content of the JSON file ``name``.
-
-    Raises:
-      Rejected: not UTF-8, or not JSON.
-    """
+    """Parses the content of the JSON file ``name``; raises `Rejected` if it is not UTF-8, or not JSON."""
     try:
         return json.loads(data.decode("utf-8-sig"))
     except UnicodeDecodeError as error:
@@ -47,8 +43,7 @@ def parse_json(data: bytes, key: str, name: object) -> Any:
 def read_captions(value: Any, key: str) -> tuple[Caption, ...]:
     """Reads the captions in a JSON value, in its order, texts stripped; none where it has no caption.
 
-    Raises:
-      Rejected: a value of another shape than the module describes, or a negative weight.
+    Raises `Rejected` for a value of another shape than the module describes, or a negative weight.
     """
     if not isinstance(value, Mapping):
         items = value if isinstance(value, list) else [value]
@@ -58,18 +53,19 @@ def read_captions(value: Any, key: str) -> tuple[Caption, ...]:
         return ()
     if not isinstance(found, list):
         return (_read_one(value, key),)
-    captions = [_read_one(item, key) for item in found]
-    for field, names in {"weight": ("weights",), "score": ("scores", "clip_scores")}.items():
-        numbers = next((value[name] for name in names if name in value), None)
-        if numbers is None:
-            continue
-        if not isinstance(numbers, list) or len(numbers) != len(captions):
-            raise Rejected(
-                key, f"bad caption: {names[0]} must be a list of {len(captions)} numbers"
-            )
-        for k, number in enumerate(numbers):
-            if number is not None or field == "weight":
-                captions[k] = captions[k]._replace(**{field: _number(number, field, key)})
+    numbers = {
+        "weight": value.get("weights"),
+        "score": value.get("scores", value.get("clip_scores")),
+    }
+    numbers = {name: values for name, values in numbers.items() if values is not None}
+    for name, values in numbers.items():
+        if not isinstance(values, list) or len(values) != len(found):
+            raise Rejected(key, f"bad caption: {name}s must be a list of {len(found)} numbers")
+    captions = []
+    for k, item in enumerate(found):
+        fields = item if isinstance(item, Mapping) else {"text": item}
+        mine = {name: values[k] for name, values in numbers.items()}
+        captions.append(_read_one({**fields, **mine}, key))
     return tuple(captions)
 
 
@@ -83,15 +79,14 @@ def captions_beside(
     """Reads all captions of an image, at least one: ``''`` where there is none.
 
     Args:
-      key: of the image.
+      key: of the image, for errors.
       text: content of its .txt file, which counts where the JSON file has no caption.
       json_bytes: content of its .json file.
       models: name without .json, and value, of Sana's files; their captions are added. Their score of
         ``prompt`` is that of an only caption before these.
       entry: the image's name in them.
 
-    Raises:
-      Rejected: a file that is not as the module describes.
+    Raises `Rejected` for a file that is not as the module describes.
     """
     own = ()
     if json_bytes is not None:

@@ -28,12 +28,8 @@ def open_folder(folder: str | os.PathLike, name: str | None = None) -> FileSourc
     keys as in `caption_files`. Several lines about one image are several captions. An image below a
     metadata.jsonl that is in none of its lines needs captions beside it.
 
-    Args:
-      folder: what to open.
-      name: of the source in messages; the folder's path if left out.
-
-    Raises:
-      UserError: no such folder, one that cannot be read, no image in it, or two images of one key.
+    The source is called ``name``, by default the folder's path. Raises UserError for a folder that is missing
+    or cannot be read, no image in it, or two images of one key.
     """
     folder = Path(folder).expanduser()
     name = name or str(folder)

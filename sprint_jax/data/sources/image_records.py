@@ -73,14 +73,9 @@ class RecordSource:
 
 
 def open_array_records(paths: Sequence[str | os.PathLike], name: str | None = None) -> RecordSource:
-    """Opens ArrayRecord files of images, one after the other.
+    """Opens ArrayRecord files of images, one after the other, as the source ``name``, by default the paths.
 
-    Args:
-      paths: of the files.
-      name: of the source in messages; the paths if left out.
-
-    Raises:
-      UserError: a file that is missing or broken, or no record in any of them.
+    Raises UserError for a file that is missing or broken, or no record in any of them.
     """
     files = [Path(path).expanduser() for path in paths]
     name = name or ", ".join(map(str, files))
@@ -126,12 +121,8 @@ def write_image_records(
       path: of the file, such as ``cats.array_record`` or ``cats.array_record-00000-of-00002``.
       images: of each image its key, the content of its file, and its captions or only caption.
 
-    Returns:
-      The number of images.
-
-    Raises:
-      UserError: a name of another form, a file that cannot be written, a key that is empty or comes
-        twice, text that is not Unicode, a weight or score that is not finite.
+    Returns the number of images. Raises UserError for a name of another form, a file that cannot be written, a
+    key that is empty or comes twice, text that is not Unicode, and a weight or score that is not finite.
     """
     path = Path(path).expanduser()
     if not PATTERN.fullmatch(path.name):
@@ -146,24 +137,19 @@ def write_image_records(
                 if not key or key in keys:
                     raise UserError(f"{path}: key {key!r} is empty or comes twice")
                 keys.add(key)
-                writer.write(_pack(key, data, captions))
+                captions = (Caption(captions),) if isinstance(captions, str) else captions
+                parts = (key.encode(), bytes(data), dump_captions(captions))
+                arrays = [np.frombuffer(part, np.uint8) for part in parts]
+                writer.write(safetensors.numpy.save(dict(zip(FIELDS, arrays, strict=True))))
         finally:
             writer.close()
         with temporary.open("rb") as file:
             os.fsync(file.fileno())
         temporary.replace(path)
+    except ValueError as error:  # half of a surrogate pair, or a weight that is not finite
+        raise UserError(f"image {key!r} cannot be written: {error}") from error
     except (OSError, RuntimeError) as error:  # the library reports its errors as RuntimeError
         raise UserError(f"cannot write {path}: {error}") from error
     finally:
         temporary.unlink(missing_ok=True)
     return len(keys)
-
-
-def _pack(key: str, data: bytes, captions: Sequence[Caption] | str) -> bytes:
-    captions = (Caption(captions),) if isinstance(captions, str) else captions
-    try:
-        parts = (key.encode(), bytes(data), dump_captions(captions))
-    except ValueError as error:  # half of a surrogate pair, or a weight that is not finite
-        raise UserError(f"image {key!r} cannot be written: {error}") from error
-    arrays = [np.frombuffer(part, np.uint8) for part in parts]
-    return safetensors.numpy.save(dict(zip(FIELDS, arrays, strict=True)))

@@ -42,8 +42,7 @@ def decode_image(data: bytes | np.ndarray, key: str) -> np.ndarray:
       data: the content of a file in one of FORMATS; or pixels, uint8 [H, W] or [H, W, 1, 3 or 4].
       key: names the image in errors.
 
-    Raises:
-      Rejected: an empty or broken file, not an image, too many pixels, or pixels without a known range.
+    Raises `Rejected` for a broken file, no image, too many pixels, or pixels without a known range.
     """
     if isinstance(data, np.ndarray):
         return _flatten(data, key)
@@ -61,14 +60,10 @@ def decode_image(data: bytes | np.ndarray, key: str) -> np.ndarray:
 
 
 def measure_image(data: bytes | BinaryIO | np.ndarray, key: str) -> tuple[int, int]:
-    """Measures (height, width) of what `decode_image` gives, from headers: little of a file is read.
+    """Measures (height, width) of the pixels of `decode_image` from headers: little of a file is read.
 
-    Args:
-      data: as of `decode_image`, or a binary file that can seek.
-
-    Raises:
-      Rejected: as `decode_image`, except for what only decoding can find.
-      OSError: the disk failed.
+    ``data`` may also be a binary file that can seek. Raises `Rejected` as `decode_image` does, except for
+    damage that only decoding can find, and OSError where the disk fails.
     """
     if isinstance(data, np.ndarray):
         return _flatten(data, key).shape[:2]

@@ -73,8 +73,7 @@ class Source(Protocol):
 class Concatenation:
     """Sources one after the other as one, for `encode`.
 
-    Keys of several sources may be the same: the number of the source, from 0, stands before each, as in
-    ``0/cat``. An only source keeps its keys.
+    The keys of several sources have the number of the source before them, from 0, as in ``0/cat``.
     """
 
     def __init__(self, sources: Sequence[Source]):

@@ -37,22 +37,11 @@ def open_tars(paths: Sequence[str | os.PathLike], name: str | None = None) -> Fi
     shard's path before them. Captions are as in `caption_files`, with Sana's ``SHARD_MODEL.json`` beside the
     shards. A group needs exactly one image. Shards are indexed at the first opening, with progress.
 
-    Args:
-      paths: of the shards, ``*.tar`` without compression.
-      name: of the source in messages; the paths if left out.
-
-    Raises:
-      UserError: a shard that is missing or compressed or cannot be read, or no image in any of them.
+    The source is called ``name``, by default the paths. Raises UserError for a shard that cannot be read, or
+    no image in any of them.
     """
     shards = [Path(path).expanduser() for path in paths]
     name = name or ", ".join(map(str, shards))
-    for path in shards:
-        if path.suffix != ".tar":
-            raise UserError(
-                f"shard {path} is not a .tar: unpack or rewrite it, without compression"
-            )
-        if not path.is_file():
-            raise UserError(f"shard {path} is not there, or not a file")
     with concurrent.futures.ThreadPoolExecutor(THREADS) as pool:
         bar = dict(delay=5, mininterval=5, leave=False, unit="shard")
         indexed = list(tqdm(pool.map(index_tar, shards), f"index {name}", len(shards), **bar))

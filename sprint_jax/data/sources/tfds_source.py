@@ -111,8 +111,6 @@ def _find(root: Path, path: str) -> Path:
 
 
 def _check_features(features: Mapping[str, Any], image: str, caption: str, name: str) -> None:
-    if not isinstance(features, Mapping | tfds.features.FeaturesDict):
-        raise UserError(f"tfds:{name} has no features with names")
     known = ", ".join(sorted(features.keys()))
     for key, feature in (("image", image), ("caption", caption)):
         if feature not in features and (feature or key == "image"):
@@ -126,12 +124,9 @@ def _check_features(features: Mapping[str, Any], image: str, caption: str, name:
         raise UserError(
             f"feature {image!r} of tfds:{name} is no Image and no Tensor of uint8: {kind}"
         )
-    texts = features[caption] if caption else tfds.features.Text()
-    inner = getattr(texts, "feature", texts)  # of a Sequence
-    if not isinstance(inner, tfds.features.Text):
-        raise UserError(
-            f"feature {caption!r} of tfds:{name} is no Text and no sequence of it: {texts}"
-        )
+    text = getattr(features[caption], "feature", features[caption]) if caption else None
+    if caption and not isinstance(text, tfds.features.Text):
+        raise UserError(f"feature {caption!r} of tfds:{name} is no Text or sequence of it: {text}")
 
 
 def _to_plain(value: Any, key: str) -> Any:
