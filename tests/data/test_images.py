@@ -1,6 +1,7 @@
 """Files of pictures to pixels: every mode, every way to be broken."""
 
 import concurrent.futures
+import errno
 import io
 
 import numpy as np
@@ -8,7 +9,7 @@ import pytest
 from helpers.image_sets import bomb, encode
 from PIL import Image
 
-from sprint_jax.data.sources.images import decode_image, flatten_pixels, measure_image
+from sprint_jax.data.sources.images import decode_image, measure_image
 from sprint_jax.data.sources.records import Rejected
 
 RANDOM = np.random.default_rng(0)
@@ -66,22 +67,6 @@ def animation() -> bytes:
         (encode(Image.new("CMYK", (17, 11), (255, 0, 0, 0)), "JPEG"), [0, 255, 255], 3),
         (encode(Image.new("CMYK", (17, 11), (0, 0, 0, 255)), "JPEG"), [0, 0, 0], 3),
         (animation(), RGB, 0),
-    ],
-    ids=[
-        "png",
-        "bmp",
-        "tiff",
-        "grey",
-        "bit",
-        "alpha",
-        "webp",
-        "grey-alpha",
-        "palette",
-        "png16",
-        "tiff16",
-        "cyan",
-        "black",
-        "animation",
     ],
 )
 def test_every_mode_becomes_rgb_over_white(data, looks, tolerance):
@@ -158,45 +143,39 @@ def test_measuring_reads_little_of_a_file():
         assert file.total < 20_000 < len(file.getvalue()) / 5, format
 
 
-def large_floats() -> bytes:
-    return encode(Image.fromarray(np.ones((4, 4), np.float32)), "TIFF")
-
-
 @pytest.mark.parametrize(
     ("data", "reason"),
     [
-        (b"", "empty file: 0 bytes"),
-        (b"<html>404</html>", "not an image: none of JPEG, PNG"),
+        (b"", "empty file"),
+        (b"<html>404</html>", "not an image"),
         (b"\0" * 5000, "not an image"),
-        (encode(Image.fromarray(RGB), "PNG")[:300], "cannot be decoded: "),
-        (encode(Image.fromarray(RGB), "JPEG")[:-100], "cannot be decoded: image file is truncated"),
-        (encode(Image.fromarray(RGB), "BMP")[:300], "cannot be decoded: image file is truncated"),
-        (encode(Image.fromarray(RGB), "TIFF")[:300], "cannot be decoded: "),
-        (bomb(), "too many pixels: 12000x12000, a decompression bomb"),
-        (bomb(50_000, 50_000), "too many pixels: more than Pillow's own limit"),
-        (large_floats(), "unsupported pixels: floating point"),
-        (
-            encode(Image.fromarray(np.full((4, 4), 70_000, np.int32)), "TIFF"),
-            "unsupported pixels: 32-bit",
-        ),
+        (encode(Image.fromarray(RGB), "PNG")[:300], "cannot be decoded"),
+        (encode(Image.fromarray(RGB), "JPEG")[:-100], "cannot be decoded"),
+        (encode(Image.fromarray(RGB), "BMP")[:300], "cannot be decoded"),
+        (encode(Image.fromarray(RGB), "TIFF")[:300], "cannot be decoded"),
+        (bomb(), "too many pixels"),
+        (bomb(50_000, 50_000), "too many pixels"),
+        (encode(Image.fromarray(np.ones((4, 4), np.float32)), "TIFF"), "unsupported pixels"),
+        (encode(Image.fromarray(np.full((4, 4), 70_000, np.int32)), "TIFF"), "unsupported pixels"),
     ],
 )
 def test_what_cannot_be_used_is_named_with_the_reason(data, reason):
     with pytest.raises(Rejected) as caught:
         decode_image(data, "some/key")
-    assert caught.value.key == "some/key" and caught.value.reason.startswith(reason)
-
-
-def test_the_limit_of_pixels_can_be_chosen():
-    data = encode(Image.fromarray(RGB), "PNG")
-    for read in (decode_image, measure_image):
-        read(data, "it", max_pixels=11 * 17)
-        with pytest.raises(Rejected, match="too many pixels: 11x17"):
-            read(data, "it", max_pixels=11 * 17 - 1)
+    assert caught.value.key == "some/key" and caught.value.reason.startswith(f"{reason}: ")
 
 
 def test_a_picture_that_pillow_warns_of_is_read():
     assert measure_image(bomb(10_000, 9_999), "it") == (10_000, 9_999)
+
+
+def test_an_error_of_the_disk_is_not_the_record_s_fault():
+    class Failing(io.BytesIO):
+        def read(self, size=-1):
+            raise OSError(errno.EIO, "Input/output error")
+
+    with pytest.raises(OSError, match="Input/output"):
+        measure_image(Failing(encode(Image.fromarray(RGB), "PNG")), "it")
 
 
 def test_out_of_memory_is_not_the_record_s_fault(monkeypatch):
@@ -241,10 +220,11 @@ def test_no_damage_escapes_as_another_exception_or_a_warning():
 
 
 def test_pixels_without_a_file_become_rgb():
-    np.testing.assert_array_equal(flatten_pixels(RGB, "it"), RGB)
+    np.testing.assert_array_equal(decode_image(RGB, "it"), RGB)
     for grey in (GREY, GREY[..., None]):
-        np.testing.assert_array_equal(flatten_pixels(grey, "it"), triple(GREY))
-    assert np.abs(flatten_pixels(RGBA, "it") - over_white(RGB, ALPHA)).max() <= 1
+        np.testing.assert_array_equal(decode_image(grey, "it"), triple(GREY))
+    assert np.abs(decode_image(RGBA, "it") - over_white(RGB, ALPHA)).max() <= 1
+    assert measure_image(RGBA, "it") == (11, 17)
     for bad in (RGB.astype(np.float32), RGB[None], RGB[..., :2], RGB[:0]):
         with pytest.raises(Rejected, match="unsupported pixels"):
-            flatten_pixels(bad, "it")
+            decode_image(bad, "it")
