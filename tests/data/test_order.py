@@ -68,14 +68,13 @@ def test_record_numbers_of_buckets_never_change(sources, changes, expected):
     assert digest(order, [*range(200), 10**6]) == expected
 
 
-@pytest.mark.parametrize("seed", [0, 1])
-def test_a_single_order_has_every_record_once_an_epoch_in_a_new_order(seed):
-    order = make_single_order(23, (1, 1), batch_size=4, seed=seed)
-    epochs = np.concatenate([order.rows(i).records for i in range(23)]).reshape(4, 23)
+def test_a_single_order_has_every_record_once_an_epoch_in_a_new_order():
+    epochs = []
+    for seed in (0, 1):  # epoch 1 of seed 0 is not epoch 0 of seed 1
+        order = make_single_order(23, (1, 1), batch_size=4, seed=seed)
+        epochs += list(np.concatenate([order.rows(i).records for i in range(23)]).reshape(4, 23))
     assert all(sorted(epoch) == list(range(23)) for epoch in epochs)
-    other = make_single_order(23, (1, 1), batch_size=23, seed=1 - seed)
-    others = [tuple(other.rows(i).records) for i in range(4)]
-    assert len({*map(tuple, epochs), *others}) == 8  # epoch 1 of seed 0 is not epoch 0 of seed 1
+    assert len(set(map(tuple, epochs))) == 8
 
 
 @pytest.mark.parametrize("batch_size", [1, 8, 16])
@@ -90,13 +89,6 @@ def test_every_record_comes_once_an_epoch_but_for_a_last_partial_batch(batch_siz
             # Those of a partial batch come an epoch early, or again.
             odd = sum(abs(times[bucket][record] - 1) for record in members.tolist())
             assert odd <= (2 * (batch_size - 1) if batch_size > 1 else 0)
-
-
-def test_an_order_depends_on_seed_and_number_alone():
-    one, same, other = (make_order([BUCKETS], batch_size=8, seed=seed) for seed in (1, 1, 2))
-    numbers = np.random.default_rng(0).permutation(200).tolist()
-    assert {i: digest(one, [i]) for i in numbers} == {i: digest(same, [i]) for i in range(200)}
-    assert digest(one, range(9)) != digest(other, range(9))
 
 
 def test_sources_without_weights_are_one_set():

@@ -15,10 +15,12 @@ import sys
 import time
 from pathlib import Path
 
-from encoding import Pictures  # as a script, its folder is on the path
+sys.path[0] = str(Path(__file__).parents[1])  # instead of this script's own folder
 
-from sprint_jax import encode
-from sprint_jax.core import cli
+from helpers.encoding import Pictures  # noqa: E402
+
+from sprint_jax import encode  # noqa: E402
+from sprint_jax.core import cli  # noqa: E402
 
 PATIENCE = 200  # seconds for one encoding
 

@@ -93,7 +93,7 @@ def _find(root: Path, path: str) -> Path:
     """The folder of a prepared version of ``NAME[/CONFIG[/VERSION]]`` below ``root``."""
     folder = root / path
     while folder.is_dir() and not (folder / "dataset_info.json").is_file():
-        below = sorted(entry for entry in folder.iterdir() if entry.is_dir())
+        below = sorted(path for path in folder.glob("[!.]*") if path.is_dir())
         versions = [entry for entry in below if _VERSION.fullmatch(entry.name)]
         if versions:
             folder = max(versions, key=lambda entry: [int(part) for part in entry.name.split(".")])
