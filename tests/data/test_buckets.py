@@ -5,7 +5,7 @@ import pytest
 from PIL import Image
 
 from sprint_jax.core.errors import UserError
-from sprint_jax.core.pixels import SIZES_1024, nearest_size
+from sprint_jax.core.pixels import SIZES_1024
 from sprint_jax.data.buckets import SIZES_2048, check_factor, choose_sizes, fit_image, size_table
 
 
@@ -92,10 +92,3 @@ def test_no_row_is_lost_where_float_division_is_short():
 def test_a_thread_of_an_image_is_refused_before_memory_is_spent():
     with pytest.raises(ValueError, match=r"1x60000 .* 512x2048"):
         fit_image(np.zeros((1, 60000, 3), np.uint8), (512, 2048))
-
-
-def test_the_nearest_bucket_is_that_of_the_aspect_ratio():
-    assert nearest_size(3000, 3060, SIZES_1024) == (1024, 1024)
-    assert nearest_size(1080, 1920, SIZES_2048) == (1536, 2688)
-    assert nearest_size(10, 100, SIZES_2048) == (1024, 4096)
-    assert nearest_size(20, 30, ((8, 16), (16, 8))) == (8, 16)

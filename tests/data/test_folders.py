@@ -34,10 +34,14 @@ def read(source):
     return found
 
 
-def test_keys_are_paths_without_extension_in_order_and_hidden_files_are_left_out(tmp_path):
+def test_keys_are_paths_in_order_without_hidden_files_and_links_lead_to_each_file_once(tmp_path):
     names = ["b.png", "a.PNG", "deep/er/x.y.jpeg", "deep/a.webp", "Grün/猫.png", "README.txt"]
-    source = write(tmp_path, dict.fromkeys([*names, ".a.png", ".b/c.png"], PNG))
-    assert list(read(source)) == ["Grün/猫", "a", "b", "deep/a", "deep/er/x.y"]
+    (tmp_path / "in" / "deep").mkdir(parents=True)
+    (tmp_path / "in" / "deep" / "circle").symlink_to(tmp_path / "in")
+    (tmp_path / "in" / "link").symlink_to(tmp_path / "elsewhere")
+    write(tmp_path / "elsewhere", {"x.png": PNG})
+    source = write(tmp_path / "in", dict.fromkeys([*names, ".a.png", ".b/c.png"], PNG))
+    assert list(read(source)) == ["Grün/猫", "a", "b", "deep/a", "deep/er/x.y", "link/x"]
     assert source.measure(0) == ("Grün/猫", (2, 3))
 
 
@@ -62,15 +66,6 @@ def test_what_is_no_image_is_refused_and_not_left_out(tmp_path):
     }
     with pytest.raises(Rejected, match=r"gone: .*gone\.png"):
         source.measure(2)
-
-
-def test_links_are_followed_but_not_round_in_a_circle(tmp_path):
-    (tmp_path / "a").mkdir()
-    (tmp_path / "elsewhere").mkdir()
-    (tmp_path / "elsewhere" / "x.png").write_bytes(PNG)
-    (tmp_path / "a" / "link").symlink_to(tmp_path / "elsewhere")
-    (tmp_path / "a" / "circle").symlink_to(tmp_path / "a")
-    assert list(read(open_folder(tmp_path / "a"))) == ["link/x"]
 
 
 def test_files_of_sana_belong_to_the_image_of_the_longest_name(tmp_path):
@@ -106,6 +101,8 @@ def test_metadata_gives_captions_by_file_name(tmp_path):
     text = "\n".join(json.dumps(line) for line in lines) + "\n\nnot JSON\n"
     names = ["a.png", "sub/b.png", "c.png", "d.png", "lone.png", "beside.png"]
     files = dict.fromkeys(names, PNG) | {"metadata.jsonl": text, "beside.txt": "its own"}
+    below = {"below/metadata.jsonl": '{"file_name": "b.png", "text": "b"}', "below/b.png": PNG}
+    files |= below | {"below/c.png": PNG}
     assert read(write(tmp_path, files)) == {
         "a": ["one", "two"],
         "sub/b": ["x", "y"],
@@ -118,14 +115,9 @@ def test_metadata_gives_captions_by_file_name(tmp_path):
         "metadata.jsonl:10": "bad JSON",
         "d": "no caption",
         "lone": "no caption",
+        "below/b": ["b"],
+        "below/c": "no caption",
     }
-
-
-def test_metadata_of_a_folder_below_is_about_that_folder(tmp_path):
-    line = json.dumps({"file_name": "b.png", "text": "b"})
-    files = {"a.png": PNG, "sub/metadata.jsonl": line, "sub/b.png": PNG, "sub/c.png": PNG}
-    found = read(write(tmp_path, files))
-    assert found == {"a": [""], "sub/b": ["b"], "sub/c": "no caption"}
 
 
 def test_files_that_are_not_read_do_not_change_what_the_source_is(tmp_path):

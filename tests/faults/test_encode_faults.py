@@ -1,22 +1,21 @@
 """Encoding that is killed, fails while it writes, or is shared by several processes."""
 
-import json
+import multiprocessing
+import os
 import shutil
-import subprocess
-import sys
+import signal
 import time
 
 import jax
 import numpy as np
 import pytest
+from helpers import encode_worker
 from helpers.encoding import Pictures, encode_small, hashes, words
-from helpers.pods import environment, finish_pod, start_pod
+from helpers.pods import finish_pod, start_pod
 from helpers.runs import ROOT
 
 from sprint_jax.core.errors import UserError
 from sprint_jax.data.latents import cache, encoding, manifest, units
-
-WORKER = str(ROOT / "tests" / "helpers" / "encode_worker.py")
 
 
 @pytest.fixture(scope="module")
@@ -75,42 +74,44 @@ def test_an_error_at_any_step_of_writing_leaves_what_the_next_run_makes_whole(
     assert hashes(tmp_path / "a") == hashes(whole)
 
 
-def test_killed_at_ten_random_moments_the_content_is_that_of_the_undisturbed_run(tmp_path):
-    server = subprocess.Popen(
-        [sys.executable, "-W", "ignore", WORKER, "serve"],
-        cwd=ROOT,
-        env=environment(8),
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        text=True,
-    )
+def test_killed_at_ten_random_moments_the_content_is_that_of_the_undisturbed_run(
+    tmp_path, monkeypatch
+):
+    # A server imports everything once, and forks for each encoding.
+    monkeypatch.setenv("PYTHONPATH", f"{ROOT}{os.pathsep}{ROOT / 'tests'}")
+    processes = multiprocessing.get_context("forkserver")
+    processes.set_forkserver_preload(["helpers.encode_worker"])
 
-    def ask(out, units_done=0, seconds=None) -> int:
-        server.stdin.write(json.dumps([words(out, encode__unit=4), units_done, seconds]) + "\n")
-        server.stdin.flush()
-        return int(server.stdout.readline())
+    def encode(out, units_done=0, seconds=None) -> int:
+        process = processes.Process(target=encode_worker.main, args=(words(out, encode__unit=4),))
+        process.start()
+        if seconds is not None:
+            while len(list((out / "units").glob("*.json"))) < units_done and process.is_alive():
+                time.sleep(0.0005)
+            time.sleep(seconds)
+            process.kill()
+        process.join(200)
+        return process.exitcode
 
-    try:
-        assert ask(tmp_path / "whole") == 0
-        random, folders, killed = np.random.default_rng(time.time_ns()), [tmp_path / "0"], 0
-        for turn in range(10):
-            done = len(list((folders[-1] / "units").glob("*.json")))
-            # Some units on, or just before the manifest; a process may end before its moment.
-            moment = min(10, done + 1 + turn % 3), float(random.uniform(0, 0.03))
-            status = ask(folders[-1], *moment)
-            killed += status == -9
-            if status == 0 or done == 10:
-                folders.append(tmp_path / str(len(folders)))
-        assert killed >= 5
-        for out in folders:
-            assert ask(out) == 0
-            assert hashes(out) == hashes(tmp_path / "whole")
-    finally:
-        server.communicate(timeout=60)
+    assert encode(tmp_path / "whole") == 0
+    random, folders, killed = np.random.default_rng(time.time_ns()), [tmp_path / "0"], 0
+    for turn in range(10):
+        done = len(list((folders[-1] / "units").glob("*.json")))
+        # Some units on, or just before the manifest; a process may end before its moment.
+        status = encode(folders[-1], min(10, done + 1 + turn % 3), random.uniform(0, 0.03))
+        killed += status == -signal.SIGKILL
+        if status == 0 or done == 10:
+            folders.append(tmp_path / str(len(folders)))
+    assert killed >= 5
+    for out in folders:
+        assert encode(out) == 0
+        assert hashes(out) == hashes(tmp_path / "whole")
 
 
 def test_two_processes_write_what_one_does(written, tmp_path):
-    pod = finish_pod(start_pod([WORKER, *words(tmp_path / "a")], count=2, devices=8))
+    pod = finish_pod(
+        start_pod([encode_worker.__file__, *words(tmp_path / "a")], count=2, devices=8)
+    )
     assert [ended.code for ended in pod] == [0, 0], pod
     assert hashes(tmp_path / "a") == hashes(written)
 
