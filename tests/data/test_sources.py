@@ -5,6 +5,7 @@ import hashlib
 import json
 import re
 from collections import Counter
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -125,60 +126,58 @@ def test_several_sources_are_one_whose_keys_differ(tmp_path):
     assert alone[0].key == samples[0].key and alone.identity != both.identity
 
 
-def test_a_path_opens_what_it_is(tmp_path):
-    samples = image_sets.make_samples(9)
-    image_sets.write_tars(tmp_path / "tars", samples)
-    image_sets.write_array_records(tmp_path / "records", samples)
-    image_sets.write_folder(tmp_path / "images", samples)
-    for path, count in [
+@pytest.fixture(scope="module")
+def forms(tmp_path_factory):
+    """Folders with nine images in three forms, and with what is no source."""
+    folder, samples = tmp_path_factory.mktemp("forms"), image_sets.make_samples(9)
+    image_sets.write_folder(folder / "images", samples)
+    image_sets.write_tfds(folder / "tfds", samples)
+    for name in ("tars", "both", "mixed"):
+        image_sets.write_tars(folder / name, samples)
+    for name in ("records", "both"):
+        image_sets.write_array_records(folder / name, samples)
+    for path in ("mixed/lone.jpg", "text/README.txt", "a.tar.gz", "a.array_record"):
+        (folder / path).parent.mkdir(exist_ok=True)
+        (folder / path).write_bytes(b"junk")
+    (folder / "empty").mkdir()
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("path", "count"),
+    [
         ("tars", 9),
         ("tars/*.tar", 9),
         ("tars/set-00[01].tar", 6),
-        ("**/set-002.tar", 3),
+        ("**/ta*/set-002.tar", 3),
         ("tars/set-001.tar", 3),
         ("records", 9),
         ("records/*", 9),
         ("records/set.array_record-00001-of-00002", 4),
         ("images", 9),
         ("images/deep", 2),
-    ]:
-        (source,) = open_images([tmp_path / path])
-        assert (len(source), source.name) == (count, str(tmp_path / path))
+    ],
+)
+def test_a_path_opens_what_it_is(forms, path, count):
+    (source,) = open_images([forms / path])
+    assert (len(source), source.name) == (count, str(forms / path))
 
 
-def test_paths_that_are_no_source_are_named(tmp_path):
-    samples = image_sets.make_samples(4)
-    for folder in ("tars", "both", "mixed"):
-        image_sets.write_tars(tmp_path / folder, samples, shards=1)
-    image_sets.write_folder(tmp_path / "images", samples)
-    image_sets.write_tfds(tmp_path / "tfds", samples)
-    image_sets.write_array_records(tmp_path / "both", samples)
-    for path, content in [
-        ("mixed/lone.jpg", b""),
-        ("text/README.txt", b""),
-        ("a.tar.gz", b""),
-        ("a.array_record", b"junk"),
-    ]:
-        (tmp_path / path).parent.mkdir(exist_ok=True)
-        (tmp_path / path).write_bytes(content)
-    (tmp_path / "empty").mkdir()
-    for path, named in [
-        ("nowhere", "nowhere"),
+@pytest.mark.parametrize(
+    ("path", "named"),
+    [
+        *((path, path) for path in ("nowhere", "empty", "text", "both", "images/00000.png")),
         ("tars/*.zip", r"\*\.zip"),
-        ("empty", "empty"),
-        ("text", "text"),
-        ("both", "both"),
         ("mixed", r"set-000\.tar .*lone\.jpg"),
         ("a.tar.gz", r"a\.tar\.gz"),
         ("a.array_record", r"a\.array_record"),
-        ("images/00000.png", "00000.png"),
         ("tfds/photos/small/1.2.0", "tfds:NAME"),
-    ]:
-        with pytest.raises(UserError, match=named):
-            open_images([str(tmp_path / path)])
-    with pytest.raises(UserError, match=r"config\.data\.images") as raised:
-        open_images([])
-    assert raised.value.exit_code == 2
+        (None, r"config\.data\.images"),
+    ],
+)
+def test_paths_that_are_no_source_are_named(forms, path, named):
+    with pytest.raises(UserError, match=named):
+        open_images([] if path is None else [str(forms / path)])
 
 
 def test_image_records_are_whole_or_not_there(tmp_path):
@@ -211,16 +210,19 @@ def test_image_records_are_whole_or_not_there(tmp_path):
             write_image_records(tmp_path / name, [("k", image, "")])
 
 
-def test_a_damaged_record_is_named_by_file_and_number(tmp_path):
+@pytest.mark.parametrize("form", ["array_record", "tfds"])
+def test_a_damaged_record_is_named_by_its_place(tmp_path, form):
     samples = image_sets.make_samples(40)
-    image_sets.write_array_records(tmp_path, samples, files=1)
-    (path,) = tmp_path.iterdir()
-    content = bytearray(path.read_bytes())
-    content[content.index(samples[7].image) + 20] ^= 1
-    path.write_bytes(content)
-    records, rejects = read_all(open_images([path])[0])
-    assert len(records) == 39 and list(rejects) == [f"{path.name}@7"]
-    assert rejects[f"{path.name}@7"].startswith("broken record: ")
+    WRITERS[form](tmp_path / form, samples)
+    for path in filter(Path.is_file, tmp_path.rglob("*record*")):
+        content = bytearray(path.read_bytes())
+        if (at := content.find(samples[7].image)) >= 0:
+            content[at + 20] ^= 1
+            path.write_bytes(content)
+    records, rejects = read_all(open_form(form, tmp_path))
+    ((where, reason),) = rejects.items()
+    assert len(records) == 39 and reason.startswith("broken record: ")
+    assert re.fullmatch(r"set\.array_record-00001-of-00002@3|train_000000\d\d", where)
 
 
 def test_rejects_are_written_and_too_many_of_them_end_a_job(tmp_path):
