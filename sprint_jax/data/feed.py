@@ -304,11 +304,8 @@ def _make_bucketed(
 
 
 def _load_encoders(c: Config) -> Encoders:
-    """The encoders on as many of this host's devices as share a batch.
-
-    Each has all of them: programs that wait for other devices must not run beside those of the training, which
-    another thread starts.
-    """
+    """The encoders on as many of this host's devices as share a batch, whole on each of them."""
+    # Programs that wait for other devices must not run beside those of the training, in another thread.
     sizes = c.encode.batch_size, c.encode.text_batch_size
     ways = math.gcd(*sizes, jax.local_device_count())
     mesh = make_mesh(ways, devices=jax.local_devices()[:ways])

@@ -109,32 +109,15 @@ def bomb(height: int = 12_000, width: int = 12_000) -> bytes:
     return bytes(file)
 
 
-def write_images(folder: Path, samples: list[Sample]) -> None:
-    for sample in samples:
-        path = folder / f"{sample.key}.{sample.extension}"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_bytes(sample.image)
-
-
 def write_folder(folder: Path, samples: list[Sample]) -> Path:
     """A folder of images with .txt and .json beside them."""
-    write_images(folder, samples)
     for sample in samples:
-        for extension, content in (("txt", sample.text), ("json", sample.json)):
+        files = {sample.extension: sample.image, "txt": sample.text, "json": sample.json}
+        for extension, content in files.items():
+            path = folder / f"{sample.key}.{extension}"
+            path.parent.mkdir(parents=True, exist_ok=True)
             if content is not None:
-                (folder / f"{sample.key}.{extension}").write_bytes(content)
-    return folder
-
-
-def write_metadata_folder(folder: Path, samples: list[Sample]) -> Path:
-    """A folder of images with a metadata.jsonl; a bad line where the JSON is bad."""
-    write_images(folder, samples)
-    lines = []
-    for sample in samples:
-        texts = [caption.text for caption in sample.captions]
-        line = {"file_name": f"{sample.key}.{sample.extension}", "captions": texts}
-        lines.append("{" if sample.reason == "bad JSON" else json.dumps(line))
-    (folder / "metadata.jsonl").write_text("\n".join(lines) + "\n")
+                path.write_bytes(content)
     return folder
 
 
