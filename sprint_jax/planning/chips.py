@@ -50,6 +50,7 @@ CHIPS = {
     "H200": Chip(989e12, 141e9, 4800e9, 450e9, 0, False, 50e9),
     "cpu": Chip(240e9, 0.0, 20e9, 10e9, 0, False, 1e9),
 }
+# Device kinds of JAX that do not hold the table's name.
 _KINDS = {
     "TPU v4": "v4",
     "TPU v5 lite": "v5e",

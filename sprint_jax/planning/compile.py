@@ -2,15 +2,17 @@
 
 For a TPU the compiler runs in a process of its own and writes down the optimized program and where its
 buffers lie (``--xla_dump_to``). What follows, machine code, takes 95 % of the time and changes neither: the
-process is ended there, unless the size of the code is wanted (``full``). That process is this module's command:
-``python -m sprint_jax.planning.compile REQUEST.json``.
+process ends itself there, unless the size of the code is wanted (``full``). It is this module's command, with a
+request as JSON on stdin: ``python -m sprint_jax.planning.compile``.
 """
 
 import json
+import os
 import re
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -84,7 +86,7 @@ def compile_update(c: Config, topology: Topology, number: int, full: bool) -> Pr
             said, words = _compile(lower(c, topology)[number]), ""
         else:
             request = {"config": c.to_dict(), "topology": topology.name, "slices": topology.slices}
-            said, words = _compile_apart(request | {"number": number, "dump": name}, folder, full)
+            said, words = _compile_apart(request | {"number": number, "dump": name, "full": full})
         needed = out_of_memory(said.get("error", ""))
         dumps = sorted(folder.glob(_TOO_LARGE if needed else _OPTIMIZED))
         text = said.get("text") or (dumps[0].read_text() if dumps else "")
@@ -142,34 +144,21 @@ def _compile(lowered, options: dict | None = None) -> dict[str, Any]:
     }
 
 
-def _compile_apart(request: dict[str, Any], folder: Path, full: bool) -> tuple[dict, str]:
-    """Starts the compiling process and ends it as soon as all is written that is wanted.
+def _compile_apart(request: dict[str, Any]) -> tuple[dict, str]:
+    """Compiles in a process of its own.
 
     Returns:
-      what `_compile` gave there, nothing if it was ended before; what it said on stderr.
+      what `_compile` gave there, nothing if it ended before; what it said on stderr.
     """
-    (folder / "request").write_text(json.dumps(request))
-    command = [sys.executable, "-m", "sprint_jax.planning.compile", str(folder / "request")]
-    with (folder / "stdout").open("wb") as out, (folder / "stderr").open("wb") as err:
-        process = subprocess.Popen(command, stdout=out, stderr=err, cwd=Path(__file__).parents[2])
-        try:
-            while process.poll() is None and (full or not _is_whole(folder)):
-                time.sleep(0.2)
-        finally:
-            process.kill()
-            process.wait()
-    ended_itself = process.returncode == 0
-    said = json.loads((folder / "stdout").read_text()) if ended_itself else {}
-    return said, (folder / "stderr").read_text(errors="replace")
-
-
-def _is_whole(folder: Path) -> bool:
-    """Whether the optimized program has been written to its end, which is a lone brace."""
-    for path in folder.glob(_OPTIMIZED):
-        with path.open("rb") as file:
-            file.seek(max(0, path.stat().st_size - 16))
-            return file.read().rstrip().endswith(b"\n}")
-    return False
+    ended = subprocess.run(
+        [sys.executable, "-m", "sprint_jax.planning.compile"],
+        input=json.dumps(request),
+        capture_output=True,
+        text=True,
+        errors="replace",
+        cwd=Path(__file__).parents[2],
+    )
+    return json.loads(ended.stdout or "{}") if ended.returncode == 0 else {}, ended.stderr
 
 
 def _largest(report: str, count: int = 12) -> list[str]:
@@ -179,15 +168,28 @@ def _largest(report: str, count: int = 12) -> list[str]:
 
 
 def _worker(request: dict[str, Any]) -> dict[str, Any]:
-    """The compiling process: writes dumps; returns what `_compile` gives."""
+    """The compiling process: writes dumps; returns what `_compile` gives, unless it ends before."""
     topology = open_topology(request["topology"], request["slices"])
     lowered = lower(Config(request["config"]), topology)[request["number"]]
+    if not request["full"]:
+        threading.Thread(target=_end_early, args=(Path(request["dump"]),), daemon=True).start()
     return _compile(lowered, {"xla_dump_to": request["dump"], "xla_dump_hlo_as_text": True})
+
+
+def _end_early(folder: Path) -> None:
+    """Ends this process when the optimized program has been written to its end, which is a lone brace."""
+    while True:
+        time.sleep(0.2)
+        for path in folder.glob(_OPTIMIZED):
+            with path.open("rb") as file:
+                file.seek(max(0, path.stat().st_size - 16))
+                if file.read().rstrip().endswith(b"\n}"):
+                    os._exit(0)
 
 
 if __name__ == "__main__":
     try:
-        answer = _worker(json.loads(Path(sys.argv[1]).read_text()))
+        answer = _worker(json.load(sys.stdin))
     except UserError as error:
         answer = {"error": str(error)}
     print(json.dumps(answer))
