@@ -56,7 +56,7 @@ def main(argv: list[str]) -> None:
         checks.check_workdir(workdir, c)
         prepare(c, flags, workdir / PREPARED)
         if not flags.surgery_only:
-            train(c, workdir, cli.overridden_keys(argv), peers)
+            train(c, workdir, peers)
 
 
 def prepare(c: Config, flags: argparse.Namespace, folder: Path) -> None:

@@ -65,7 +65,7 @@ def train_here(config, workdir):
     """`train.train` without what it does to the process."""
     handler = signal.getsignal(signal.SIGTERM)
     try:
-        train.train(config, workdir, [])
+        train.train(config, workdir)
     finally:
         signal.signal(signal.SIGTERM, handler)
 

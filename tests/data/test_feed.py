@@ -141,7 +141,7 @@ def test_cached_and_online_training_have_the_same_losses(teacher, tmp_path):
 def run(c, workdir, steps=None):
     with contextlib.ExitStack() as stack:
         stack.enter_context(quick_compilation())
-        train.train(c.override({"steps": steps}) if steps else c, workdir, [])
+        train.train(c.override({"steps": steps}) if steps else c, workdir)
 
 
 def of_two(c, folder):
