@@ -6,6 +6,7 @@ import json
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from helpers.runs import quick_compilation, run_here, tiny, write_digits
 from helpers.workdirs import make_workdir, random_params, tiny_config
@@ -21,7 +22,6 @@ from sprint_jax.parallel.sharding import make_mesh
 from sprint_jax.teacher import measure
 from sprint_jax.teacher.verdict import judge
 from sprint_jax.training import setup
-from sprint_jax.training.state import tree_norm
 
 FIELDS = tiny_config("flow")["model"] | {"num_layers": 1}
 SIGMA_D = 0.5
@@ -143,7 +143,7 @@ def test_tangent_and_gradient_are_those_of_the_loss(small, setting, found):
         grads, aux = jax.grad(loss, has_aux=True)(params)
         x_t = trigflow.add_noise(x0, z, t)
         size = losses.per_sample_norm(student(params, x_t / SIGMA_D, t)[0])
-        return tree_norm(grads), (aux["tangent_norm"] / (SIGMA_D * size)).mean()
+        return optax.tree.norm(grads), (aux["tangent_norm"] / (SIGMA_D * size)).mean()
 
     gradient, size = both(small)
     weight = 1 / (SIGMA_D * np.tan(2.5 / 8 * np.pi / 2))
