@@ -13,9 +13,9 @@ import numpy as np
 
 from ..core.config import Config
 from ..core.errors import UserError
-from ..digits.encoders import SpaceToDepth, WordEncoder
-from ..digits.scenes import get_world, held_out_prompts, open_digits
-from ..encoders.load import Encoders, encode_captions, load_encoders
+from ..digits.encoders import digits_parts
+from ..digits.scenes import held_out_prompts, open_digits
+from ..encoders.load import Encoders, encode_captions, latent_size, load_encoders
 from ..parallel.sharding import local_rows, make_mesh, same_everywhere
 from .buckets import check_factor, choose_sizes
 from .cached import latent_batches, read_rows
@@ -54,27 +54,13 @@ class Data(NamedTuple):
     identity: str = ""
 
 
-def toy_parts(world: str) -> tuple[SpaceToDepth, WordEncoder, tuple[int, int]]:
-    """Autoencoder, text encoder and picture size (height, width) of a digits world."""
-    rows, columns = get_world(world).cells
-    return SpaceToDepth(), WordEncoder(), (8 * rows, 8 * columns)
-
-
-def latent_size(c: Config) -> tuple[int, int]:
-    """Height and width of the latents that a run's network draws where no size is asked for."""
-    if c.data.source == "digits":
-        autoencoder, _, (height, width) = toy_parts(c.data.world)
-        return height // autoencoder.factor, width // autoencoder.factor
-    return c.model.sample_size, c.model.sample_size
-
-
 def batch_shapes(c: Config) -> dict[str, jax.ShapeDtypeStruct]:
     """Shapes and dtypes of a global batch; reads no data.
 
     Where data would have to be read, ``data.latent_size`` and ``data.text_length`` stand for it.
     """
     if c.data.source == "digits":
-        size, text = latent_size(c), toy_parts(c.data.world)[1].encode([""])[0].shape[1:]
+        size, text = latent_size(c), digits_parts(c.data.world)[1].encode([""])[0].shape[1:]
     else:
         size, text = tuple(c.data.latent_size), (c.data.text_length, c.model.caption_channels)
     return _shapes(c.data.batch_size, (*size, c.model.in_channels), text)
@@ -126,7 +112,7 @@ def _open_synthetic(c: Config, rows: Sequence[int]) -> Data:
 
 
 def _open_digits(c: Config, rows: Sequence[int]) -> Data:
-    autoencoder, text_encoder, _ = toy_parts(c.data.world)
+    autoencoder, text_encoder, _ = digits_parts(c.data.world)
     encode = encode_online(autoencoder, text_encoder)
     batches = make_batches(
         open_digits(c.data.dir, c.data.world, "train"),
