@@ -1,4 +1,4 @@
-"""What is refused before anything is computed: another run's workdir, counts and batches that cannot be."""
+"""Checks before anything is computed: another run's workdir, counts and batches that cannot be."""
 
 from pathlib import Path
 
