@@ -313,14 +313,3 @@ def test_latents_of_different_encoders_are_not_mixed(packed, tmp_path):
     (other / "manifest.json").write_text(manifest.replace(identity, "f" * len(identity)))
     with pytest.raises(UserError, match="different encoders"):
         feed.open_data(c.override({"data.latents": folders}), mesh)
-
-
-def test_every_key_of_data_is_read(packed, tmp_path):
-    c = of_images(tiny(TEACHER, tmp_path), packed)
-    feed.open_data(c, setup.mesh_from(c))
-    latents = of_latents(tiny(TEACHER, tmp_path), packed)
-    feed.open_data(latents, setup.mesh_from(c))
-    noise = tiny(TEACHER, tmp_path).override({"data.source": "synthetic"})
-    feed.open_data(noise, setup.mesh_from(c))
-    unread = set(c.unread()) & set(latents.unread()) & set(noise.unread())
-    assert {key for key in unread if key.startswith("data.")} == {"data.world", "data.prefetch"}
