@@ -2,6 +2,7 @@
 
 import errno
 import sys
+from types import SimpleNamespace
 
 import jax
 import pytest
@@ -110,17 +111,12 @@ def test_bugs_keep_their_traceback(bug, monkeypatch):
 
 
 def test_compiled_programs_are_kept_unless_the_user_decides(tmp_path, monkeypatch):
-    names = ["jax_compilation_cache_dir", "jax_compilation_cache_max_size"]
-    names += ["jax_persistent_cache_min_compile_time_secs"]
-    before = {name: getattr(jax.config, name) for name in names}
-    try:
-        cli.use_compilation_cache()  # conftest.py has set the variable
-        assert {name: getattr(jax.config, name) for name in names} == before
-        monkeypatch.delenv("JAX_COMPILATION_CACHE_DIR")
-        monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-        cli.use_compilation_cache()
-        assert jax.config.jax_compilation_cache_dir == str(tmp_path / "sprint_jax")
-        assert jax.config.jax_compilation_cache_max_size > 0
-    finally:
-        for name, value in before.items():
-            jax.config.update(name, value)
+    settings = {}
+    monkeypatch.setattr(jax, "config", SimpleNamespace(update=settings.__setitem__))
+    cli.use_compilation_cache()
+    assert not settings  # conftest.py has set the variable
+    monkeypatch.delenv("JAX_COMPILATION_CACHE_DIR")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    cli.use_compilation_cache()
+    assert settings["jax_compilation_cache_dir"] == str(tmp_path / "sprint_jax")
+    assert settings["jax_compilation_cache_max_size"] > 0
