@@ -62,7 +62,7 @@ def command(line, stage, workdir, **changes):
 def train_here(config, workdir):
     handler = signal.getsignal(signal.SIGTERM)
     try:
-        train.train(config, workdir, [])
+        train.train(config, workdir)
     finally:
         signal.signal(signal.SIGTERM, handler)
 
