@@ -21,7 +21,7 @@ import jax
 LOST_PEER = 75  # exit code of a process that ends because another one is gone, or nothing moves
 USAGE, NOT_FINITE = 2, 3  # exit codes that would come again: the others take them over
 BEAT = 1.0  # seconds between signs of life
-GRACE = 3 * BEAT  # process 0 ends so much later: it holds the store in which the others read why
+GRACE = 5 * BEAT  # process 0 ends so much later: it holds the store in which the others read why
 
 
 class Peers:
@@ -37,7 +37,7 @@ class Peers:
     def __init__(self, client, index: int, count: int, silence: float, stall: float):
         self._client, self.index, self.count = client, index, count
         self._silence, self._stall = silence, stall
-        self._step, self._stepped = 0, None  # when the last step was done; None: none is due
+        self._step, self._stepped = 0, None  # the last step, and its time; None: no other is due
         self._signs = dict.fromkeys(range(count), ("0 0 unknown", time.monotonic()))  # text, since
         self._over = threading.Event()
 
@@ -47,8 +47,8 @@ class Peers:
         threading.Thread(target=self._run, name="peers", daemon=True).start()
 
     def at_step(self, step: int) -> None:
-        """Notes that a step is done; the first one starts the clock. Cheap enough for every step."""
-        self._step, self._stepped = step, time.monotonic()
+        """Notes that a step has begun; the clock starts with the second, when the first is done."""
+        self._step, self._stepped = step, time.monotonic() if self._step else None
 
     def meet(self, name: str) -> None:
         """Waits for all processes at a point that each passes once; the clock of steps rests."""
@@ -75,7 +75,7 @@ class Peers:
             time.sleep(GRACE)
         # At the exit JAX would wait for the others, and abort. This leaves the time to print the error.
         sys.stdout.flush()
-        timer = threading.Timer(2 * BEAT, os._exit, [code])
+        timer = threading.Timer(3 * BEAT, os._exit, [code])
         timer.daemon = True
         timer.start()
 
@@ -97,7 +97,7 @@ class Peers:
         last = min(steps.values())
         behind = [index for index in steps if steps[index] == last]
         who = self._names(*behind) if len(behind) < self.count else "every process"
-        verdict = f"{LOST_PEER} no step for {self._stall:g} s: {who} hangs after step {last}"
+        verdict = f"{LOST_PEER} no step for {self._stall:g} s: {who} hangs at step {last}"
         self._put("failed", verdict)  # the clocks of the others may be a little behind
         return verdict
 

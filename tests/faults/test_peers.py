@@ -104,8 +104,11 @@ def test_a_silent_process_is_named(monkeypatch):
 def test_the_clock_of_steps_starts_with_the_first_and_names_who_is_behind(monkeypatch):
     pair = Pair(monkeypatch)
     assert pair.after(600, 0, 1) == [None, None]  # starting is not standing still
-    pair.both[0].at_step(8)
+    pair.both[0].at_step(7)
     pair.both[1].at_step(7)
+    assert pair.after(600, 0, 1) == [None, None]  # nor is the first step
+    pair.both[0].at_step(8)
+    pair.both[1].at_step(8)
     assert pair.after(60, 0, 1) == [None, None]
     pair.both[1].meet("a point where process 1 waits for process 0")
     pair.both[0].at_step(9)
