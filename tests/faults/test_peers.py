@@ -73,47 +73,29 @@ class Store(dict):
         pass
 
 
-class Pair:
-    """Two processes with one store and one clock."""
+def test_the_clock_of_steps_starts_with_the_first_and_names_who_is_behind(monkeypatch):
+    now, store = [0.0], Store()
+    monkeypatch.setattr(peers, "time", types.SimpleNamespace(monotonic=lambda: now[0]))
+    pair = [Peers(store, index, 2, silence=30, stall=60) for index in range(2)]
 
-    def __init__(self, monkeypatch):
-        self.now = 0.0
-        clock = types.SimpleNamespace(monotonic=lambda: self.now)
-        monkeypatch.setattr(peers, "time", clock)
-        store = Store()
-        self.both = [Peers(store, index, 2, silence=30, stall=60) for index in range(2)]
-
-    def after(self, seconds, *indices):
-        """Lets these processes write and read signs every ten seconds; the last verdicts."""
+    def after(seconds, *steps):
+        """Lets time go by, with signs of life; then the processes begin these steps."""
         for _ in range(seconds // 10):
-            self.now += 10
-            for index in indices:
-                self.both[index]._beat()
-            verdicts = [self.both[index].look() for index in indices]
+            now[0] += 10
+            for each in pair:
+                each._beat()
+            verdicts = [each.look() for each in pair]
+        for each, step in zip(pair, steps, strict=False):
+            each.at_step(step)
         return verdicts
 
-
-def test_a_silent_process_is_named(monkeypatch):
-    pair = Pair(monkeypatch)
-    assert pair.after(30, 0, 1) == [None, None]
-    assert pair.after(30, 1) == [None]
-    (verdict,) = pair.after(10, 1)
-    assert verdict.startswith(f"{LOST_PEER} process 0 of 2 on host {HOST}: ")
-
-
-def test_the_clock_of_steps_starts_with_the_first_and_names_who_is_behind(monkeypatch):
-    pair = Pair(monkeypatch)
-    assert pair.after(600, 0, 1) == [None, None]  # starting is not standing still
-    pair.both[0].at_step(7)
-    pair.both[1].at_step(7)
-    assert pair.after(600, 0, 1) == [None, None]  # nor is the first step
-    pair.both[0].at_step(8)
-    pair.both[1].at_step(8)
-    assert pair.after(60, 0, 1) == [None, None]
-    pair.both[1].meet("a point where process 1 waits for process 0")
-    pair.both[0].at_step(9)
-    assert pair.after(60, 0, 1) == [None, None]
-    verdict, same = pair.after(10, 0, 1)
+    assert after(600, 7, 7) == [None, None]  # starting is not standing still
+    assert after(600, 8, 8) == [None, None]  # nor is the first step
+    assert after(60) == [None, None]
+    pair[1].meet("a point where process 1 waits for process 0")
+    pair[0].at_step(9)
+    assert after(60) == [None, None]
+    verdict, same = after(10)
     assert verdict.startswith(f"{LOST_PEER} no step for 60 s: process 1 of 2 on host {HOST} ")
     assert verdict == same
 
@@ -162,7 +144,7 @@ def work(tmp_path, *words):
 )
 def test_a_lost_process_ends_the_others(victim, number, tmp_path):
     pod = work(tmp_path)
-    until(lambda: all((tmp_path / str(i)).exists() for i in range(2)), pod)
+    until(lambda: len(list(tmp_path.iterdir())) == 2, pod)
     survivor, seconds = survivor_of(pod, victim, number)
     assert seconds < 30
     if survivor.code == LOST_PEER:
@@ -171,6 +153,22 @@ def test_a_lost_process_ends_the_others(victim, number, tmp_path):
     else:
         # JAX's coordination service goes with process 0: JAX's client aborts, unless the watch is faster.
         assert victim == 0 and survivor.code == -signal.SIGABRT and survivor.err
+
+
+def test_a_process_that_comes_back_too_early_ends_the_others_and_waits_for_them(tmp_path):
+    """As a supervisor on its host does it, before the others have missed it."""
+    where = {"JAX_COORDINATOR_ADDRESS": f"localhost:{free_port()}", "JAX_NUM_PROCESSES": "2"}
+    words = [*WORKER, "--distributed", "--mark", str(tmp_path), "--steps", "40"]
+
+    def start(index):
+        return start_one(words, 1, JAX_PROCESS_ID=str(index), **where)
+
+    pod = [start(0), start(1)]
+    until(lambda: len(list(tmp_path.iterdir())) == 2, pod)
+    pod[1].kill()
+    back = start(1)
+    assert [ended.code != 0 for ended in finish_pod(pod, timeout=60)] == [True, True]
+    assert [ended.code for ended in finish_pod([start(0), back])] == [0, 0]
 
 
 @pytest.mark.parametrize(
