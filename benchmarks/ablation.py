@@ -23,7 +23,7 @@ from sprint_jax.checkpoints.workdir import read_metrics, read_workdir_config
 from sprint_jax.digits.judge import Judge, prompt_accuracy
 from sprint_jax.digits.scenes import held_out_prompts, to_float
 from sprint_jax.models.sana import from_fields
-from sprint_jax.pipeline import SprintPipeline
+from sprint_jax.pipeline import Request, SprintPipeline
 from sprint_jax.teacher import measure, surgery
 from sprint_jax.training import setup
 
@@ -104,7 +104,7 @@ def accuracies(workdir: Path, count: int = 400) -> dict[str, float]:
     prompts, judge = held_out_prompts("small", count, 0), Judge.fit("small")
     found = {}
     for steps in (1, 2, 4):
-        batches = pipe.draw(prompts, steps=steps, guidance=3.0, seed=0, batch_size=count)
+        batches = pipe.draw(prompts, Request(steps, guidance=3.0, batch_size=count))
         readings = judge.read(to_float(np.concatenate(list(batches))))
         found[str(steps)] = prompt_accuracy(readings, prompts, "small")["overall"]["accuracy"]
     return found

@@ -36,7 +36,7 @@ from sprint_jax.core.config import load_config
 from sprint_jax.core.errors import UserError
 from sprint_jax.data import feed
 from sprint_jax.parallel import sharding
-from sprint_jax.training import setup, updates
+from sprint_jax.training import setup, stages
 from sprint_jax.training.clock import PARTS
 
 DIGITS = Path(__file__).resolve().parent.parent / "configs" / "digits.py"
@@ -68,9 +68,8 @@ def step_arms(c) -> dict:
     frozen, _ = setup.load_frozen(c, data, mesh)
     batch = sharding.to_devices(mesh, data.batches(0))
     state = setup.init_state(c, nets, batch, frozen, mesh)
-    lowered = updates.lower_updates(c, nets, state, batch, frozen)
-    functions = [updates.flow_update] if c.stage == "flow" else [updates.generator_update]
-    functions += [updates.discriminator_update] if nets.heads else []
+    lowered = stages.lower_updates(c, nets, state, batch, frozen)
+    functions = stages.stage_of(c).updates(c)
     # Copies, so that neither arm sees the buffers that the other donates, on no mesh.
     plain_state, plain_batch, plain_frozen = jax.tree.map(
         lambda leaf: jnp.asarray(jax.device_get(leaf)), (state, batch, frozen)

@@ -22,7 +22,7 @@ from sprint_jax.checkpoints.weights import find_weights
 from sprint_jax.digits.judge import Judge, prompt_accuracy
 from sprint_jax.digits.scenes import held_out_prompts, to_float
 from sprint_jax.interop.diffusers import save_transformer
-from sprint_jax.pipeline import SprintPipeline
+from sprint_jax.pipeline import Request, SprintPipeline
 from sprint_jax.teacher.pruning import prune_blocks
 
 HERE = Path(__file__).parent
@@ -46,7 +46,7 @@ def accuracy(path: Path, count: int) -> float:
     """Share of held-out prompts that a teacher's pictures satisfy."""
     pipe = SprintPipeline.from_pretrained(path)
     prompts = held_out_prompts("small", count, 0)
-    batches = pipe.draw(prompts, steps=20, solver="dpm", guidance=3.0, seed=0, batch_size=count)
+    batches = pipe.draw(prompts, Request(20, guidance=3.0, batch_size=count))
     readings = Judge.fit("small").read(to_float(np.concatenate(list(batches))))
     return prompt_accuracy(readings, prompts, "small")["overall"]["accuracy"]
 

@@ -33,14 +33,13 @@ from sprint_jax import losses
 from sprint_jax.core import cli
 from sprint_jax.core.config import load_config
 from sprint_jax.core.errors import UserError
-from sprint_jax.data import feed
+from sprint_jax.digits.encoders import digits_parts
 from sprint_jax.digits.scenes import held_out_prompts
-from sprint_jax.models import functions as closures
 from sprint_jax.models.discriminator import update_spectral
 from sprint_jax.parallel import sharding
-from sprint_jax.training import checks, setup
+from sprint_jax.training import checks, setup, updates
+from sprint_jax.training.stages import lower_updates
 from sprint_jax.training.state import apply_gradients
-from sprint_jax.training.updates import lower_updates
 
 DIGITS = Path(__file__).resolve().parent.parent / "configs" / "digits.py"
 FORWARD, SCM = "student forward", "sCM without teacher"
@@ -67,7 +66,7 @@ def build(world, overrides):
     if c.model.scan or c.model.remat != "none" or c.accumulate != 1 or not nets.heads:
         raise UserError("needs scan=false, remat=none, accumulate=1, ladd.weight>0", exit_code=2)
     checks.check_batch(c, mesh)
-    (autoencoder, text_encoder, size), count = feed.toy_parts(world), c.data.batch_size
+    (autoencoder, text_encoder, size), count = digits_parts(world), c.data.batch_size
     shape = autoencoder.encode(np.zeros((count, *size, 3))).shape
     keys = jax.random.split(jax.random.key(0), 6)
     x, noise = (jax.random.normal(key, shape) for key in keys[:2])
@@ -80,7 +79,7 @@ def build(world, overrides):
     batch = {"latents": x, "text": text, "mask": mask}
     frozen = {"teacher": params, "null_text": null_text, "null_mask": null_mask}
     state = setup.init_state(c, nets, batch, frozen, mesh)
-    features = jax.eval_shape(closures.features_of(nets, c, frozen, text, mask), x, t)
+    features = jax.eval_shape(updates.features_of(nets, c, frozen, text, mask), x, t)
     given = frozen | {
         "t": t,
         "noise": c.sigma_d * noise,
@@ -97,14 +96,14 @@ def normals(key, tree, scale=1.0):
 
 def parts(nets, c, state, batch, given):
     """{part: (its update, function)}; those of the optimizers return a state first."""
-    x0, text, mask = closures.images_of(c, batch)
+    x0, text, mask = updates.images_of(c, batch)
     t, noise, gradients, disc = given["t"], given["noise"], given["gradients"], state.disc
-    student = closures.student_of(nets, text, mask, given["guidance"])
-    teacher = closures.guided_teacher_of(nets, given, text, mask, given["guidance"])
-    features = closures.features_of(nets, c, given, text, mask)
+    student = updates.student_of(nets, text, mask, given["guidance"])
+    teacher = updates.teacher_of(nets, given, text, mask, given["guidance"])
+    features = updates.features_of(nets, c, given, text, mask)
 
     def generate(params=state.params):
-        return closures.generate(c, student, params, x0, *jax.random.split(jax.random.key(1)))
+        return updates.generate(c, student, params, x0, *jax.random.split(jax.random.key(1)))
 
     def scm(shared_primal):
         def loss(params):
@@ -157,10 +156,10 @@ def parts(nets, c, state, batch, given):
 def compile_arms(c, nets, state, batch, given):
     """{name: arm} of both updates, the generator's with a separate jvp, and all parts."""
     inputs = state, batch, given
-    updates = lower_updates(c.override({"scm.shared_primal": True}), nets, *inputs)
-    updates += lower_updates(c.override({"scm.shared_primal": False}), nets, *inputs)[:1]
+    lowered = lower_updates(c.override({"scm.shared_primal": True}), nets, *inputs)
+    lowered += lower_updates(c.override({"scm.shared_primal": False}), nets, *inputs)[:1]
     names = GENERATOR, DISCRIMINATOR, GENERATOR + SEPARATE
-    arms = {n: compile_arm(None, each, True) for n, each in zip(names, updates, strict=True)}
+    arms = {n: compile_arm(None, each, True) for n, each in zip(names, lowered, strict=True)}
     shardings = jax.tree.map(lambda leaf: leaf.sharding, state), None
     for name, (part_of, _) in parts(nets, c, *inputs).items():
         donated = {"donate_argnums": 0, "out_shardings": shardings} if "optimizer" in name else {}

@@ -10,50 +10,28 @@ and a sheet of pictures beside it, report.png.
 
 import argparse
 import shlex
-import time
 from pathlib import Path
-from typing import Any, NamedTuple
-
-import numpy as np
+from typing import Any
 
 from .checkpoints.workdir import read_workdir_config
 from .core import cli
 from .core.errors import UserError
 from .core.files import without_nan, write_json_atomic
-from .core.pixels import to_bytes
-from .core.progress import Progress
-from .core.sheet import Cell, draw_sheet
+from .digits.evaluation import (
+    SHEET_SIZE,
+    draw_and_measure,
+    print_table,
+    student_runs,
+    teacher_runs,
+    write_sheet,
+)
 from .digits.report import (
-    FRECHET_MINIMUM,
-    Yardsticks,
     judge_goals,
     make_yardsticks,
-    measure,
     measure_real,
-    number,
 )
-from .digits.scenes import draw_images, get_world
-from .pipeline import SprintPipeline
-
-SHEET_ROWS = 12
-
-
-class Run(NamedTuple):
-    """One way of drawing.
-
-    ``full`` runs draw all pictures and those for diversity, others a quarter of the former.
-    """
-
-    name: str
-    pipe: SprintPipeline
-    steps: int
-    solver: str | None = None
-    full: bool = True
-
-    @property
-    def calls(self) -> int:
-        """Network evaluations of one picture; guidance of a teacher doubles them."""
-        return self.steps * (1 if self.pipe.is_student else 2)
+from .digits.scenes import get_world
+from .pipeline import Request, SprintPipeline
 
 
 def main(argv: list[str]) -> None:
@@ -66,7 +44,8 @@ def main(argv: list[str]) -> None:
     guidance = first.guidance if flags.guidance is None else flags.guidance
     sticks = make_yardsticks(world, flags.count, flags.seed)
     runs = teacher_runs(teacher) + student_runs(student)
-    results, pictures = draw_and_measure(sticks, runs, guidance, flags.seed, flags.batch)
+    base = Request(guidance=guidance, seed=flags.seed, batch_size=flags.batch)
+    results, pictures = draw_and_measure(sticks, runs, base)
     report = {
         "command": "python -m sprint_jax.evaluate " + shlex.join(argv),
         "world": world,
@@ -84,107 +63,6 @@ def main(argv: list[str]) -> None:
     write_sheet(sheet, sticks, flags.seed, pictures)
     print_table(report)
     print(f"numbers: {out}\npictures: {sheet}")
-
-
-def draw_and_measure(
-    sticks: Yardsticks, runs: list[Run], guidance: float, seed: int, batch_size: int
-) -> tuple[list[dict[str, Any]], dict[str, tuple[np.ndarray, np.ndarray]]]:
-    """Draws and judges all runs, showing progress.
-
-    Returns:
-      One result for each run; and for each full run its first pictures, uint8 [R, H, W, 3], with
-      bool [R], whether they are right.
-    """
-    total = sum(run.calls * len(prompts) for run in runs for prompts in _shares(run, sticks))
-    print(
-        f"{sticks.world}: {len(runs)} runs; steps shown are {total} network evaluations", flush=True
-    )
-    results, pictures, done = [], {}, 0
-    with Progress(total) as progress:
-        for run in runs:
-            began, drawn = time.perf_counter(), []
-            for prompts in _shares(run, sticks):
-                how = dict(steps=run.steps, solver=run.solver, guidance=guidance, seed=seed)
-                drawn.append([])
-                for batch in run.pipe.draw(prompts, **how, batch_size=batch_size):
-                    drawn[-1].append(batch)
-                    done += len(batch) * run.calls
-                    progress.update(done)
-            seconds = time.perf_counter() - began
-            images = [np.concatenate(batches) for batches in drawn]
-            result, right = measure(sticks, *images)
-            about = dict(name=run.name, solver=run.solver or "consistency", steps=run.steps)
-            results.append(about | dict(pictures=len(images[0]), seconds=seconds) | result)
-            if run.full:
-                pictures[run.name] = images[0][:SHEET_ROWS], right[:SHEET_ROWS]
-    return results, pictures
-
-
-def teacher_runs(pipe: SprintPipeline | None) -> list[Run]:
-    """The ways a teacher draws; the first is the one that a student is compared with."""
-    if pipe is None:
-        return []
-    return [
-        Run("teacher 20", pipe, 20, "dpm"),
-        Run("flow Euler 50", pipe, 50, "flow_euler", full=False),
-        Run("TrigFlow Euler 50", pipe, 50, "trigflow_euler", full=False),
-        Run("TrigFlow Euler 2", pipe, 2, "trigflow_euler", full=False),
-        Run("TrigFlow Euler 1", pipe, 1, "trigflow_euler", full=False),
-    ]
-
-
-def student_runs(pipe: SprintPipeline | None) -> list[Run]:
-    """The ways a student draws."""
-    return [] if pipe is None else [Run(f"student {n}", pipe, n) for n in (1, 2, 3, 4)]
-
-
-def _shares(run: Run, sticks: Yardsticks) -> list[list[str]]:
-    """The prompts of a run: those of accuracy, and for full runs those of diversity."""
-    if run.full:
-        return [sticks.prompts, sticks.grouped]
-    count = len(sticks.prompts)
-    return [sticks.prompts[: min(count, max(FRECHET_MINIMUM, count // 4))]]
-
-
-def write_sheet(path: Path, sticks: Yardsticks, seed: int, pictures: dict) -> None:
-    """Rows are prompts; columns a real picture and one for each run, with ticks for right ones."""
-    prompts = sticks.prompts[:SHEET_ROWS]
-    real = draw_images(sticks.world, prompts, "test", seed)
-    columns = {"real": (to_bytes(real), sticks.judge.right(real, prompts))} | pictures
-    rows = [
-        [
-            Cell(images[row], prompt if name == "real" else "", bool(right[row]))
-            for name, (images, right) in columns.items()
-        ]
-        for row, prompt in enumerate(prompts)
-    ]
-    try:
-        draw_sheet(rows, titles=list(columns)).save(path)
-    except OSError as error:
-        raise UserError(f"cannot write {path}: {error.strerror}") from error
-
-
-def print_table(report: dict[str, Any]) -> None:
-    """The report's main numbers, one line for each run, and the goals."""
-    print(f"{'':18}{'pictures':>9}{'right':>16}{'Frechet':>16}{'diversity':>15}{'seconds':>9}")
-    for run in report["runs"]:
-        cells = [_plus_minus(*number(run, key)) for key in ("accuracy", "frechet", "diversity")]
-        right, distance, variety = cells
-        print(
-            f"{run['name']:18}{run['pictures']:>9}{right:>16}{distance:>16}{variety:>15}"
-            f"{run['seconds']:>9.1f}"
-        )
-    print(f"{'real, held out':18}{'':9}{_plus_minus(*number(report['real'], 'accuracy')):>16}")
-    for goal in report["goals"]:
-        said = {True: "met", False: "MISSED", None: "not measured"}[goal["met"]]
-        value = _plus_minus(goal["value"], goal["standard_error"])
-        print(
-            f"{goal['run']}: {goal['number']} {value}, {goal['sense']} {goal['limit']:.3f}: {said}"
-        )
-
-
-def _plus_minus(value: float, error: float) -> str:
-    return "-" if not np.isfinite(value) else f"{value:.3f} ± {error:.3f}"
 
 
 def _parser() -> cli.Parser:
@@ -206,9 +84,9 @@ def _check(flags: argparse.Namespace) -> Path:
     """The path of the report, once everything that needs no network is known to be in order."""
     if flags.metrics != "digits":
         raise UserError(f"--metrics {flags.metrics}: this version has digits only", exit_code=2)
-    if flags.count < SHEET_ROWS or flags.batch < 1 or flags.seed < 0:
+    if flags.count < SHEET_SIZE or flags.batch < 1 or flags.seed < 0:
         raise UserError(
-            f"--count must be at least {SHEET_ROWS}, --batch 1 and --seed 0", exit_code=2
+            f"--count must be at least {SHEET_SIZE}, --batch 1 and --seed 0", exit_code=2
         )
     out = Path(flags.out)
     if out.suffix != ".json":
@@ -230,7 +108,11 @@ def _world(flags: argparse.Namespace) -> str:
 
 
 def _origin(folder: str, pipe: SprintPipeline) -> dict[str, Any]:
-    return {"path": folder, "stage": pipe.stage, "step": pipe.meta["step"]}
+    return {
+        "path": folder,
+        "stage": "distill" if pipe.is_student else "flow",
+        "step": pipe.meta["step"],
+    }
 
 
 def _pipelines(flags: argparse.Namespace) -> tuple[SprintPipeline | None, SprintPipeline | None]:

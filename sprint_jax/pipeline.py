@@ -3,10 +3,11 @@
     pipe = SprintPipeline.from_pretrained("runs/student")
     images = pipe(["a red 3 on blue"], steps=2, guidance=4.5, seed=0)
 
-A student (stage 'distill') takes 1 to 4 consistency steps with its guidance embedded. A teacher
-(stage 'flow') takes any number of solver steps with classifier-free guidance.
+A student takes 1 to 4 consistency steps with its guidance embedded. A teacher takes any number of solver
+steps with classifier-free guidance.
 """
 
+import dataclasses
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -16,15 +17,50 @@ import jax.numpy as jnp
 import numpy as np
 from PIL import Image
 
-from . import sampling, trigflow
+from . import sampling
 from .artifacts.loading import load_parts
 from .core.errors import UserError
 from .core.pixels import nearest_size, resize_and_crop, to_bytes, to_pixels
+from .models import functions
 from .models.sana import SanaTransformer
+from .sampling import SOLVERS
 
 Array = jax.Array
 
-SOLVERS = ("dpm", "flow_euler", "trigflow_euler")
+
+@dataclasses.dataclass(frozen=True)
+class Request:
+    """The options of drawing: of `SprintPipeline`'s call and of the command `sample`.
+
+    Attributes:
+      steps: 1 to 4 for a student (default 2); any number for a teacher (default 20).
+      guidance: CFG scale; default that of the training's own samples, 4.5 for published models.
+      seed: picture i of the result depends on (seed, i) and its prompt, on no other picture.
+      height, width: in pixels; default the size of the training pictures.
+      images_per_prompt: pictures of one prompt follow each other in the result.
+      image: to start from instead of noise, one for all or one for each picture of the result; students
+        only. See `core.pixels.to_pixels`.
+      strength: how much of ``image`` may change, above 0 and at most 1, where it is ignored. See
+        `trigflow.image_schedule`.
+      negative: a prompt that a teacher is guided away from.
+      binning: draw at the nearest of the sizes that 1024-pixel models were trained on, then scale and
+        cut to the size asked for.
+      solver: for a teacher, one of `sampling.SOLVERS` (default 'dpm').
+      batch_size: at most so many pictures at once.
+    """
+
+    steps: int | None = None
+    guidance: float | None = None
+    seed: int = 0
+    height: int | None = None
+    width: int | None = None
+    images_per_prompt: int = 1
+    image: Any = None
+    strength: float = 0.6
+    negative: str = ""
+    binning: bool = False
+    solver: str | None = None
+    batch_size: int = 64
 
 
 class SprintPipeline:
@@ -35,9 +71,9 @@ class SprintPipeline:
       params: its parameters; may be sharded over a mesh.
       autoencoder: has ``encode(pixels) -> latents``, ``decode(latents) -> pixels`` and the integer ``factor``
         between their sizes; compiled by itself where that matters.
-      text_encoder: has ``encode(prompts) -> (text [B, L, Ct], mask [B, L])``, and ``encode_plain`` for what
-        guidance leads away from, where '' is the null prompt.
-      stage: 'distill' for a student, 'flow' for a teacher.
+      text_encoder: has ``encode(prompts) -> (text [B, L, D], mask [B, L])``, and ``encode_plain`` for negative
+        prompts, where '' is the null prompt.
+      is_student: whether it samples in 1 to 4 consistency steps.
       sigma_d: standard deviation of TrigFlow's data.
       shift: resolution shift of a teacher's sampling times.
       midpoint: second angle of a student's two-step schedule.
@@ -54,7 +90,7 @@ class SprintPipeline:
         autoencoder: Any,
         text_encoder: Any,
         *,
-        stage: str,
+        is_student: bool,
         sigma_d: float,
         shift: float,
         midpoint: float,
@@ -65,11 +101,10 @@ class SprintPipeline:
     ):
         self.model, self.params = model, params
         self.autoencoder, self.text_encoder = autoencoder, text_encoder
-        self.stage, self.sigma_d, self.shift, self.midpoint = stage, sigma_d, shift, midpoint
-        self.guidance, self.size, self.meta = guidance, size, meta or {}
-        self.integer_times = integer_times
-        self._student = jax.jit(self._student_sample, static_argnames="schedule")
-        self._teacher = jax.jit(self._teacher_sample, static_argnames=("steps", "solver"))
+        self.is_student, self.sigma_d, self.shift = is_student, sigma_d, shift
+        self.midpoint, self.guidance, self.size = midpoint, guidance, size
+        self.integer_times, self.meta = integer_times, meta or {}
+        self._latents = jax.jit(self.latents, static_argnames=("steps", "solver", "strength"))
 
     @classmethod
     def from_pretrained(
@@ -95,46 +130,14 @@ class SprintPipeline:
         """
         return cls(**load_parts(path, dtype, params, mesh))
 
-    @property
-    def is_student(self) -> bool:
-        """Whether it samples in 1 to 4 consistency steps."""
-        return self.stage == "distill"
-
     def __call__(
-        self,
-        prompts: Sequence[str],
-        steps: int | None = None,
-        guidance: float | None = None,
-        seed: int = 0,
-        height: int | None = None,
-        width: int | None = None,
-        images_per_prompt: int = 1,
-        *,
-        image: Any = None,
-        strength: float = 0.6,
-        negative: str = "",
-        binning: bool = False,
-        solver: str | None = None,
-        batch_size: int = 64,
+        self, prompts: Sequence[str], steps: int | None = None, **options
     ) -> list[Image.Image]:
         """Draws pictures.
 
         Args:
           prompts: one sentence each.
-          steps: 1 to 4 for a student (default 2); any number for a teacher (default 20).
-          guidance: CFG scale; default that of the training's own samples, 4.5 for published models.
-          seed: picture i of the list depends on (seed, i) and its prompt, on no other picture.
-          height, width: in pixels; default the size of the training pictures.
-          images_per_prompt: pictures of one prompt follow each other in the result.
-          image: to start from instead of noise, one for all or one for each picture of the result; students
-            only. See `pictures.to_pixels`.
-          strength: how much of ``image`` may change, above 0 and at most 1, where it is ignored. See
-            `trigflow.image_schedule`.
-          negative: what a teacher is guided away from.
-          binning: draw at the nearest of the sizes that 1024-pixel models were trained on, then scale and
-            cut to the size asked for.
-          solver: for a teacher, one of `SOLVERS` (default 'dpm').
-          batch_size: at most so many pictures at once.
+          steps, options: the fields of `Request`: guidance, seed, height, width, images_per_prompt, image, ...
 
         Returns:
           PIL images, ``len(prompts) * images_per_prompt``.
@@ -142,74 +145,50 @@ class SprintPipeline:
         Raises:
           UserError: for an empty list, or a step count, size, image or solver that cannot be.
         """
-        if isinstance(prompts, str):
-            raise UserError(f"prompts must be a list of sentences, not the sentence {prompts!r}")
-        repeated = [prompt for prompt in prompts for _ in range(images_per_prompt)]
-        batches = self.draw(
-            repeated,
-            steps=steps,
-            guidance=guidance,
-            seed=seed,
-            height=height,
-            width=width,
-            image=image,
-            strength=strength,
-            negative=negative,
-            binning=binning,
-            solver=solver,
-            batch_size=batch_size,
-        )
+        batches = self.draw(prompts, Request(steps, **options))
         return [Image.fromarray(picture) for batch in batches for picture in batch]
 
-    def draw(
-        self,
-        prompts: Sequence[str],
-        *,
-        steps: int | None = None,
-        guidance: float | None = None,
-        seed: int = 0,
-        height: int | None = None,
-        width: int | None = None,
-        image: Any = None,
-        strength: float = 0.6,
-        negative: str = "",
-        binning: bool = False,
-        solver: str | None = None,
-        batch_size: int = 64,
-    ) -> Iterator[np.ndarray]:
-        """The pictures of `__call__`, one for each prompt, as they come.
+    def draw(self, prompts: Sequence[str], request: Request) -> Iterator[np.ndarray]:
+        """Draws the pictures of a request as they come, so that few are held at once.
 
         Yields:
           uint8 [b, H, W, 3], ``batch_size`` pictures at a time and the rest in the last.
         """
+        if isinstance(prompts, str):
+            raise UserError(f"prompts must be a list of sentences, not the sentence {prompts!r}")
+        prompts = [prompt for prompt in prompts for _ in range(request.images_per_prompt)]
         if not prompts:
             raise UserError("there is nothing to draw: give at least one prompt")
-        schedule = self.schedule(steps, solver, strength if image is not None else None)
-        asked = (height or self.size[0], width or self.size[1])
-        drawn = nearest_size(*asked) if binning else (height, width)
-        shape = self.latent_shape(*drawn)
-        count = len(prompts)
-        size = min(batch_size, count)
-        if image is not None:
-            pixels = to_pixels(
-                image, count, *(self.autoencoder.factor * side for side in shape[:2])
-            )
+        steps = self.check_steps(request.steps, request.solver)
+        given = zip((request.height, request.width), self.size, strict=True)
+        asked = tuple(usual if side is None else side for side, usual in given)
+        shape = self.latent_shape(*(nearest_size(*asked) if request.binning else asked))
+        options = {key: getattr(request, key) for key in ("guidance", "solver", "negative")}
+        count, pixels = len(prompts), None
+        if request.image is not None:
+            steps_run = self.steps_from_image(steps, request.strength)
+            sides = (self.autoencoder.factor * side for side in shape[:2])
+            pixels = to_pixels(request.image, count, *sides)
+            options["strength"] = request.strength
+        else:
+            steps_run = steps
+        size = min(request.batch_size, count)
         for start in range(0, count, size):
             # A short last batch is filled up, so that every batch runs the same program.
             indices = np.minimum(np.arange(start, start + size), count - 1)
             text, mask = self.encode_text([prompts[i] for i in indices])
-            noise, step_noise = self.draw_noise(seed, indices, shape, len(schedule) - 1)
-            how = dict(guidance=guidance, step_noise=step_noise, solver=solver, negative=negative)
-            if image is not None:
-                how |= dict(start=self.autoencoder.encode(pixels[indices]), strength=strength)
-            x0 = self.denoise(text, mask, noise, steps=steps, **how)
+            noise, step_noise = self.draw_noise(request.seed, indices, shape, steps_run)
+            if pixels is not None:
+                options["start"] = self.autoencoder.encode(pixels[indices])
+            options["step_noise"] = step_noise
+            x0 = self.denoise(text, mask, noise, steps=steps, **options)
             pictures = self.autoencoder.decode(x0)
-            if binning:
+            if request.binning:
                 pictures = resize_and_crop(pictures, *asked)
             yield to_bytes(np.asarray(pictures)[: count - start])
 
     def encode_text(self, prompts: Sequence[str]) -> tuple[Array, Array]:
-        """Text features [B, L, Ct] float32 and mask [B, L] int32 (1 keeps)."""
+        """Text features [B, L, D] float32 and mask [B, L] int32 (1 keeps)."""
         return self.text_encoder.encode(list(prompts))
 
     def decode(self, x0: Array) -> Array:
@@ -217,7 +196,11 @@ class SprintPipeline:
         return jnp.clip(self.autoencoder.decode(x0), -1, 1)
 
     def latent_shape(self, height: int | None = None, width: int | None = None) -> tuple:
-        """(h, w, C) of the latents of a picture; UserError unless both sides fit the network."""
+        """(h, w, C) of the latents of a picture, by default of the training's size.
+
+        Raises:
+          UserError: a side does not fit the network.
+        """
         height = self.size[0] if height is None else height
         width = self.size[1] if width is None else width
         unit = self.autoencoder.factor * self.model.patch_size
@@ -226,37 +209,35 @@ class SprintPipeline:
         factor = self.autoencoder.factor
         return height // factor, width // factor, self.model.in_channels
 
-    def schedule(
-        self, steps: int | None = None, solver: str | None = None, strength: float | None = None
-    ) -> tuple[float, ...]:
-        """A student's angles, or as many zeros for a teacher: one more than it takes steps.
-
-        Args:
-          steps: None for the usual number.
-          strength: of changing an image, else None.
+    def check_steps(self, steps: int | None = None, solver: str | None = None) -> int:
+        """The number of steps, by default the usual one.
 
         Raises:
-          UserError: if this network cannot take so many steps, or not with that solver or from an image.
+          UserError: this network cannot take so many steps, or not with that solver.
         """
-        if self.is_student and solver is not None:
-            raise UserError(f"solver {solver} is for teachers, this is a student", exit_code=2)
         if solver is not None and solver not in SOLVERS:
             raise UserError(f"solver {solver!r} is not one of {', '.join(SOLVERS)}", exit_code=2)
-        steps = steps if steps is not None else 2 if self.is_student else 20
-        if not self.is_student:
-            if strength is not None:
-                raise UserError("an image to start from is for students, this is a teacher", 2)
-            if steps < 1:
-                raise UserError(f"steps must be at least 1, not {steps}", exit_code=2)
-            return (0.0,) * (steps + 1)
-        if steps not in (1, 2, 3, 4):
+        if solver is not None and self.is_student:
+            raise UserError(f"solver {solver} is for teachers, this is a student", exit_code=2)
+        if steps is None:
+            return 2 if self.is_student else 20
+        if self.is_student and steps not in (1, 2, 3, 4):
             raise UserError(f"steps must be 1, 2, 3 or 4 for a student, not {steps}", exit_code=2)
-        angles = trigflow.step_schedule(steps, midpoint=self.midpoint)
-        if strength is None:
-            return angles
+        if steps < 1:
+            raise UserError(f"steps must be at least 1, not {steps}", exit_code=2)
+        return steps
+
+    def steps_from_image(self, steps: int, strength: float) -> int:
+        """How many of the steps run when an image is changed.
+
+        Raises:
+          UserError: this is a teacher, or the strength is out of range.
+        """
+        if not self.is_student:
+            raise UserError("an image to start from is for students, this is a teacher", 2)
         if not 0 < strength <= 1:
             raise UserError(f"strength must be above 0 and at most 1, not {strength}", exit_code=2)
-        return trigflow.image_schedule(angles, strength)
+        return len(sampling.student_schedule(steps, self.midpoint, strength)) - 1
 
     def draw_noise(
         self, seed: int, indices: Array, shape: tuple[int, int, int], steps: int
@@ -288,17 +269,16 @@ class SprintPipeline:
         negative: str = "",
         solver: str | None = None,
     ) -> Array:
-        """Noise to latents; compiled once for each schedule, shape and solver.
+        """Noise to latents; compiled once for each number of steps, shape and solver.
 
         Args:
           text, mask: of `encode_text`.
           noise: [B, h, w, C], N(0, 1).
-          steps: see `__call__`.
-          guidance: CFG scale, a scalar or [B]; default as in `__call__`.
-          step_noise: [steps-1, B, h, w, C], what a student renoises with; by default drawn for
-            pictures 0..B-1 of seed 0. From an image the steps are those of `schedule`.
-          start: latents [B, h, w, C] of images to change; strength: see `__call__`.
-          negative, solver: see `__call__`.
+          guidance: CFG scale, a scalar or [B].
+          step_noise: [steps-1, B, h, w, C], with which a student renoises; by default drawn for
+            pictures 0..B-1 of seed 0. From an image the steps are those of `steps_from_image`.
+          start: latents [B, h, w, C] of images to change.
+          steps, strength, negative, solver: see `Request`.
 
         Returns:
           Latents [B, h, w, C] float32.
@@ -306,62 +286,55 @@ class SprintPipeline:
         Raises:
           UserError: for steps, solver, strength or step_noise that do not fit.
         """
-        schedule = self.schedule(steps, solver, strength if start is not None else None)
+        steps = self.check_steps(steps, solver)
+        run = steps if start is None else self.steps_from_image(steps, strength)
         guidance = self.guidance if guidance is None else guidance
         guidance = jnp.broadcast_to(jnp.asarray(guidance, jnp.float32), noise.shape[:1])
-        run = len(schedule) - 1
+        if not self.is_student:
+            if step_noise is not None:
+                raise UserError("step_noise is for students: a teacher's solvers draw no noise")
+            null_text, null_mask = self.text_encoder.encode_plain([negative])
+            inputs = (text, mask, noise, guidance, (null_text[0], null_mask[0]))
+            return self._latents(self.params, *inputs, steps=steps, solver=solver or "dpm")
+        if negative:
+            raise UserError("a student's guidance is embedded: it takes no negative prompt", 2)
+        if step_noise is None:
+            _, step_noise = self.draw_noise(0, np.arange(len(noise)), noise.shape[1:], run)
+        expected = (run - 1, *noise.shape)
+        if step_noise is not None and tuple(step_noise.shape) != expected:
+            raise UserError(f"step_noise has shape {step_noise.shape}, not {expected}")
+        inputs = (text, mask, noise, guidance, None, step_noise, start)
+        strength = strength if start is not None else 1.0  # static: no program for nothing
+        return self._latents(self.params, *inputs, steps=steps, strength=strength)
+
+    def latents(
+        self,
+        params: Any,
+        text: Array,
+        mask: Array,
+        noise: Array,
+        guidance: Array,
+        null: tuple[Array, Array] | None = None,
+        step_noise: Array | None = None,
+        start: Array | None = None,
+        *,
+        steps: int,
+        solver: str = "dpm",
+        strength: float = 1.0,
+    ) -> Array:
+        """Noise to latents as a pure function of arrays, for `denoise` and for export.
+
+        Args:
+          null: text [L, D] and mask [L] that a teacher is guided away from.
+          step_noise, start, strength: of a student, see `denoise`; solver: of a teacher.
+        """
+        network = self.model, params, text, mask, guidance
         if self.is_student:
-            if negative:
-                raise UserError("a student's guidance is embedded: it takes no negative prompt", 2)
-            if step_noise is None:
-                _, step_noise = self.draw_noise(0, np.arange(len(noise)), noise.shape[1:], run)
-            expected = (run - 1, *noise.shape)
-            if step_noise is not None and tuple(step_noise.shape) != expected:
-                raise UserError(f"step_noise has shape {step_noise.shape}, not {expected}")
-            inputs = (text, mask, noise, guidance, step_noise, start)
-            return self._student(self.params, *inputs, schedule=schedule)
-        if step_noise is not None:
-            raise UserError("step_noise is for students: a teacher's solvers draw no noise")
-        null = self.text_encoder.encode_plain([negative])
-        static = dict(steps=run, solver=solver or "dpm")
-        return self._teacher(self.params, text, mask, noise, guidance, *null, **static)
-
-    def _student_sample(self, params, text, mask, noise, guidance, step_noise, start, *, schedule):
-        # The published models saw CFG scales times 0.1.
-        told = guidance * 0.1 if self.model.guidance_embeds else None
-
-        def velocity(x, t):
-            return self.model.apply({"params": params}, x, t, text, mask, told)
-
-        return sampling.consistency_sample(
-            trigflow.to_trigflow(velocity),
-            noise,
-            schedule=schedule,
-            sigma_d=self.sigma_d,
-            step_noise=step_noise,
-            start=start,
-        )
-
-    def _teacher_sample(
-        self, params, text, mask, noise, guidance, null_text, null_mask, *, steps, solver
-    ):
-        def network(x, t, text, mask):
-            return self.model.apply({"params": params}, x, t, text, mask)
-
-        guided = sampling.with_cfg(network, guidance, null_text[0], null_mask[0])
-
-        def velocity(x, t):
-            return guided(x, t, text, mask)
-
-        if solver == "dpm":
-            return sampling.dpm_solver_sample(
-                velocity,
-                noise,
-                steps=steps,
-                shift=self.shift,
-                integer_times=self.integer_times,
-            )
-        if solver == "flow_euler":
-            return sampling.flow_euler_sample(velocity, noise, steps=steps, shift=self.shift)
-        F = trigflow.to_trigflow(velocity)
-        return sampling.trigflow_euler_sample(F, noise, steps=steps, sigma_d=self.sigma_d)
+            how = {"midpoint": self.midpoint, "strength": strength, "start": start}
+            F = functions.trigflow(*network)
+            how |= {"sigma_d": self.sigma_d, "step_noise": step_noise}
+            return sampling.draw_student(F, noise, steps=steps, **how)
+        how = {"shift": self.shift, "sigma_d": self.sigma_d, "solver": solver}
+        velocity = functions.guided(functions.velocity, *network, null)
+        how |= {"integer_times": self.integer_times}
+        return sampling.draw_teacher(velocity, noise, steps=steps, **how)

@@ -8,19 +8,21 @@ The model is the workdir of a training, a pipeline folder of diffusers, or an id
 
 import argparse
 import contextlib
+import dataclasses
 from collections.abc import Iterator
 from pathlib import Path
 
 import jax.numpy as jnp
-import numpy as np
 from PIL import Image
 
 from .core import cli
 from .core.errors import UserError
-from .core.sheet import Cell, draw_sheet, enlarge
-from .pipeline import SOLVERS, SprintPipeline
+from .core.sheet import write_pictures
+from .pipeline import Request, SprintPipeline
+from .sampling import SOLVERS
 
-GRID_LIMIT = 400  # pictures; a larger grid is neither looked at nor quickly opened
+# Fields of a request whose flag has another name, or is read first.
+OTHERWISE = {"height", "width", "image", "batch_size"}
 
 
 def main(argv: list[str]) -> None:
@@ -32,52 +34,23 @@ def main(argv: list[str]) -> None:
     for flag in ("scale", "batch", "images_per_prompt"):
         if getattr(flags, flag) < 1:
             raise UserError(f"--{flag.replace('_', '-')} must be at least 1", exit_code=2)
-    image = _image(flags.image)
+    same = {field.name for field in dataclasses.fields(Request)} - OTHERWISE
+    request = Request(
+        height=height,
+        width=width,
+        image=_image(flags.image),
+        batch_size=flags.batch,
+        **{name: getattr(flags, name) for name in same},
+    )
     with _output_folder(flags.out) as out:
-        images = _draw(flags, prompts, image, height, width)
+        pipe = SprintPipeline.from_pretrained(flags.model, jnp.dtype(flags.dtype), flags.params)
+        images = [
+            Image.fromarray(picture) for batch in pipe.draw(prompts, request) for picture in batch
+        ]
         captions = [prompt for prompt in prompts for _ in range(flags.images_per_prompt)]
         write_pictures(out, images, captions, scale=flags.scale)
         print(f"{len(images)} pictures: {out}/00000.png ... {len(images) - 1:05d}.png")
         print(f"with captions: {out}/grid.png")
-
-
-def _draw(flags, prompts, image, height, width) -> list[Image.Image]:
-    dtype = jnp.dtype(flags.dtype)
-    pipe = SprintPipeline.from_pretrained(flags.model, dtype, params=flags.params)
-    return pipe(
-        prompts,
-        steps=flags.steps,
-        guidance=flags.guidance,
-        seed=flags.seed,
-        height=height,
-        width=width,
-        images_per_prompt=flags.images_per_prompt,
-        image=image,
-        strength=flags.strength,
-        negative=flags.negative,
-        binning=flags.binning,
-        solver=flags.solver,
-        batch_size=flags.batch,
-    )
-
-
-def write_pictures(
-    out: Path, images: list[Image.Image], captions: list[str], *, scale: int = 1
-) -> None:
-    """Writes ``out``/00000.png ... and grid.png.
-
-    Args:
-      out: an existing folder; files of these names are replaced.
-      images, captions: equally many, images of one size.
-      scale: whole factor by which the single files are enlarged.
-    """
-    pictures = [np.asarray(image) for image in images]
-    for index, picture in enumerate(pictures):
-        Image.fromarray(enlarge(picture, scale)).save(out / f"{index:05d}.png")
-    cells = [Cell(*pair) for pair in zip(pictures, captions, strict=True)][:GRID_LIMIT]
-    columns = int(np.ceil(np.sqrt(len(cells))))
-    rows = [cells[start : start + columns] for start in range(0, len(cells), columns)]
-    draw_sheet(rows).save(out / "grid.png")
 
 
 def _parser() -> cli.Parser:

@@ -1,6 +1,6 @@
 """Samplers: consistency steps for students, ODE solvers for flow-matching teachers.
 
-Pure functions of arrays. Networks come in as closures over text and guidance:
+Pure functions of arrays. Networks come in as functions that hold their text and guidance (`models.functions`):
 
 * ``velocity(x_fm, t_fm)``: flow velocity of x_fm [B, h, w, C] at flow times t_fm [B] in [0, 1];
 * ``F(x, t)``: TrigFlow network of x = x_t / sigma_d [B, h, w, C] at angles t [B], such as
@@ -18,9 +18,19 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from .trigflow import add_noise, flow_predict_x0, predict_x0, shift_flow_time
+from .trigflow import (
+    add_noise,
+    flow_predict_x0,
+    image_schedule,
+    predict_x0,
+    shift_flow_time,
+    step_schedule,
+    to_trigflow,
+)
 
 Array = jax.Array
+
+SOLVERS = ("dpm", "flow_euler", "trigflow_euler")  # of `draw_teacher`
 
 
 def noise_for(seed: int | Array, indices: Array, shape: tuple[int, ...]) -> Array:
@@ -75,6 +85,68 @@ def with_cfg(
         return unconditional + scale * (conditional - unconditional)
 
     return guided
+
+
+def draw_student(
+    F: Callable,
+    noise: Array,
+    *,
+    steps: int,
+    sigma_d: float,
+    midpoint: float,
+    start: Array | None = None,
+    strength: float = 1.0,
+    **options,
+) -> Array:
+    """Draws with a student in 1 to 4 steps, from noise or from images.
+
+    Args:
+      steps, midpoint: of `trigflow.step_schedule`.
+      start: latents [B, h, w, C] of images to change by ``strength`` (`trigflow.image_schedule`), or None.
+      F, noise, sigma_d, options: as in `consistency_sample`.
+
+    Returns:
+      Latents [B, h, w, C], float32.
+    """
+    schedule = student_schedule(steps, midpoint, strength if start is not None else None)
+    return consistency_sample(F, noise, schedule=schedule, sigma_d=sigma_d, start=start, **options)
+
+
+def student_schedule(
+    steps: int, midpoint: float, strength: float | None = None
+) -> tuple[float, ...]:
+    """Angles of a student's steps; with a strength, those that change an image (`image_schedule`)."""
+    schedule = step_schedule(steps, midpoint=midpoint)
+    return schedule if strength is None else image_schedule(schedule, strength)
+
+
+def draw_teacher(
+    velocity: Callable,
+    noise: Array,
+    *,
+    steps: int,
+    sigma_d: float,
+    shift: float,
+    solver: str = "dpm",
+    integer_times: bool = False,
+) -> Array:
+    """Draws with a teacher by one of the `SOLVERS`; see each for its arguments.
+
+    Returns:
+      Latents [B, h, w, C], float32.
+
+    Raises:
+      ValueError: for another solver.
+    """
+    if solver == "dpm":
+        times = dict(shift=shift, integer_times=integer_times)
+        return dpm_solver_sample(velocity, noise, steps=steps, **times)
+    if solver == "flow_euler":
+        return flow_euler_sample(velocity, noise, steps=steps, shift=shift)
+    if solver == "trigflow_euler":
+        F = to_trigflow(velocity)
+        return trigflow_euler_sample(F, noise, steps=steps, sigma_d=sigma_d)
+    raise ValueError(f"solver {solver!r} is not one of {', '.join(SOLVERS)}")
 
 
 def consistency_sample(

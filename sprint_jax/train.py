@@ -28,7 +28,8 @@ from .training.clock import Clock
 from .training.log import MetricLog
 from .training.preview import make_preview
 from .training.profile import Profile
-from .training.updates import check_tangent, compile_updates, lower_updates
+from .training.stages import compile_updates, lower_updates, stage_of
+from .training.updates import check_tangent
 
 
 def train(c: Config, workdir: Path, overridden: list[str], peers=None) -> None:
@@ -61,7 +62,7 @@ def train(c: Config, workdir: Path, overridden: list[str], peers=None) -> None:
     frozen = setup.at_compute_precision(nets, frozen)
     lowered = [lower_updates(c, nets, state, batch, frozen) for batch in shapes]
     diagnose = None
-    if c.stage == "distill":
+    if stage_of(c).distills:
         everywhere = sharding.replicated(mesh)
         diagnose = jax.jit(functools.partial(check_tangent, nets, c), out_shardings=everywhere)
     preview = make_preview(c, nets, data, mesh)

@@ -4,7 +4,6 @@ Autoencoder, text encoder and tokenizer come from another pipeline folder, the b
 folder says that they are not there, and diffusers wants them as arguments, or ``None``.
 """
 
-import json
 import shutil
 from pathlib import Path
 from typing import Any
@@ -14,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from ..core.errors import UserError
-from ..core.files import write_json_atomic
+from ..core.files import read_json, write_json_atomic
 from ..core.fingerprint import fingerprint
 from ..interop.diffusers import load_transformer, read_config, save_transformer
 from ..models.sana import SanaTransformer, from_fields
@@ -64,19 +63,19 @@ def check_base(base: Path, index: dict[str, Any], fields: dict[str, Any]) -> Non
         if part != "tokenizer" and not weights:
             raise UserError(f"--base {base}: {part} has no weights")
     channels = read_config(base / "vae", "AutoencoderDC").get("latent_channels")
+    width = read_json(base / "text_encoder" / "config.json").get("hidden_size")
+    check_widths(base, model, channels, width)
+
+
+def check_widths(folder: Path, model: Any, channels: int, features: int) -> None:
+    """Refuses an autoencoder or a text encoder whose width the transformer does not take."""
     if channels != model.in_channels:
         raise UserError(
-            f"--base {base}: the autoencoder has {channels} latent channels, the trained transformer "
-            f"{model.in_channels}"
+            f"{folder}: the autoencoder has {channels} latent channels, the transformer {model.in_channels}"
         )
-    path = base / "text_encoder" / "config.json"
-    try:
-        width = json.loads(path.read_text(encoding="utf-8"))["hidden_size"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{path} has no hidden_size that can be read: {error!r}") from error
-    if width != model.caption_channels:
+    if features != model.caption_channels:
         raise UserError(
-            f"--base {base}: the text encoder has {width} features, the trained transformer takes "
+            f"{folder}: the text encoder has {features} features, the transformer takes "
             f"{model.caption_channels}"
         )
 

@@ -25,10 +25,11 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from jax import export
 from safetensors.numpy import load_file, save_file
 
-from .. import __version__, sampling, trigflow
+from .. import __version__
 from ..core.errors import UserError
 from ..core.files import write_json_atomic
 from ..encoders.autoencoder import Autoencoder
+from ..sampling import student_schedule
 from . import load_stablehlo
 
 PLATFORMS = ("cpu", "cuda", "tpu")
@@ -64,19 +65,18 @@ def export_pipeline(
       UserError: for a size or step count that cannot be, or results that differ.
     """
     shape = pipe.latent_shape(height, width)
-    schedules = {n: pipe.schedule(n) for n in steps}
     example = _example_inputs(pipe, shape, max(steps))
     params = {k: v for k, v in pipe.params.items() if k != "logvar_linear"}
     save_file(_host(flatten_dict(params, sep=".")), folder / "params.safetensors")
     functions = {}
     for n in steps:
-        denoise = student(pipe, schedules[n]) if pipe.is_student else teacher(pipe, n)
+        denoise = denoiser(pipe, n)
         names = _input_names(pipe.is_student, n)
         entry = _write(
             folder, f"denoise_{n}", denoise, params, "params.safetensors", names, example
         )
         if pipe.is_student:
-            entry["schedule"] = list(schedules[n])
+            entry["schedule"] = list(student_schedule(n, pipe.midpoint))
         functions[f"denoise_{n}"] = entry
         example[f"denoise_{n}"] = _pipeline_result(pipe, n, example)
     latents = f"denoise_{steps[0]}"
@@ -109,32 +109,18 @@ def export_pipeline(
     return _check(folder, functions, example, params)
 
 
-def student(pipe: Any, schedule: tuple[float, ...]) -> Callable:
-    """``(params, text, mask, noise, step_noise, guidance) -> latents``, consistency steps of a student."""
+def denoiser(pipe: Any, steps: int) -> Callable:
+    """`SprintPipeline.latents` with the arguments of an artifact in order; see the module."""
 
-    def denoise(params, text, mask, noise, step_noise, guidance):
-        def velocity(x, t):
-            return pipe.model.apply({"params": params}, x, t, text, mask, guidance * 0.1)
+    def student(params, text, mask, noise, step_noise, guidance):
+        inputs = (params, text, mask, noise, guidance)
+        return pipe.latents(*inputs, step_noise=step_noise, steps=steps)
 
-        F = trigflow.to_trigflow(velocity)
-        settings = dict(schedule=schedule, sigma_d=pipe.sigma_d)
-        return sampling.consistency_sample(F, noise, step_noise=step_noise, **settings)
+    def teacher(params, text, mask, noise, null_text, null_mask, guidance):
+        inputs = (params, text, mask, noise, guidance)
+        return pipe.latents(*inputs, null=(null_text, null_mask), steps=steps)
 
-    return denoise
-
-
-def teacher(pipe: Any, steps: int) -> Callable:
-    """``(params, text, mask, noise, null_text, null_mask, guidance) -> latents``, DPM-Solver++ with CFG."""
-
-    def denoise(params, text, mask, noise, null_text, null_mask, guidance):
-        def network(x, t, text, mask):
-            return pipe.model.apply({"params": params}, x, t, text, mask)
-
-        guided = sampling.with_cfg(network, guidance, null_text, null_mask)
-        settings = dict(steps=steps, shift=pipe.shift, integer_times=pipe.integer_times)
-        return sampling.dpm_solver_sample(lambda x, t: guided(x, t, text, mask), noise, **settings)
-
-    return denoise
+    return student if pipe.is_student else teacher
 
 
 def decoder(pipe: Any) -> tuple[Callable, Any, str | None]:

@@ -5,13 +5,14 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from ..core.errors import UserError
-from ..interop import diffusers, hub, nvlabs
+from ..interop import diffusers, nvlabs
 from ..interop.sana import fields_from_config
 from .checkpoint import load_params
-from .workdir import read_workdir_config
+from .locate import locate
+from .workdir import is_student, read_workdir_config
 
 Tree = Any
-TRANSFORMER_FILES = ["transformer/*", "config.json", "*.safetensors", "*.index.json"]
+TRANSFORMER_FILES = ("transformer/*", "config.json", "*.safetensors", "*.index.json")
 
 
 class Weights(NamedTuple):
@@ -21,7 +22,7 @@ class Weights(NamedTuple):
       path: as the user gave it.
       kind: 'workdir', 'diffusers' or 'nvlabs'.
       fields: of SanaTransformer, without ``logvar``.
-      is_teacher: whether its velocity is of stage 'flow': no guidance embedding.
+      is_teacher: whether it embeds no guidance.
       load: ``load(shardings) -> (params, step)``; shardings as in `checkpoint.load_params`, step None for
         all but workdirs. A logvar head comes with the parameters where there is one.
     """
@@ -34,7 +35,7 @@ class Weights(NamedTuple):
 
 
 def find_weights(path: str, like: dict[str, Any] | None = None) -> Weights:
-    """Says what lies at ``path``, and its architecture.
+    """Finds the transformer at ``path`` and its architecture; reads no parameters.
 
     Args:
       path: a training's workdir (its EMA is meant), a diffusers folder of a pipeline or of one transformer,
@@ -45,36 +46,19 @@ def find_weights(path: str, like: dict[str, Any] | None = None) -> Weights:
     Raises:
       UserError: there is nothing of the kind, or it is damaged.
     """
-    folder = Path(path)
-    if (folder / "config.json").is_file() and (folder / "checkpoints").is_dir():
+    kinds = ("workdir", "pipeline", "transformer", "nvlabs")
+    kind, place = locate(path, kinds, TRANSFORMER_FILES)
+    if kind == "workdir":
         return _workdir(path)
-    if folder.is_file() and folder.suffix == ".pth":
-        if like is None:
-            raise UserError(
-                f"{path} does not say its architecture: bring it with sprint_jax.prepare_teacher"
-            )
-        fields = nvlabs.read_fields(folder, like)
-
-        def load(shardings=None):
-            return nvlabs.load_transformer(folder, fields, shardings=shardings)[1], None
-
-        return Weights(path, "nvlabs", fields, not fields["guidance_embeds"], load)
-    if hub.is_hub_id(path):
-        folder = hub.download(path, TRANSFORMER_FILES)
-    elif not folder.exists():
-        raise UserError(
-            f"{path} does not exist: give a training workdir, a diffusers folder, a hub id or a .pth file"
-        )
-    return _diffusers(path, folder)
+    if kind == "nvlabs":
+        return _nvlabs(path, place, like)
+    return _diffusers(path, place / "transformer" if kind == "pipeline" else place)
 
 
 def _workdir(path: str) -> Weights:
     config = read_workdir_config(path)
-    try:
-        student = config.stage != "flow"
-        fields = dict(config.model) | {"guidance_embeds": student}
-    except AttributeError as error:
-        raise UserError(f"{path}/config.json is not of a training: {error}") from None
+    student = is_student(config)
+    fields = dict(config.model) | {"guidance_embeds": student}
 
     def load(shardings=None):
         params, meta = load_params(path, "ema", shardings=shardings)
@@ -83,14 +67,20 @@ def _workdir(path: str) -> Weights:
     return Weights(path, "workdir", fields, not student, load)
 
 
-def _diffusers(path: str, folder: Path) -> Weights:
-    if (folder / "transformer").is_dir():
-        folder = folder / "transformer"
-    if not (folder / "config.json").is_file():
+def _nvlabs(path: str, file: Path, like: dict[str, Any] | None) -> Weights:
+    if like is None:
         raise UserError(
-            f"{path} is neither a training workdir (config.json and checkpoints) nor a diffusers folder of a "
-            "pipeline (transformer/) or of a transformer (config.json)"
+            f"{path} does not say its architecture: bring it with sprint_jax.prepare_teacher"
         )
+    fields = nvlabs.read_fields(file, like)
+
+    def load(shardings=None):
+        return nvlabs.load_transformer(file, fields, shardings=shardings)[1], None
+
+    return Weights(path, "nvlabs", fields, not fields["guidance_embeds"], load)
+
+
+def _diffusers(path: str, folder: Path) -> Weights:
     config = diffusers.read_config(folder, "SanaTransformer2DModel")
     fields = fields_from_config(config, f"{folder}/config.json")
 

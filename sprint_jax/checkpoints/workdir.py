@@ -6,6 +6,7 @@ from typing import Any
 
 from ..core.config import Config
 from ..core.errors import UserError
+from ..core.files import read_json
 
 LOG_FILE = "log.txt"  # what a run prints, where nobody watches it
 
@@ -28,12 +29,18 @@ def read_workdir_config(workdir: str | Path) -> Config:
     """The resolved config of a training workdir.
 
     Raises:
-      UserError: if there is none, or it is damaged.
+      UserError: if there is none, or it is damaged or not of a training.
     """
     path = Path(workdir) / "config.json"
     if not path.is_file():
         raise UserError(f"{workdir} is not a training workdir: it has no config.json")
-    try:
-        return Config(json.loads(path.read_text()))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise UserError(f"{path} is not JSON ({error}); is it damaged?") from error
+    config = Config(read_json(path))
+    missing = [key for key in ("stage", "model", "data", "sampler", "flow") if key not in config]
+    if missing:
+        raise UserError(f"{path} is not of a training: it has no key {missing[0]!r}")
+    return config
+
+
+def is_student(config: Config) -> bool:
+    """Whether a training's config is of a student: a network that embeds guidance and takes 1 to 4 steps."""
+    return config.stage == "distill"

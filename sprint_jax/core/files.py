@@ -1,4 +1,4 @@
-"""Files that are never seen half-written."""
+"""Files: written whole or not at all, and JSON read with one clear error."""
 
 import json
 import math
@@ -42,8 +42,25 @@ def write_json_atomic(path: str | Path, value: Any) -> None:
         write_atomic(Path(path), text.encode())
 
 
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON file that holds a dict.
+
+    Raises:
+      UserError: naming the file, when it is missing, cannot be read or holds something else.
+    """
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError(f"{path} is missing") from None
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path} cannot be read ({error}); is it damaged?") from error
+    if not isinstance(value, dict):
+        raise UserError(f"{path} holds {type(value).__name__}, not a dict")
+    return value
+
+
 def without_nan(value: Any) -> Any:
-    """What JSON can hold: None instead of NaN and infinity, in nested dicts and lists."""
+    """Replaces NaN and infinity, which JSON cannot hold, by None in nested dicts and lists."""
     if isinstance(value, dict):
         return {key: without_nan(item) for key, item in value.items()}
     if isinstance(value, list):

@@ -2,6 +2,7 @@
 
 import textwrap
 from collections.abc import Sequence
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -9,6 +10,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 FONT_SIZE = 13
 GAP = 8
+GRID_LIMIT = 400  # pictures; a larger grid is neither looked at nor quickly opened
 GREEN, RED, BLACK, WHITE = (0, 150, 0), (205, 0, 0), (0, 0, 0), (255, 255, 255)
 
 
@@ -26,13 +28,18 @@ def enlarge(picture: np.ndarray, factor: int) -> np.ndarray:
 
 
 def draw_sheet(
-    rows: Sequence[Sequence[Cell]], *, titles: Sequence[str] = (), smallest: int = 96
+    rows: Sequence[Sequence[Cell]],
+    *,
+    titles: Sequence[str] = (),
+    names: Sequence[str] = (),
+    smallest: int = 96,
 ) -> Image.Image:
     """Draws cells in rows, each picture with its caption and tick below.
 
     Args:
       rows: cells, all pictures of one size; rows may differ in length.
       titles: of the columns, written above the first row.
+      names: of the rows, written to the left of each.
       smallest: pictures narrower than so many pixels are enlarged by a whole factor.
 
     Returns:
@@ -52,19 +59,42 @@ def draw_sheet(
     heights = [height + GAP + line * max(marked, *map(len, row)) for row in texts]
 
     columns = max(len(titles), *map(len, rows))
-    sheet = Image.new("RGB", (GAP + columns * (width + GAP), top + sum(heights) + GAP), WHITE)
+    margin = GAP + max((int(font.getlength(name)) + GAP for name in names), default=0)
+    size = margin + columns * (width + GAP), top + sum(heights) + GAP
+    sheet = Image.new("RGB", size, WHITE)
     draw = ImageDraw.Draw(sheet)
     for column, head in enumerate(heads):
-        draw.text((GAP + column * (width + GAP), GAP // 2), "\n".join(head), BLACK, font)
-    for row, row_texts, row_height in zip(rows, texts, heights, strict=True):
+        draw.text((margin + column * (width + GAP), GAP // 2), "\n".join(head), BLACK, font)
+    named = [*names, *[""] * (len(rows) - len(names))]
+    for name, row, row_texts, row_height in zip(named, rows, texts, heights, strict=True):
+        draw.text((GAP, top + height // 2), name, BLACK, font)
         for column, (cell, text) in enumerate(zip(row, row_texts, strict=True)):
-            left = GAP + column * (width + GAP)
+            left = margin + column * (width + GAP)
             sheet.paste(Image.fromarray(enlarge(cell.picture, factor)), (left, top))
             draw.text((left, top + height + 2), "\n".join(text), BLACK, font)
             if cell.right is not None:
                 _mark(draw, cell.right, left + width, top + height + line + 2)
         top += row_height
     return sheet
+
+
+def write_pictures(
+    out: Path, images: list[Image.Image], captions: list[str], *, scale: int = 1
+) -> None:
+    """Writes ``out``/00000.png ... and grid.png.
+
+    Args:
+      out: an existing folder; files of these names are replaced.
+      images, captions: equally many, images of one size.
+      scale: whole factor by which the single files are enlarged.
+    """
+    pictures = [np.asarray(image) for image in images]
+    for index, picture in enumerate(pictures):
+        Image.fromarray(enlarge(picture, scale)).save(out / f"{index:05d}.png")
+    cells = [Cell(*pair) for pair in zip(pictures, captions, strict=True)][:GRID_LIMIT]
+    columns = int(np.ceil(np.sqrt(len(cells))))
+    rows = [cells[start : start + columns] for start in range(0, len(cells), columns)]
+    draw_sheet(rows).save(out / "grid.png")
 
 
 def _mark(draw: ImageDraw.ImageDraw, right: bool, x: int, y: int) -> None:

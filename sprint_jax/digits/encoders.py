@@ -11,6 +11,7 @@ import numpy as np
 
 from sprint_jax.core.errors import UserError
 from sprint_jax.digits.captions import COLORS, DIGITS, vocabulary
+from sprint_jax.digits.scenes import get_world
 
 
 class WordEncoder:
@@ -142,3 +143,9 @@ class SpaceToDepth:
         b, height, width, _ = latents.shape
         blocks = latents.reshape(b, height, width, f, f, 3).transpose(0, 1, 3, 2, 4, 5)
         return blocks.reshape(b, height * f, width * f, 3) / self.scaling_factor
+
+
+def digits_parts(world: str) -> tuple[SpaceToDepth, WordEncoder, tuple[int, int]]:
+    """Autoencoder, text encoder and picture size (height, width) of a digits world."""
+    rows, columns = get_world(world).cells
+    return SpaceToDepth(), WordEncoder(), (8 * rows, 8 * columns)

@@ -17,7 +17,7 @@ import numpy as np
 from ..core.errors import UserError
 from ..core.fingerprint import digest, fingerprint
 from ..digits.captions import vocabulary
-from ..digits.encoders import SpaceToDepth, WordEncoder
+from ..digits.encoders import SpaceToDepth, WordEncoder, digits_parts
 from ..interop import hub
 from ..interop.diffusers import load_autoencoder
 from ..interop.gemma2 import load_text_encoder
@@ -83,6 +83,18 @@ def load_encoders(
     text_encoder = open_text_encoder(folder, tokenizer, dtype, shardings, **how)
     identity = _identify(autoencoder, text_encoder)
     return Encoders(autoencoder, text_encoder, identity, sharding)
+
+
+def latent_size(c: Any) -> tuple[int, int]:
+    """Height and width of the latents that a run's network draws where no size is asked for.
+
+    Args:
+      c: a training's config.
+    """
+    if c.data.source != "digits":
+        return c.model.sample_size, c.model.sample_size
+    autoencoder, _, (height, width) = digits_parts(c.data.world)
+    return height // autoencoder.factor, width // autoencoder.factor
 
 
 def open_autoencoder(folder: Path, dtype: Any, shardings: Callable | None) -> Autoencoder:

@@ -6,7 +6,6 @@ where NVlabs' code differs, an argument says so.
 """
 
 import functools
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -17,6 +16,7 @@ import numpy as np
 import tokenizers
 
 from ..core.errors import UserError
+from ..core.files import read_json
 from ..models.gemma2 import Gemma2, Prefix
 
 Array = jax.Array
@@ -87,22 +87,14 @@ def load_tokenizer(folder: str | Path) -> PromptTokenizer:
         raise UserError(f"{path} cannot be read: {error}") from error
     tokenizer.no_padding()
     tokenizer.no_truncation()
-    config = _read_json(folder / "special_tokens_map.json")
-    config |= _read_json(folder / "tokenizer_config.json")
+    config = {}
+    for name in ("special_tokens_map.json", "tokenizer_config.json"):
+        config |= read_json(folder / name) if (folder / name).exists() else {}
     begin, pad = (_token_id(tokenizer, config, key, folder) for key in ("bos_token", "pad_token"))
     begins = config.get("add_bos_token", tokenizer.encode("").ids == [begin])
     if not begins or config.get("add_eos_token"):
         raise UserError(f"{folder}: the tokenizer must add its begin token and no end token")
     return PromptTokenizer(tokenizer, begin, pad)
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    if not path.exists():
-        return {}
-    try:
-        return dict(json.loads(path.read_text(encoding="utf-8")))
-    except (OSError, ValueError, TypeError) as error:
-        raise UserError(f"{path} cannot be read: {error}") from error
 
 
 def _token_id(tokenizer: tokenizers.Tokenizer, config, key: str, folder: Path) -> int:

@@ -1,7 +1,6 @@
 """Folders as diffusers writes and reads them: ``config.json`` beside safetensors files."""
 
 import dataclasses
-import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -9,7 +8,7 @@ from typing import Any
 import jax.numpy as jnp
 
 from ..core.errors import UserError
-from ..core.files import write_json_atomic
+from ..core.files import read_json, write_json_atomic
 from ..models.dc_ae import AutoencoderDC
 from .dc_ae import dc_ae_table
 from .files import load_params, open_safetensors, save_safetensors, write_safetensors
@@ -141,16 +140,10 @@ def read_config(folder: Path, class_name: str) -> dict[str, Any]:
     Raises:
       UserError: it is missing, damaged, or of another class.
     """
-    path = folder / "config.json"
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise UserError(f"{path} is missing: is this the folder of one diffusers model?") from None
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path} cannot be read: {error}") from error
-    found = config.get("_class_name") if isinstance(config, dict) else None
+    config = read_json(folder / "config.json")
+    found = config.get("_class_name")
     if found != class_name:
-        raise UserError(f"{path} is of class {found!r}, not {class_name}")
+        raise UserError(f"{folder}/config.json is of class {found!r}, not {class_name}")
     return {key: value for key, value in config.items() if not key.startswith("_")}
 
 

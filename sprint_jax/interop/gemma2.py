@@ -1,7 +1,6 @@
 """Names, config and folders of Gemma-2 as transformers writes and reads them."""
 
 import dataclasses
-import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,7 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from ..core.errors import UserError
-from ..core.files import write_json_atomic
+from ..core.files import read_json, write_json_atomic
 from ..models.gemma2 import Gemma2
 from .files import Tensors, load_params, open_safetensors, save_safetensors
 from .tables import LINEAR, SAME, Entry, make_table
@@ -85,16 +84,12 @@ def save_text_encoder(
 
 
 def _read_config(folder: Path) -> dict[str, Any]:
-    path = folder / "config.json"
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise UserError(f"{path} is missing: is this the folder of one text encoder?") from None
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path} cannot be read: {error}") from error
-    found = config.get("architectures") if isinstance(config, dict) else None
+    config = read_json(folder / "config.json")
+    found = config.get("architectures")
     if not isinstance(found, list) or len(found) != 1 or found[0] not in CLASSES:
-        raise UserError(f"{path}: architectures is {found!r}, not one of {', '.join(CLASSES)}")
+        raise UserError(
+            f"{folder}/config.json: architectures is {found!r}, not one of {', '.join(CLASSES)}"
+        )
     return config
 
 

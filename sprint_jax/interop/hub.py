@@ -10,7 +10,7 @@ from huggingface_hub.errors import GatedRepoError, HFValidationError, Repository
 from ..core.errors import UserError
 
 # What a pipeline needs: no pickles, no other framework's weights, no pictures of a model card.
-_FILES = ["*.json", "*.safetensors", "tokenizer/*"]
+FILES = ("*.json", "*.safetensors", "tokenizer/*")
 
 
 def is_hub_id(path: str | Path) -> bool:
@@ -18,7 +18,7 @@ def is_hub_id(path: str | Path) -> bool:
     return re.fullmatch(r"[\w.-]+/[\w.-]+", str(path)) is not None and not Path(path).exists()
 
 
-def download(repository: str, patterns: Sequence[str] = _FILES) -> Path:
+def download(repository: str, patterns: Sequence[str] = FILES) -> Path:
     """The folder of a hub repository, downloaded unless the local cache has it.
 
     Args:

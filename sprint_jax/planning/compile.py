@@ -20,7 +20,7 @@ import jax
 from ..core.config import Config
 from ..core.errors import UserError
 from ..training import checks, setup
-from ..training.updates import lower_updates
+from ..training.stages import lower_updates
 from .topology import NOISE, Topology, open_topology, out_of_memory
 
 # Bytes of machine code per line of an optimized program, if it is not compiled: 3.5 to 3.8 kB were seen.

@@ -9,6 +9,7 @@ from ..core.config import Config, diff
 from ..core.errors import UserError
 from ..parallel.sharding import batch_ways
 from .setup import PREPARED
+from .stages import stage_of
 
 
 def check_workdir(workdir: Path, c: Config) -> None:
@@ -55,7 +56,7 @@ def check_values(c: Config) -> None:
     """Refuses counts and intervals below one, and an empty choice of guidance scales."""
     counts = ["steps", "max_nonfinite", "accumulate", "data.batch_size", "data.prefetch"]
     counts += [f"log.{key}" for key in ("every", "sample_every", "checkpoint_every", "keep")]
-    if c.stage == "distill":
+    if stage_of(c).distills:
         counts.append("log.diagnostics_every")
         if not c.scm.guidance:
             raise UserError("config.scm.guidance is empty: give at least one scale", exit_code=2)

@@ -10,12 +10,14 @@ import numpy as np
 from einops import rearrange
 from PIL import Image
 
-from .. import sampling, trigflow
+from .. import sampling
 from ..core.config import Config
 from ..core.pixels import to_bytes
 from ..data.feed import Data
+from ..models import functions
 from ..parallel.sharding import batch_ways, replicated
-from .setup import Nets
+from .stages import stage_of
+from .state import Nets
 
 Tree = Any
 
@@ -45,41 +47,28 @@ def make_preview(
         key = jax.random.fold_in(jax.random.key(c.seed), number)
         return sampling.noise_for(key, np.arange(batch), shape)
 
-    guidance, sigma_d, shift = c.log.sample_guidance, c.sigma_d, c.flow.shift
-    midpoint = c.sampler.midpoint
+    guidance, settings = c.log.sample_guidance, {"sigma_d": c.sigma_d}
 
     def student(params, steps):
-        def velocity(x, t):
-            return nets.model.apply(
-                {"params": params}, x, t, text, mask, jnp.full(batch, guidance * 0.1)
-            )
+        F = functions.trigflow(nets.model, params, text, mask, jnp.full(batch, guidance))
+        later = jnp.stack([noise(i) for i in range(1, steps)]) if steps > 1 else None
+        how = settings | {"midpoint": c.sampler.midpoint, "step_noise": later}
+        return sampling.draw_student(F, noise(0), steps=steps, **how)
 
-        return sampling.consistency_sample(
-            trigflow.to_trigflow(velocity),
-            noise(0),
-            schedule=trigflow.step_schedule(steps, midpoint=midpoint),
-            sigma_d=sigma_d,
-            step_noise=jnp.stack([noise(i) for i in range(1, steps)]) if steps > 1 else None,
-        )
-
-    def teacher(params, frozen):
-        def velocity(x, t, text, mask):
-            return nets.model.apply({"params": params}, x, t, text, mask)
-
-        guided = sampling.with_cfg(
-            velocity, guidance, frozen["null_text"][None], frozen["null_mask"][None]
-        )
-        return sampling.dpm_solver_sample(
-            lambda x, t: guided(x, t, text, mask), noise(0), steps=20, shift=shift
-        )
+    def teacher(params, frozen, steps):
+        null = frozen["null_text"][None], frozen["null_mask"][None]
+        form = functions.velocity
+        velocity = functions.guided(form, nets.model, params, text, mask, guidance, null)
+        how = settings | {"shift": c.flow.shift}
+        return sampling.draw_teacher(velocity, noise(0), steps=steps, **how)
 
     @functools.partial(jax.jit, out_shardings=replicated(mesh))
     def sample(params, frozen):
-        rows = (
-            [teacher(params, frozen)]
-            if nets.teacher is None
-            else [student(params, n) for n in (1, 2, 4)]
-        )
+        stage = stage_of(c)
+        rows = [
+            student(params, steps) if stage.distills else teacher(params, frozen, steps)
+            for steps in stage.preview_steps
+        ]
         return jnp.stack([row[:count] for row in rows])
 
     def preview(params, frozen):

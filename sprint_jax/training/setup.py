@@ -7,11 +7,10 @@ for a mesh of devices that need not exist.
 import functools
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
-import optax
 
 from ..checkpoints.weights import Weights, find_weights
 from ..core.config import Config
@@ -20,7 +19,7 @@ from ..core.fingerprint import fingerprint
 from ..data.feed import Data, batch_shapes
 from ..models.blocks import compute_params
 from ..models.discriminator import DiscriminatorHeads, init_heads
-from ..models.sana import SanaTransformer, from_fields
+from ..models.sana import from_fields
 from ..parallel.sharding import (
     Partition,
     batch_sharding,
@@ -30,20 +29,11 @@ from ..parallel.sharding import (
     state_shardings,
 )
 from .optim import make_optimizer
-from .state import TrainState, overlay
+from .stages import stage_of
+from .state import Nets, TrainState, overlay
 
 Tree = Any
 PREPARED = "prepared"  # where `prepare_teacher` puts the weights that a run starts from
-
-
-class Nets(NamedTuple):
-    """The static half of a run: definitions and optimizers, no arrays."""
-
-    model: SanaTransformer
-    teacher: SanaTransformer | None
-    heads: DiscriminatorHeads | None
-    optimizer: optax.GradientTransformation
-    disc_optimizer: optax.GradientTransformation | None
 
 
 def mesh_from(c: Config, devices=None) -> jax.sharding.Mesh:
@@ -62,11 +52,9 @@ def build_nets(c: Config, mesh: jax.sharding.Mesh, teacher_fields: dict | None =
     """
     optimizer = make_optimizer(c.optimizer.name, **_without(c.optimizer, "name"))
     partition = Partition(mesh) if mesh.size > 1 else None
-    if c.stage == "flow":
+    if not stage_of(c).distills:
         model = from_fields(c.model, guidance_embeds=False, partition=partition)
         return Nets(model, None, None, optimizer, None)
-    if c.stage != "distill":
-        raise UserError(f"config.stage '{c.stage}' is not one of flow, distill", exit_code=2)
     if teacher_fields is None:
         teacher_fields = find_teacher(c).fields
     # Frozen weights, but this run's own precision and memory choices.
@@ -129,7 +117,7 @@ def load_frozen(c: Config, data: Data, mesh: jax.sharding.Mesh) -> tuple[dict, d
     """
     null = {"null_text": data.null_text, "null_mask": data.null_mask}
     frozen = jax.device_put(null, replicated(mesh))
-    if c.stage == "flow":
+    if not stage_of(c).distills:
         return frozen, {}
     params, step = find_teacher(c).load(lambda tree: state_shardings(mesh, tree))
     params = {name: part for name, part in params.items() if name != "logvar_linear"}
@@ -215,7 +203,7 @@ def abstract_run(c: Config, mesh: jax.sharding.Mesh) -> tuple[Nets, TrainState, 
       mesh: may be of devices that are described only, as by `jax.experimental.topologies`.
 
     Returns:
-      ``(nets, state, batch, frozen)``, as `updates.lower_updates` takes them.
+      ``(nets, state, batch, frozen)``, as `stages.lower_updates` takes them.
     """
     teacher_fields = dict(c.model) | {"guidance_embeds": False}
     nets = build_nets(c, mesh, teacher_fields)

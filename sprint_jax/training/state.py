@@ -1,6 +1,6 @@
 """The state of a run, and the few pure functions that build and change it."""
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import flax
 import jax
@@ -8,8 +8,20 @@ import jax.numpy as jnp
 import optax
 
 from ..core.errors import UserError
+from ..models.discriminator import DiscriminatorHeads
+from ..models.sana import SanaTransformer
 
 Tree = Any
+
+
+class Nets(NamedTuple):
+    """The static half of a run: definitions and optimizers, no arrays."""
+
+    model: SanaTransformer
+    teacher: SanaTransformer | None
+    heads: DiscriminatorHeads | None
+    optimizer: optax.GradientTransformation
+    disc_optimizer: optax.GradientTransformation | None
 
 
 @flax.struct.dataclass

@@ -1,44 +1,91 @@
-"""The updates of one step, as functions of (state, batch, frozen), and their programs."""
+"""The updates of one step: batch and networks to losses, gradients and a new state.
 
-import concurrent.futures
-import functools
-import os
+An update is ``update(nets, c, state, batch, frozen) -> (state, metrics)``. A batch has latents [B, h, w, C]
+of unit variance, text [B, L, D] and mask [B, L]; ``frozen`` holds the teacher's parameters and the features
+of the empty prompt. Randomness is a function of (seed, step): each update splits its key into the named keys
+of a tuple below.
+"""
+
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from tqdm import tqdm
 
 from .. import losses, trigflow
-from ..core.config import Config
-from ..models import functions as closures
+from ..models import functions
 from ..models.discriminator import update_spectral
-from ..parallel import sharding
 from ..parallel.sharding import in_use
 from .accumulate import gradients
 from .diagnostics import binned, tangent_checks
-from .setup import Nets
-from .state import TrainState, apply_gradients, apply_head_gradients, health
+from .state import Nets, TrainState, apply_gradients, apply_head_gradients, health
 
-COMPILERS = max(1, min(16, (os.cpu_count() or 1) // 4))  # threads, each of which uses several cores
+Key = jax.Array
+
+
+class FlowKeys(NamedTuple):
+    """Of a flow update: times, noise, and whose caption is dropped."""
+
+    time: Key
+    noise: Key
+    dropout: Key
+
+
+class GeneratorKeys(NamedTuple):
+    """Of a generator update, the same for both losses: they share the CFG scales and nothing else.
+
+    ``time`` and ``noise`` are of the consistency loss, ``fake_*`` of the images that the student makes for the
+    heads, ``judged_*`` of the noise at which the heads see them.
+    """
+
+    guidance: Key
+    time: Key
+    noise: Key
+    fake_time: Key
+    fake_noise: Key
+    judged_time: Key
+    judged_noise: Key
+
+
+class DiscriminatorKeys(NamedTuple):
+    """Of a discriminator update; real, fake and misaligned images are each seen at noise of their own."""
+
+    guidance: Key
+    fake_time: Key
+    fake_noise: Key
+    real_judged_time: Key
+    real_judged_noise: Key
+    fake_judged_time: Key
+    fake_judged_noise: Key
+    rolled_judged_time: Key
+    rolled_judged_noise: Key
+
+
+class TangentKeys(NamedTuple):
+    """Of the check of the tangent."""
+
+    guidance: Key
+    time: Key
+    noise: Key
+
+
+def split(kind: type, key: Key):
+    """Splits a key into the named keys of one of the tuples above."""
+    return kind(*jax.random.split(key, len(kind._fields)))
 
 
 def flow_update(nets: Nets, c, state: TrainState, batch: dict, frozen: dict):
-    """One flow-matching update; ``batch`` has latents [B, h, w, C], text [B, L, D], mask [B, L]."""
+    """One update by flow matching; some captions are dropped, so that guidance can be sampled."""
 
     def loss(params, batch, key):
-        params = in_use(nets.model, params)
-        keys = jax.random.split(key, 3)
+        keys = split(FlowKeys, key)
         latents = batch["latents"]
-        t, shown = closures.draw_flow_time(c, keys[0], latents)
-        noise = jax.random.normal(keys[1], latents.shape)
-        drop = jax.random.bernoulli(keys[2], c.flow.caption_dropout, t.shape)
+        t, shown = draw_flow_time(c, keys.time, latents)
+        noise = jax.random.normal(keys.noise, latents.shape)
+        drop = jax.random.bernoulli(keys.dropout, c.flow.caption_dropout, t.shape)
         text = jnp.where(drop[:, None, None], frozen["null_text"][None], batch["text"])
         mask = jnp.where(drop[:, None], frozen["null_mask"][None], batch["mask"])
-
-        def velocity(x, _):
-            return nets.model.apply({"params": params}, x, shown, text, mask)
-
-        return losses.flow_matching_loss(velocity, latents, noise, t)
+        velocity = functions.velocity(nets.model, in_use(nets.model, params), text, mask)
+        return losses.flow_matching_loss(lambda x, _: velocity(x, shown), latents, noise, t)
 
     key = jax.random.fold_in(jax.random.key(c.seed), state.step)
     value, aux, grads = gradients([loss], state.params, batch, key, c.accumulate)
@@ -48,34 +95,28 @@ def flow_update(nets: Nets, c, state: TrainState, batch: dict, frozen: dict):
 
 
 def generator_update(nets: Nets, c, state: TrainState, batch: dict, frozen: dict):
-    """One update of the student: sCM plus LADD. Touches neither heads nor teacher; counts the step."""
+    """One update of the student by sCM and LADD; counts the step, and touches neither heads nor teacher."""
     state, metrics, _ = _generator_update(nets, c, state, batch, frozen)
     return state, metrics
 
 
 def _generator_update(nets, c, state, batch, frozen):
     """`generator_update`, and the student's images [B, h, w, C] (None without LADD)."""
-    teacher_params = in_use(nets.teacher, frozen["teacher"])
-    frozen = frozen | {"teacher": teacher_params}
+    frozen = frozen | {"teacher": in_use(nets.teacher, frozen["teacher"])}
 
     def consistency(params, batch, key):
-        keys = jax.random.split(key, 7)
-        x0, text, mask = closures.images_of(c, batch)
-        guidance = closures.draw_guidance(c, keys[0], x0)
-        teacher = closures.guided_teacher_of(nets, frozen, text, mask, guidance)
-        student = closures.student_of(nets, text, mask, guidance, dtype=c.scm.jvp_dtype)
-        t = trigflow.sample_time(keys[1], x0.shape[:1], c.scm.time_mean, c.scm.time_std, c.sigma_d)
+        keys = split(GeneratorKeys, key)
+        x0, text, mask = images_of(c, batch)
+        guidance = draw_guidance(c, keys.guidance, x0)
         loss, aux = losses.scm_loss(
-            student,
-            teacher,
+            student_of(nets, text, mask, guidance, c.scm.jvp_dtype),
+            teacher_of(nets, frozen, text, mask, guidance),
             in_use(nets.model, params),
             x0,
-            closures.draw_noise(c, keys[2], x0),
-            t,
+            draw_noise(c, keys.noise, x0),
+            draw_time(c.scm, keys.time, x0, c.sigma_d),
             sigma_d=c.sigma_d,
-            warmup=jnp.minimum(1.0, state.step / c.scm.tangent_warmup)
-            if c.scm.tangent_warmup
-            else 1.0,
+            warmup=tangent_warmup(c, state.step),
             tangent_constant=c.scm.tangent_constant,
             mean_norm=c.scm.mean_norm,
             shared_primal=c.scm.shared_primal,
@@ -83,20 +124,18 @@ def _generator_update(nets, c, state, batch, frozen):
         return c.scm.weight * loss, aux
 
     def adversarial(params, batch, key):
-        keys = jax.random.split(key, 7)
-        x0, text, mask = closures.images_of(c, batch)
-        student = closures.student_of(nets, text, mask, closures.draw_guidance(c, keys[0], x0))
-        fake = closures.generate(c, student, in_use(nets.model, params), x0, keys[3], keys[4])
-        t = trigflow.sample_time(
-            keys[5], x0.shape[:1], c.ladd.time_mean, c.ladd.time_std, c.sigma_d
-        )
-        features = closures.features_of(nets, c, frozen, text, mask)
-        heads = closures.heads_of(nets, state.disc["params"], state.disc["spectral"])
+        keys = split(GeneratorKeys, key)
+        x0, text, mask = images_of(c, batch)
+        student = student_of(nets, text, mask, draw_guidance(c, keys.guidance, x0))
+        params = in_use(nets.model, params)
+        fake = generate(c, student, params, x0, keys.fake_time, keys.fake_noise)
+        features = features_of(nets, c, frozen, text, mask)
+        heads = heads_of(nets, state.disc["params"], state.disc["spectral"])
         loss, gan = losses.ladd_generator_loss(
             lambda x, t: heads(features(x, t)),
             fake,
-            closures.draw_noise(c, keys[6], x0),
-            t,
+            draw_noise(c, keys.judged_noise, x0),
+            draw_time(c.ladd, keys.judged_time, x0, c.sigma_d),
             c.sigma_d,
         )
         return c.ladd.weight * loss, {"generator_logits": gan["logits"], "fake": fake}
@@ -123,24 +162,27 @@ def discriminator_update(nets: Nets, c, state: TrainState, batch: dict, frozen: 
     student_params = in_use(nets.model, state.params)
 
     def loss(params, batch, key):
-        keys = jax.random.split(key, 9)
-        x0, text, mask = closures.images_of(c, batch)
-        count = x0.shape[:1]
+        keys = split(DiscriminatorKeys, key)
+        x0, text, mask = images_of(c, batch)
         fake = batch.get("fake")
         if fake is None:
-            student = closures.student_of(nets, text, mask, closures.draw_guidance(c, keys[0], x0))
-            fake = closures.generate(c, student, student_params, x0, keys[1], keys[2])
+            student = student_of(nets, text, mask, draw_guidance(c, keys.guidance, x0))
+            fake = generate(c, student, student_params, x0, keys.fake_time, keys.fake_noise)
 
-        def noisy(x0, time_key, noise_key):
-            t = trigflow.sample_time(time_key, count, c.ladd.time_mean, c.ladd.time_std, c.sigma_d)
-            return x0, closures.draw_noise(c, noise_key, x0), t
+        def judged(x0, time_key, noise_key):
+            t = draw_time(c.ladd, time_key, x0, c.sigma_d)
+            return x0, draw_noise(c, noise_key, x0), t
 
-        rolled = noisy(jnp.roll(x0, 1, axis=0), keys[7], keys[8]) if c.ladd.misaligned else None
+        rolled = None
+        if c.ladd.misaligned:
+            other = jnp.roll(x0, 1, axis=0)
+            rolled = judged(other, keys.rolled_judged_time, keys.rolled_judged_noise)
+        fake = jax.lax.stop_gradient(fake)
         return losses.ladd_discriminator_loss(
-            closures.features_of(nets, c, frozen, text, mask),
-            closures.heads_of(nets, params, spectral),
-            noisy(x0, keys[3], keys[4]),
-            noisy(jax.lax.stop_gradient(fake), keys[5], keys[6]),
+            features_of(nets, c, frozen, text, mask),
+            heads_of(nets, params, spectral),
+            judged(x0, keys.real_judged_time, keys.real_judged_noise),
+            judged(fake, keys.fake_judged_time, keys.fake_judged_noise),
             rolled,
             sigma_d=c.sigma_d,
             r1_weight=c.ladd.r1_weight,
@@ -162,51 +204,96 @@ def joint_update(nets: Nets, c, state: TrainState, batch: dict, frozen: dict):
 
 
 def check_tangent(nets: Nets, c, state: TrainState, batch: dict, frozen: dict) -> dict:
-    """The student's tangent against a central difference, and in bfloat16 against float32."""
-    keys = jax.random.split(jax.random.fold_in(jax.random.key(c.seed), state.step), 3)
-    x0, text, mask = closures.images_of(c, batch)
-    guidance = closures.draw_guidance(c, keys[0], x0)
-    t = trigflow.sample_time(keys[1], x0.shape[:1], c.scm.time_mean, c.scm.time_std, c.sigma_d)
-    x = trigflow.add_noise(x0, closures.draw_noise(c, keys[2], x0), t) / c.sigma_d
+    """Compares the student's tangent with a central difference, and in bfloat16 with float32."""
+    keys = split(TangentKeys, jax.random.fold_in(jax.random.key(c.seed), state.step))
+    x0, text, mask = images_of(c, batch)
+    guidance = draw_guidance(c, keys.guidance, x0)
+    t = draw_time(c.scm, keys.time, x0, c.sigma_d)
+    x = trigflow.add_noise(x0, draw_noise(c, keys.noise, x0), t) / c.sigma_d
     scale = jnp.cos(t) * jnp.sin(t)
-    dx = trigflow.expand(scale, x) * closures.guided_teacher_of(nets, frozen, text, mask, guidance)(
-        x, t
-    )
+    teacher = teacher_of(nets, frozen, text, mask, guidance)
+    dx = trigflow.expand(scale, x) * teacher(x, t)
 
     def F(dtype):
-        student = closures.student_of(nets, text, mask, guidance, dtype)
+        student = student_of(nets, text, mask, guidance, dtype)
         return lambda x, t: student(in_use(nets.model, state.params), x, t)[0]
 
     return tangent_checks(F(jnp.float32), F(jnp.bfloat16), x, t, dx, scale)
 
 
-def lower_updates(c: Config, nets: Nets, state: TrainState, batch: dict, frozen: dict) -> list:
-    """The updates of one step, traced: ``compile()`` gives ``(state, batch, frozen) -> (state, metrics)``.
-
-    Each takes a batch of its own, and the memory of the state it is given. Arguments may be arrays, or
-    ShapeDtypeStructs with shardings, as from `setup.abstract_run`.
-    """
-    updates = [flow_update] if c.stage == "flow" else [generator_update]
-    if nets.heads is not None:
-        updates = [joint_update] if c.ladd.reuse_fakes else [*updates, discriminator_update]
-    shardings = jax.tree.map(lambda leaf: leaf.sharding, (state, batch, frozen))
-    everywhere = sharding.replicated(state.step.sharding.mesh)
-    jitted = [
-        jax.jit(
-            functools.partial(update, nets, c),
-            donate_argnums=0,
-            in_shardings=shardings,
-            out_shardings=(shardings[0], everywhere),
-        )
-        for update in updates
-    ]
-    return [update.lower(state, batch, frozen) for update in jitted]
+# --- What the updates make of a batch
 
 
-def compile_updates(lowered: list[list]) -> list[list]:
-    """Compiles the updates of every batch shape, some at a time: there may be dozens."""
-    with concurrent.futures.ThreadPoolExecutor(COMPILERS) as pool:
-        compiled = pool.map(lambda updates: [update.compile() for update in updates], lowered)
-        return list(
-            tqdm(compiled, "compiling", len(lowered), unit="shape", disable=not lowered[1:])
-        )
+def images_of(c, batch: dict) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """TrigFlow's images, of standard deviation ``sigma_d``, with their text and mask."""
+    return batch["latents"] * c.sigma_d, batch["text"], batch["mask"]
+
+
+def draw_noise(c, key: Key, x0: jax.Array) -> jax.Array:
+    """Noise of standard deviation ``sigma_d``."""
+    return c.sigma_d * jax.random.normal(key, x0.shape)
+
+
+def draw_time(section, key: Key, x0: jax.Array, sigma_d: float) -> jax.Array:
+    """Angles [B] of the distribution that a section of the config describes."""
+    how = section.time_mean, section.time_std, sigma_d
+    return trigflow.sample_time(key, x0.shape[:1], *how)
+
+
+def draw_guidance(c, key: Key, x0: jax.Array) -> jax.Array:
+    """A CFG scale per sample, [B]."""
+    return jax.random.choice(key, jnp.asarray(c.scm.guidance, jnp.float32), x0.shape[:1])
+
+
+def draw_flow_time(c, key: Key, latents: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Flow times of the samples, and those that the network is shown, [B] each."""
+    how = (c.flow.time_mean, c.flow.time_std, c.flow.shift)
+    if c.flow.truncate_times:
+        return trigflow.sample_truncated_flow_time(key, latents.shape[:1], *how)
+    t = trigflow.sample_flow_time(key, latents.shape[:1], *how)
+    return t, t
+
+
+def tangent_warmup(c, step: jax.Array) -> jax.Array | float:
+    """How much the tangent counts, from 0 to 1 over the first updates."""
+    if not c.scm.tangent_warmup:
+        return 1.0
+    return jnp.minimum(1.0, step / c.scm.tangent_warmup)
+
+
+def student_of(nets: Nets, text, mask, guidance, dtype=None):
+    """``student(params, x, t) -> (F, logvar)`` of one batch; matmuls in ``dtype`` where it is given."""
+    model = functions.in_dtype(nets.model, dtype)
+
+    def student(params, x, t):
+        return functions.trigflow(model, params, text, mask, guidance, with_logvar=True)(x, t)
+
+    return student
+
+
+def teacher_of(nets: Nets, frozen: dict, text, mask, guidance):
+    """``teacher(x, t) -> F`` of the frozen teacher with classifier-free guidance."""
+    null = frozen["null_text"][None], frozen["null_mask"][None]
+    form, params = functions.trigflow, frozen["teacher"]
+    return functions.guided(form, nets.teacher, params, text, mask, guidance, null)
+
+
+def features_of(nets: Nets, c, frozen: dict, text, mask):
+    """``features(x, t)``: the frozen teacher's blocks that the heads look at."""
+    return functions.features(nets.teacher, frozen["teacher"], text, mask, c.ladd.taps)
+
+
+def heads_of(nets: Nets, params, spectral):
+    """``heads(features) -> logits`` of the given parameters."""
+    params = in_use(nets.model, params)
+    return lambda features: nets.heads.apply({"params": params}, features, spectral)
+
+
+def generate(c, student, params, x0, time_key: Key, noise_key: Key) -> jax.Array:
+    """Makes the student's images from real ones, noised to random angles, often to the largest."""
+    time, largest = jax.random.split(time_key)
+    t = draw_time(c.scm, time, x0, c.sigma_d)
+    t = trigflow.with_max_time(largest, t, c.ladd.max_time_probability)
+    x_t = trigflow.add_noise(x0, draw_noise(c, noise_key, x0), t)
+    F, _ = student(params, x_t / c.sigma_d, t)
+    return trigflow.predict_x0(x_t, F, t, c.sigma_d)

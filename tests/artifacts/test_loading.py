@@ -116,7 +116,7 @@ def change(path: Path, **changes) -> None:
         (lambda f: change(f / "model_index.json", _class_name="FluxPipeline"), "'FluxPipeline'"),
         (lambda f: (f / "model_index.json").write_text("{"), r"model_index\.json cannot be read"),
         (lambda f: (f / "model_index.json").write_text("[]"), "holds list, not a dict"),
-        (lambda f: change(f / "model_index.json", _class_name="SanaPipeline"), "with guidance"),
+        (lambda f: change(f / "model_index.json", _class_name="SanaPipeline"), "guidance_embeds"),
         (lambda f: shutil.rmtree(f / "scheduler"), r"scheduler_config\.json is missing"),
         (lambda f: shutil.rmtree(f / "transformer"), r"transformer.config\.json is missing"),
         (lambda f: shutil.rmtree(f / "vae"), r"vae.config\.json is missing"),

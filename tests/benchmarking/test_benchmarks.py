@@ -15,8 +15,8 @@ import pytest
 from helpers.runs import ROOT, quick_compilation, tiny, write_digits
 
 from sprint_jax.core.errors import UserError
-from sprint_jax.models import functions as closures
 from sprint_jax.models.gemma2 import Gemma2
+from sprint_jax.training import updates
 
 TINY = ["--rounds=1", "--batch=4", "--world=small", "--config.model.num_layers=1"]
 TINY += ["--config.ladd.taps=0"]
@@ -42,7 +42,7 @@ def lines(benchmark):
 
     def build_and_trace(*arguments):
         c, nets, state, batch, given = build(*arguments)
-        student = closures.student_of(nets, batch["text"], batch["mask"], given["guidance"])
+        student = updates.student_of(nets, batch["text"], batch["mask"], given["guidance"])
         jaxpr = jax.make_jaxpr(student)(state.params, batch["latents"], given["t"])
         benchmark.forward = jaxpr.jaxpr
         return c, nets, state, batch, given

@@ -170,7 +170,7 @@ def test_workdir_of_something_else(refused, tmp_path):
 
 
 def counting_updates(c, nets, state, batch, frozen):
-    """Stands in for `updates.lower_updates`: updates that count steps and compute nothing."""
+    """Stands in for `stages.lower_updates`: updates that count steps and compute nothing."""
 
     class Program:
         def compile(self):

@@ -28,7 +28,7 @@ from sprint_jax.data import feed
 from sprint_jax.digits.scenes import Digits, DigitsConfig, World, get_world, open_digits
 from sprint_jax.parallel import sharding
 from sprint_jax.training import setup
-from sprint_jax.training.updates import lower_updates
+from sprint_jax.training.stages import lower_updates
 
 ROOT = Path(__file__).parents[2]
 BATCH = 16

@@ -1,0 +1,52 @@
+"""The one answer to "what lies at this path?": a workdir, a pipeline, a transformer, or a file of NVlabs."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+from ..core.errors import UserError
+from ..interop import hub
+
+# In the words of an error message; a hub id stands for the folder that it is downloaded to.
+KINDS = {
+    "workdir": "a training workdir (config.json and checkpoints)",
+    "pipeline": "a pipeline folder of diffusers (model_index.json or transformer) or its hub id",
+    "transformer": "a diffusers folder of a transformer (config.json)",
+    "nvlabs": "a .pth file of NVlabs",
+}
+
+
+class Found(NamedTuple):
+    """A place with weights: its kind, one of `KINDS`, and the local folder or file."""
+
+    kind: str
+    path: Path
+
+
+def locate(path: str | Path, kinds: Sequence[str], files: Sequence[str] = hub.FILES) -> Found:
+    """Says what lies at a path; a hub id is downloaded, once.
+
+    Args:
+      path: a folder, a file, or the id of a repository on the Hugging Face hub.
+      kinds: those of `KINDS` that will do.
+      files: patterns of the files that are wanted of a hub repository.
+
+    Raises:
+      UserError: nothing of these kinds is there.
+    """
+    local = hub.download(str(path), files) if hub.is_hub_id(path) else Path(path)
+    found = _kind(local)
+    if found in kinds:
+        return Found(found, local)
+    wanted = ", or ".join(KINDS[kind] for kind in kinds)
+    problem = f"is {KINDS[found]}" if found else "is none of them"
+    raise UserError(f"{path} {problem if local.exists() else 'does not exist'}: give {wanted}")
+
+
+def _kind(path: Path) -> str | None:
+    if path.is_file():
+        return "nvlabs" if path.suffix == ".pth" else None
+    if (path / "config.json").is_file():
+        return "workdir" if (path / "checkpoints").is_dir() else "transformer"
+    parts = ("model_index.json", "transformer", "vae")
+    return "pipeline" if any((path / part).exists() for part in parts) else None

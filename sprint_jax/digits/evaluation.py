@@ -1,0 +1,136 @@
+"""The evaluation of digits models: the ways they draw, judged one after the other, as numbers and a sheet."""
+
+import dataclasses
+import time
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from ..core.errors import UserError
+from ..core.pixels import to_bytes
+from ..core.progress import Progress
+from ..core.sheet import Cell, draw_sheet
+from .report import FRECHET_MINIMUM, Yardsticks, measure, number
+from .scenes import draw_images
+
+SHEET_SIZE = 12  # prompts of the sheet of pictures
+
+
+class Run(NamedTuple):
+    """One way of drawing.
+
+    ``full`` runs draw all pictures and those for diversity, others a quarter of the former.
+    """
+
+    name: str
+    pipe: Any  # a SprintPipeline
+    steps: int
+    solver: str | None = None
+    full: bool = True
+
+    @property
+    def calls(self) -> int:
+        """Network evaluations of one picture; guidance of a teacher doubles them."""
+        return self.steps * (1 if self.pipe.is_student else 2)
+
+
+def draw_and_measure(
+    sticks: Yardsticks, runs: list[Run], base: Any
+) -> tuple[list[dict[str, Any]], dict[str, tuple[np.ndarray, np.ndarray]]]:
+    """Draws and judges all runs, showing progress.
+
+    Args:
+      base: a `pipeline.Request` with guidance, seed and batch_size; each run sets steps and solver.
+
+    Returns:
+      One result for each run; and for each full run its first pictures, uint8 [R, H, W, 3], with
+      bool [R], whether they are right.
+    """
+    total = sum(run.calls * len(prompts) for run in runs for prompts in _shares(run, sticks))
+    print(
+        f"{sticks.world}: {len(runs)} runs; steps shown are {total} network evaluations", flush=True
+    )
+    results, pictures, done = [], {}, 0
+    with Progress(total) as progress:
+        for run in runs:
+            began, drawn = time.perf_counter(), []
+            for prompts in _shares(run, sticks):
+                drawn.append([])
+                request = dataclasses.replace(base, steps=run.steps, solver=run.solver)
+                for batch in run.pipe.draw(prompts, request):
+                    drawn[-1].append(batch)
+                    done += len(batch) * run.calls
+                    progress.update(done)
+            seconds = time.perf_counter() - began
+            images = [np.concatenate(batches) for batches in drawn]
+            result, right = measure(sticks, *images)
+            about = dict(name=run.name, solver=run.solver or "consistency", steps=run.steps)
+            results.append(about | dict(pictures=len(images[0]), seconds=seconds) | result)
+            if run.full:
+                pictures[run.name] = images[0][:SHEET_SIZE], right[:SHEET_SIZE]
+    return results, pictures
+
+
+def teacher_runs(pipe: Any) -> list[Run]:
+    """The ways a teacher draws; the first is the one that a student is compared with."""
+    if pipe is None:
+        return []
+    return [
+        Run("teacher 20", pipe, 20, "dpm"),
+        Run("flow Euler 50", pipe, 50, "flow_euler", full=False),
+        Run("TrigFlow Euler 50", pipe, 50, "trigflow_euler", full=False),
+        Run("TrigFlow Euler 2", pipe, 2, "trigflow_euler", full=False),
+        Run("TrigFlow Euler 1", pipe, 1, "trigflow_euler", full=False),
+    ]
+
+
+def student_runs(pipe: Any) -> list[Run]:
+    """The ways a student draws."""
+    return [] if pipe is None else [Run(f"student {n}", pipe, n) for n in (1, 2, 3, 4)]
+
+
+def _shares(run: Run, sticks: Yardsticks) -> list[list[str]]:
+    """The prompts of a run: those of accuracy, and for full runs those of diversity."""
+    if run.full:
+        return [sticks.prompts, sticks.grouped]
+    count = len(sticks.prompts)
+    return [sticks.prompts[: min(count, max(FRECHET_MINIMUM, count // 4))]]
+
+
+def write_sheet(path: Path, sticks: Yardsticks, seed: int, pictures: dict) -> None:
+    """Draws a prompt a column; rows are a real picture and one of each run, with ticks for right ones."""
+    prompts = sticks.prompts[:SHEET_SIZE]
+    real = draw_images(sticks.world, prompts, "test", seed)
+    drawn = {"real": (to_bytes(real), sticks.judge.right(real, prompts))} | pictures
+    rows = [
+        [Cell(image, right=bool(right)) for image, right in zip(*columns, strict=True)]
+        for columns in drawn.values()
+    ]
+    try:
+        draw_sheet(rows, titles=prompts, names=list(drawn)).save(path)
+    except OSError as error:
+        raise UserError(f"cannot write {path}: {error.strerror}") from error
+
+
+def print_table(report: dict[str, Any]) -> None:
+    """The report's main numbers, one line for each run, and the goals."""
+    print(f"{'':18}{'pictures':>9}{'right':>16}{'Frechet':>16}{'diversity':>15}{'seconds':>9}")
+    for run in report["runs"]:
+        cells = [_plus_minus(*number(run, key)) for key in ("accuracy", "frechet", "diversity")]
+        right, distance, variety = cells
+        print(
+            f"{run['name']:18}{run['pictures']:>9}{right:>16}{distance:>16}{variety:>15}"
+            f"{run['seconds']:>9.1f}"
+        )
+    print(f"{'real, held out':18}{'':9}{_plus_minus(*number(report['real'], 'accuracy')):>16}")
+    for goal in report["goals"]:
+        said = {True: "met", False: "MISSED", None: "not measured"}[goal["met"]]
+        value = _plus_minus(goal["value"], goal["standard_error"])
+        print(
+            f"{goal['run']}: {goal['number']} {value}, {goal['sense']} {goal['limit']:.3f}: {said}"
+        )
+
+
+def _plus_minus(value: float, error: float) -> str:
+    return "-" if not np.isfinite(value) else f"{value:.3f} ± {error:.3f}"

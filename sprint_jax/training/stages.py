@@ -1,0 +1,83 @@
+"""The stages of training, one literal table, and the compiled updates of a run."""
+
+import concurrent.futures
+import functools
+import os
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+from tqdm import tqdm
+
+from ..core.config import Config
+from ..core.errors import UserError
+from ..parallel.sharding import replicated
+from .state import Nets, TrainState
+from .updates import discriminator_update, flow_update, generator_update, joint_update
+
+COMPILERS = max(1, min(16, (os.cpu_count() or 1) // 4))  # threads, each of which uses several cores
+
+
+class Stage(NamedTuple):
+    """A kind of training run.
+
+    Attributes:
+      distills: whether a student is trained from a frozen teacher: it embeds guidance and predicts logvar.
+      updates: ``updates(c)``: the functions of one step, in order, each for a batch of its own.
+      headline: the metric by which runs of this stage are compared.
+      preview_steps: sampling steps, one row of the sample grids each.
+    """
+
+    distills: bool
+    updates: Callable[[Config], list[Callable]]
+    headline: str
+    preview_steps: tuple[int, ...]
+
+
+def _distill_updates(c: Config) -> list[Callable]:
+    if not c.ladd.weight:
+        return [generator_update]
+    return [joint_update] if c.ladd.reuse_fakes else [generator_update, discriminator_update]
+
+
+STAGES = {
+    "flow": Stage(False, lambda c: [flow_update], "loss/flow", (20,)),
+    "distill": Stage(True, _distill_updates, "loss/total", (1, 2, 4)),
+}
+
+
+def stage_of(c: Config) -> Stage:
+    """The row of `STAGES` that ``c.stage`` names; UserError (exit code 2) for another word."""
+    if c.stage not in STAGES:
+        names = ", ".join(STAGES)
+        raise UserError(f"config.stage '{c.stage}' is not one of {names}", exit_code=2)
+    return STAGES[c.stage]
+
+
+def lower_updates(c: Config, nets: Nets, state: TrainState, batch: dict, frozen: dict) -> list:
+    """Traces the updates of one step: ``compile()`` gives ``(state, batch, frozen) -> (state, metrics)``.
+
+    Each takes a batch of its own, and the memory of the state it is given. Arguments may be arrays, or
+    ShapeDtypeStructs with shardings, as from `setup.abstract_run`.
+    """
+    shardings = jax.tree.map(lambda leaf: leaf.sharding, (state, batch, frozen))
+    everywhere = replicated(state.step.sharding.mesh)
+    jitted = [
+        jax.jit(
+            functools.partial(update, nets, c),
+            donate_argnums=0,
+            in_shardings=shardings,
+            out_shardings=(shardings[0], everywhere),
+        )
+        for update in stage_of(c).updates(c)
+    ]
+    return [update.lower(state, batch, frozen) for update in jitted]
+
+
+def compile_updates(lowered: list[list]) -> list[list]:
+    """Compiles the updates of every batch shape, several at a time: there may be dozens."""
+    with concurrent.futures.ThreadPoolExecutor(COMPILERS) as pool:
+        compiled = pool.map(lambda updates: [update.compile() for update in updates], lowered)
+        return list(
+            tqdm(compiled, "compiling", len(lowered), unit="shape", disable=not lowered[1:])
+        )
