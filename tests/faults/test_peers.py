@@ -5,17 +5,8 @@ import signal
 import types
 
 import pytest
-from helpers.pods import (
-    HOST,
-    WORKER,
-    errors,
-    finish_pod,
-    free_port,
-    start_one,
-    start_pod,
-    survivor_of,
-    until,
-)
+from helpers import pods
+from helpers.pods import HOST, WORKER, finish_pod, start_one, until
 
 from sprint_jax.core.errors import UserError
 from sprint_jax.parallel import distributed, peers
@@ -121,7 +112,7 @@ def test_a_signal_counts_one_step_later_in_all_processes():
 
 @pytest.mark.parametrize("there", [(0, 2), (1,)])
 def test_processes_that_never_join(there):
-    address = f"localhost:{free_port()}"
+    address = f"localhost:{pods.free_port()}"
     words = [*WORKER, "--distributed", "--coordinator", address, "--process_count", "3"]
     # Long enough for a busy machine to start those that do.
     words += ["--join_timeout", "15", "--process_index"]
@@ -136,7 +127,9 @@ def test_distributed_without_a_cluster():
 
 
 def work(tmp_path, *words):
-    return start_pod([*WORKER, "--mark", str(tmp_path), "--peer_timeout", "8", *words], devices=1)
+    return pods.start_pod(
+        [*WORKER, "--mark", str(tmp_path), "--peer_timeout", "8", *words], devices=1
+    )
 
 
 @pytest.mark.parametrize(
@@ -145,10 +138,10 @@ def work(tmp_path, *words):
 def test_a_lost_process_ends_the_others(victim, number, tmp_path):
     pod = work(tmp_path)
     until(lambda: len(list(tmp_path.iterdir())) == 2, pod)
-    survivor, seconds = survivor_of(pod, victim, number)
+    survivor, seconds = pods.survivor_of(pod, victim, number)
     assert seconds < 30
     if survivor.code == LOST_PEER:
-        (error,) = errors(survivor)
+        (error,) = pods.errors(survivor)
         assert f"process {victim} of 2 on host {HOST}" in error and "Traceback" not in survivor.err
     else:
         # JAX's coordination service goes with process 0: JAX's client aborts, unless the watch is faster.
@@ -157,17 +150,14 @@ def test_a_lost_process_ends_the_others(victim, number, tmp_path):
 
 def test_a_process_that_comes_back_too_early_ends_the_others_and_waits_for_them(tmp_path):
     """As a supervisor on its host does it, before the others have missed it."""
-    where = {"JAX_COORDINATOR_ADDRESS": f"localhost:{free_port()}", "JAX_NUM_PROCESSES": "2"}
+    where = {"JAX_COORDINATOR_ADDRESS": f"localhost:{pods.free_port()}", "JAX_NUM_PROCESSES": "2"}
     words = [*WORKER, "--distributed", "--mark", str(tmp_path), "--steps", "40"]
-
-    def start(index):
-        return start_one(words, 1, JAX_PROCESS_ID=str(index), **where)
-
+    start = lambda index: start_one(words, 1, JAX_PROCESS_ID=str(index), **where)  # noqa: E731
     pod = [start(0), start(1)]
     until(lambda: len(list(tmp_path.iterdir())) == 2, pod)
     pod[1].kill()
     back = start(1)
-    assert [ended.code != 0 for ended in finish_pod(pod, timeout=60)] == [True, True]
+    assert all(ended.code for ended in finish_pod(pod, timeout=60))
     assert [ended.code for ended in finish_pod([start(0), back])] == [0, 0]
 
 
@@ -177,7 +167,7 @@ def test_a_process_that_comes_back_too_early_ends_the_others_and_waits_for_them(
 def test_a_failed_process_takes_the_others_along(index, kind, mine, others, tmp_path):
     ended = finish_pod(work(tmp_path, "--fail", f"{index}:{kind}"))
     assert (ended[index].code, ended[1 - index].code) == (mine, others), ended
-    (line,) = errors(ended[1 - index])
+    (line,) = pods.errors(ended[1 - index])
     assert f"process {index} of 2 on host {HOST} ended: " in line
     assert ("Traceback" in ended[index].err) == (kind == "bug")
 

@@ -41,13 +41,12 @@ def line(folder, tmp_path_factory):
     """``line(stage, **changes) -> (spec, data, changes)`` for `tiny` and `words`."""
     data = write_digits(tmp_path_factory.getbasetemp() / "digits")
     teacher = make_workdir(folder / "teacher", "flow")
+    every = {"steps": STEPS, "log__checkpoint_every": EVERY, "log__sample_every": 1000}
+    students = {"teacher": str(teacher), "log__diagnostics_every": 10}
 
     def arguments(stage, **changes):
-        options = {"steps": STEPS, "log__checkpoint_every": EVERY, "log__sample_every": 1000}
-        if stage == "distill":
-            options |= {"teacher": str(teacher), "log__diagnostics_every": 10}
-        spec = "teacher" if stage == "flow" else "student"
-        return f"configs/digits.py:{spec},small", data, options | changes
+        spec, more = ("teacher", {}) if stage == "flow" else ("student", students)
+        return f"configs/digits.py:{spec},small", data, every | more | changes
 
     return arguments
 
