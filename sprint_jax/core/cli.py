@@ -105,13 +105,13 @@ def use_compilation_cache() -> None:
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
 
 
-def parse_size(text: str | None) -> tuple[int | None, int | None]:
+def parse_size(text: str | None, flag: str = "--size") -> tuple[int | None, int | None]:
     """Returns (height, width) of a ``--size HxW``, Nones where it is not given; else a UserError."""
     if text is None:
         return None, None
     match = re.fullmatch(r"(\d+)x(\d+)", text)
     if match is None:
-        raise UserError(f"--size {text} must be HEIGHTxWIDTH, such as 16x16", exit_code=2)
+        raise UserError(f"{flag} {text} must be HEIGHTxWIDTH, such as 16x16", exit_code=2)
     return int(match[1]), int(match[2])
 
 

@@ -67,7 +67,7 @@ def alone(folder, line):
     handler = signal.getsignal(signal.SIGTERM)
     for stage in STAGES:
         spec, data, options = line(stage, steps=LONGER, log__keep=10)
-        train.train(tiny(spec, data, **options), folder / f"alone_{stage}", [])
+        train.train(tiny(spec, data, **options), folder / f"alone_{stage}")
     signal.signal(signal.SIGTERM, handler)
     return {stage: folder / f"alone_{stage}" for stage in STAGES}
 
