@@ -48,7 +48,7 @@ def measure_shares(c, workdir: Path) -> dict:
     handler = signal.getsignal(signal.SIGTERM)
     try:
         with contextlib.redirect_stdout(sys.stderr):  # stdout is for the JSON lines
-            train.train(c, workdir, [])
+            train.train(c, workdir)
     finally:
         signal.signal(signal.SIGTERM, handler)  # `train` only remembers that it came
     # The first line fills queues, and the last has pictures and a checkpoint before it.

@@ -136,7 +136,8 @@ def parts(nets, c, state, batch, given):
         return state.replace(disc=disc_now, disc_opt_state=moments), {}
 
     def optimizer_and_ema():
-        return apply_gradients(nets.optimizer, c.ema_decay, state, t[0], gradients[0])
+        how = dict(ema_decay=c.ema_decay)
+        return apply_gradients(nets.optimizer, state, t[0], gradients[0], **how)
 
     return {
         FORWARD: (None, lambda: student(state.params, x0, t)),

@@ -24,7 +24,6 @@ from collections.abc import Iterator, Sequence
 from typing import ClassVar
 
 import numpy as np
-import sklearn.datasets
 import tensorflow_datasets as tfds
 
 from sprint_jax.core.errors import UserError
@@ -100,6 +99,8 @@ def strokes() -> tuple[np.ndarray, np.ndarray]:
 
     Source: scikit-learn's ``load_digits``, part of the installed package; nothing is downloaded.
     """
+    import sklearn.datasets  # here, because it takes longer to import than JAX
+
     data = sklearn.datasets.load_digits()
     return (data.images / 16).astype(np.float32), data.target
 

@@ -16,8 +16,6 @@ import numpy as np
 
 from ..core.errors import UserError
 from ..core.fingerprint import digest, fingerprint
-from ..digits.captions import vocabulary
-from ..digits.encoders import SpaceToDepth, WordEncoder, digits_parts
 from ..interop import hub
 from ..interop.diffusers import load_autoencoder
 from ..interop.gemma2 import load_text_encoder
@@ -93,6 +91,9 @@ def latent_size(c: Any) -> tuple[int, int]:
     """
     if c.data.source != "digits":
         return c.model.sample_size, c.model.sample_size
+    # Imported here, so that other models load without the digits world.
+    from ..digits.encoders import digits_parts
+
     autoencoder, _, (height, width) = digits_parts(c.data.world)
     return height // autoencoder.factor, width // autoencoder.factor
 
@@ -142,6 +143,9 @@ def _config_digest(module: Any) -> str:
 
 
 def _toy_encoders(sharding: jax.sharding.Sharding | None) -> Encoders:
+    from ..digits.captions import vocabulary
+    from ..digits.encoders import SpaceToDepth, WordEncoder
+
     autoencoder, text_encoder = SpaceToDepth(), WordEncoder()
     words = text_encoder.encode(vocabulary())
     factor = autoencoder.factor

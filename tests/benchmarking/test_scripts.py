@@ -119,7 +119,8 @@ def matmul_flops(jaxpr):
             total += 2 * size * math.prod(equation.invars[0].aval.shape[axis] for axis in axes)
         elif equation.primitive.name == "depthwise_convolve":
             total += 2 * 9 * size
-        inner = (getattr(value, "jaxpr", value) for value in equation.params.values())
+        values = jax.tree.leaves(equation.params, is_leaf=lambda value: hasattr(value, "eqns"))
+        inner = (getattr(value, "jaxpr", value) for value in values)
         total += sum(matmul_flops(each) for each in inner if hasattr(each, "eqns"))
     return total
 
