@@ -238,7 +238,7 @@ def test_plain_tfds_gives_random_access(data_dir):
 
 OPEN_TWICE = """
 import hashlib, sys
-from sprint_jax.data.digits import open_digits
+from sprint_jax.digits.scenes import open_digits
 source = open_digits(sys.argv[1], "small", "train")
 digest = hashlib.sha256()
 for i in range(len(source)):
