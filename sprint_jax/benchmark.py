@@ -17,8 +17,9 @@ import json
 import os
 from collections.abc import Callable
 
-from .benchmarking import inference_parts, measure
+from .benchmarking import measure
 from .benchmarking import torch_reference as reference
+from .benchmarking.parts import OF_PIPELINES, PARTS
 from .benchmarking.workloads import NETWORK, STUDENTS
 from .core import cli
 from .core.errors import UserError
@@ -32,10 +33,12 @@ def main(argv: list[str]) -> None:
         _use_cores(flags.threads)
     if flags.against:
         reference.import_torch().set_num_threads(len(os.sched_getaffinity(0)))
-    if flags.command == "sample":
-        flags.parts = flags.parts or inference_parts.possible(flags.model)
-        if missing := set(flags.parts) - set(inference_parts.possible(flags.model)):
-            raise UserError(f"--parts {min(missing)} needs --model, a pipeline folder", exit_code=2)
+    possible = [part for part in PARTS if flags.model or part not in OF_PIPELINES]
+    flags.parts = flags.parts or possible
+    if missing := set(flags.parts) - set(possible):
+        raise UserError(f"--parts {min(missing)} needs --model, a pipeline folder", exit_code=2)
+    if flags.command != "sample":
+        flags.workloads = {name: name for name in flags.only}
     command = " ".join(["python -m sprint_jax.benchmark", *argv])
     with open(flags.out or os.devnull, "a", encoding="utf-8") as file:
         for line in measure.lines(flags, command):
@@ -59,6 +62,7 @@ def _parser() -> cli.Parser:
         add("--threads", type=_count, metavar="T", help="cores to use (default: all there are)")
         add("--stacked", action="store_true", help="blocks' weights on one axis, blocks in a scan")
         add("--out", metavar="FILE", help="JSON lines are added to this file")
+        add("--batch", type=_counts, metavar="B,...", help="pictures at once (1; sample: 1,10)")
     for command in (sample, train):
         add = command.add_argument
         add("--rounds", type=_count, default=25, metavar="N", help="turns of each arm (default 25)")
@@ -66,16 +70,17 @@ def _parser() -> cli.Parser:
     for command in (train, parity):
         add = command.add_argument
         add("--image", default="512x512", metavar="HxW", help="default 512x512")
-        add("--batch", type=_count, default=1, metavar="B", help="pictures at once (default 1)")
         add("--only", type=_names(NETWORK), default=NETWORK, help=f"some of {','.join(NETWORK)}")
-    add, parts = sample.add_argument, inference_parts.PARTS
+        command.set_defaults(batch=(1,), model=None, dtype="float32", parts=("transformer",))
+    parity.set_defaults(rounds=None, no_compile=True)
+    sample.set_defaults(batch=(1, 10), workloads={"transformer": "forward"})
+    add = sample.add_argument
     add("--model", metavar="DIR", help="a pipeline folder instead of random weights")
     add("--image", default="1024x1024", metavar="HxW", help="default 1024x1024")
-    add("--batch", type=_counts, default=(1, 10), metavar="B,...", help="pictures at once (1,10)")
     add("--steps", type=_counts, default=(1, 2, 4), metavar="S,...", help="of the whole (1,2,4)")
     add("--dtype", choices=tuple(measure.TOLERANCE), default="float32", help="default float32")
-    some = f"some of {','.join(parts)}; text and whole need --model"
-    add("--parts", type=_names(parts), help=some)
+    some = f"some of {','.join(PARTS)}; {' and '.join(sorted(OF_PIPELINES))} need --model"
+    add("--parts", type=_names(PARTS), help=some)
     return parser
 
 

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
+import numpy as np
 
 WARM_CALLS = 3
 FOREIGN_LIMIT = 0.12
@@ -34,43 +35,30 @@ class Round(NamedTuple):
     foreign: float | None
 
 
-class ForeignLoad:
-    """The share of this process's cores that other processes, or the host of a virtual machine, take.
+def processor_times(stat: Path = Path("/proc/stat")) -> np.ndarray | None:
+    """Returns seconds that this process's cores were busy, passed, and worked for it: [3], or None.
 
-    Made from ``/proc/stat``; where there is none, `share` is None.
+    A core is busy for other processes, or the host of a virtual machine, too.
     """
+    try:
+        lines = stat.read_text().splitlines()
+    except OSError:
+        return None
+    ours = {f"cpu{core}" for core in os.sched_getaffinity(0)}
+    rows = [line.split() for line in lines if line.startswith("cpu")]
+    # The first eight columns: time of guests is in two of them.
+    counts = np.array([row[1:9] for row in rows if row[0] in ours], float)
+    busy = counts.sum() - counts[:, 3:5].sum()  # idle, waiting for a disk
+    rate = os.sysconf("SC_CLK_TCK")
+    return np.array([busy / rate, counts.sum() / rate, time.process_time()])
 
-    def __init__(self, stat: Path = Path("/proc/stat")):
-        self._stat = stat
-        self.start()
 
-    def start(self) -> None:
-        """Begins the span that the next `share` is of."""
-        self._began = self._read()
-
-    def share(self) -> float | None:
-        """Foreign busy time over all time of our cores since `start`."""
-        ended = self._read()
-        if ended is None or self._began is None:
-            return None
-        busy, total, own = (b - a for a, b in zip(self._began, ended, strict=True))
-        return max(0.0, (busy - own) / total) if total > 0 else 0.0
-
-    def _read(self) -> tuple[float, float, float] | None:
-        """Seconds busy, seconds at all, and of our own, summed over our cores."""
-        try:
-            lines = self._stat.read_text().splitlines()
-        except OSError:
-            return None
-        ours = {f"cpu{core}" for core in os.sched_getaffinity(0)}
-        busy = total = 0.0
-        for name, *counts in (line.split() for line in lines if line.startswith("cpu")):
-            if name in ours:
-                ticks = [int(count) for count in counts[:8]]  # guests are in the first two
-                total += sum(ticks)
-                busy += sum(ticks) - ticks[3] - ticks[4]  # idle, waiting for a disk
-        rate = os.sysconf("SC_CLK_TCK")
-        return busy / rate, total / rate, time.process_time()
+def foreign_share(before: np.ndarray | None, after: np.ndarray | None) -> float | None:
+    """Returns the share of our cores that others took between two `processor_times`; None without them."""
+    if before is None or after is None:
+        return None
+    busy, passed, own = after - before
+    return max(0.0, (busy - own) / passed) if passed > 0 else 0.0
 
 
 def header(command: str, **more: Any) -> dict[str, Any]:
@@ -115,14 +103,14 @@ def paired_rounds(
     rounds: int,
     *,
     clock: Callable[[], float] = time.perf_counter,
-    load: ForeignLoad | None = None,
+    load: Callable[[], np.ndarray | None] = processor_times,
 ) -> list[Round]:
     """Times arms in turns; a turn is one call that does not count and then enough that do.
 
     Args:
       arms: calls that return when their work is done.
       rounds: how many turns each arm gets.
-      clock: seconds; load: meter of foreign load. Both for tests.
+      clock: gives seconds; load: see `processor_times`.
     """
     calls = {}
     for name, call in arms.items():
@@ -131,18 +119,16 @@ def paired_rounds(
             call()
             seconds = clock() - began
         calls[name] = max(1, round(TURN_SECONDS / max(seconds, 1e-6)))
-    load = load or ForeignLoad()
     taken = []
     for _ in range(rounds):
-        load.start()
-        ms = {}
+        before, ms = load(), {}
         for name, call in arms.items():
             call()
             began = clock()
             for _ in range(calls[name]):
                 call()
             ms[name] = 1e3 * (clock() - began) / calls[name]
-        taken.append(Round(ms, load.share()))
+        taken.append(Round(ms, foreign_share(before, load())))
     return taken
 
 

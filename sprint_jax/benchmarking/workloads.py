@@ -1,4 +1,4 @@
-"""The workloads of benchmarks: a network called in four ways, on inputs of random numbers."""
+"""Workloads of a network: forward pass, JVP, gradient and sCM branch, on random inputs."""
 
 from collections.abc import Callable
 
@@ -13,17 +13,13 @@ from ..trigflow import expand
 
 FACTOR = 32  # pixels per latent, each way
 TEXT_TOKENS = 300
-NETWORK = ("forward", "jvp", "backward", "scm")
+NETWORK = ("forward", "jvp", "backward", "scm")  # names of `network_calls`
 
 # Narrow and shallow students for CPUs, beside the published ones.
 STUDENTS = {
     "tiny": SIZES["600m"]
-    | dict(
-        num_attention_heads=8,
-        num_layers=4,
-        num_cross_attention_heads=4,
-        cross_attention_head_dim=64,
-    ),
+    | dict(num_layers=4, num_attention_heads=8)
+    | dict(num_cross_attention_heads=4, cross_attention_head_dim=64),
     "mid": SIZES["600m"] | dict(num_layers=7),
     "600m": SIZES["600m"],
     "1600m": SIZES["1600m"],
@@ -31,15 +27,11 @@ STUDENTS = {
 
 
 def network_inputs(fields: dict, batch: int, height: int, width: int) -> dict[str, np.ndarray]:
-    """Returns random inputs of a student; float32, the mask int32.
-
-    Args:
-      fields: of SanaTransformer, with ``guidance_embeds``.
-      height, width: of the picture, in pixels.
+    """Draws inputs of a student for pictures of ``height x width`` pixels.
 
     Returns:
-      'x', 'dx', 'target' [B, h, w, C], 't', 'dt', 'guidance' [B], 'text' [B, L, caption_channels] and
-      'mask' [B, L], which hides the last tenth.
+      'x', 'dx', 'target' [B, h, w, C], 't', 'dt', 'guidance' [B], 'text' [B, L, caption_channels], float32;
+      'mask' [B, L] int32, which hides the last tenth.
 
     Raises:
       UserError: a side is not a multiple of 32.
@@ -94,15 +86,15 @@ def network_calls(model: SanaTransformer) -> dict[str, Callable]:
         )[0]
 
     backward, scm = jax.value_and_grad(distance), jax.value_and_grad(consistency)
-    return dict(zip(NETWORK, (forward, jvp, backward, scm), strict=True))
+    return {"forward": forward, "jvp": jvp, "backward": backward, "scm": scm}
 
 
-def random_params(model: SanaTransformer, inputs: dict) -> dict:
+def random_params(model: SanaTransformer, inputs: dict, dtype: str = "float32") -> dict:
     """Draws parameters that are nowhere zero, as those of layers that start at zero would be."""
     arrays = (inputs[key] for key in ("x", "t", "text", "mask", "guidance"))
     keys = jax.random.split(jax.random.key(0))
     params = jax.jit(model.init)(keys[0], *arrays)["params"]
     leaves, tree = jax.tree.flatten(params)
     keys = jax.random.split(keys[1], len(leaves))
-    noise = [0.02 * jax.random.normal(k, a.shape) for k, a in zip(keys, leaves, strict=True)]
-    return jax.tree.map(jnp.add, params, jax.tree.unflatten(tree, noise))
+    noisy = [a + 0.02 * jax.random.normal(k, a.shape) for k, a in zip(keys, leaves, strict=True)]
+    return jax.tree.unflatten(tree, [leaf.astype(dtype) for leaf in noisy])

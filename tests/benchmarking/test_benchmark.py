@@ -1,7 +1,6 @@
-"""The command that times networks: its rounds, ratios and lines. Milliseconds are not judged."""
+"""Tests of the command that times networks: rounds, ratios and lines. Milliseconds are not judged."""
 
 import json
-import os
 import sys
 
 import jax
@@ -10,19 +9,14 @@ import pytest
 from helpers.runs import quick_compilation
 
 from sprint_jax import benchmark
-from sprint_jax.benchmarking import inference_parts, timing, workloads
+from sprint_jax.benchmarking import parts, timing, workloads
 from sprint_jax.core.errors import UserError
 from sprint_jax.models import blocks
 from sprint_jax.models.dc_ae import AutoencoderDC
 
 # One narrow block: the command's paths, compiled in a second or two.
-SMALL = workloads.STUDENTS["tiny"] | dict(
-    num_attention_heads=2,
-    num_layers=1,
-    num_cross_attention_heads=2,
-    cross_attention_head_dim=32,
-    caption_channels=16,
-)
+SMALL = workloads.STUDENTS["tiny"] | dict(num_layers=1, num_attention_heads=2, caption_channels=16)
+SMALL |= dict(num_cross_attention_heads=2, cross_attention_head_dim=32)
 
 TINY_DECODER = AutoencoderDC(
     decoder_block_out_channels=(32, 32),
@@ -31,16 +25,6 @@ TINY_DECODER = AutoencoderDC(
     decoder_layers_per_block=(1, 1),
     decoder_qkv_multiscales=((), (5,)),
 )
-
-
-class Load:
-    """A meter of foreign load that reads what it is given."""
-
-    def __init__(self, shares):
-        self.share = iter(shares).__next__
-
-    def start(self):
-        pass
 
 
 def test_arms_take_turns_after_warm_calls_and_one_that_does_not_count():
@@ -58,10 +42,12 @@ def test_arms_take_turns_after_warm_calls_and_one_that_does_not_count():
 
     # Three warm calls, then per turn one that does not count and as many as fill a turn.
     arms = {"a": arm("a", 5, 5, 0.1, 7, 0.2), "b": arm("b", 9, 9, 0.3, 8, 0.6)}
-    rounds = timing.paired_rounds(arms, 2, clock=lambda: now[0], load=Load([0.0, 0.05]))
+    times = np.array([[0, 0, 0], [0.5, 1, 0.5], [1, 2, 1], [1.55, 3, 1.5]])  # busy, passed, own
+    load = iter(times).__next__
+    rounds = timing.paired_rounds(arms, 2, clock=lambda: now[0], load=load)
     turn = ["a"] * 3 + ["b"] * 2
     assert log == ["a"] * 3 + ["b"] * 3 + turn + turn
-    assert [each.foreign for each in rounds] == [0.0, 0.05]
+    assert [each.foreign for each in rounds] == pytest.approx([0.0, 0.05])
     for each in rounds:
         assert each.ms == pytest.approx({"a": 200, "b": 600})
 
@@ -86,27 +72,25 @@ def test_rounds_without_numbers(tmp_path):
     summary = timing.summarize([timing.Round({"ours": 1, "theirs": 4}, 0.5)], "ours")
     assert (summary["rounds"], summary["dropped"]) == (0, 1)  # none is clean
     assert summary["ms"] == summary["ratio"] == {}
-    assert timing.ForeignLoad(tmp_path / "none").share() is None
+    none = timing.processor_times(tmp_path / "none")
+    assert none is None and timing.foreign_share(none, none) is None
     summary = timing.summarize([timing.Round({"ours": 2.0}, None)], "ours")
     assert summary["foreign"] == "not recorded" and summary["rounds"] == 1
 
 
-@pytest.mark.skipif(not hasattr(os, "sched_getaffinity"), reason="cores are counted on Linux alone")
 def test_foreign_load_is_what_our_cores_did_without_us(tmp_path, monkeypatch):
     monkeypatch.setattr(timing.os, "sched_getaffinity", lambda _: {0, 2})
     monkeypatch.setattr(timing.os, "sysconf", lambda _: 100)
-    own = iter([10.0, 11.0])
-    monkeypatch.setattr(timing.time, "process_time", lambda: next(own))
+    monkeypatch.setattr(timing.time, "process_time", iter([10.0, 11.0]).__next__)
     stat = tmp_path / "stat"
     # user nice system idle iowait irq softirq steal guest guest_nice
     line = "cpu{} {} 0 0 {} {} 0 0 {} 9 9\n".format
     stat.write_text("cpu 7 7\n" + line(0, 0, 0, 0, 0) + line(1, 0, 0, 0, 0) + line(2, 5, 5, 5, 5))
-    load = timing.ForeignLoad(stat)
+    before = timing.processor_times(stat)
     # Core 0: 1.2 s busy and 0.8 s not; core 2: 0.3 s of it stolen, 1.7 s not; core 1 is not ours.
-    stat.write_text(
-        "cpu 9 9\n" + line(0, 120, 50, 30, 0) + line(1, 9, 0, 0, 0) + line(2, 5, 175, 5, 35)
-    )
-    assert load.share() == pytest.approx((1.2 + 0.3 - 1.0) / 4)
+    stat.write_text(line(0, 120, 50, 30, 0) + line(1, 9, 0, 0, 0) + line(2, 5, 175, 5, 35))
+    share = timing.foreign_share(before, timing.processor_times(stat))
+    assert share == pytest.approx((1.2 + 0.3 - 1.0) / 4)
 
 
 @pytest.fixture
@@ -146,7 +130,7 @@ def test_workloads_agree_with_one_another():
 
 
 def test_sample_times_transformer_and_decoder(small, tmp_path, monkeypatch):
-    monkeypatch.setattr(inference_parts, "AutoencoderDC", lambda: TINY_DECODER)
+    monkeypatch.setattr(parts, "AutoencoderDC", lambda: TINY_DECODER)
     out = tmp_path / "out.jsonl"
     words = ["sample", "--image=32x64", "--batch=1,2", "--rounds=1", f"--out={out}"]
     benchmark.main(words)
