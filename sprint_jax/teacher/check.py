@@ -35,7 +35,7 @@ PANELS = {
 def check_teacher(
     c: Config, model: str, before: str | None, out: Path, count: int, batch_size: int
 ) -> list[Check]:
-    """Measures and judges a teacher; writes report.json, curves.png and, samples.png.
+    """Measures and judges a teacher; writes report.json, curves.png and samples.png.
 
     Args:
       c: config of the data, of sigma_d, guidance, shift and of the networks' dtype.
@@ -61,9 +61,7 @@ def check_teacher(
     out.mkdir(parents=True, exist_ok=True)
     write_json_atomic(out / "report.json", without_nan(report))
     _draw_curves(out / "curves.png", found)
-    if (
-        pictures
-    ):  # a column for held-out pictures and one for each teacher; a row's prompt is the same
+    if pictures:  # a column for held-out pictures and one for each teacher, a row for each prompt
         rows = [[Cell(image) for image in row] for row in zip(*pictures.values(), strict=True)]
         draw_sheet(rows, titles=list(pictures)).save(out / "samples.png")
     return checks
@@ -102,14 +100,12 @@ def _measure_all(
     found, drawn = {}, {"held out": held["latents"][pieces[0]]}
     with Progress(setting.calls * len(paths)) as progress:
         ticks = itertools.count(1)
-
-        def tick():
-            progress.update(next(ticks))
-
         for name, weights in sources.items():
             params, _ = weights.load(lambda tree: state_shardings(mesh, tree))
             params.pop("logvar_linear", None)
-            found[name], drawn[name] = measure(models[name], params, setting, tick)
+            found[name], drawn[name] = measure(
+                models[name], params, setting, lambda: progress.update(next(ticks))
+            )
     if data.decode is None:
         return found, {}
     shown = {name: np.nan_to_num(latents[:SHEET_ROWS]) for name, latents in drawn.items()}

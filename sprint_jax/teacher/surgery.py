@@ -18,21 +18,10 @@ from ..models.sana import from_fields
 Tree = Any
 
 # Fields that decide the shapes or the meaning of parameters: surgery cannot change them.
-FIXED = (
-    "in_channels",
-    "out_channels",
-    "num_attention_heads",
-    "attention_head_dim",
-    "num_cross_attention_heads",
-    "cross_attention_head_dim",
-    "caption_channels",
-    "mlp_ratio",
-    "patch_size",
-    "attention_bias",
-    "interpolation_scale",
-)
-# Steeper units fit better, but their size makes the second layer's gradient a large part of the whole: 5 times
-# the rest at 24, half of it at 4.
+FIXED = ("in_channels", "out_channels", "num_attention_heads", "attention_head_dim", "patch_size")
+FIXED += ("num_cross_attention_heads", "cross_attention_head_dim", "caption_channels")
+FIXED += ("mlp_ratio", "attention_bias", "interpolation_scale")
+# Steeper units fit better, but make the second layer's gradient larger than all the rest.
 SLOPE = 4.0  # of a fitted time embedding's hidden units, per whole range of flow times
 RIDGE = 1e-3  # of the fit, relative to the mean square of the hidden units; keeps its weights small
 
@@ -97,10 +86,6 @@ def operate(
 def insert_qk_norm(params: Tree) -> Tree:
     """Adds RMS norms of queries and keys to both attentions of every block, all weights 1.
 
-    Weights that keep the size of cross-attention's logits on data were tried and are no better: of a digits
-    teacher halfway, the flow loss went from 0.3765 to 0.3782 with ones and to 0.3795 with those.
-    (Self-attention does not see a common factor of queries or keys: it cancels.)
-
     Args:
       params: of a SanaTransformer without QK norm; blocks stacked.
     """
@@ -129,13 +114,11 @@ def fit_time_embedding(
 ) -> tuple[Tree, float]:
     """Fits the time embedding for another ``timestep_scale`` to the old one's outputs.
 
-    The published way keeps the old weights and lets training mend them. Here the first layer is laid out
-    anew: every hidden unit is ``silu(SLOPE (s(t) - c_j))``, where ``s`` is the channel of the sinusoid most
-    like the flow time itself, scaled to [0, 1], and the knots ``c_j`` lie over [0, 1]; together they are a
-    smooth basis of functions of time. The second layer is fitted by ridge regression on equally spaced
-    times, in float64. Wiggles of the old embedding that are finer than the units are lost, as a small
-    derivative by time asks for. On digits (benchmarks/ablation.py) the flow loss, 0.352, became 1.228 with
-    the old weights and 0.358 with fitted ones; after 180 steps it was 0.417 and 0.353.
+    The published way keeps the old weights and lets training mend them; docs/teachers.md compares the two.
+    Here the first layer is laid out anew: every hidden unit is ``silu(SLOPE (s(t) - c_j))``, where ``s`` is
+    the channel of the sinusoid most like the flow time itself, scaled to [0, 1], and the knots ``c_j`` lie over
+    [0, 1]. The second layer is fitted by ridge regression on equally spaced times, in float64. What is finer
+    than the units is lost, as a small derivative by time asks for.
 
     Args:
       params: of a SanaTransformer.

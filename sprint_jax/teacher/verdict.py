@@ -1,66 +1,41 @@
 """The verdict on a teacher: limits on its measurements, and advice for each that is exceeded.
 
-All limits are relative, so that they mean the same for other sizes, latents and resolutions:
-
-* ``finite``: no value may be NaN or infinite.
-* ``lossless``: Prop. 3.1 is exact; in float32 rounding leaves 1e-5 or less, and 20 steps of a sampler ten times
-  that. More means that the network reacts to its inputs' last bits.
-* ``learnt``: a network whose flow loss is not below 0.9 of that of the best multiple of its input has learnt
-  nothing that a student could be taught (digits teachers reach 0.24).
-* ``kept``: with a teacher from before, the loss may be 1.1 of that one's, and in no bin of time 1.25.
-* ``tangent``: the tangent is the network's own change along the trajectory, less ``cos t sin t x_t``, which is
-  at most half of sigma_d. One as long as ``sigma_d F`` itself, in any bin, is mostly derivative by time.
-* ``bend``: the jvp is to agree with a central difference of relative step 0.005 to 5 %. Where it does not, the
-  network bends within a step that training never resolves, and its derivative says nothing about the next.
-* ``bfloat16``: the tangent is to survive bfloat16 matmuls to 20 %.
-* ``gradient``: no bin may have more than 10 times the median bin's gradient, which would then be all that a
-  clipped step sees.
-* ``samples``: the spread of 20-step samples is to be within a factor of 2 of the data's.
-
-On digits (docs/teachers.md), teachers with the dense time embedding had a tangent of 0.49 and a bend of 0.007
-to 0.009, those with times 0..1000 had 1.13 and 0.21, and only the former gave good students: the two limits lie
-between. No digits teacher came near the other limits: ``bfloat16`` 0.04 to 0.06, ``gradient`` 2.0 to 2.8,
-``samples`` 1.03, ``learnt`` 0.23, ``lossless`` 1e-6.
+All limits are relative, so that they mean the same for other sizes, latents and resolutions. On digits
+(docs/teachers.md), teachers with the dense time embedding had a tangent of 0.49 and a bend of 0.007 to 0.009,
+those with times 0..1000 had 1.13 and 0.21, and only the former gave good students: these limits lie between.
+No digits teacher came near the others: ``bfloat16`` 0.04 to 0.06, ``gradient`` 2.0 to 2.8, ``samples`` 1.03,
+``learnt`` 0.23, ``lossless`` 1e-6.
 """
 
 import math
+from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 import numpy as np
 
+_DENSE = "use the dense time embedding, timestep_scale 0.001"
 # Name: the limit, the number that it limits, and the advice if that is larger.
 CHECKS = {
-    "finite": (
-        0.0,
-        "numbers that are not finite",
-        "the weights are damaged or overflow: load others",
-    ),
-    "lossless": (
-        1e-4,
-        "relative error of the TrigFlow transform",
-        "use the dense time embedding, timestep_scale 0.001",
-    ),
+    "finite": (0.0, "numbers that are not finite", "the weights are damaged: load others"),
+    # Prop. 3.1 is exact: more than rounding means that the network reacts to its inputs' last bits.
+    "lossless": (1e-4, "relative error of the TrigFlow transform", _DENSE),
     "learnt": (
         0.9,
         "flow loss over that of the best linear guess",
         "train it longer, or check that data and latent scaling are those it was trained on",
     ),
+    # Of all times; 1.25 in any bin of time.
     "kept": (1.1, "flow loss over that from before", "fine-tune it longer"),
-    "tangent": (
-        1.0,
-        "largest tangent over sigma_d F",
-        "use the dense time embedding, and fine-tune longer",
-    ),
-    "bend": (
-        0.05,
-        "largest difference of derivative and central difference",
-        "use the dense time embedding, timestep_scale 0.001",
-    ),
+    # The network's own change along the trajectory is at most half of sigma_d: the rest is derivative by time.
+    "tangent": (1.0, "largest tangent over sigma_d F", f"{_DENSE}, and fine-tune longer"),
+    # Central difference of relative step 0.005: training never resolves what bends within it.
+    "bend": (0.05, "largest difference of derivative and central difference", _DENSE),
     "bfloat16": (
         0.2,
         "largest error of the tangent in bfloat16",
         "use QK norm and the dense time embedding, or config.scm.jvp_dtype=float32",
     ),
+    # A bin above it would be all that a clipped step sees.
     "gradient": (
         10.0,
         "largest gradient over the median bin's",
@@ -101,7 +76,7 @@ def judge(found: dict[str, Any], before: dict[str, Any] | None = None) -> list[C
     spread = found["samples"]["deviation"]
     values = {
         "finite": broken + 1.0 - found["samples"]["finite"],
-        "lossless": _worst([transform["velocity"], transform["x0"], transform["samples"] / 10]),
+        "lossless": _worst(transform.values()),
         "learnt": flow["mean"] / flow["linear_mean"],
         "tangent": _worst(tangent["size"]),
         "bend": _worst(tangent["bend"]),
@@ -117,6 +92,6 @@ def judge(found: dict[str, Any], before: dict[str, Any] | None = None) -> list[C
     return [Check(name, values[name], *CHECKS[name]) for name in CHECKS if name in values]
 
 
-def _worst(values: list[float]) -> float:
+def _worst(values: Iterable[float]) -> float:
     """Returns the largest, or infinity where one is not a number."""
     return max(x if math.isfinite(x) else math.inf for x in values)

@@ -1,6 +1,5 @@
 """Measurements of a teacher, and the verdict on them."""
 
-import copy
 import functools
 
 import jax
@@ -47,7 +46,6 @@ def failed(found, before=None) -> set[str]:
 
 def test_a_healthy_teacher_passes_all_but_what_it_did_not_learn(found):
     assert failed(found) <= {"learnt", "samples"}
-    assert set(found["transform"]) == {"velocity", "x0", "samples"}
     assert max(found["transform"].values()) < 2e-5
 
 
@@ -111,7 +109,7 @@ def test_weights_that_are_not_finite_fail_most_checks(small, setting):
 def good() -> dict:
     tangent = {"size": 0.3, "gradient": 1.0, "bend": 0.01, "bfloat16": 0.03, "nonfinite": 0.0}
     return {
-        "transform": {"velocity": 1e-6, "x0": 1e-6, "samples": 1e-5},
+        "transform": {"velocity": 1e-6, "x0": 1e-6},
         "flow": {"loss": [0.3] * 8, "linear": [1.0] * 8, "mean": 0.3, "linear_mean": 1.0},
         "tangent": {name: [value] * 8 for name, value in tangent.items()},
         "samples": {"finite": 1.0, "deviation": 1.0},
@@ -135,6 +133,6 @@ def good() -> dict:
 )
 def test_each_number_beyond_its_limit_fails_its_own_check(group, key, value, names):
     assert failed(good(), good()) == set()
-    bad = copy.deepcopy(good())
+    bad = good()
     bad[group][key] = value
     assert failed(bad, good()) == names
