@@ -54,7 +54,7 @@ def train(c: Config, workdir: Path, peers=None) -> None:
     nets = setup.build_nets(c, mesh)
     data = feed.open_data(c, mesh, workdir)
     frozen, origin = setup.load_frozen(c, data, mesh)
-    to_devices = functools.partial(sharding.to_devices, mesh, batch_size=c.data.batch_size)
+    to_devices = functools.partial(sharding.to_devices, mesh)
     shapes = [sharding.place_shapes(batch, sharding.batch_sharding(mesh)) for batch in data.shapes]
     data.batches(0)  # what is wrong with the data is said before anything is compiled
     state = setup.init_state(c, nets, shapes[0], frozen, mesh)

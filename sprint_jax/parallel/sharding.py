@@ -8,7 +8,8 @@ propagates shardings through any Linen module; `jax.make_mesh` defaults to Expli
 Linen's Dense raises.
 """
 
-from collections.abc import Callable, Sequence
+import math
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -71,7 +72,7 @@ def _fill(sizes: dict[str, int], count: int, what: str) -> tuple[int, ...]:
     """Returns the sizes with -1 replaced; raises UserError unless their product is ``count``."""
     unknown = [name for name, size in sizes.items() if size == -1]
     wrong = [name for name, size in sizes.items() if size < 1 and size != -1]
-    known = int(np.prod([size for size in sizes.values() if size > 0]))
+    known = math.prod(size for size in sizes.values() if size > 0)
     wanted = f"mesh {' x '.join(f'{name}={size}' for name, size in sizes.items())}"
     if wrong:
         raise UserError(f"{wanted}: {wrong[0]} must be at least 1, or -1 for what is left", 2)
@@ -79,10 +80,8 @@ def _fill(sizes: dict[str, int], count: int, what: str) -> tuple[int, ...]:
         raise UserError(f"{wanted}: only one of {' and '.join(unknown)} may be -1", 2)
     if count % known or not (unknown or known == count):
         # The axis at which the product stops dividing, or the one to fill up with.
-        products = dict(
-            zip(sizes, np.cumprod([max(size, 1) for size in sizes.values()]), strict=True)
-        )
-        at = next((name for name, product in products.items() if count % product), None)
+        products = np.cumprod([max(size, 1) for size in sizes.values()])
+        at = next((n for n, product in zip(sizes, products, strict=True) if count % product), None)
         hint = f"{at} does not fit" if at else f"set {next(iter(sizes))}=-1 to use all of them"
         raise UserError(f"{wanted} does not cover {count} {what}: {hint}", 2)
     return tuple(count // known if size == -1 else size for size in sizes.values())
@@ -114,18 +113,19 @@ def state_shardings(mesh: Mesh, state: Tree) -> Tree:
     Args:
       state: pytree of arrays or ShapeDtypeStructs.
     """
-    return _by_rule(mesh, state, _at_rest)
+    sizes = _sizes(mesh)
+    return jax.tree_util.tree_map_with_path(
+        lambda path, leaf: NamedSharding(mesh, _at_rest(_names(path), leaf.shape, sizes)), state
+    )
 
 
 def _names(path) -> list[str]:
     return [str(getattr(entry, "key", getattr(entry, "name", ""))) for entry in path]
 
 
-def _by_rule(mesh: Mesh, tree: Tree, rule: Callable) -> Tree:
-    sizes = {axis: size for axis, size in mesh.shape.items() if size > 1}
-    return jax.tree_util.tree_map_with_path(
-        lambda path, leaf: NamedSharding(mesh, rule(_names(path), leaf.shape, sizes)), tree
-    )
+def _sizes(mesh: Mesh) -> dict[str, int]:
+    """Returns the sizes of the axes that have more than one device."""
+    return {axis: size for axis, size in mesh.shape.items() if size > 1}
 
 
 def _split_axis(names: Sequence[str], rank: int) -> int | None:
@@ -138,13 +138,7 @@ def _split_axis(names: Sequence[str], rank: int) -> int | None:
 
 
 def _at_rest(names: Sequence[str], shape: tuple[int, ...], sizes: dict[str, int]) -> PartitionSpec:
-    """Applies the rule of `state_shardings` to one leaf.
-
-    Args:
-      names: keys on the way to it, such as ``["transformer_blocks", "ff", "conv_point", "kernel"]``.
-      shape: of the leaf.
-      sizes: of the mesh axes that have more than one device.
-    """
+    """Applies the rule of `state_shardings` to one leaf; ``names`` are the keys on the way to it."""
     rank = len(shape)
     first = 1 if "transformer_blocks" in names else 0
     free = list(range(max(first, rank - 2), rank)) if np.prod(shape) >= SMALLEST else []
@@ -204,7 +198,7 @@ class Partition(NamedTuple):
         last axis of a GLU's first layers, [values | gates], is regrouped into ``ways`` parts that
         hold values and gates of the same channels, so that no product crosses devices.
         """
-        sizes = {axis: size for axis, size in self.mesh.shape.items() if size > 1}
+        sizes = _sizes(self.mesh)
 
         def move(path, leaf):
             names = _names(path)
@@ -257,27 +251,6 @@ def local_rows(mesh: Mesh, batch_size: int) -> np.ndarray:
     return np.asarray(sorted(rows))
 
 
-def to_devices(
-    mesh: Mesh, batch: dict[str, np.ndarray], batch_size: int | None = None
-) -> dict[str, jax.Array]:
-    """Makes global arrays, split over the devices, from this host's rows of a batch (`local_rows`).
-
-    Args:
-      batch: arrays whose leading axis is the local rows in increasing order.
-      batch_size: of the global batch; by default that of one process.
-    """
-    sharding = batch_sharding(mesh)
-    rows = len(next(iter(batch.values())))
-    batch_size = rows if batch_size is None else batch_size
-    position = {int(row): i for i, row in enumerate(local_rows(mesh, batch_size))}
-
-    def place(array: np.ndarray) -> jax.Array:
-        shape = (batch_size, *array.shape[1:])
-        parts = []
-        for device, index in sharding.addressable_devices_indices_map(shape).items():
-            start, stop, _ = index[0].indices(batch_size)
-            rows = array[position[start] : position[stop - 1] + 1]
-            parts.append(jax.device_put(rows, device))  # an explicit transfer: guards let it pass
-        return jax.make_array_from_single_device_arrays(shape, sharding, parts)
-
-    return {name: place(array) for name, array in batch.items()}
+def to_devices(mesh: Mesh, batch: dict[str, np.ndarray]) -> dict[str, jax.Array]:
+    """Makes global arrays, split over the devices, from this host's rows of a batch (`local_rows`)."""
+    return jax.make_array_from_process_local_data(batch_sharding(mesh), batch)
