@@ -13,8 +13,9 @@ import numpy as np
 
 from ..core.config import Config
 from ..core.errors import UserError
+from ..digits.dataset import open_digits
 from ..digits.encoders import digits_parts
-from ..digits.scenes import held_out_prompts, open_digits
+from ..digits.scenes import held_out_prompts
 from ..encoders.load import Encoders, encode_captions, latent_size, load_encoders
 from ..parallel.sharding import local_rows, make_mesh, same_everywhere
 from .buckets import check_factor, choose_sizes

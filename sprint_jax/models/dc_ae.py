@@ -1,9 +1,8 @@
 """DC-AE: the deep-compression autoencoder of SANA; pixels [B,H,W,3] to latents [B,H/32,W/32,32] and back.
 
-Convolutional stages at high resolution, stages of linear attention at low, and shortcuts that only
-move pixels into channels and back (arXiv 2410.10733). Checked against the forward pass of diffusers'
-AutoencoderDC, whose config fields and weight names these are (`interop.dc_ae`). Both networks are
-deterministic.
+Stages at high resolution are convolutional, those at low resolution have linear attention, and
+shortcuts only move pixels into channels and back (arXiv 2410.10733). Config fields and weight names are
+those of diffusers' AutoencoderDC (`interop.dc_ae`), with which the forward pass is compared.
 """
 
 import dataclasses
@@ -11,6 +10,7 @@ import functools
 from collections.abc import Callable
 from typing import Any
 
+import chex
 import jax
 import jax.numpy as jnp
 from einops import rearrange
@@ -54,10 +54,9 @@ class MultiscaleLinearAttention(nn.Module):
 
     @nn.compact
     def __call__(self, x: Array) -> Array:
-        d = x.shape[-1]
 
-        def project(name, features=d):
-            return Linear(features, use_bias=False, dtype=self.dtype, name=name)
+        def project(name):
+            return Linear(x.shape[-1], use_bias=False, dtype=self.dtype, name=name)
 
         qkv = jnp.concatenate([project(name)(x) for name in ("to_q", "to_k", "to_v")], axis=-1)
         maps = [qkv]
@@ -146,7 +145,7 @@ def per_stage(value, i: int):
 
 
 def make_block(c: "AutoencoderDC", block_types, scales, i: int, activation: str) -> Callable:
-    """The block class of stage ``i``, bound to its fields: ``block(dtype, name=...)``."""
+    """Returns the block class of stage ``i`` with its fields: ``block(dtype, name=...)``."""
     if per_stage(block_types, i) == "ResBlock":
         return functools.partial(ResBlock, activation)
     return functools.partial(EfficientViTBlock, c.attention_head_dim, tuple(scales[i]))
@@ -286,6 +285,7 @@ class AutoencoderDC:
           UserError: height or width is not a multiple of the factor.
         """
         f = self.factor
+        chex.assert_shape(pixels, (None, None, None, self.in_channels))
         if pixels.shape[1] % f or pixels.shape[2] % f:
             raise UserError(
                 f"pixels are {pixels.shape[1]}x{pixels.shape[2]}: sides must be multiples of {f}"
@@ -299,6 +299,7 @@ class AutoencoderDC:
 
     def decode(self, params, latents: Array, tile: Tiling | None = None) -> Array:
         """Scaled latents [B, h, w, latent_channels] to pixels [B, f h, f w, 3], not clamped, float32."""
+        chex.assert_shape(latents, (None, None, None, self.latent_channels))
         decoder = Decoder(self, self.dtype)
 
         def apply(z):

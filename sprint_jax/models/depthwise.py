@@ -13,6 +13,7 @@ are bilinear and each other's transposes, so derivatives of any order and mode s
 
 import operator
 
+import chex
 import jax
 import jax.numpy as jnp
 from jax.extend.core import Primitive
@@ -32,16 +33,9 @@ def depthwise_conv3x3(x: jax.Array, kernel: jax.Array, bias: jax.Array) -> jax.A
 
     Returns:
       [B, H, W, C] in the dtype of x.
-
-    Raises:
-      ValueError: if the shapes do not fit together.
     """
     channels = x.shape[-1]
-    if x.ndim != 4 or kernel.shape != (3, 3, channels) or bias.shape != (channels,):
-        raise ValueError(
-            f"depthwise_conv3x3 takes x [B,H,W,C], kernel [3,3,C] and bias [C], "
-            f"not {x.shape}, {kernel.shape} and {bias.shape}"
-        )
+    chex.assert_shape([x, kernel, bias], [(None,) * 4, (3, 3, channels), (channels,)])
     bias = bias.astype(x.dtype).reshape(1, 1, 1, channels)
     return _convolve_p.bind(x, kernel.astype(x.dtype)) + bias
 

@@ -14,7 +14,7 @@ from sprint_jax.core.errors import UserError
 from sprint_jax.data.sources.open import open_images
 from sprint_jax.data.sources.records import Caption, Rejected
 from sprint_jax.data.sources.tfds_source import open_tfds
-from sprint_jax.digits.scenes import open_digits
+from sprint_jax.digits.dataset import open_digits
 
 
 @pytest.fixture(scope="module")

@@ -10,7 +10,7 @@ import numpy as np
 import tensorflow_datasets as tfds
 
 from ...core.errors import UserError
-from ...digits.scenes import Digits, open_digits
+from ...digits.dataset import Digits, open_digits
 from .caption_files import read_captions
 from .images import MAX_PIXELS, decode_image, flatten_pixels, measure_image
 from .records import Caption, Record, Rejected, fingerprint, hash_identity
