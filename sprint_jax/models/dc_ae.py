@@ -6,8 +6,6 @@ those of diffusers' AutoencoderDC (`interop.dc_ae`), with which the forward pass
 """
 
 import dataclasses
-import functools
-from collections.abc import Callable
 from typing import Any
 
 import chex
@@ -44,8 +42,8 @@ class MultiscaleLinearAttention(nn.Module):
     """``x + norm(attention(x))``: ReLU linear attention over q, k, v and over blurred copies of them.
 
     ``to_q, to_k, to_v`` are thirds of one projection to 3C channels, of which each ``3 head_dim``
-    consecutive ones are the q, k and v of a head. (Diffusers switches to a quadratic form for pictures of
-    few tokens; it is the same function, and small.)
+    consecutive ones are the q, k and v of a head. (For few tokens, diffusers computes the same function in
+    quadratic form.)
     """
 
     head_dim: int
@@ -59,11 +57,13 @@ class MultiscaleLinearAttention(nn.Module):
             return Linear(x.shape[-1], use_bias=False, dtype=self.dtype, name=name)
 
         qkv = jnp.concatenate([project(name)(x) for name in ("to_q", "to_k", "to_v")], axis=-1)
-        maps = [qkv]
-        for i, size in enumerate(self.scales):
-            name = f"to_qkv_multiscale_{i}"
-            maps.append(MultiscaleProjection(size, self.head_dim, self.dtype, name=name)(qkv))
-        qkv = jnp.concatenate(maps, axis=-1)
+        blurred = (
+            MultiscaleProjection(size, self.head_dim, self.dtype, name=f"to_qkv_multiscale_{i}")(
+                qkv
+            )
+            for i, size in enumerate(self.scales)
+        )
+        qkv = jnp.concatenate([qkv, *blurred], axis=-1)
         heads = rearrange(qkv, "b h w (n s c) -> s b (h w) n c", s=3, c=self.head_dim)
         out = linear_attention(*heads).astype(self.dtype)
         out = project("to_out")(out.reshape(*x.shape[:-1], -1))
@@ -139,18 +139,6 @@ class UpBlock(nn.Module):
         return y + pixel_shuffle(jnp.repeat(x, 4 * self.features // x.shape[-1], axis=-1))
 
 
-def per_stage(value, i: int):
-    """The entry of stage ``i`` in a config field that may be one value for all stages."""
-    return value if isinstance(value, str) else value[i]
-
-
-def make_block(c: "AutoencoderDC", block_types, scales, i: int, activation: str) -> Callable:
-    """Returns the block class of stage ``i`` with its fields: ``block(dtype, name=...)``."""
-    if per_stage(block_types, i) == "ResBlock":
-        return functools.partial(ResBlock, activation)
-    return functools.partial(EfficientViTBlock, c.attention_head_dim, tuple(scales[i]))
-
-
 class Encoder(nn.Module):
     """Pixels [B, H, W, 3] to latents [B, H/f, W/f, latent_channels], not scaled."""
 
@@ -161,9 +149,9 @@ class Encoder(nn.Module):
     def __call__(self, x: Array) -> Array:
         c = self.config
         widths, layers = c.encoder_block_out_channels, c.encoder_layers_per_block
-        unshuffle = c.downsample_block_type == "pixel_unshuffle"
 
         def down(features, shortcut, name):
+            unshuffle = c.downsample_block_type == "pixel_unshuffle"
             return DownBlock(features, unshuffle, shortcut, self.dtype, name=name)
 
         x = x.astype(self.dtype)
@@ -172,9 +160,8 @@ class Encoder(nn.Module):
         else:
             x = down(widths[1], False, "conv_in")(x)
         for i, count in enumerate(layers):
-            block = make_block(c, c.encoder_block_types, c.encoder_qkv_multiscales, i, "silu")
             for j in range(count):
-                x = block(self.dtype, name=f"down_blocks_{i}_{j}")(x)
+                x = c.block("encoder", i, self.dtype, f"down_blocks_{i}_{j}")(x)
             if i + 1 < len(widths) and count:
                 x = down(widths[i + 1], True, f"down_blocks_{i}_{count}")(x)
         out = Conv3x3(c.latent_channels, self.dtype, name="conv_out")(x)
@@ -191,9 +178,9 @@ class Decoder(nn.Module):
     def __call__(self, z: Array) -> Array:
         c = self.config
         widths, layers = c.decoder_block_out_channels, c.decoder_layers_per_block
-        interpolate = c.upsample_block_type == "interpolate"
 
         def up(features, shortcut, name):
+            interpolate = c.upsample_block_type == "interpolate"
             return UpBlock(features, interpolate, shortcut, self.dtype, name=name)
 
         z = z.astype(self.dtype)
@@ -204,10 +191,8 @@ class Decoder(nn.Module):
             first = int(i + 1 < len(widths) and count > 0)
             if first:
                 x = up(widths[i], True, f"up_blocks_{i}_0")(x)
-            act = per_stage(c.decoder_act_fns, i)
-            block = make_block(c, c.decoder_block_types, c.decoder_qkv_multiscales, i, act)
             for j in range(first, first + count):
-                x = block(self.dtype, name=f"up_blocks_{i}_{j}")(x)
+                x = c.block("decoder", i, self.dtype, f"up_blocks_{i}_{j}")(x)
         x = RMSNorm(self.dtype, use_bias=True, name="norm_out")(x)
         x = ACTIVATIONS[c.decoder_conv_act_fn](x)
         if layers[0]:
@@ -248,20 +233,27 @@ class AutoencoderDC:
     dtype: Any = jnp.float32
 
     def __post_init__(self):
-        known = {
-            "encoder_block_types": ("ResBlock", "EfficientViTBlock"),
-            "decoder_block_types": ("ResBlock", "EfficientViTBlock"),
-            "decoder_norm_types": ("rms_norm",),
-            "decoder_act_fns": tuple(ACTIVATIONS),
-            "decoder_conv_act_fn": tuple(ACTIVATIONS),
-        }
+        blocks = ("ResBlock", "EfficientViTBlock")
+        known = {"encoder_block_types": blocks, "decoder_block_types": blocks}
+        known |= dict.fromkeys(("decoder_act_fns", "decoder_conv_act_fn"), tuple(ACTIVATIONS))
+        known["decoder_norm_types"] = ("rms_norm",)
         for field, allowed in known.items():
             value = getattr(self, field)
             for entry in (value,) if isinstance(value, str) else value:
                 if entry not in allowed:
-                    raise UserError(
-                        f"autoencoder config: {field} '{entry}' is not one of {', '.join(allowed)}"
-                    )
+                    one = f"'{entry}' is not one of {', '.join(allowed)}"
+                    raise UserError(f"autoencoder config: {field} {one}")
+
+    def block(self, half: str, i: int, dtype: Any, name: str) -> nn.Module:
+        """Returns a block of stage ``i`` of the encoder or the decoder."""
+        kind, act = getattr(self, f"{half}_block_types"), "silu"
+        if half == "decoder":
+            act = self.decoder_act_fns
+        kind, act = (value if isinstance(value, str) else value[i] for value in (kind, act))
+        if kind == "ResBlock":
+            return ResBlock(act, dtype, name=name)
+        scales = tuple(getattr(self, f"{half}_qkv_multiscales")[i])
+        return EfficientViTBlock(self.attention_head_dim, scales, dtype, name=name)
 
     @property
     def factor(self) -> int:

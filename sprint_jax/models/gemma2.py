@@ -67,21 +67,20 @@ class Gemma2:
     dtype: Any = jnp.float32
 
     def __post_init__(self):
-        if self.num_attention_heads % self.num_key_value_heads:
-            raise UserError(
-                f"text encoder config: num_attention_heads {self.num_attention_heads} is not a "
-                f"multiple of num_key_value_heads {self.num_key_value_heads}"
-            )
-        if self.head_dim % 2:
-            raise UserError(f"text encoder config: head_dim {self.head_dim} must be even")
-        types = self.layer_types or ()
+        heads, groups = self.num_attention_heads, self.num_key_value_heads
+        layers, types = self.num_hidden_layers, self.layer_types or ()
         unknown = sorted(set(types) - {"sliding_attention", "full_attention"})
-        if unknown:
-            raise UserError(f"text encoder config: layer type '{unknown[0]}' is unknown")
-        if types and len(types) != self.num_hidden_layers:
-            raise UserError(
-                f"text encoder config: {len(types)} layer_types for {self.num_hidden_layers} layers"
-            )
+        problem = None
+        if heads % groups:
+            problem = f"num_attention_heads {heads} is no multiple of num_key_value_heads {groups}"
+        elif self.head_dim % 2:
+            problem = f"head_dim {self.head_dim} must be even"
+        elif unknown:
+            problem = f"layer_types has the unknown type '{unknown[0]}'"
+        elif types and len(types) != layers:
+            problem = f"{len(types)} layer_types for {layers} layers"
+        if problem:
+            raise UserError(f"text encoder config: {problem}")
 
     def init(self, key: Array) -> dict:
         """Fresh parameters, float32; under `jax.eval_shape`, the shapes of all of them."""
