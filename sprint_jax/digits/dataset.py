@@ -124,7 +124,7 @@ def open_digits(data_dir: str | os.PathLike, world: str, split: str) -> DigitsSo
     builder = _builder(folder, world)
     if not pathlib.Path(builder.data_path).exists():
         try:
-            builder.download_and_prepare()
+            builder.download_and_prepare(download_dir=folder / "digits")
         except OSError as error:
             if not _builder(folder, world).is_prepared():
                 raise UserError(f"cannot write the digits to {folder}: {error}") from error
