@@ -98,15 +98,6 @@ def test_readings_name_colors_digits_cells_and_ink(judges):
     np.testing.assert_allclose(reading.ink[[0, 3]], 0, atol=1e-6)
 
 
-def test_every_pair_of_colors_is_read(judges):
-    hand = handwriting("train")[5][0]
-    pairs = [(ground, color) for ground in range(6) for color in range(6) if ground != color]
-    scenes = [Scene((1, 1), ground, (Mark(0, 5, color, hand),)) for ground, color in pairs]
-    readings = judges["small"].read(np.stack([picture(scene) for scene in scenes]))
-    assert [(r.background, r.colors[0]) for r in readings] == pairs
-    assert all(r.readable and r.digits[0] == 5 for r in readings)
-
-
 def test_a_color_between_two_of_the_palette_is_unreadable(judges):
     orange = (PALETTE[RED] + PALETTE[YELLOW]) / 2
     ink, _ = strokes()
@@ -180,12 +171,12 @@ def test_accuracy_has_binomial_errors_per_category(judges):
     asked = ["a red 3"] * 6 + ["a blue 3"] * 2 + ["two 3s"] * 3 + ["two 4s"]
     readings = judges["large"].read(draw_images("large", shown, "train", seed=0))
     report = prompt_accuracy(readings, asked, "large")
-    assert list(report) == ["overall", "colors", "counting"]
-    assert report["overall"] == pytest.approx(
-        {"accuracy": 0.75, "standard_error": 0.125, "count": 12}
-    )
-    assert report["colors"]["standard_error"] == pytest.approx(np.sqrt(0.75 * 0.25 / 8))
-    assert report["counting"]["count"] == 4
+    counts = {"overall": 12, "colors": 8, "counting": 4}
+    for name, count in counts.items():
+        error = np.sqrt(0.75 * 0.25 / count)
+        expected = {"accuracy": 0.75, "standard_error": error, "count": count}
+        assert report.pop(name) == pytest.approx(expected)
+    assert not report
 
 
 def test_frechet_of_known_gaussians():

@@ -64,10 +64,6 @@ def randomize(model: torch.nn.Module, seed: int = 0, std: float = 0.3) -> torch.
     return model.eval()
 
 
-def tiny_dc_ae(**changes) -> AutoencoderDC:
-    return randomize(AutoencoderDC(**(TINY_DC_AE | changes)))
-
-
 def randomize_scaled(model: torch.nn.Module, seed: int = 0) -> torch.nn.Module:
     """Draws every parameter anew: kernels keep the scale of activations, so that no branch of a deep
     model drowns the others, and the rest is 0.4 to 1.6 of either sign."""
@@ -81,6 +77,10 @@ def randomize_scaled(model: torch.nn.Module, seed: int = 0) -> torch.nn.Module:
                 size = torch.rand(parameter.shape, generator=generator) * 1.2 + 0.4
                 parameter.copy_(size * new.sign())
     return model.eval()
+
+
+def tiny_dc_ae(**changes) -> AutoencoderDC:
+    return randomize(AutoencoderDC(**(TINY_DC_AE | changes)))
 
 
 def tiny_sana(seed: int = 0, **changes) -> SanaTransformer2DModel:
@@ -116,6 +116,14 @@ def tiny_tokenizer(texts: Iterable[str], vocab_size: int = TINY_GEMMA2["vocab_si
         add_bos_token=True,
         add_eos_token=False,
     )
+
+
+def same_weights(model: torch.nn.Module, other: torch.nn.Module) -> None:
+    """Both models have the same tensors, bit for bit."""
+    one, two = model.state_dict(), other.state_dict()
+    assert one.keys() == two.keys()
+    assert all(torch.equal(one[name], two[name]) for name in one)
+    assert all(one[name].dtype == two[name].dtype for name in one)
 
 
 def channels_first(array) -> torch.Tensor:

@@ -61,13 +61,6 @@ def test_convolutions_equal_their_definitions():
     np.testing.assert_allclose(convolution.depthwise_conv(x, kernel), expected, atol=2e-5)
 
 
-def test_pixel_shuffle_inverts_pixel_unshuffle():
-    x = np.arange(2 * 4 * 6 * 3).reshape(2, 4, 6, 3)
-    packed = convolution.pixel_unshuffle(x)
-    assert packed[1, 1, 2, 4 * 2 + 2 * 1 + 0] == x[1, 3, 4, 2]
-    np.testing.assert_array_equal(convolution.pixel_shuffle(packed), x)
-
-
 def test_tiles_of_a_local_function_give_the_whole():
     x = np.random.default_rng(0).normal(size=(1, 80, 56, 3)).astype(np.float32)
     cut = []
@@ -79,13 +72,6 @@ def test_tiles_of_a_local_function_give_the_whole():
     np.testing.assert_allclose(Tiling(32, 24).encode(identity, x, 1), x, atol=1e-6)
     # Rows start at 0, 24, 48, 72, columns at 0, 24, 48; the last ones are short.
     assert len(cut) == 12 and cut[-1] == (8, 8)
-
-
-def test_overlap_fades_from_one_tile_to_the_next():
-    constants = iter([0.0, 1.0])
-    x = np.zeros((1, 4, 12, 1), np.float32)
-    out = Tiling(8, 4).decode(lambda tile: jnp.full_like(tile, next(constants, 1.0)), x, 1)
-    np.testing.assert_allclose(out[0, 0, :8, 0], [0, 0, 0, 0, 0, 0.25, 0.5, 0.75], atol=1e-6)
 
 
 def test_published_size():
