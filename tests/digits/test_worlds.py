@@ -134,17 +134,6 @@ def test_colors_and_places_that_a_caption_leaves_open_are_uniform():
     np.testing.assert_allclose(columns, [0.5, 0.5, 0, 0], atol=0.032)
 
 
-def test_render_mixes_by_ink():
-    ink, _ = scenes.strokes()
-    image = scenes.render(Scene((2, 2), BLUE, (Mark(1, 3, YELLOW, 3),)))
-    expected = np.tile(np.uint8([0, 0, 255]), (16, 16, 1))
-    share = ink[3].astype(np.float64)
-    expected[:8, 8:] = np.rint(255 * np.stack([share, share, 1 - share], -1))
-    assert image.dtype == np.uint8
-    np.testing.assert_array_equal(image, expected)
-    assert scenes.to_float(np.uint8([0, 255])).tolist() == [-1, 1]
-
-
 @pytest.mark.parametrize("world", WORLDS)
 def test_held_out_prompts_are_balanced_and_repeatable(world):
     prompts = scenes.held_out_prompts(world, 60, seed=1)

@@ -9,22 +9,15 @@ import torch
 from diffusers import AutoencoderDC, SanaTransformer2DModel
 from transformers import Gemma2Config, Gemma2Model, GemmaTokenizer
 
+BLOCKS = ("ResBlock", "ResBlock", "EfficientViTBlock")
 TINY_DC_AE = dict(
-    in_channels=3,
-    latent_channels=4,
-    attention_head_dim=4,
-    encoder_block_types=("ResBlock", "ResBlock", "EfficientViTBlock"),
-    decoder_block_types=("ResBlock", "ResBlock", "EfficientViTBlock"),
-    encoder_block_out_channels=(8, 8, 16),
-    decoder_block_out_channels=(8, 8, 16),
-    encoder_layers_per_block=(1, 2, 1),
-    decoder_layers_per_block=(2, 1, 1),
-    encoder_qkv_multiscales=((), (), (5,)),
-    decoder_qkv_multiscales=((), (), (5,)),
-    upsample_block_type="interpolate",
-    downsample_block_type="Conv",
-    scaling_factor=0.41407,
+    in_channels=3, latent_channels=4, attention_head_dim=4, upsample_block_type="interpolate"
 )
+for half in ("encoder", "decoder"):
+    TINY_DC_AE |= {f"{half}_block_types": BLOCKS, f"{half}_block_out_channels": (8, 8, 16)}
+    TINY_DC_AE[f"{half}_qkv_multiscales"] = ((), (), (5,))
+TINY_DC_AE |= dict(encoder_layers_per_block=(1, 2, 1), decoder_layers_per_block=(2, 1, 1))
+TINY_DC_AE |= dict(downsample_block_type="Conv", scaling_factor=0.41407)
 
 TINY_SANA = dict(
     in_channels=4,

@@ -12,7 +12,6 @@ from safetensors.numpy import load_file
 from sprint_jax.core.errors import UserError
 from sprint_jax.interop.dc_ae import dc_ae_table
 from sprint_jax.interop.diffusers import load_autoencoder
-from sprint_jax.models import convolution
 from sprint_jax.models.dc_ae import AutoencoderDC
 from sprint_jax.models.tiling import Tiling
 
@@ -26,39 +25,26 @@ def loaded():
     return load_autoencoder(STORED)
 
 
-@pytest.fixture(scope="module")
-def arrays():
-    return load_file(STORED / "arrays.safetensors")
+ARRAYS = load_file(STORED / "arrays.safetensors")
 
 
-def test_encodes_and_decodes_as_diffusers(loaded, arrays):
+def test_encodes_and_decodes_as_diffusers(loaded):
     (autoencoder, params), scale = loaded, loaded[0].scaling_factor
-    encoded = autoencoder.encode(params, arrays["pixels"])
-    assert_close(encoded, arrays["encoded"] * scale, LIMIT)
-    assert_close(autoencoder.decode(params, arrays["latents"] * scale), arrays["decoded"], LIMIT)
+    encoded = autoencoder.encode(params, ARRAYS["pixels"])
+    assert_close(encoded, ARRAYS["encoded"] * scale, LIMIT)
+    assert_close(autoencoder.decode(params, ARRAYS["latents"] * scale), ARRAYS["decoded"], LIMIT)
     # A picture within a tile is not cut.
-    tiled = autoencoder.encode(params, arrays["pixels"], Tiling(32, 24))
+    tiled = autoencoder.encode(params, ARRAYS["pixels"], Tiling(32, 24))
     np.testing.assert_array_equal(tiled, encoded)
 
 
-def test_bfloat16_is_near_float32(loaded, arrays):
+def test_bfloat16_is_near_float32(loaded):
     autoencoder, params = loaded
     coarse = dataclasses.replace(autoencoder, dtype=jnp.bfloat16)
-    wide, narrow = (each.decode(params, arrays["latents"]) for each in (autoencoder, coarse))
+    wide, narrow = (each.decode(params, ARRAYS["latents"]) for each in (autoencoder, coarse))
     assert narrow.dtype == jnp.float32
     # Eight bits of mantissa through a dozen layers.
     assert 1e-4 < np.abs(narrow - wide).max() / np.abs(wide).max() < 0.05
-
-
-def test_convolutions_equal_their_definitions():
-    random = np.random.default_rng(0)
-    x = jnp.asarray(random.normal(size=(2, 3, 5, 4)), jnp.float32)
-    kernel = jnp.asarray(random.normal(size=(3, 3, 4, 6)), jnp.float32)
-    expected = convolution.convolve(jnp.repeat(jnp.repeat(x, 2, axis=1), 2, axis=2), kernel)
-    np.testing.assert_allclose(convolution.upsampled_conv3x3(x, kernel), expected, atol=2e-5)
-    kernel = jnp.asarray(random.normal(size=(5, 5, 4)), jnp.float32)
-    expected = convolution.convolve(x, kernel[:, :, None], groups=4)
-    np.testing.assert_allclose(convolution.depthwise_conv(x, kernel), expected, atol=2e-5)
 
 
 def test_tiles_of_a_local_function_give_the_whole():

@@ -71,10 +71,8 @@ def test_spectral_norm_converges_to_the_svd():
 def test_only_update_spectral_moves_the_vectors():
     features = draw_features()
     params, spectral = draw_heads(features)
-    init = lambda: DiscriminatorHeads().init(jax.random.key(0), features, spectral)  # noqa: E731
-    assert set(jax.eval_shape(init)) == {"params"}  # no hidden state for a forward pass to change
     assert_zero(jax.grad(lambda s: apply(params, s, features).sum())(spectral))
-    # With twice the kernels and the same vectors, norms double and logits stay.
+    # Twice the kernels have twice the norms.
     doubled = jax.tree.map(lambda leaf: 2 * leaf if leaf.ndim == 3 else leaf, params)
     logits = apply(params, spectral, features)
     np.testing.assert_allclose(apply(doubled, spectral, features), logits, rtol=0, atol=1e-5)
@@ -139,25 +137,25 @@ def test_heads_in_bfloat16():
 
 @pytest.mark.parametrize(("width", "count"), [(1152, 13_279_105), (2240, 50_191_681)])
 def test_published_sizes(width, count):
-    features = [jax.ShapeDtypeStruct((2, 2, 2, width), jnp.bfloat16)] * 4
-    heads = jax.eval_shape(discriminator.init_heads, tuple(features), jax.random.key(0))
+    features = (jax.ShapeDtypeStruct((2, 2, 2, width), jnp.bfloat16),) * 4
+    heads = jax.eval_shape(discriminator.init_heads, features, jax.random.key(0))
     assert {leaf.dtype for leaf in jax.tree.leaves(heads)} == {jnp.dtype("float32")}
-    norm = {"weight": (width,), "bias": (width,)}
-    params = {
-        "main_0_conv": {"kernel": (1, width, width), "bias": (width,)},
-        "main_0_norm": norm,
-        "main_1_conv": {"kernel": (9, width, width), "bias": (width,)},
-        "main_1_norm": norm,
-        "cls": {"kernel": (1, width, 1), "bias": (1,)},
-    }
-    spectral = {
-        "main_0_conv": {"u": (width,), "v": (1, width)},
-        "main_1_conv": {"u": (width,), "v": (9, width)},
-        "cls": {"u": (1,), "v": (1, width)},
-    }
+    norm, sizes = (
+        {"weight": (width,), "bias": (width,)},
+        {"main_0": (1, width), "main_1": (9, width)},
+    )
+    params, spectral = {}, {}
+    for name, (k, out) in sizes.items() | {("cls", (1, 1))}:
+        conv = name if name == "cls" else f"{name}_conv"
+        params[conv] = {"kernel": (k, width, out), "bias": (out,)}
+        spectral[conv] = {"u": (out,), "v": (k, width)}
+        params |= {} if name == "cls" else {f"{name}_norm": norm}
+    shapes = jax.tree.map(lambda leaf: leaf.shape, heads)
     names = [f"heads_{i}" for i in range(4)]
-    expected = {"params": dict.fromkeys(names, params), "spectral": dict.fromkeys(names, spectral)}
-    assert jax.tree.map(lambda leaf: leaf.shape, heads) == expected
+    assert shapes == {
+        "params": dict.fromkeys(names, params),
+        "spectral": dict.fromkeys(names, spectral),
+    }
     leaves = jax.tree.leaves(heads["params"]["heads_0"])
     assert sum(math.prod(leaf.shape) for leaf in leaves) == count
 
