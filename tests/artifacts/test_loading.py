@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from helpers.tiny_sana import STUDENT
 from helpers.workdirs import random_params
 
 from sprint_jax import SprintPipeline, sample
@@ -17,18 +18,7 @@ from sprint_jax.interop import hub
 from sprint_jax.interop.diffusers import WEIGHTS, save_transformer
 
 STORED = Path(__file__).parents[1] / "parity" / "stored"
-FIELDS = dict(
-    in_channels=4,
-    out_channels=4,
-    num_attention_heads=2,
-    attention_head_dim=8,
-    num_layers=2,
-    num_cross_attention_heads=2,
-    cross_attention_head_dim=8,
-    sample_size=4,
-    qk_norm=True,
-    timestep_scale=0.001,
-)
+FIELDS = STUDENT | dict(in_channels=4, out_channels=4, sample_size=4, num_layers=2, logvar=False)
 PROMPTS = ["a red cat", "a wall"]
 INDEX = "model_index.json"
 

@@ -48,7 +48,9 @@ def test_held_out_scenes_read_back(judges, world):
     readings = judges[world].read(images)
     report = prompt_accuracy(readings, prompts, world)
     # Measured over 3,000: 0.990 (small) and 0.984 (large), what the classifier makes of handwriting.
-    assert report["overall"]["accuracy"] >= 0.97
+    share = report["overall"]["accuracy"]
+    assert share >= 0.97
+    assert report["overall"]["standard_error"] == pytest.approx(np.sqrt(share * (1 - share) / 1200))
     categories = get_world(world).categories
     assert set(report) == {"overall", *categories}
     for category in categories:
@@ -83,19 +85,6 @@ def test_a_single_nan_makes_its_image_unreadable_and_no_other(judges):
     images = draw_images("large", ["a red 3"] * 3, "train", seed=0)
     images[1, 0, 15, 2] = np.nan
     assert judges["large"].right(images, ["a red 3"] * 3).tolist() == [True, False, True]
-
-
-def test_readings_name_colors_digits_cells_and_ink(judges):
-    ink, _ = strokes()
-    three, seven = handwriting("train")[3][0], handwriting("train")[7][0]
-    scene = Scene((2, 2), CYAN, (Mark(1, 3, RED, three), Mark(2, 7, PURPLE, seven)))
-    (reading,) = judges["large"].read(picture(scene)[None])
-    assert reading.readable and reading.background == CYAN
-    assert reading.digits.tolist() == [-1, 3, 7, -1]
-    assert reading.colors.tolist() == [-1, RED, PURPLE, -1]
-    # uint8 steps of 2/255 over a distance of 2 or more: ink within 0.002, here with a margin.
-    np.testing.assert_allclose(reading.ink[[1, 2]], ink[[three, seven]], atol=0.004)
-    np.testing.assert_allclose(reading.ink[[0, 3]], 0, atol=1e-6)
 
 
 def test_a_color_between_two_of_the_palette_is_unreadable(judges):
@@ -164,19 +153,6 @@ def test_a_scene_that_is_wrong_in_one_way_is_judged_wrong(judges):
 def test_a_caption_asks_for_what_it_says_and_nothing_else(judges, shown, asked, right):
     images = draw_images("large", [shown] * 20, "train", seed=0)
     assert (judges["large"].right(images, [asked] * 20) == right).all()
-
-
-def test_accuracy_has_binomial_errors_per_category(judges):
-    shown = ["a red 3"] * 8 + ["two 3s"] * 4
-    asked = ["a red 3"] * 6 + ["a blue 3"] * 2 + ["two 3s"] * 3 + ["two 4s"]
-    readings = judges["large"].read(draw_images("large", shown, "train", seed=0))
-    report = prompt_accuracy(readings, asked, "large")
-    counts = {"overall": 12, "colors": 8, "counting": 4}
-    for name, count in counts.items():
-        error = np.sqrt(0.75 * 0.25 / count)
-        expected = {"accuracy": 0.75, "standard_error": error, "count": count}
-        assert report.pop(name) == pytest.approx(expected)
-    assert not report
 
 
 def test_frechet_of_known_gaussians():

@@ -160,28 +160,25 @@ def change(folder, file, **changes):
     path.write_text(json.dumps(json.loads(path.read_text()) | changes))
 
 
-def test_token_names_in_either_file(folder, tokenizer):
-    (folder / CONFIG).unlink()
-    names = {"bos_token": {"content": "<bos>"}, "pad_token": "<pad>"}
-    (folder / "special_tokens_map.json").write_text(json.dumps(names))
-    found = load_tokenizer(folder)
-    assert (found.begin, found.pad) == (tokenizer.begin, tokenizer.pad) == (2, 0)
-
-
-def test_begin_token_by_config_alone(folder, tokenizer):
-    change(folder, TOKENIZER, post_processor=None)
-    with pytest.raises(UserError, match="begin token"):
-        load_tokenizer(folder)
-    change(folder, CONFIG, add_bos_token=True)
-    assert load_tokenizer(folder).encode("a cat") == tokenizer.encode("a cat")
-
-
-def test_padding_and_truncation_of_the_file_do_not_count(folder, tokenizer):
+def test_other_ways_to_write_a_tokenizer(folder, tokenizer):
+    expected = tokenizer.encode(INSTRUCTION)
+    # Padding and truncation of the file do not count.
     raw = tokenizers.Tokenizer.from_file(str(folder / TOKENIZER))
     raw.enable_truncation(4)
     raw.enable_padding(length=50)
     raw.save(str(folder / TOKENIZER))
-    assert load_tokenizer(folder).encode(INSTRUCTION) == tokenizer.encode(INSTRUCTION)
+    assert load_tokenizer(folder).encode(INSTRUCTION) == expected
+    # The begin token may come from the config alone.
+    change(folder, TOKENIZER, post_processor=None)
+    with pytest.raises(UserError, match="begin token"):
+        load_tokenizer(folder)
+    change(folder, CONFIG, add_bos_token=True)
+    assert load_tokenizer(folder).encode(INSTRUCTION) == expected
+    # Names of tokens may be in another file.
+    (folder / CONFIG).rename(folder / "special_tokens_map.json")
+    change(folder, "special_tokens_map.json", bos_token={"content": "<bos>"})
+    found = load_tokenizer(folder)
+    assert (found.begin, found.pad) == (tokenizer.begin, tokenizer.pad) == (2, 0)
 
 
 @pytest.mark.parametrize(

@@ -19,33 +19,14 @@ for half in ("encoder", "decoder"):
 TINY_DC_AE |= dict(encoder_layers_per_block=(1, 2, 1), decoder_layers_per_block=(2, 1, 1))
 TINY_DC_AE |= dict(downsample_block_type="Conv", scaling_factor=0.41407)
 
-TINY_SANA = dict(
-    in_channels=4,
-    out_channels=4,
-    num_attention_heads=3,
-    attention_head_dim=8,
-    num_layers=3,
-    num_cross_attention_heads=2,
-    cross_attention_head_dim=12,
-    cross_attention_dim=24,
-    caption_channels=10,
-    sample_size=8,
-    qk_norm="rms_norm_across_heads",
-    timestep_scale=0.001,
-)
+TINY_SANA = dict(in_channels=4, out_channels=4, caption_channels=10, sample_size=8, num_layers=3)
+TINY_SANA |= dict(num_attention_heads=3, attention_head_dim=8, cross_attention_dim=24)
+TINY_SANA |= dict(num_cross_attention_heads=2, cross_attention_head_dim=12)
+TINY_SANA |= dict(qk_norm="rms_norm_across_heads", timestep_scale=0.001)
 
-TINY_GEMMA2 = dict(
-    vocab_size=600,
-    hidden_size=32,
-    intermediate_size=48,
-    num_hidden_layers=4,
-    num_attention_heads=4,
-    num_key_value_heads=2,
-    head_dim=8,
-    query_pre_attn_scalar=8,
-    attn_logit_softcapping=5.0,
-    rope_theta=500.0,
-)
+TINY_GEMMA2 = dict(vocab_size=600, hidden_size=32, intermediate_size=48, num_hidden_layers=4)
+TINY_GEMMA2 |= dict(num_attention_heads=4, num_key_value_heads=2, head_dim=8, rope_theta=500.0)
+TINY_GEMMA2 |= dict(query_pre_attn_scalar=8, attn_logit_softcapping=5.0)
 
 
 def randomize(model: torch.nn.Module, seed: int = 0, std: float = 0.3) -> torch.nn.Module:

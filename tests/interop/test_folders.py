@@ -94,9 +94,17 @@ def test_many_files_and_what_an_earlier_save_left(tmp_path, kind):
     files = sorted(folder.glob(f"{kind.stem}-*.safetensors"))
     assert len(files) > 2 and not whole.exists()
     assert_same(kind.load(folder)[1], params)
+    index = folder / f"{kind.stem}.safetensors.index.json"
+    moved = index.rename(folder / f"{kind.stem}.safetensors.index.bf16.json")
+    assert_same(kind.load(folder)[1], params)
+    moved.rename(index)
     files[-1].rename(folder / "elsewhere")
     with pytest.raises(UserError, match=files[-1].name):
         kind.load(folder)
+    # Hub repositories may hold a variant alone.
+    save(jnp.float32)
+    whole.rename(variant)
+    assert_same(kind.load(folder)[1], params)
     save(jnp.float32)
     assert {path.name for path in folder.glob(f"{kind.stem}*")} == {whole.name, variant.name}
     assert_same(kind.load(folder)[1], params)
@@ -328,14 +336,8 @@ def test_heads_load_bit_equal(tmp_path, heads):
     loaded = load_heads(path, shardings=functools.partial(state_shardings, make_mesh(1, 8)))
     assert_same(loaded, heads)
     assert not loaded["params"]["heads_0"]["main_1_conv"]["kernel"].sharding.is_fully_replicated
-    stored = load_file(path)
-    weight, v = (stored[f"heads.1.main.1.fn.0.{name}"] for name in ("weight_orig", "weight_v"))
-    kernel = heads["params"]["heads_1"]["main_1_conv"]["kernel"]
-    np.testing.assert_array_equal(weight[3, 5], kernel[:, 5, 3])
-    vectors = heads["spectral"]["heads_1"]["main_1_conv"]["v"]
-    np.testing.assert_array_equal(v.reshape(16, 9)[5], vectors[:, 5])
     # Another library's names, without the prefix.
-    save_file({name.removeprefix("heads."): a for name, a in stored.items()}, path)
+    save_file({name.removeprefix("heads."): a for name, a in load_file(path).items()}, path)
     assert_same(load_heads(path), heads)
 
 

@@ -92,14 +92,6 @@ def test_bfloat16_is_rounded_once():
     chex.assert_trees_all_close(actual, expected, rtol=2**-8, atol=1e-6)
 
 
-def test_is_a_cross_correlation_with_zero_padding():
-    """Torch's order: kernel[0, 0] weighs the neighbour above and to the left."""
-    x = jnp.zeros((1, 3, 3, 1)).at[0, 0, 0, 0].set(1.0)
-    kernel = jnp.arange(1.0, 10.0).reshape(3, 3, 1)
-    y = depthwise_conv3x3(x, kernel, jnp.full((1,), 100.0))[0, :, :, 0]
-    np.testing.assert_array_equal(y, [[105, 104, 100], [102, 101, 100], [100, 100, 100]])
-
-
 @pytest.mark.parametrize("axes", [(0, None, None), (None, 2, 1), (3, 0, 0), (4, 3, None)], ids=str)
 @pytest.mark.parametrize("derivative", ["value", "jvp", "gradient"])
 def test_vmap(axes, derivative):

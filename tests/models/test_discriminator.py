@@ -105,14 +105,13 @@ def test_local_batch_norm(sizes, dtype):
     np.testing.assert_allclose(np.asarray(actual, np.float64), expected, rtol=rtol, atol=2e-5)
 
 
-def test_token_norm_sees_one_token():
+def test_token_norm_is_a_layer_norm():
     random = np.random.default_rng(0)
-    x, weight, bias = random.standard_normal((3, 5, 4)) * 7 + 2, *random.standard_normal((2, 4))
+    x, (weight, bias) = random.standard_normal((3, 5, 4)) * 7 + 2, random.standard_normal((2, 4))
     params = {"weight": jnp.asarray(weight), "bias": jnp.asarray(bias)}
     actual = TokenNorm().apply({"params": params}, jnp.asarray(x, jnp.float32))
-    centered = x - x.mean(-1, keepdims=True)
-    expected = centered / np.sqrt((centered**2).mean(-1, keepdims=True) + 1e-5) * weight + bias
-    np.testing.assert_allclose(actual, expected, rtol=0, atol=2e-5)
+    normed = (x - x.mean(-1, keepdims=True)) / np.sqrt(x.var(-1, keepdims=True) + 1e-5)
+    np.testing.assert_allclose(actual, normed * weight + bias, rtol=0, atol=2e-5)
 
 
 def test_only_heads_with_batch_norm_let_images_of_a_batch_see_each_other():
@@ -162,10 +161,10 @@ def test_published_sizes(width, count):
 
 def test_init_is_a_function_of_the_key():
     init = jax.jit(discriminator.init_heads)
-    one, same, other = (init(draw_features(), jax.random.key(seed)) for seed in (0, 0, 1))
+    one, same, other = (init(draw_features(), jax.random.key(seed))["params"] for seed in (0, 0, 1))
     chex.assert_trees_all_equal(one, same)
     # Two heads of the same shape start apart, and so do two keys.
-    heads = one["params"]["heads_0"], one["params"]["heads_1"], other["params"]["heads_0"]
+    heads = one["heads_0"], one["heads_1"], other["heads_0"]
     first, second, third = (head["main_1_conv"]["kernel"] for head in heads)
     assert bool((first != second).any()) and bool((first != third).any())
     bound = 1 / math.sqrt(9 * WIDTH)  # torch's default for a convolution

@@ -23,14 +23,8 @@ from helpers.reference import (
 from safetensors.numpy import save_file
 
 STORED = Path(__file__).parent / "stored"
-WIDTH = dict(
-    num_attention_heads=3,
-    attention_head_dim=4,
-    num_cross_attention_heads=2,
-    cross_attention_head_dim=6,
-    cross_attention_dim=12,
-    num_layers=2,
-)
+WIDTH = dict(num_attention_heads=3, attention_head_dim=4, cross_attention_dim=12, num_layers=2)
+WIDTH |= dict(num_cross_attention_heads=2, cross_attention_head_dim=6)
 SANA = {
     "student": dict(guidance_embeds=True, out_channels=6),
     "teacher": dict(patch_size=2, interpolation_scale=2.0, num_layers=1),

@@ -9,7 +9,7 @@ import diffusers
 import numpy as np
 import pytest
 import torch
-from helpers.compare import assert_same, relative_error
+from helpers.compare import relative_error
 from helpers.reference import channels_first, channels_last, same_weights, tiny_dc_ae
 
 from sprint_jax.interop.dc_ae import dc_ae_table
@@ -86,13 +86,3 @@ def test_round_trip_is_bit_equal(tmp_path, dtype):
     again = diffusers.AutoencoderDC.from_pretrained(tmp_path / "ours", **how)
     assert again.config.scaling_factor == model.config.scaling_factor
     same_weights(model, again)
-
-
-@pytest.mark.parametrize("shard_size", ["10GB", "4KB"])
-def test_variants_by_dtype(tmp_path, shard_size):
-    model = tiny_dc_ae()
-    model.save_pretrained(tmp_path / "whole")
-    model.save_pretrained(tmp_path / "half", variant="bf16", max_shard_size=shard_size)
-    files = {path.name for path in (tmp_path / "half").iterdir()} - {"config.json"}
-    assert all("bf16" in name for name in files), files
-    assert_same(*(load_autoencoder(tmp_path / name)[1] for name in ("whole", "half")))

@@ -17,21 +17,11 @@ from sprint_jax.models.discriminator import DiscriminatorHeads, update_spectral
 WIDTH, LIMIT = 12, 2e-5
 
 
-class GroupNorm(nn.Module):
+class GroupNorm(nn.BatchNorm1d):
     """Tokens [B, d, N] normalized over the tokens of up to eight samples, channel by channel."""
 
-    def __init__(self, width):
-        super().__init__()
-        self.weight = nn.Parameter(torch.ones(width))
-        self.bias = nn.Parameter(torch.zeros(width))
-
     def forward(self, x):
-        groups = -(-len(x) // 8)
-        grouped = x.view(groups, -1, *x.shape[1:])
-        mean = grouped.mean((1, 3), keepdim=True)
-        variance = grouped.var((1, 3), unbiased=False, keepdim=True)
-        x = ((grouped - mean) / torch.sqrt(variance + 1e-5)).view(x.shape)
-        return x * self.weight[None, :, None] + self.bias[None, :, None]
+        return torch.cat([super(GroupNorm, self).forward(part) for part in x.split(8)])
 
 
 class Residual(nn.Module):
@@ -48,10 +38,10 @@ class Head(nn.Module):
         super().__init__()
 
         def stage(kernel_size):
-            conv = nn.Conv1d(
-                width, width, kernel_size, padding=kernel_size // 2, padding_mode="circular"
-            )
-            return nn.Sequential(spectral_norm(conv), GroupNorm(width), nn.LeakyReLU(0.2))
+            how = dict(padding=kernel_size // 2, padding_mode="circular")
+            conv = nn.Conv1d(width, width, kernel_size, **how)
+            norm = GroupNorm(width, track_running_stats=False)
+            return nn.Sequential(spectral_norm(conv), norm, nn.LeakyReLU(0.2))
 
         self.main = nn.Sequential(stage(1), Residual(stage(9)))
         self.cls = spectral_norm(nn.Conv1d(width, 1, 1))

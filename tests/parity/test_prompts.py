@@ -15,7 +15,6 @@ from helpers.reference import tiny_gemma2, tiny_tokenizer
 from transformers import Gemma2Model, GemmaTokenizer
 
 from sprint_jax.encoders.text import (
-    BOUNDARY,
     INSTRUCTION,
     INSTRUCTION_NVLABS,
     TextEncoder,
@@ -114,14 +113,6 @@ def test_tokens_of_200_prompts(folder, loaded, instruction):
     assert mask.min() == 0 and mask.all(1).any(), "no prompt was padded, or none was cut"
 
 
-def test_the_end_of_the_instruction_depends_on_the_prompt(loaded):
-    # Otherwise the other tests would not show what `BOUNDARY` is for.
-    alone = np.array(loaded[2].encode(INSTRUCTION))
-    ids = tokenize(loaded[2], varied_prompts(), INSTRUCTION).ids[:, : len(alone)]
-    differs = (ids != alone[None]).any(0)
-    assert differs[-1] and not differs[:-BOUNDARY].any()
-
-
 @pytest.mark.parametrize("length", [300, 20])
 def test_features_of_the_pipeline(folder, loaded, length):
     prompts, how = SPECIAL[:8] + SPECIAL[-2:], dict(max_sequence_length=length)
@@ -133,12 +124,3 @@ def test_features_of_the_pipeline(folder, loaded, length):
     tokens = tokenize(loaded[2], prompts, INSTRUCTION, length)
     uncached = loaded[0].encode(loaded[1], tokens.ids, tokens.mask)[:, tokens.kept]
     assert relative_error(uncached, text) < 2e-5
-
-
-def test_negative_prompts_have_no_instruction(folder, loaded):
-    negative = ["", "Blurry, ugly", "low quality"]
-    how = dict(kind=SanaPipeline, negative_prompt=negative)
-    _, _, text, mask = reference(folder, ["a cat"] * 3, published_instruction(), **how)
-    ours, ours_mask = TextEncoder(*loaded).encode_plain(negative)
-    np.testing.assert_array_equal(ours_mask, mask)
-    assert relative_error(ours, text) < 2e-5
