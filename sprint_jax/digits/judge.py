@@ -87,7 +87,13 @@ class Judge:
         Raises:
           UserError: the shape is not that of the world.
         """
-        cells = _cut(images, self.world)
+        images, expected = np.asarray(images, np.float32), (*get_world(self.world).size, 3)
+        if images.shape[1:] != expected:
+            raise UserError(
+                f"images {images.shape} of world {self.world!r} must be [N, *{expected}]"
+            )
+        how = "n (r y) (c x) rgb -> n (r c) (y x) rgb"
+        cells = rearrange(images.clip(-1, 1), how, y=CELL, x=CELL)
         background = _background(cells)
         colors, ink, residual = _explain(cells, background)
 
@@ -112,17 +118,6 @@ class Judge:
           UserError: as `read` and `parse_caption`, or other than one caption for each image.
         """
         return is_right(self.read(images), captions, self.world)
-
-
-def _cut(images: np.ndarray, world: str) -> np.ndarray:
-    """Images [N,H,W,3] as cells [N,cells,64,3], clipped to [-1,1]."""
-    images, expected = np.asarray(images, np.float32), (*get_world(world).size, 3)
-    if images.shape[1:] != expected:
-        raise UserError(
-            f"images have shape {images.shape}: those of {world!r} are [N, *{expected}]"
-        )
-    how = "n (r y) (c x) rgb -> n (r c) (y x) rgb"
-    return rearrange(images.clip(-1, 1), how, y=CELL, x=CELL)
 
 
 def _background(cells: np.ndarray) -> np.ndarray:

@@ -5,7 +5,6 @@ tokens of the prompt. These are the rules of diffusers' SanaSprintPipeline and S
 choose those of NVlabs' code where they differ.
 """
 
-import functools
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -179,7 +178,7 @@ class TextEncoder:
         self.gemma, self.params, self.tokenizer = gemma, params, tokenizer
         self.instruction, self.length, self.lower = instruction, length, lower
         self.batch_size, self.sharding = batch_size, sharding
-        self._run = jax.jit(self._features)
+        self._prefix, self._run = None, jax.jit(self._features)
 
     def encode(self, prompts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
         """Computes features of prompts behind the instruction.
@@ -219,17 +218,12 @@ class TextEncoder:
 
     def _prefix_of(self, ids: np.ndarray) -> Prefix | None:
         """Returns the kept part of the instruction if all rows begin with it, else None."""
-        size = len(self._shared)
-        same = size and (ids[:, :size] == self._shared[None]).all()
-        return self._prefix if same else None
-
-    @functools.cached_property
-    def _shared(self) -> np.ndarray:
-        return np.array(self.tokenizer.encode(self.instruction)[:-BOUNDARY], np.int32)
-
-    @functools.cached_property
-    def _prefix(self) -> Prefix:
-        return jax.jit(self.gemma.prefix_cache)(self.params, self._shared)
+        shared = np.array(self.tokenizer.encode(self.instruction)[:-BOUNDARY], np.int32)
+        if not len(shared) or (ids[:, : len(shared)] != shared[None]).any():
+            return None
+        if self._prefix is None:
+            self._prefix = jax.jit(self.gemma.prefix_cache)(self.params, shared)
+        return self._prefix
 
     def _features(self, params, ids: Array, mask: Array, kept: Array, prefix: Prefix | None):
         if prefix is None:

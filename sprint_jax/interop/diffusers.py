@@ -96,17 +96,10 @@ def load_autoencoder(
 ) -> tuple[AutoencoderDC, Any]:
     """Loads the autoencoder of a diffusers folder (``vae/`` of a pipeline).
 
-    Args:
-      folder: has ``config.json`` of an AutoencoderDC and its weights, in one file or by an index.
-      dtype: of the parameters returned.
-      shardings: see `files.load_params`.
+    Arguments and errors are those of `load_transformer`.
 
     Returns:
       ``(autoencoder, params)``; ``autoencoder.dtype`` is float32 whatever the parameters are in.
-
-    Raises:
-      UserError: a file is missing, cut short or of another class; a config key or a tensor is unknown,
-        missing or misshapen.
     """
     folder = Path(folder)
     config = read_config(folder, "AutoencoderDC")

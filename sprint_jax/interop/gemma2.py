@@ -28,6 +28,8 @@ _FIXED = {
     "quantization_config": (None,),
 }
 
+_PLAIN_ROPE = {"rope_type": "default", "rope_theta": 0}  # whatever the theta
+
 
 def gemma2_table(gemma: Gemma2) -> dict[str, Entry]:
     """Returns the table of a text encoder, with the names of transformers' Gemma2Model."""
@@ -45,13 +47,9 @@ def load_text_encoder(
     """Loads the Gemma-2 of a transformers folder (``text_encoder/`` of a pipeline).
 
     Args:
-      folder: has ``config.json`` of a Gemma2Model or a Gemma2ForCausalLM, whose head is ignored, and its
-        weights, in one file or by an index.
+      folder: of a Gemma2Model or a Gemma2ForCausalLM, whose head is ignored.
       dtype: of the parameters and of the network's matmuls.
       shardings: see `files.load_params`.
-
-    Returns:
-      ``(gemma, params)``.
 
     Raises:
       UserError: a file is missing, cut short or of another class; `Gemma2` does not support the config; a
@@ -97,12 +95,10 @@ def _from_config(config: dict[str, Any], origin: str, dtype: Any) -> Gemma2:
             )
     defaults = {field.name: field.default for field in dataclasses.fields(Gemma2)}
     fields = {key: config[key] for key in defaults.keys() & config.keys() - {"dtype"}}
-    rope = config.get("rope_parameters")  # where transformers 5 keeps rope_theta
+    rope = config.get("rope_parameters")  # transformers 5 keeps rope_theta here
     if rope is not None:
-        if not isinstance(rope, dict) or rope.keys() - {"rope_theta"} != {"rope_type"}:
+        if not isinstance(rope, dict) or rope | {"rope_theta": 0} != _PLAIN_ROPE:
             raise UserError(f"{origin}: rope_parameters {rope!r} are not supported")
-        if rope["rope_type"] != "default":
-            raise UserError(f"{origin}: rope_type {rope['rope_type']!r} is not supported")
         fields["rope_theta"] = rope.get("rope_theta", defaults["rope_theta"])
     types = fields.pop("layer_types", None)
     for key, value in fields.items():

@@ -20,9 +20,8 @@ from .sana import sana_table
 from .tables import SAME, Entry, check_names
 
 KEY = "state_dict"  # the entry of a file that holds the tensors
-NULL_TEXT = "y_embedder.y_embedding"
 # NVlabs' modules save these beside their parameters: text features of the empty prompt, and positions.
-_BUFFERS = (NULL_TEXT, "pos_embed")
+_BUFFERS = ("y_embedder.y_embedding", "pos_embed")
 
 # Diffusers' modules and NVlabs'. Modules of the same NVlabs name follow one another in its tensor.
 _OUTER = {
@@ -156,18 +155,6 @@ def read_fields(path: str | Path, like: dict[str, Any]) -> dict[str, Any]:
         "qk_norm": "blocks.0.attn.q_norm.weight" in names,
         "guidance_embeds": "cfg_embedder.mlp.0.weight" in names,
     }
-
-
-def load_null_text(path: str | Path) -> np.ndarray:
-    """Reads the text features of the empty prompt of a training, float32 [tokens, caption_channels].
-
-    Raises:
-      UserError: the file cannot be read, as in `load_transformer`, or does not have them.
-    """
-    found = open_torch(Path(path), KEY)
-    if NULL_TEXT not in found.shapes:
-        raise UserError(f"{path} has no tensor {NULL_TEXT}: it was saved without that buffer")
-    return found.read(NULL_TEXT).astype(np.float32)
 
 
 def nvlabs_names(fields: dict[str, Any]) -> dict[str, tuple[str, ...]]:

@@ -50,28 +50,26 @@ def upsampled_conv3x3(x: Array, kernel: Array) -> Array:
     rows = []
     for dy, row in halves(kernel, 0):
         phases = [
-            _convolve(x, phase.astype(x.dtype), (1 - dy, dy), (1 - dx, dx))
+            convolve(x, phase.astype(x.dtype), pads=((1 - dy, dy), (1 - dx, dx)))
             for dx, phase in halves(row, 1)
         ]
         rows.append(jnp.stack(phases, 3))
     return rearrange(jnp.stack(rows, 2), "b h y w x d -> b (h y) (w x) d")
 
 
-def convolve(x: Array, kernel: Array, stride: int = 1, groups: int = 1) -> Array:
-    """2-D cross-correlation of [B, H, W, C] with zero padding 1 (k // 2 for odd kernels)."""
-    pad = max(1, kernel.shape[0] // 2)
-    return _convolve(x, kernel, (pad, pad), (pad, pad), stride, groups)
-
-
-def _convolve(x, kernel, rows, columns, stride=1, groups=1):
-    return jax.lax.conv_general_dilated(
-        x,
-        kernel,
-        (stride, stride),
-        (rows, columns),
-        dimension_numbers=("NHWC", "HWIO", "NHWC"),
-        feature_group_count=groups,
-    )
+def convolve(
+    x: Array,
+    kernel: Array,
+    stride: int = 1,
+    groups: int = 1,
+    pads: Any = None,
+    precision: Any = None,
+) -> Array:
+    """2-D cross-correlation of [B, H, W, C]; ``pads`` of rows and columns are k // 2 by default."""
+    pads = pads or ((kernel.shape[0] // 2,) * 2,) * 2
+    how = dict(dimension_numbers=("NHWC", "HWIO", "NHWC"), precision=precision)
+    how |= dict(window_strides=(stride, stride), padding=pads, feature_group_count=groups)
+    return jax.lax.conv_general_dilated(x, kernel, **how)
 
 
 def depthwise_conv(x: Array, kernel: Array) -> Array:

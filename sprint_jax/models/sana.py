@@ -285,15 +285,12 @@ class _PatchEmbed(nn.Module):
         return Linear(self.features, dtype=self.dtype, kernel_init=xavier, name="proj")(patches)
 
 
-_SMALL = dict(
-    num_attention_heads=36, num_layers=28, num_cross_attention_heads=16, cross_attention_head_dim=72
-)
-_LARGE = dict(
-    num_attention_heads=70,
-    num_layers=20,
-    num_cross_attention_heads=20,
-    cross_attention_head_dim=112,
-)
+_SMALL = dict(num_attention_heads=36, num_layers=28)
+_SMALL |= dict(num_cross_attention_heads=16, cross_attention_head_dim=72)
+_LARGE = dict(num_attention_heads=70, num_layers=20)
+_LARGE |= dict(num_cross_attention_heads=20, cross_attention_head_dim=112)
+_DIGITS = dict(in_channels=12, out_channels=12, caption_channels=64, sample_size=8, num_layers=6)
+_DIGITS |= dict(num_attention_heads=4, num_cross_attention_heads=4, cross_attention_head_dim=32)
 _TEACHER = dict(qk_norm=True, timestep_scale=0.001)
 _STUDENT = dict(qk_norm=True, timestep_scale=0.001, guidance_embeds=True)
 
@@ -307,15 +304,5 @@ SIZES = {
     "sana-1600m": _LARGE,
     "sana1.5-1600m": _LARGE | dict(qk_norm=True),
     "4800m": _LARGE | dict(qk_norm=True, num_layers=60),
-    "digits": dict(
-        in_channels=12,
-        out_channels=12,
-        num_attention_heads=4,
-        num_layers=6,
-        num_cross_attention_heads=4,
-        cross_attention_head_dim=32,
-        caption_channels=64,
-        sample_size=8,
-        **_TEACHER,
-    ),
+    "digits": _DIGITS | _TEACHER,
 }

@@ -249,7 +249,7 @@ SCALED = {"rope_theta": 500.0, "rope_type": "linear", "factor": 2.0}
         ("gemma2", {"attention_bias": True}, ["attention_bias True"]),
         ("gemma2", {"rope_scaling": {"factor": 2}}, ["rope_scaling {'factor': 2}"]),
         ("gemma2", {"rope_parameters": SCALED}, ["rope_parameters {"]),
-        ("gemma2", {"rope_parameters": {"rope_type": "yarn"}}, ["rope_type 'yarn'"]),
+        ("gemma2", {"rope_parameters": {"rope_type": "yarn"}}, ["rope_parameters ", "'yarn'"]),
         ("gemma2", {"rope_parameters": 3}, ["rope_parameters 3"]),
         ("gemma2", {"use_bidirectional_attention": True}, ["use_bidirectional_attention True"]),
         ("gemma2", {"num_key_value_heads": 3}, ["num_key_value_heads 3"]),
@@ -312,7 +312,6 @@ def test_files_of_torch_without_torch(tmp_path, student, monkeypatch):
     calls = [
         lambda: nvlabs.load_transformer(path, student[0]),
         lambda: nvlabs.save_transformer(path, *student),
-        lambda: nvlabs.load_null_text(path),
         lambda: load_heads(path),
     ]
     for call in calls:
