@@ -241,7 +241,7 @@ def frechet_distance(
     """
     if len(images) < 128 or len(real_images) < 256:
         raise UserError(
-            f"a Frechet distance of {len(images)} images to {len(real_images)} real ones means nothing: give "
+            f"a Frechet distance of {len(images)} images to {len(real_images)} real ones is too noisy: give "
             "at least 128 and 256"
         )
     if not np.isfinite(images).all():

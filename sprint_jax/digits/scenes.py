@@ -1,15 +1,14 @@
-"""The digits world: real handwriting in six colours, with captions that leave something to chance.
+"""Scenes of the digits world: real handwriting in six colours, drawn for captions that leave parts open.
 
 A scene is a grid of cells of 8x8 pixels with one background colour; one or two cells hold a
 handwritten digit (scikit-learn's 1,797 digits) in a colour that is not the background's:
 ``pixel = background (1 - a) + colour a`` with ``a`` the ink in [0, 1]. One fifth of the handwriting
 is held out for the test split.
 
-A caption such as ``a red 3 left of a green 7`` names each colour with probability 1/2. What it does
-not say (a colour, the handwriting, in ``large`` a place) is uniform in the data. Every caption that
-is written here leaves at least one vivid thing, a colour or a place, to chance: the mean image of a
-caption is therefore wrong, which is what a distilled model that averages draws. Categories are
-GenEval's.
+A caption such as ``a red 3 left of a green 7`` names each colour with probability 1/2. Parts that it
+leaves open (a colour, the handwriting, in ``large`` a place) are uniform in the data. Every caption of
+the data leaves a colour or a place open, so the mean image of a caption is wrong and a model that averages
+scores low.
 """
 
 import dataclasses

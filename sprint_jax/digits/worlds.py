@@ -1,4 +1,4 @@
-"""The sizes of the digits worlds: grids of cells and numbers of scenes. Imports nothing that is slow."""
+"""The sizes of the digits worlds: grids of cells and numbers of scenes, without slow imports."""
 
 import dataclasses
 

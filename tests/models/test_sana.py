@@ -76,9 +76,10 @@ def test_new_guidance_embedder_starts_silent_and_learns():
     model, (*inputs, guidance) = SanaTransformer(**fields), cast(inputs, jnp.float32)
     params = fast_jit(model.init)(jax.random.key(0), *inputs, guidance)["params"]
     params["proj_out"]["kernel"] = jnp.full_like(params["proj_out"]["kernel"], 0.1)
-    run = fast_jit(lambda params, guidance: model.apply({"params": params}, *inputs, guidance))
+    velocity = lambda params, guidance: model.apply({"params": params}, *inputs, guidance)  # noqa: E731
+    run = fast_jit(velocity)
     np.testing.assert_array_equal(run(params, guidance), run(params, guidance + 1))
-    gradient = fast_jit(jax.grad(lambda params: jnp.sin(run(params, guidance)).sum()))
+    gradient = fast_jit(jax.grad(lambda params: jnp.sin(velocity(params, guidance)).sum()))
     for name in ("linear_2", "linear_1"):  # the first follows when the last is not 0 any more
         slope = gradient(params)
         assert jnp.abs(slope["time_embed"]["guidance_embedder"][name]["kernel"]).max() > 0
@@ -224,7 +225,7 @@ def test_bfloat16_program_rounds_only_matmuls_and_residuals():
 
 
 def test_linear_attention_of_nothing_is_finite():
-    """Where every query or key is cut to zero by the ReLU, 1e-15 keeps 0 / 0 away."""
+    """With every query or key cut to zero by the ReLU, 1e-15 keeps 0 / 0 away."""
     layer = LinearAttention(8, 2, False, False, jnp.float32)
     x = jnp.ones((1, 2, 2, 8))
     params = layer.init(jax.random.key(0), x)["params"]

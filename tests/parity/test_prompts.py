@@ -86,7 +86,7 @@ def published_instruction(kind=SanaSprintPipeline) -> list[str]:
 
 
 def reference(folder, prompts, instruction, *, kind=SanaSprintPipeline, encoder=None, **how):
-    """What a pipeline of diffusers returns: features and mask of the prompts, then of the negative ones."""
+    """Features and mask of the prompts, then of the negative ones, from a pipeline of diffusers."""
     tokenizer = GemmaTokenizer.from_pretrained(folder / "tokenizer")
     encoder = encoder or Gemma2Model.from_pretrained(folder / "text_encoder")
     parts = dict(vae=None, transformer=None, scheduler=None)
