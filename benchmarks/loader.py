@@ -11,6 +11,7 @@ compiled programs, remat not included). Prints one JSON line.
 
 import argparse
 import contextlib
+import functools
 import json
 import os
 import tempfile
@@ -22,7 +23,7 @@ import numpy as np
 import safetensors.numpy
 
 from sprint_jax.core.files import write_json_atomic
-from sprint_jax.data.cached import latent_batches
+from sprint_jax.data.batches import make_batches, read_latents
 from sprint_jax.data.latents.cache import (
     FORMAT,
     MANIFEST,
@@ -31,8 +32,8 @@ from sprint_jax.data.latents.cache import (
     CachedRecord,
     hash_file,
     open_cache,
+    write_shard,
 )
-from sprint_jax.data.latents.shards import write_shards
 from sprint_jax.data.loader import prefetch
 from sprint_jax.data.order import make_order
 from sprint_jax.data.sources.records import Caption
@@ -92,7 +93,7 @@ def write_folder(folder: Path, records: int, tokens: int) -> None:
         for number in range(records)
     )
     (folder / SHARDS).mkdir(parents=True)
-    shards = write_shards(folder / SHARDS, 0, made, 2**30)
+    shards = write_shard(folder / SHARDS, 0, made)
     null = {"text": np.zeros((LENGTH, WIDTH), np.float32), "mask": np.zeros(LENGTH, np.int32)}
     safetensors.numpy.save_file(null, folder / NULL_TEXT)
     manifest = {"format": FORMAT, "identity": "noise", "shards": shards}
@@ -104,7 +105,8 @@ def measure(folder: Path, batch_size: int, seconds: float, rounds: int) -> list[
     """Images per second in each round."""
     cache = open_cache(folder)
     order = make_order([cache.buckets], batch_size=batch_size, seed=0)
-    batches = latent_batches([cache], order, rows=range(batch_size), batch_size=batch_size, seed=0)
+    read = functools.partial(read_latents, [cache], 0.0)
+    batches = make_batches(order, read, range(batch_size), batch_size=batch_size, seed=0)
     rates = []
     with contextlib.closing(prefetch(batches, 0)) as stream:
         next(stream)

@@ -3,30 +3,33 @@
     python -m launch.sweep --config configs/digits.py:student --sweep lr --workdir runs/lr \\
         --config.teacher=runs/teacher --parallel 2
 
-Start it in the root of the checkout (`python launch/sweep.py` does the same where the package is
-installed, as in the .venv of the launch scripts). The same line goes on with whatever is unfinished:
-a run that failed, was killed, or stopped with the sweep. DIR gets one folder per run (a training
-workdir, with its output in log.txt), results.csv with one line per run, rewritten after every
-change, and results.png; the best run stands on top in both.
+Start it in the root of the checkout. DIR gets a training workdir for each run, with its output in log.txt,
+and results.csv and results.png, best run on top; docs/sweeps.md describes them. The same line goes on with what
+is unfinished. SIGTERM and Ctrl-C reach the trainings, which write a checkpoint.
 
-Backends: ``local`` starts K trainings at a time here. ``slurm`` submits one job per run through
-launch/slurm.sbatch; the same line submits again what neither finished nor waits in the queue, and
-renews results.csv. ``pod`` runs one after the other through launch/tpu_pod.sh, whose TPU is named by
-TPU_NAME and TPU_ZONE. For both, DIR must be a folder that this machine and the others see. SIGTERM
-and Ctrl-C reach the trainings, which write a checkpoint.
+Backends: ``local`` has K trainings at a time on this machine, ``slurm`` submits a job for each run through
+launch/slurm.sbatch, ``pod`` runs one after the other through launch/tpu_pod.sh, on the TPU that TPU_NAME
+and TPU_ZONE name. For both, DIR must be a folder that this machine and the others see.
 """
 
+import shlex
+import sys
 from pathlib import Path
 
 from sprint_jax.core import cli
 from sprint_jax.core.errors import UserError
-from sprint_jax.core.files import write_atomic
-from sprint_jax.sweeps.drive import BACKENDS, print_commands, run_sweep
 from sprint_jax.sweeps.report import Ranking
-from sprint_jax.sweeps.rows import check_same_sweep, load_rows, sweep_record
-from sprint_jax.sweeps.run import only_sweep
+from sprint_jax.sweeps.rows import load_rows
+from sprint_jax.sweeps.run import claim, run_sweep
+from sprint_jax.sweeps.slurm import sbatch_command
+from sprint_jax.training.stages import stage_of
 
-LOSSES = {"flow": "loss/flow", "distill": "loss/total"}
+# The words before a run's arguments; SLURM's depend on the run. The script of the pod returns when it is over.
+COMMANDS = {
+    "local": (sys.executable, "-m", "sprint_jax.train"),
+    "pod": ("bash", "launch/tpu_pod.sh", "--"),
+    "slurm": (),
+}
 
 
 def parse(argv: list[str]):
@@ -34,14 +37,8 @@ def parse(argv: list[str]):
     cli.add_config(parser)
     parser.add_argument("--sweep", required=True, metavar="NAME", help="sweep_NAME() is called")
     parser.add_argument("--workdir", required=True, metavar="DIR", help="made if missing")
-    parser.add_argument("--backend", default="local", choices=BACKENDS)
-    parser.add_argument(
-        "--parallel",
-        type=int,
-        default=1,
-        metavar="K",
-        help="trainings at a time, local (default 1)",
-    )
+    parser.add_argument("--backend", default="local", choices=COMMANDS)
+    parser.add_argument("--parallel", type=int, default=1, metavar="K", help="local (default 1)")
     parser.add_argument("--dry_run", action="store_true", help="print the commands, do nothing")
     parser.add_argument(
         "--metric",
@@ -68,15 +65,17 @@ def main(argv: list[str]) -> None:
     flags, words = parse(argv)
     workdir = Path(flags.workdir)
     rows = load_rows(flags.config, flags.sweep, words, workdir)
-    check_same_sweep(workdir, flags.config, flags.sweep)
+    command = COMMANDS[flags.backend]
     if flags.dry_run:
-        print_commands(rows, flags.backend)
+        for row in rows:
+            words = [*command, *row.arguments] if command else sbatch_command(row)
+            state = "done" if row.finished() else "unfinished"
+            print(f"# {row.name}: {state}\n{shlex.join(words)}")
         return
-    metrics = flags.metric or [LOSSES.get(rows[0].config.stage, "loss/total")]
-    ranking = Ranking(tuple(metrics), flags.goal, flags.last)
-    with only_sweep(workdir):
-        write_atomic(workdir / "sweep.json", sweep_record(flags.config, flags.sweep))
-        run_sweep(workdir, rows, ranking, flags.backend, flags.parallel)
+    metrics = flags.metric or [stage_of(rows[0].config).headline]
+    ranking = Ranking(metrics, flags.goal, flags.last)
+    with claim(workdir, flags.config, flags.sweep):
+        run_sweep(workdir, rows, ranking, command, flags.parallel)
 
 
 if __name__ == "__main__":

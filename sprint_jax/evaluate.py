@@ -18,7 +18,7 @@ from .core import cli
 from .core.errors import UserError
 from .core.files import without_nan, write_json_atomic
 from .digits.evaluation import (
-    SHEET_ROWS,
+    SHEET_SIZE,
     draw_and_measure,
     print_table,
     student_runs,
@@ -84,9 +84,9 @@ def _check(flags: argparse.Namespace) -> Path:
     """The path of the report, once everything that needs no network is known to be in order."""
     if flags.metrics != "digits":
         raise UserError(f"--metrics {flags.metrics}: this version has digits only", exit_code=2)
-    if flags.count < SHEET_ROWS or flags.batch < 1 or flags.seed < 0:
+    if flags.count < SHEET_SIZE or flags.batch < 1 or flags.seed < 0:
         raise UserError(
-            f"--count must be at least {SHEET_ROWS}, --batch 1 and --seed 0", exit_code=2
+            f"--count must be at least {SHEET_SIZE}, --batch 1 and --seed 0", exit_code=2
         )
     out = Path(flags.out)
     if out.suffix != ".json":

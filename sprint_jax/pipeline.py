@@ -160,7 +160,8 @@ class SprintPipeline:
         if not prompts:
             raise UserError("there is nothing to draw: give at least one prompt")
         steps = self.check_steps(request.steps, request.solver)
-        asked = (request.height or self.size[0], request.width or self.size[1])
+        given = zip((request.height, request.width), self.size, strict=True)
+        asked = tuple(usual if side is None else side for side, usual in given)
         shape = self.latent_shape(*(nearest_size(*asked) if request.binning else asked))
         options = {key: getattr(request, key) for key in ("guidance", "solver", "negative")}
         count, pixels = len(prompts), None
@@ -195,7 +196,11 @@ class SprintPipeline:
         return jnp.clip(self.autoencoder.decode(x0), -1, 1)
 
     def latent_shape(self, height: int | None = None, width: int | None = None) -> tuple:
-        """(h, w, C) of the latents of a picture; UserError unless both sides fit the network."""
+        """(h, w, C) of the latents of a picture, by default of the training's size.
+
+        Raises:
+          UserError: a side does not fit the network.
+        """
         height = self.size[0] if height is None else height
         width = self.size[1] if width is None else width
         unit = self.autoencoder.factor * self.model.patch_size

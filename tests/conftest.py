@@ -48,4 +48,8 @@ SLOW += ("test_launch", "test_peers", "test_feed", "test_faults", "test_encode_f
 
 
 def pytest_collection_modifyitems(items):
+    for item in items:
+        for folder in ("faults", "parity"):
+            if folder in item.path.parts:
+                item.add_marker(folder)
     items.sort(key=lambda item: SLOW.index(item.path.stem) if item.path.stem in SLOW else len(SLOW))

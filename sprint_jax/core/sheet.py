@@ -28,13 +28,18 @@ def enlarge(picture: np.ndarray, factor: int) -> np.ndarray:
 
 
 def draw_sheet(
-    rows: Sequence[Sequence[Cell]], *, titles: Sequence[str] = (), smallest: int = 96
+    rows: Sequence[Sequence[Cell]],
+    *,
+    titles: Sequence[str] = (),
+    names: Sequence[str] = (),
+    smallest: int = 96,
 ) -> Image.Image:
     """Draws cells in rows, each picture with its caption and tick below.
 
     Args:
       rows: cells, all pictures of one size; rows may differ in length.
       titles: of the columns, written above the first row.
+      names: of the rows, written to the left of each.
       smallest: pictures narrower than so many pixels are enlarged by a whole factor.
 
     Returns:
@@ -54,13 +59,17 @@ def draw_sheet(
     heights = [height + GAP + line * max(marked, *map(len, row)) for row in texts]
 
     columns = max(len(titles), *map(len, rows))
-    sheet = Image.new("RGB", (GAP + columns * (width + GAP), top + sum(heights) + GAP), WHITE)
+    margin = GAP + max((int(font.getlength(name)) + GAP for name in names), default=0)
+    size = margin + columns * (width + GAP), top + sum(heights) + GAP
+    sheet = Image.new("RGB", size, WHITE)
     draw = ImageDraw.Draw(sheet)
     for column, head in enumerate(heads):
-        draw.text((GAP + column * (width + GAP), GAP // 2), "\n".join(head), BLACK, font)
-    for row, row_texts, row_height in zip(rows, texts, heights, strict=True):
+        draw.text((margin + column * (width + GAP), GAP // 2), "\n".join(head), BLACK, font)
+    named = [*names, *[""] * (len(rows) - len(names))]
+    for name, row, row_texts, row_height in zip(named, rows, texts, heights, strict=True):
+        draw.text((GAP, top + height // 2), name, BLACK, font)
         for column, (cell, text) in enumerate(zip(row, row_texts, strict=True)):
-            left = GAP + column * (width + GAP)
+            left = margin + column * (width + GAP)
             sheet.paste(Image.fromarray(enlarge(cell.picture, factor)), (left, top))
             draw.text((left, top + height + 2), "\n".join(text), BLACK, font)
             if cell.right is not None:

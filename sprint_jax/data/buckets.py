@@ -27,27 +27,27 @@ _THINNEST = 8  # times as many pixels before the cut as after it; 32:1 against a
 
 
 def size_table(resolution: int) -> tuple[tuple[int, int], ...]:
-    """The (height, width) in pixels of the published models of a resolution, from wide to tall.
+    """Returns the (height, width) in pixels of the published models of a resolution, from wide to tall.
 
     The tables for 256 and 512 are that of 1024 divided, that for 4096 is that of 2048 doubled.
 
     Raises:
       UserError: exit code 2, for another resolution.
     """
-    tables = {256: (SIZES_1024, 1, 4), 512: (SIZES_1024, 1, 2), 1024: (SIZES_1024, 1, 1)}
-    tables |= {2048: (SIZES_2048, 1, 1), 4096: (SIZES_2048, 2, 1)}
+    tables = {256: (SIZES_1024, 1 / 4), 512: (SIZES_1024, 1 / 2), 1024: (SIZES_1024, 1)}
+    tables |= {2048: (SIZES_2048, 1), 4096: (SIZES_2048, 2)}
     if resolution not in tables:
         raise UserError(
             f"data.resolution is {resolution}: there are tables for {', '.join(map(str, tables))}; "
             "for other sizes set data.sizes, such as 768x768,512x1024",
             exit_code=2,
         )
-    sizes, up, down = tables[resolution]
-    return tuple((height * up // down, width * up // down) for height, width in sizes)
+    sizes, scale = tables[resolution]
+    return tuple((int(height * scale), int(width * scale)) for height, width in sizes)
 
 
 def choose_sizes(resolution: int, sizes: Sequence[str]) -> tuple[tuple[int, int], ...]:
-    """The sizes (height, width) in pixels that images are cut to.
+    """Returns the sizes (height, width) in pixels that images are cut to.
 
     Args:
       resolution: of a table, see `size_table`.

@@ -1,11 +1,14 @@
-"""From a config's ``data`` section to batches: the digits world, cached latents, images, or noise."""
+"""The training data of a config: batches of the digits world, of cached latents, of images, or of noise."""
 
+import dataclasses
+import functools
 import hashlib
 import json
 import math
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -13,50 +16,75 @@ import numpy as np
 
 from ..core.config import Config
 from ..core.errors import UserError
-from ..digits.dataset import open_digits
+from ..digits.dataset import Digits, open_digits
 from ..digits.encoders import digits_parts
-from ..digits.scenes import held_out_prompts
+from ..digits.scenes import held_out_prompts, to_float
 from ..encoders.load import Encoders, encode_captions, latent_size, load_encoders
 from ..parallel.sharding import local_rows, make_mesh, same_everywhere
+from . import synthetic
+from .batches import Batch, ImageReader, Reader, make_batches, read_latents
 from .buckets import check_factor, choose_sizes
-from .cached import latent_batches, read_rows
 from .latents.cache import Cache, open_cache, pad_texts
-from .loader import encode_online, make_batches
-from .online import RejectLog, encode_rows, image_batches, read_usable, survey
-from .order import Order, hold_out, make_order
-from .sources.open import open_images
-from .synthetic import SyntheticLatents, collate
+from .order import Bucket, Order, Rows, hold_out, make_order, make_single_order
+from .rejects import RejectLog
+from .sources.open import TFDS, open_images
+from .sources.records import Source
+from .survey import survey
 
-Batch = dict[str, np.ndarray]
-REJECTED = "rejected.jsonl"  # in a workdir: images that could not be used
-SOURCES = ("digits", "latents", "images", "synthetic")
+Shapes = dict[str, jax.ShapeDtypeStruct]
+Buckets = Mapping[Bucket, np.ndarray]
 
 
-class Data(NamedTuple):
-    """Where batches come from, and what stands between pictures, prompts and the network.
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Data:
+    """The batches of a run, and how its data is seen: prompts, pictures, held-out records.
 
-    ``batches(i)`` is this host's rows of global batch ``i``: latents [B, h, w, C], text [B, L, D],
-    mask [B, L]. ``shapes`` are those of global batches, one for each bucket, the most frequent first, and
-    ``next_of_first(i)`` is the number, i or the next, of a batch of the first. ``null_text`` [L, D] and
-    ``null_mask`` [L] are of the empty prompt. ``held_out(count)`` is a batch of records that training does
-    not see, whole on this host. ``prompts(count)`` are features of what sample grids show, and ``decode``
-    makes pictures of latents; without it there is nothing to look at. ``identity`` is a hash of which
-    records there are in which bucket and of what made their latents, where data may change under a run.
+    Attributes:
+      batches: makes this host's rows of global batch ``i``: latents [B, h, w, C], text [B, L, D], mask [B, L].
+      shapes: of global batches, one for each bucket, the most frequent first.
+      next_of_first: gives the number, i or the next, of a batch of the first bucket.
+      null_text, null_mask: [L, D] and [L], of the empty prompt.
+      held_out: makes a batch of so many records that training does not see, whole on this host.
+      prompts: makes text and mask of so many prompts for sample grids.
+      decode: makes pictures of latents; None where there is no autoencoder, and nothing to look at.
+      identity: a hash of the records in each bucket and of the encoders, where data may change under a run.
     """
 
     batches: Callable[[int], Batch]
-    shapes: list[dict[str, jax.ShapeDtypeStruct]]
+    shapes: list[Shapes]
+    next_of_first: Callable[[int], int]
     null_text: np.ndarray
     null_mask: np.ndarray
     held_out: Callable[[int], Batch]
-    next_of_first: Callable[[int], int] = lambda i: i
     prompts: Callable[[int], tuple[np.ndarray, np.ndarray]] | None = None
     decode: Callable[[Any], Any] | None = None
     identity: str = ""
 
 
-def batch_shapes(c: Config) -> dict[str, jax.ShapeDtypeStruct]:
-    """Shapes and dtypes of a global batch; reads no data.
+def open_data(c: Config, mesh: jax.sharding.Mesh, workdir: Path | None = None) -> Data:
+    """Opens the training data that a config's ``data`` section describes.
+
+    Args:
+      workdir: gets rejected.jsonl of images that cannot be used, if there are any.
+
+    Raises:
+      UserError: for an unknown source, or data that is not there, damaged, or not for this network.
+    """
+    openers = {
+        "digits": _open_digits,
+        "latents": _open_latents,
+        "images": functools.partial(_open_images, workdir=workdir),
+        "synthetic": _open_synthetic,
+    }
+    if c.data.source not in openers:
+        raise UserError(
+            f"config.data.source '{c.data.source}' is not one of {', '.join(openers)}", exit_code=2
+        )
+    return openers[c.data.source](c, local_rows(mesh, c.data.batch_size))
+
+
+def batch_shapes(c: Config) -> Shapes:
+    """Returns shapes and dtypes of a global batch; reads no data.
 
     Where data would have to be read, ``data.latent_size`` and ``data.text_length`` stand for it.
     """
@@ -67,7 +95,7 @@ def batch_shapes(c: Config) -> dict[str, jax.ShapeDtypeStruct]:
     return _shapes(c.data.batch_size, (*size, c.model.in_channels), text)
 
 
-def _shapes(count: int, latents, text, dtype: Any = jnp.float32) -> dict[str, jax.ShapeDtypeStruct]:
+def _shapes(count: int, latents, text, dtype: Any = jnp.float32) -> Shapes:
     return {
         "latents": jax.ShapeDtypeStruct((count, *latents), jnp.float32),
         "text": jax.ShapeDtypeStruct((count, *text), dtype),
@@ -75,74 +103,75 @@ def _shapes(count: int, latents, text, dtype: Any = jnp.float32) -> dict[str, ja
     }
 
 
-def open_data(c: Config, mesh: jax.sharding.Mesh, workdir: Path | None = None) -> Data:
-    """The training data that a config's ``data`` section describes.
+def open_sources(c: Config) -> tuple[Source, ...]:
+    """Opens the sources in ``data.images``; a digits world that is named there is written first if missing."""
+    for path in c.data.images:
+        name, *config = path.removeprefix(TFDS).partition(":")[0].split("/")
+        folder = Path(c.data.dir, name, *config).expanduser()
+        if path.startswith(TFDS) and name == Digits.name and not folder.is_dir():
+            open_digits(c.data.dir, (*config, "full")[0], "train")
+    features = dict(image_feature=c.data.image_feature, caption_feature=c.data.caption_feature)
+    return open_images(c.data.images, data_dir=c.data.dir, **features)
 
-    Args:
-      workdir: gets rejected.jsonl of images that cannot be used, if there are any.
 
-    Raises:
-      UserError: for an unknown source, or data that is not there, damaged, or not for this network.
-    """
-    rows = local_rows(mesh, c.data.batch_size)
-    if c.data.source == "synthetic":
-        return _open_synthetic(c, rows)
-    if c.data.source == "digits":
-        return _open_digits(c, rows)
-    if c.data.source == "latents":
-        return _open_latents(c, rows)
-    if c.data.source == "images":
-        return _open_images(c, rows, workdir)
-    raise UserError(
-        f"config.data.source '{c.data.source}' is not one of {', '.join(SOURCES)}", exit_code=2
-    )
+def _make_data(c: Config, rows: Sequence[int], order: Order, read: Reader, **fields) -> Data:
+    """`Data` whose batches are read in an order; ``fields`` are its other fields."""
+
+    def next_of_first(i: int) -> int:
+        while order.rows(i).bucket != order.buckets[0]:
+            i += 1
+        return i
+
+    batches = make_batches(order, read, rows, batch_size=c.data.batch_size, seed=c.seed)
+    return Data(batches=batches, next_of_first=next_of_first, **fields)
 
 
 def _open_synthetic(c: Config, rows: Sequence[int]) -> Data:
-    shape = (*c.data.latent_size, c.model.in_channels)
-    text_shape = (c.data.text_length, c.model.caption_channels)
-    source, other = (SyntheticLatents(seed, shape, text_shape) for seed in (c.seed, c.seed + 1))
-    batches = make_batches(source, collate, batch_size=c.data.batch_size, seed=c.seed, rows=rows)
-    return Data(
-        batches,
-        [batch_shapes(c)],
-        source.null_text,
-        source.null_mask,
-        lambda count: collate([other[i] for i in range(count)]),
+    shapes = batch_shapes(c)
+    shape, text_shape = shapes["latents"].shape[1:], shapes["text"].shape[1:]
+    draw = functools.partial(synthetic.draw_batch, shape=shape, text_shape=text_shape)
+    count, how = synthetic.LENGTH, dict(batch_size=c.data.batch_size, seed=c.seed)
+    return _make_data(
+        c,
+        rows,
+        make_single_order(count, shape[:2], **how),
+        lambda chosen, draws: draw(c.seed, chosen.records),
+        shapes=[shapes],
+        null_text=np.zeros(text_shape, np.float32),
+        null_mask=(np.arange(text_shape[0]) < 1).astype(np.int32),
+        held_out=lambda count: draw(c.seed + 1, range(count)),
     )
 
 
 def _open_digits(c: Config, rows: Sequence[int]) -> Data:
     autoencoder, text_encoder, _ = digits_parts(c.data.world)
-    encode = encode_online(autoencoder, text_encoder)
-    batches = make_batches(
-        open_digits(c.data.dir, c.data.world, "train"),
-        encode,
-        batch_size=c.data.batch_size,
-        seed=c.seed,
-        rows=rows,
-    )
+    train = open_digits(c.data.dir, c.data.world, "train")
+
+    def encode(records: list[dict]) -> Batch:
+        pixels = to_float(np.stack([record["image"] for record in records]))
+        text, mask = text_encoder.encode([record["caption"] for record in records])
+        return {"latents": autoencoder.encode(pixels), "text": text, "mask": mask}
 
     def held_out(count: int) -> Batch:
         test = open_digits(c.data.dir, c.data.world, "test")
-        return encode([test[i] for i in _below(len(test), count)])
+        if count > len(test):
+            raise UserError(f"{count} held-out records are wanted, but there are {len(test)}")
+        return encode([test[i] for i in range(count)])
 
     null_text, null_mask = text_encoder.encode([""])
-    return Data(
-        batches,
-        [batch_shapes(c)],
-        null_text[0],
-        null_mask[0],
-        held_out,
+    how = dict(batch_size=c.data.batch_size, seed=c.seed)
+    return _make_data(
+        c,
+        rows,
+        make_single_order(len(train), latent_size(c), **how),
+        lambda chosen, draws: encode([train[i] for i in chosen.records.tolist()]),
+        shapes=[batch_shapes(c)],
+        null_text=null_text[0],
+        null_mask=null_mask[0],
+        held_out=held_out,
         prompts=lambda count: text_encoder.encode(held_out_prompts(c.data.world, count, 0)),
         decode=autoencoder.decode,
     )
-
-
-def _below(length: int, count: int) -> range:
-    if count > length:
-        raise UserError(f"{count} held-out records are wanted, but there are {length}")
-    return range(count)
 
 
 def _open_latents(c: Config, rows: Sequence[int]) -> Data:
@@ -153,104 +182,142 @@ def _open_latents(c: Config, rows: Sequence[int]) -> Data:
             "--config.data.latents=DIR, or set --config.data.source=synthetic for noise",
             exit_code=2,
         )
-    _check_caches(c, caches)
-    order, _, held_out = _order(c, [cache.buckets for cache in caches])
-    first, temperature = caches[0], c.data.caption_temperature
-    how = dict(batch_size=c.data.batch_size, seed=c.seed, temperature=temperature)
+    first = caches[0]
+    for cache in caches[1:]:
+        if (cache.identity, cache.text_length) != (first.identity, first.text_length):
+            raise UserError(
+                f"{cache.folder} and {first.folder} are of different encoders: their latents "
+                "cannot be mixed"
+            )
     record = first[0]
-    decode = None
-    if c.data.encoders:  # for pictures of samples alone
-        decode = _decoder(c, first)
-
-    def read(sources, records) -> Batch:
-        return read_rows(caches, sources, records, np.zeros(len(records)), temperature)
-
-    return _bucketed(
+    return _make_bucketed(
         c,
-        order,
-        latent_batches(caches, order, rows=rows, **how),
-        read,
-        held_out,
-        (record.latents.shape[-1], (first.text_length, *record.texts[0].shape[1:])),
-        record.texts[0].dtype,
-        (first.null_text, first.null_mask),
-        decode,
-        _identify([cache.buckets for cache in caches], first.identity),
+        rows,
+        name=str(first.folder),
+        buckets=[cache.buckets for cache in caches],
+        make_reader=lambda _: functools.partial(read_latents, caches, c.data.caption_temperature),
+        channels=record.latents.shape[-1],
+        dtype=record.texts[0].dtype,
+        null=(first.null_text, first.null_mask),
+        # For pictures of samples alone.
+        decode=_find_decoder(c, first) if c.data.encoders else None,
+        encoders=first.identity,
     )
 
 
 def _open_images(c: Config, rows: Sequence[int], workdir: Path | None) -> Data:
-    features = dict(image_feature=c.data.image_feature, caption_feature=c.data.caption_feature)
-    sources = open_images(c.data.images, data_dir=c.data.dir, **features)
-    encoders = _load_encoders(c)
+    sources, encoders = open_sources(c), _load_encoders(c)
     factor, threads = encoders.autoencoder.factor, c.encode.threads
     sizes = choose_sizes(c.data.resolution, c.data.sizes)
     check_factor(sizes, factor)
-    name = f"rejected-{jax.process_index()}.jsonl" if jax.process_index() else REJECTED
-    log = RejectLog(workdir / name if workdir else None, c.data.max_rejected)
-    folder = Path(c.data.dir)
-    buckets = [
-        survey(source, sizes, factor, log, threads=threads, cache_dir=folder) for source in sources
-    ]
-    order, training, held_out = _order(c, buckets)
-    temperature = c.data.caption_temperature
-    how = dict(batch_size=c.data.batch_size, seed=c.seed, temperature=temperature)
-    batches = image_batches(
-        sources,
-        training,
-        encoders,
-        order,
-        log,
+    log = RejectLog(workdir, c.data.max_rejected, jax.process_index())
+    how = dict(threads=threads, cache_dir=Path(c.data.dir))
+    buckets = [survey(source, sizes, factor, log, **how) for source in sources]
+    reader = ImageReader(
+        sources=sources,
+        buckets=buckets,
         sizes=sizes,
-        rows=rows,
-        threads=threads,
+        encoders=encoders,
+        log=log,
+        pool=ThreadPoolExecutor(threads, thread_name_prefix="images"),
         encode_size=c.encode.batch_size,
-        **how,
+        temperature=c.data.caption_temperature,
     )
-    null_text, null_mask = encode_captions(encoders.text_encoder, [""])
-    channels = encoders.identity["autoencoder"]["channels"]
-    _check_channels(c, f"data.encoders '{c.data.encoders}'", channels, null_text.shape[-1])
-    null_text, null_mask = pad_texts([null_text[0][null_mask[0] == 1]], null_mask.shape[1])
-
-    def read(numbers, records) -> Batch:
-        pairs = list(zip(numbers, records, strict=True))
-        found = [
-            read_usable(sources, buckets, order.buckets[0], sizes, log, *pair) for pair in pairs
-        ]
-        draws = np.zeros(len(found))
-        return encode_rows(encoders, found, draws, temperature, c.encode.batch_size)
-
-    return _bucketed(
+    text, mask = encode_captions(encoders.text_encoder, [""])
+    text, mask = pad_texts([text[0][mask[0] == 1]], mask.shape[1])
+    return _make_bucketed(
         c,
-        order,
-        batches,
-        read,
-        held_out,
-        (channels, null_text.shape[1:]),
-        jnp.float32,
-        (same_everywhere(null_text[0]), null_mask[0]),
-        encoders.autoencoder.decode,
-        _identify(buckets, json.dumps(encoders.identity, sort_keys=True)),
+        rows,
+        name=f"data.encoders '{c.data.encoders}'",
+        buckets=buckets,
+        make_reader=lambda buckets: dataclasses.replace(reader, buckets=buckets),
+        channels=encoders.identity["autoencoder"]["channels"],
+        dtype=jnp.float32,
+        null=(same_everywhere(text[0]), mask[0]),
+        decode=encoders.autoencoder.decode,
+        encoders=json.dumps(encoders.identity, sort_keys=True),
     )
+
+
+def _make_bucketed(
+    c: Config,
+    rows: Sequence[int],
+    *,
+    name: str,
+    buckets: Sequence[Buckets],
+    make_reader: Callable[[Sequence[Buckets]], Reader],
+    channels: int,
+    dtype: Any,
+    null: tuple[np.ndarray, np.ndarray],
+    decode: Callable[[Any], Any] | None,
+    encoders: str,
+) -> Data:
+    """`Data` of sources in buckets; a part of the first source may be held out.
+
+    Args:
+      name: of the data, in messages; encoders: their identity.
+      buckets: of each source, its records by bucket; make_reader: makes a reader of such records.
+      channels: of latents; dtype: of text; null: text [L, D] and mask [L] of the empty prompt.
+    """
+    for key, value in {"in_channels": channels, "caption_channels": null[0].shape[-1]}.items():
+        if value != c.model[key]:
+            raise UserError(
+                f"{name} is not for this network: it has {value} channels where config.model.{key} is "
+                f"{c.model[key]}"
+            )
+    identity = _identify(buckets, encoders)
+    first_part, kept = hold_out(buckets[0], c.data.holdout)
+    training = [first_part, *buckets[1:]]
+    how = dict(batch_size=c.data.batch_size, seed=c.seed, weights=c.data.weights)
+    order, read = make_order(training, **how), make_reader(training)
+    common = order.buckets[0]
+
+    def held_out(count: int) -> Batch:
+        records = kept.get(common, ())
+        if count > len(records):
+            raise UserError(
+                f"{count} held-out records are wanted, and {len(records)} of the most frequent size "
+                "are kept: train with a larger --config.data.holdout"
+            )
+        chosen = Rows(common, np.zeros(count, np.int64), records[:count])
+        return make_reader([kept])(chosen, np.zeros(count))
+
+    def prompts(count: int) -> tuple[np.ndarray, np.ndarray]:
+        chosen = order.rows(data.next_of_first(0)).take(np.arange(count) % c.data.batch_size)
+        batch = read(chosen, np.zeros(count))
+        return same_everywhere(batch["text"]), same_everywhere(batch["mask"])
+
+    count, text = c.data.batch_size, null[0].shape
+    data = _make_data(
+        c,
+        rows,
+        order,
+        read,
+        shapes=[_shapes(count, (*size, channels), text, dtype) for size in order.buckets],
+        null_text=null[0],
+        null_mask=null[1],
+        held_out=held_out,
+        prompts=prompts,
+        decode=decode,
+        identity=identity,
+    )
+    return data
 
 
 def _load_encoders(c: Config) -> Encoders:
-    """The encoders on as many of this host's devices as share a batch.
-
-    Each has all of them: programs that wait for other devices must not run beside those of the training, which
-    another thread starts.
-    """
+    """The encoders on as many of this host's devices as share a batch, whole on each of them."""
+    # Programs that wait for other devices must not run beside those of the training, in another thread.
     sizes = c.encode.batch_size, c.encode.text_batch_size
     ways = math.gcd(*sizes, jax.local_device_count())
     mesh = make_mesh(ways, devices=jax.local_devices()[:ways])
     return load_encoders(c.data.encoders, jnp.dtype(c.encode.dtype), mesh, text_batch_size=sizes[1])
 
 
-def _decoder(c: Config, cache: Cache) -> Callable[[Any], Any]:
-    """What makes pictures of the latents of a cache. Raises UserError if it is not of their autoencoder."""
+def _find_decoder(c: Config, cache: Cache) -> Callable[[Any], Any]:
+    """The decoder of a cache's latents. Raises UserError if ``data.encoders`` has another autoencoder."""
     encoders = _load_encoders(c)
     found, made = (
-        {key: value for key, value in identity["autoencoder"].items() if key != "params"}
+        identity["autoencoder"] | {"params": None}
         for identity in (encoders.identity, cache.manifest["encoders"])
     )
     if found != made:
@@ -260,11 +327,10 @@ def _decoder(c: Config, cache: Cache) -> Callable[[Any], Any]:
     return encoders.autoencoder.decode
 
 
-def _identify(buckets: Sequence[Mapping], encoders: str) -> str:
-    """A hash of the records of each source by bucket, and of the encoders; the same on every host.
+def _identify(buckets: Sequence[Buckets], encoders: str) -> str:
+    """A hash of the records of each source by bucket, and of the encoders.
 
-    Raises:
-      UserError: the hosts do not see the same data.
+    Raises UserError if the hosts do not see the same data.
     """
     digest = hashlib.sha256(encoders.encode())
     for source in buckets:
@@ -278,59 +344,3 @@ def _identify(buckets: Sequence[Mapping], encoders: str) -> str:
             "config.data.latents or images, whole?"
         )
     return digest.hexdigest()
-
-
-def _order(c: Config, buckets: Sequence[Mapping]) -> tuple[Order, list[Mapping], Mapping]:
-    """The order of what is trained on; that by source and bucket; and the first source's held-out records."""
-    parts = [hold_out(each, 0 if number else c.data.holdout) for number, each in enumerate(buckets)]
-    training = [kept for kept, _ in parts]
-    order = make_order(training, batch_size=c.data.batch_size, seed=c.seed, weights=c.data.weights)
-    return order, training, parts[0][1]
-
-
-def _bucketed(c, order, batches, read, kept, dims, dtype, null, decode, identity) -> Data:
-    """`Data` of an order over buckets; ``read(sources, records)`` gives a batch of records by number."""
-    channels, text = dims
-    shapes = [_shapes(c.data.batch_size, (*size, channels), text, dtype) for size in order.buckets]
-
-    def next_of_first(i: int) -> int:
-        while order.bucket(i) != order.buckets[0]:
-            i += 1
-        return i
-
-    def held_out(count: int) -> Batch:
-        records = kept.get(order.buckets[0], ())
-        if count > len(records):
-            raise UserError(
-                f"{count} held-out records are wanted, and {len(records)} of the most frequent size "
-                "are kept: train with a larger --config.data.holdout"
-            )
-        return read(np.zeros(count, int), records[:count])
-
-    def prompts(count: int):
-        rows = order.rows(next_of_first(0))
-        batch = read(np.resize(rows.sources, count), np.resize(rows.records, count))
-        return same_everywhere(batch["text"]), same_everywhere(batch["mask"])
-
-    return Data(batches, shapes, *null, held_out, next_of_first, prompts, decode, identity)
-
-
-def _check_caches(c: Config, caches: Sequence[Cache]) -> None:
-    """Refuses caches of different encoders, and such as the network does not take."""
-    for cache in caches[1:]:
-        if (cache.identity, cache.text_length) != (caches[0].identity, caches[0].text_length):
-            raise UserError(
-                f"{cache.folder} and {caches[0].folder} are of different encoders: their latents "
-                "cannot be mixed"
-            )
-    record = caches[0][0]
-    _check_channels(c, str(caches[0].folder), record.latents.shape[-1], record.texts[0].shape[-1])
-
-
-def _check_channels(c: Config, what: str, latents: int, text: int) -> None:
-    for key, value in {"in_channels": latents, "caption_channels": text}.items():
-        if value != c.model[key]:
-            raise UserError(
-                f"{what} is not for this network: it has {value} channels where config.model.{key} is "
-                f"{c.model[key]}"
-            )

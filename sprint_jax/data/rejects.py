@@ -1,76 +1,54 @@
-"""Records that could not be used: named in a file, counted, and too many of them refused."""
+"""Records that could not be used: named in rejected.jsonl, counted, and limited in their share."""
 
 import json
+import sys
+import threading
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
+from tqdm import tqdm
+
 from ..core.errors import UserError
 from ..core.files import write_atomic
 from .sources.records import Rejected
 
-FIRST = 100  # records seen before their share is judged: at the start a few say nothing
+REJECTED = "rejected.jsonl"
+FIRST = 100  # records seen before their share is judged: at the start a few mean nothing
+PRINTED = 20  # rejects that are printed; all are in the file
 
 
 class Reject(NamedTuple):
-    """A record that could not be used: its key, the name of its source, and why.
-
-    ``reason`` begins with the kind of reason, up to a colon.
-    """
+    """A record that could not be used: its key, the name of its source, and why; see `Rejected`."""
 
     key: str
     source: str
     reason: str
 
-
-def reject(rejected: Rejected, source: str) -> Reject:
-    """What is kept of an exception; ``source`` is `Source.name`."""
-    return Reject(rejected.key, source, rejected.reason)
-
-
-def reject_line(rejected: Reject) -> bytes:
-    """One line of rejected.jsonl: a JSON object with key, source and reason."""
-    return json.dumps(rejected._asdict()).encode() + b"\n"
+    def line(self) -> bytes:
+        """A line of rejected.jsonl."""
+        return json.dumps(self._asdict()).encode() + b"\n"
 
 
-def write_rejects(path: str | Path, rejects: Sequence[Reject]) -> None:
+def write_rejects(path: Path, rejects: Sequence[Reject]) -> None:
     """Writes rejected.jsonl, whole; an empty file for no rejects. Raises UserError where it cannot."""
-    write_atomic(Path(path), b"".join(map(reject_line, rejects)))
-
-
-def read_rejects(path: str | Path) -> list[Reject]:
-    """Reads what `write_rejects` wrote; nothing where there is no such file.
-
-    Raises:
-      UserError: the file has been damaged, naming the line.
-    """
-    path = Path(path)
-    rejects = []
-    for number, line in enumerate(path.read_bytes().splitlines() if path.exists() else [], 1):
-        try:
-            rejects.append(Reject(**json.loads(line)))
-        except (ValueError, TypeError) as error:
-            raise UserError(f"{path}:{number} is damaged: delete the file") from error
-    return rejects
+    write_atomic(path, b"".join(reject.line() for reject in rejects))
 
 
 def check_rejects(
-    rejects: Sequence[Reject], seen: int, limit: float, path: str | Path, *, total: int = FIRST
+    rejects: Sequence[Reject], seen: int, limit: float, path: Path, *, total: int
 ) -> None:
-    """Stops a job in which too many records could not be used, once that is sure.
+    """Stops a job in which too many records cannot be used, once that is sure.
 
     As long as fewer than FIRST were seen, and fewer than there are, the share is that of so many.
 
     Args:
-      rejects: those so far.
-      seen: records so far, good or not.
+      rejects: those so far; seen: records so far, good or not; total: records in all.
       limit: the largest share of rejects that is accepted, 0 to 1.
       path: of rejected.jsonl, for the message.
-      total: records in all, where that is known.
 
-    Raises:
-      UserError: with counts, the kinds of reason by frequency, and three examples.
+    Raises UserError with counts, the kinds of reason by frequency, and three examples.
     """
     if len(rejects) <= limit * max(seen, min(total, FIRST)):
         return
@@ -81,3 +59,57 @@ def check_rejects(
         f"{len(rejects)} of {seen} records cannot be used, more than config.data.max_rejected = {limit:g}: "
         f"{counts}. For example: {examples}. All are in {path}: mend the data or raise the limit"
     )
+
+
+class RejectLog:
+    """Records that a training met and could not use: printed once each, added to a file, limited.
+
+    Args:
+      folder: gets this process' rejected.jsonl, or None; what the file names already is not named again.
+      limit: see `check_rejects`.
+    """
+
+    def __init__(self, folder: Path | None, limit: float, process: int = 0):
+        name = REJECTED.replace(".", f"-{process}.") if process else REJECTED
+        self._path = None if folder is None else folder / name
+        self._limit, self._total = limit, 0
+        self._found: dict[tuple[str, str], Reject] = {}
+        self._lock = threading.Lock()
+        content = b""
+        if self._path is not None and self._path.is_file():
+            content = self._path.read_bytes()
+            if torn := content.rpartition(b"\n")[2]:  # a killed process may leave half a line
+                content = content.removesuffix(torn)
+                write_atomic(self._path, content)
+        self._written = set(content.splitlines(keepends=True))
+
+    def count(self, records: int) -> None:
+        """Adds the records of a source, good or not, to those of which rejects are a share."""
+        self._total += records
+
+    def add(self, rejected: Rejected, source: str) -> None:
+        """Notes one. Raises UserError once they are too many."""
+        found = Reject(rejected.key, source, rejected.reason)
+        with self._lock:
+            if (source, found.key) in self._found:
+                return
+            self._found[source, found.key] = found
+            if found.line() not in self._written:
+                self._write(found)
+            if len(self._found) > self._limit * self._total:
+                rejects = list(self._found.values())
+                path = self._path or Path(REJECTED)
+                check_rejects(rejects, self._total, self._limit, path, total=self._total)
+
+    def _write(self, found: Reject) -> None:
+        if len(self._found) <= PRINTED:
+            more = " (no more are printed)" if len(self._found) == PRINTED else ""
+            line = f"left out: {found.key} of {found.source}: {found.reason}{more}"
+            tqdm.write(line, file=sys.stderr)
+        if self._path is not None:
+            try:
+                self._path.parent.mkdir(parents=True, exist_ok=True)
+                with self._path.open("ab") as file:
+                    file.write(found.line())
+            except OSError as error:
+                raise UserError(f"cannot write {self._path}: {error.strerror}") from error

@@ -14,7 +14,7 @@ from ..core.sheet import Cell, draw_sheet
 from .report import FRECHET_MINIMUM, Yardsticks, measure, number
 from .scenes import draw_images
 
-SHEET_ROWS = 12
+SHEET_SIZE = 12  # prompts of the sheet of pictures
 
 
 class Run(NamedTuple):
@@ -67,7 +67,7 @@ def draw_and_measure(
             about |= dict(pictures=len(images[0]), seconds=seconds)
             results.append(about | result)
             if run.full:
-                pictures[run.name] = images[0][:SHEET_ROWS], right[:SHEET_ROWS]
+                pictures[run.name] = images[0][:SHEET_SIZE], right[:SHEET_SIZE]
     return results, pictures
 
 
@@ -98,19 +98,16 @@ def _shares(run: Run, sticks: Yardsticks) -> list[list[str]]:
 
 
 def write_sheet(path: Path, sticks: Yardsticks, seed: int, pictures: dict) -> None:
-    """Writes a sheet of one row for each prompt: a real picture, then each run's, with ticks for right ones."""
-    prompts = sticks.prompts[:SHEET_ROWS]
+    """Draws a prompt a column; rows are a real picture and one of each run, with ticks for right ones."""
+    prompts = sticks.prompts[:SHEET_SIZE]
     real = draw_images(sticks.world, prompts, "test", seed)
-    columns = {"real": (to_bytes(real), sticks.judge.right(real, prompts))} | pictures
+    drawn = {"real": (to_bytes(real), sticks.judge.right(real, prompts))} | pictures
     rows = [
-        [
-            Cell(images[row], prompt if name == "real" else "", bool(right[row]))
-            for name, (images, right) in columns.items()
-        ]
-        for row, prompt in enumerate(prompts)
+        [Cell(image, right=bool(right)) for image, right in zip(*columns, strict=True)]
+        for columns in drawn.values()
     ]
     try:
-        draw_sheet(rows, titles=list(columns)).save(path)
+        draw_sheet(rows, titles=prompts, names=list(drawn)).save(path)
     except OSError as error:
         raise UserError(f"cannot write {path}: {error.strerror}") from error
 

@@ -1,62 +1,46 @@
-"""Sweeps: many runs of one config, from overrides that the config file itself lists.
-
-A config file defines ``sweep_<name>()``, which gives a list of overrides, dicts of dotted keys::
-
-    from sprint_jax.sweeps import product, sweep
+"""Sweeps: many runs of one config, from lists of overrides that a config file's ``sweep_<name>()`` returns.
 
     def sweep_lr():
-        "Which learning rate, and how much is luck."
         return product(sweep("optimizer.learning_rate", [1e-4, 3e-4]), sweep("seed", [0, 1]))
 
-Four pure functions build such lists; ``launch/sweep.py`` runs them (see `plan`, `run`, `submit`,
-`report`).
+The functions here build such lists; ``launch/sweep.py`` runs them (docs/sweeps.md).
 """
 
-import builtins
 import itertools
 from collections.abc import Iterable, Sequence
 from typing import Any
 
 from ..core.errors import UserError
 
-Overrides = dict[str, Any]
+Overrides = dict[str, Any]  # {dotted key: value}
 
 
 def sweep(key: str, values: Iterable[Any]) -> list[Overrides]:
-    """One override per value: ``sweep("seed", [0, 1])`` is ``[{"seed": 0}, {"seed": 1}]``."""
+    """Returns one override per value: ``sweep("seed", [0, 1])`` is ``[{"seed": 0}, {"seed": 1}]``."""
     return [{key: value} for value in values]
 
 
 def product(*parts: Sequence[Overrides]) -> list[Overrides]:
-    """Every combination, the last part fastest.
-
-    Raises:
-      UserError: when two parts set one key.
-    """
+    """Returns every combination, the last part varying fastest. UserError if two parts set one key."""
     return [_merged(rows) for rows in itertools.product(*parts)]
 
 
-def zip(*parts: Sequence[Overrides]) -> list[Overrides]:
-    """The first of all parts together, then the second, ...
-
-    Raises:
-      UserError: when two parts set one key, or differ in length.
-    """
+def together(*parts: Sequence[Overrides]) -> list[Overrides]:
+    """Returns the first rows of all parts merged, then the second rows, ... UserError if lengths differ."""
     lengths = [len(part) for part in parts]
     if len(set(lengths)) > 1:
-        raise UserError(f"zip of sweeps of {lengths} rows: give all the same length", exit_code=2)
-    return [_merged(rows) for rows in builtins.zip(*parts, strict=True)]
+        raise UserError(f"together() needs parts of one length, not {lengths} rows", exit_code=2)
+    return [_merged(rows) for rows in zip(*parts, strict=True)]
 
 
 def chain(*parts: Sequence[Overrides]) -> list[Overrides]:
-    """One part after the other; ``[{}]`` is the config as it stands."""
+    """Returns the rows of all parts, one part after the other; ``[{}]`` is the config unchanged."""
     return list(itertools.chain(*parts))
 
 
-def _merged(rows: Iterable[Overrides]) -> Overrides:
-    merged: Overrides = {}
-    for row in rows:
-        for key in row.keys() & merged.keys():
+def _merged(rows: Sequence[Overrides]) -> Overrides:
+    keys = [key for row in rows for key in row]
+    for key in keys:
+        if keys.count(key) > 1:
             raise UserError(f"two parts of a sweep set {key!r}", exit_code=2)
-        merged |= row
-    return merged
+    return {key: value for row in rows for key, value in row.items()}

@@ -1,201 +1,102 @@
 """results.csv and results.png of a sweep, best row first."""
 
 import csv
-import difflib
 import io
 import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from ..core.errors import UserError
+from ..checkpoints.workdir import read_metrics
 from ..core.files import write_atomic
 from .rows import Row
-from .run import Result
-
-RESULTS, PICTURE = "results.csv", "results.png"
-CURVES = 10  # of the best rows that get a colour; the rest is grey
 
 
 class Ranking(NamedTuple):
-    """What "best" means.
+    """The order of finished rows: by the mean of the last so many values of the first metric."""
 
-    Attributes:
-      metrics: names in metrics.jsonl; the first decides.
-      goal: min or max.
-      last: a row's score is the mean of its last so many logged values.
-    """
-
-    metrics: tuple[str, ...]
-    goal: str = "min"
+    metrics: Sequence[str]  # names in metrics.jsonl
+    goal: str = "min"  # or max
     last: int = 10
 
 
 class Ranked(NamedTuple):
-    """A row with its numbers. ``scores``: one per metric, None where nothing finite was logged."""
+    """A row and its log: (steps, values) and score of each metric, last step, seconds of training."""
 
     row: Row
-    result: Result
-    steps: int
-    scores: list[float | None]
     curves: list[tuple[list[int], list[float]]]
+    scores: list[float]  # nan where nothing finite was logged
+    steps: int
+    seconds: float
+
+    @property
+    def comparable(self) -> bool:
+        """Whether it has a place: losses of runs of different lengths do not compare."""
+        return self.row.status == "done" and math.isfinite(self.scores[0])
 
 
-def rank(rows: Sequence[Row], results: dict[str, Result], ranking: Ranking) -> list[Ranked]:
-    """Finished rows from best to worst; then the others, in the order of the sweep.
-
-    A row that is not finished has no rank, since losses of different lengths do not compare, and a
-    finished one without a score neither.
-    """
-    read = [_read(row, results[row.name], ranking) for row in rows]
+def rank(rows: Sequence[Row], ranking: Ranking) -> list[Ranked]:
+    """Returns the finished rows from best to worst, then the others in the order of the sweep."""
     sign = 1 if ranking.goal == "min" else -1
-    comparable = [each for each in read if each.result.status == "done" and _known(each)]
-    rest = [each for each in read if not (each.result.status == "done" and _known(each))]
-    return sorted(comparable, key=lambda each: sign * each.scores[0]) + rest
+    read = [_read(row, ranking) for row in rows]
+    return sorted(read, key=lambda each: sign * each.scores[0] if each.comparable else math.inf)
 
 
-def _known(ranked: Ranked) -> bool:
-    return ranked.scores[0] is not None
-
-
-def _read(row: Row, result: Result, ranking: Ranking) -> Ranked:
-    records = row.metrics()
-    curves, scores = [], []
+def _read(row: Row, ranking: Ranking) -> Ranked:
+    curves, scores, steps, seconds = [], [], 0, 0.0
+    records = read_metrics(row.folder / "metrics.jsonl")
     for metric in ranking.metrics:
-        logged = [(each["step"], each[metric]) for each in records if metric in each]
-        # Null, in the file, is a number that was not finite: then the mean is not either.
-        values = [math.nan if value is None else value for _, value in logged]
-        curves.append(([step for step, _ in logged], values))
-        score = sum(values[-ranking.last :]) / len(values[-ranking.last :]) if values else math.nan
-        scores.append(score if math.isfinite(score) else None)
-    return Ranked(row, result, records[-1]["step"] if records else 0, scores, curves)
+        logged = [each for each in records if metric in each]
+        # null in the file is a number that was not finite
+        values = [math.nan if each[metric] is None else each[metric] for each in logged]
+        curves.append(([each["step"] for each in logged], values))
+        last = values[-ranking.last :]
+        scores.append(sum(last) / len(last) if last else math.nan)
+    for record in records:
+        seconds += record.get("time/step_seconds", 0.0) * (record["step"] - steps)
+        steps = record["step"]
+    return Ranked(row, curves, scores, steps, seconds)
 
 
-def unknown_metrics(rows: Sequence[Row], ranking: Ranking) -> list[str]:
-    """One line for each chosen metric that no row has logged although some have logged others."""
-    known = {name for row in rows for record in row.metrics() for name in record} - {"step"}
-    lines = []
-    for metric in ranking.metrics:
-        if known and metric not in known:
-            nearest = difflib.get_close_matches(metric, sorted(known), n=1, cutoff=0.0)[0]
-            lines.append(f"no row has logged {metric!r}, nearest is {nearest!r}")
-    return lines
-
-
-def write_results(workdir: Path, ranked: Sequence[Ranked], metrics: Sequence[str]) -> None:
-    """Writes results.csv; a reader finds the old file or the new one, whole.
-
-    Raises:
-      UserError: when it cannot be written.
-    """
+def write_results(path: Path, ranked: Sequence[Ranked], ranking: Ranking) -> None:
+    """Writes a CSV file with a line for each row; a reader finds the old file or the new one, whole."""
     keys = sorted({key for each in ranked for key in each.row.overrides})
-    header = ["rank", "run", *(f"config.{key}" for key in keys)]
-    header += ["status", "exit_code", "error", "steps", "seconds", *metrics, "workdir"]
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(header)
-    for place, (row, result, steps, scores, _) in enumerate(ranked, 1):
-        ordered = result.status == "done" and scores[0] is not None
-        line = [place if ordered else "", row.name, *(row.overrides.get(key, "") for key in keys)]
-        line += [result.status, "" if result.exit_code is None else result.exit_code]
-        line += [result.error, steps, f"{result.seconds:.1f}"]
-        line += ["" if score is None else f"{score:.6g}" for score in scores]
+    header = ["rank", "run", *(f"config.{key}" for key in keys), "status", "exit_code", "error"]
+    writer.writerow([*header, "steps", "seconds", *ranking.metrics, "workdir"])
+    for place, (row, _, scores, steps, seconds) in enumerate(ranked, 1):
+        line = [place if ranked[place - 1].comparable else "", row.name]
+        line += [row.overrides.get(key, "") for key in keys]
+        line += [row.status, row.exit_code, row.error, steps, f"{seconds:.1f}"]
+        line += [f"{score:.6g}" if math.isfinite(score) else "" for score in scores]
         writer.writerow([*line, row.folder])
-    write_atomic(workdir / RESULTS, text.getvalue().encode())
+    write_atomic(path, text.getvalue().encode())
 
 
-def read_results(workdir: Path) -> dict[str, Result]:
-    """What an earlier sweep noted, by run, all of it as waiting; empty where there was none.
-
-    Raises:
-      UserError: when results.csv is something else.
-    """
-    path = workdir / RESULTS
-    if not path.is_file():
-        return {}
-    try:
-        with path.open(newline="", encoding="utf-8") as file:
-            return {
-                line["run"]: Result(
-                    "waiting",
-                    int(line["exit_code"]) if line["exit_code"] else None,
-                    line["error"],
-                    float(line["seconds"]),
-                )
-                for line in csv.DictReader(file)
-            }
-    except (KeyError, ValueError, TypeError, csv.Error) as error:
-        raise UserError(
-            f"{path} is not what a sweep writes ({error!r}): move it away, the runs are kept"
-        ) from error
-
-
-def draw(workdir: Path, ranked: Sequence[Ranked], ranking: Ranking) -> bool:
-    """Draws results.png: for each metric the curves of all rows, and their scores, best on top.
-
-    Returns:
-      Whether there was anything to draw.
-    """
-    # As in training/log.py: matplotlib takes a second, and a Figure without pyplot has no state.
+def draw(path: Path, ranked: Sequence[Ranked], ranking: Ranking) -> None:
+    """Draws for each metric the curves of all rows, and their scores with the best on top, as a PNG."""
+    # Imported here since it takes a second; a Figure without pyplot has no global state.
     from matplotlib.figure import Figure
 
-    drawn = [each for each in ranked if any(steps for steps, _ in each.curves)]
-    if not drawn:
-        return False
     count = len(ranking.metrics)
-    height = max(3.2, 1.4 + 0.28 * len(drawn))
-    figure = Figure(figsize=(13, height * count), layout="constrained")
+    figure = Figure((13, count * max(3.2, 1.4 + 0.28 * len(ranked))), layout="constrained")
     panels = figure.subplots(count, 2, squeeze=False, width_ratios=(3, 2))
-    labels = short_labels([each.row for each in drawn])
-    for index, metric in enumerate(ranking.metrics):
-        curve, bars = panels[index]
-        for place, each in reversed(list(enumerate(drawn))):
-            color = f"C{place}" if place < CURVES else "0.75"
-            steps, values = each.curves[index]
-            curve.plot(steps, values, color=color, linewidth=1.6 if place == 0 else 1)
+    labels = [f"{each.row.name:.48} ({each.row.status})" for each in ranked]
+    for index, (curves, bars) in enumerate(panels):
+        for place, each in reversed(list(enumerate(ranked))):
+            color = f"C{place}" if place < 10 else "0.75"  # matplotlib has ten colours
+            curves.plot(*each.curves[index], color=color, linewidth=1 if place else 1.6)
             score = each.scores[index]
-            done = each.result.status == "done"
-            if score is not None:
-                bars.barh(place, score, color=color, alpha=1 if done else 0.35)
-                bars.annotate(f" {score:.4g}", (score, place), va="center", fontsize=8, color="0.2")
-        curve.set_title(metric)
-        curve.set_xlabel("step (generator updates)")
-        curve.grid(alpha=0.3)
-        marks = [
-            "" if each.result.status == "done" else f" ({each.result.status})" for each in drawn
-        ]
-        bars.set_yticks(range(len(drawn)), [a + b for a, b in zip(labels, marks, strict=True)])
-        bars.set_ylim(len(drawn) - 0.4, -0.6)  # the first on top
-        bars.tick_params(axis="y", labelsize=8)
-        bars.margins(x=0.15)
-        order = "lower is better" if ranking.goal == "min" else "higher is better"
-        what = f"mean of the last {ranking.last} logged values"
-        bars.set_title(f"{what}\n{order}, best on top" if index == 0 else what, fontsize=9)
-        bars.set_axisbelow(True)
-        bars.grid(alpha=0.3, axis="x")
-    path = workdir / PICTURE
-    temporary = path.with_name(f".{path.name}")
-    try:
-        figure.savefig(temporary, format="png", dpi=110)
-        temporary.replace(path)
-    except OSError as error:
-        raise UserError(f"cannot write {path}: {error.strerror}") from error
-    return True
-
-
-def short_labels(rows: Sequence[Row]) -> list[str]:
-    """Names of rows with the last part of each key, and without what all rows have in common."""
-    keys = sorted({key for row in rows for key in row.overrides})
-    if len(rows) > 1:
-        absent = object()
-        keys = [key for key in keys if len({row.overrides.get(key, absent) for row in rows}) > 1]
-    last = {key: key.rpartition(".")[2] for key in keys}
-    shown = {
-        key: name if list(last.values()).count(name) == 1 else key for key, name in last.items()
-    }
-    labels = []
-    for row in rows:
-        parts = [f"{shown[key]}={row.overrides[key]}" for key in keys if key in row.overrides]
-        label = ", ".join(parts) or "as it stands"
-        labels.append(label if len(label) <= 48 else f"{label[:45]}...")
-    return labels
+            if math.isfinite(score):
+                bars.barh(place, score, color=color, alpha=1 if each.comparable else 0.35)
+                bars.annotate(f" {score:.4g}", (score, place), va="center", fontsize=8)
+        curves.set(title=ranking.metrics[index], xlabel="step (generator updates)")
+        bars.set_title(f"mean of the last {ranking.last} values", fontsize=9)
+        bars.set_yticks(range(len(ranked)), labels, fontsize=8)
+        bars.set(ylim=(len(ranked) - 0.4, -0.6), xmargin=0.15)  # the first on top
+        curves.grid(alpha=0.3)
+    panels[0, 1].set_xlabel(f"{ranking.goal} is best, and on top")
+    png = io.BytesIO()
+    figure.savefig(png, format="png", dpi=110)
+    write_atomic(path, png.getvalue())

@@ -1,8 +1,8 @@
-"""What can be measured of a teacher ahead of its distillation, on latents that it was not trained on.
+"""Measurements of a teacher ahead of its distillation, on latents that it was not trained on.
 
-By time means: in 8 equal bins of flow time, or of TrigFlow's angle, each with the same number of samples, a
-batch at each of equally spaced times. Nothing is drawn but noise, from fixed keys: two teachers are measured
-alike.
+Measurements by time are in 8 equal bins of flow time, or of TrigFlow's angle, each with the same number of
+samples, a batch at each of equally spaced times. Only noise is drawn, from fixed keys, so that all teachers
+are measured on the same samples.
 """
 
 import functools
@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from .. import losses, sampling, trigflow
+from ..models import functions
 from ..models.sana import SanaTransformer
 from ..parallel.sharding import in_use
 from ..training.diagnostics import BINS, tangent_checks
@@ -23,7 +24,7 @@ Array = jax.Array
 
 
 class Setting(NamedTuple):
-    """What a teacher is measured on.
+    """The data and constants of a measurement.
 
     Attributes:
       batches: of equal size, on devices: latents [B, h, w, C], text [B, L, D], mask [B, L].
@@ -41,14 +42,14 @@ class Setting(NamedTuple):
 
     @property
     def calls(self) -> int:
-        """How often `measure` calls ``tick``."""
+        """The number of times that `measure` calls ``tick``."""
         return 2 * BINS * len(self.batches) + 2
 
 
 def measure(
     model: SanaTransformer, params: Any, setting: Setting, tick: Callable[[], None]
 ) -> tuple[dict[str, Any], np.ndarray]:
-    """All numbers of one teacher, as plain floats and lists of `BINS` of them, and its samples.
+    """Computes all numbers of one teacher, plain floats and lists of `BINS` of them, and its samples.
 
     Args:
       model, params: a flow network.
@@ -73,25 +74,18 @@ def measure(
     return result, latents
 
 
-def _velocity(model, params, text, mask) -> Callable:
-    params = in_use(model, params)
-    return lambda x, t: model.apply({"params": params}, x, t, text, mask)
+def _velocity(model, params, batch) -> Callable:
+    return functions.velocity(model, in_use(model, params), batch["text"], batch["mask"])
 
 
 def _guided(model, params, setting: Setting, batch) -> Callable:
-    params = in_use(model, params)
-
-    def velocity(x, t, text, mask):
-        return model.apply({"params": params}, x, t, text, mask)
-
-    guided = sampling.with_cfg(
-        velocity, setting.guidance, setting.null_text[None], setting.null_mask[None]
-    )
-    return lambda x, t: guided(x, t, batch["text"], batch["mask"])
+    network = model, in_use(model, params), batch["text"], batch["mask"]
+    null = setting.null_text[None], setting.null_mask[None]
+    return functions.guided(functions.velocity, *network, setting.guidance, null)
 
 
 def transform_errors(model: SanaTransformer, params: Any, setting: Setting) -> dict[str, float]:
-    """How lossless Prop. 3.1 is in float32, as max |a - b| / max |b| over a batch.
+    """Computes the errors of Prop. 3.1 in float32, as max |a - b| / max |b| over a batch.
 
     Returns:
       ``velocity``: there and back again against the velocity itself, at flow times over [0, 1];
@@ -105,7 +99,7 @@ def transform_errors(model: SanaTransformer, params: Any, setting: Setting) -> d
 
     @jax.jit
     def forms(params, batch):
-        velocity = _velocity(model, params, batch["text"], batch["mask"])
+        velocity = _velocity(model, params, batch)
         trig = trigflow.to_trigflow(velocity)
         x = trigflow.flow_add_noise(batch["latents"], noise, t)
         v, again = velocity(x, t), trigflow.to_velocity(trig)(x, t)
@@ -143,7 +137,7 @@ def _distance(a: np.ndarray, b: np.ndarray) -> float:
 def flow_losses(
     model: SanaTransformer, params: Any, setting: Setting, tick: Callable[[], None]
 ) -> dict[str, Any]:
-    """The flow-matching loss by bins of flow time.
+    """Computes the flow-matching loss by bins of flow time.
 
     Returns:
       ``loss``: [BINS]; ``linear``: [BINS], the loss of the best multiple of the noisy latents in place of a
@@ -152,7 +146,7 @@ def flow_losses(
 
     @jax.jit
     def loss(params, batch, t, key):
-        velocity = _velocity(model, params, batch["text"], batch["mask"])
+        velocity = _velocity(model, params, batch)
         noise = jax.random.normal(key, batch["latents"].shape)
         return losses.flow_matching_loss(velocity, batch["latents"], noise, t)[0]
 
@@ -176,10 +170,10 @@ def flow_losses(
 def tangents(
     model: SanaTransformer, params: Any, setting: Setting, tick: Callable[[], None]
 ) -> dict[str, list[float]]:
-    """What `losses.scm_loss` would see of a student at its start, which is the teacher, by bins of the angle.
+    """Computes tangents and gradients of `losses.scm_loss` at a student's start, by bins of the angle.
 
-    The trajectory is the guided teacher's, the student is the teacher without guidance, as a fresh guidance
-    embedder leaves it; the tangent counts in full.
+    The trajectory is the guided teacher's; the student is the teacher without guidance, as a fresh guidance
+    embedder leaves it. The tangent's warm-up is over.
 
     Returns:
       Lists of [BINS]: ``size``: the tangent's norm before it is normalised, over sigma_d times that of F;
@@ -198,7 +192,7 @@ def tangents(
         teacher = trigflow.to_trigflow(_guided(model, params, setting, batch))
 
         def student(params, x, t):
-            velocity = _velocity(model, params, batch["text"], batch["mask"])
+            velocity = _velocity(model, params, batch)
             return trigflow.to_trigflow(velocity)(x, t), jnp.zeros(len(x))
 
         def loss(params):
@@ -221,7 +215,7 @@ def tangents(
 
         def F(dtype):
             net = model.clone(dtype=jnp.dtype(dtype))
-            return trigflow.to_trigflow(_velocity(net, params, batch["text"], batch["mask"]))
+            return trigflow.to_trigflow(_velocity(net, params, batch))
 
         dx = trigflow.expand(dt, x) * teacher(x, t)
         return tangent_checks(F(jnp.float32), F(jnp.bfloat16), x, t, dx, dt)
@@ -248,7 +242,7 @@ def tangents(
 
 
 def draw(model: SanaTransformer, params: Any, setting: Setting) -> np.ndarray:
-    """Latents [B, h, w, C] for the first batch's prompts, in 20 steps of DPM-Solver++ with guidance."""
+    """Draws latents [B, h, w, C] for the first batch's prompts, in 20 steps of DPM-Solver++ with guidance."""
     shape = setting.batches[0]["latents"].shape
 
     @jax.jit
@@ -261,7 +255,7 @@ def draw(model: SanaTransformer, params: Any, setting: Setting) -> np.ndarray:
 
 
 def _visits(setting: Setting, limit: float):
-    """Every bin with every batch: (bin, number of the batch, batch, its time [B], key)."""
+    """Yields every bin with every batch: (bin, number of the batch, batch, its time [B], key)."""
     size, count = len(setting.batches[0]["latents"]), len(setting.batches)
     for bin_index in range(BINS):
         for number, batch in enumerate(setting.batches):

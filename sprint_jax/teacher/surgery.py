@@ -17,7 +17,7 @@ from ..models.sana import from_fields
 
 Tree = Any
 
-# What surgery cannot change: fields that decide the shapes or the meaning of parameters.
+# Fields that decide the shapes or the meaning of parameters: surgery cannot change them.
 FIXED = (
     "in_channels",
     "out_channels",
@@ -48,46 +48,28 @@ def check_fits(origin: str, source: dict[str, Any], target: dict[str, Any], prun
       UserError: naming the field, its two values and what to do.
     """
     have, want = from_fields(source), from_fields(target)
-    for name in FIXED:
+    # Positions depend on the size.
+    for name in [*FIXED, *(["sample_size"] if have.interpolation_scale else [])]:
         a, b = getattr(have, name), getattr(want, name)
         if a != b:
-            raise UserError(
-                f"--model {origin} has {name} {a}, but config.model.{name} is {b}: choose the config of its "
-                "size",
-                exit_code=2,
-            )
-    if have.interpolation_scale and have.sample_size != want.sample_size:
-        raise UserError(
-            f"--model {origin} has positions of sample_size {have.sample_size}, but "
-            f"config.model.sample_size is {want.sample_size}",
-            exit_code=2,
-        )
+            what = f"{name} {a}, but config.model.{name} is {b}: choose the config of its size"
+            raise UserError(f"--model {origin} has {what}", exit_code=2)
+    what, layers, wanted = "", have.num_layers, want.num_layers
     if have.qk_norm and not want.qk_norm:
-        raise UserError(
-            f"--model {origin} has QK norm, which cannot be taken out: set --config.model.qk_norm=true",
-            exit_code=2,
-        )
-    if prune > have.num_layers or prune < 0:
-        raise UserError(
-            f"--prune {prune}: --model {origin} has {have.num_layers} blocks", exit_code=2
-        )
-    if not prune and have.num_layers != want.num_layers:
-        how = (
-            f"prune it with --prune {want.num_layers}"
-            if want.num_layers < have.num_layers
-            else "blocks cannot be added"
-        )
-        raise UserError(
-            f"--model {origin} has {have.num_layers} blocks, but config.model.num_layers is "
-            f"{want.num_layers}: {how}",
-            exit_code=2,
-        )
+        what = "QK norm, which cannot be taken out: set --config.model.qk_norm=true"
+    elif not 0 <= prune <= layers:
+        what = f"{layers} blocks: --prune {prune} cannot be"
+    elif not prune and layers != wanted:
+        how = f"prune it with --prune {wanted}" if wanted < layers else "blocks cannot be added"
+        what = f"{layers} blocks, but config.model.num_layers is {wanted}: {how}"
+    if what:
+        raise UserError(f"--model {origin} has {what}", exit_code=2)
 
 
 def operate(
     source: dict[str, Any], params: Tree, target: dict[str, Any], *, fit_time: bool = True
 ) -> tuple[Tree, list[str]]:
-    """Parameters of the source's network in the target's form; `check_fits` says whether they can be.
+    """Returns parameters of the source's network in the target's form, which `check_fits` has accepted.
 
     Args:
       source, target: SanaTransformer's fields, of equal depth (see `pruning`).
@@ -95,7 +77,7 @@ def operate(
       fit_time: see `fit_time_embedding`; False keeps the old weights where the time scale changes.
 
     Returns:
-      ``(params, changes)``: what was done, in words; where nothing is to be done, the same arrays.
+      ``(params, changes)``: changes in words; without any, the same arrays.
     """
     have, want = from_fields(source), from_fields(target)
     changes = []
@@ -103,19 +85,17 @@ def operate(
         params = insert_qk_norm(params)
         changes.append("QK norm inserted, with weights 1")
     if want.timestep_scale != have.timestep_scale:
-        change = f"timestep_scale {have.timestep_scale} became {want.timestep_scale}"
+        how = "the time embedding's weights kept"
         if fit_time:
             params, error = fit_time_embedding(params, have.timestep_scale, want.timestep_scale)
-            changes.append(
-                f"{change}, the time embedding fitted to the old one with error {error:.3f}"
-            )
-        else:
-            changes.append(f"{change}, the time embedding's weights kept")
+            how = f"the time embedding fitted to the old one with error {error:.3f}"
+        change = f"timestep_scale {have.timestep_scale} became {want.timestep_scale}"
+        changes.append(f"{change}, {how}")
     return params, changes
 
 
 def insert_qk_norm(params: Tree) -> Tree:
-    """Parameters with RMS norms of queries and keys in both attentions of every block, all weights 1.
+    """Adds RMS norms of queries and keys to both attentions of every block, all weights 1.
 
     Weights that keep the size of cross-attention's logits on data were tried and are no better: of a digits
     teacher halfway, the flow loss went from 0.3765 to 0.3782 with ones and to 0.3795 with those.
@@ -127,36 +107,35 @@ def insert_qk_norm(params: Tree) -> Tree:
     blocks = params["transformer_blocks"]
     layers, width = blocks["attn1"]["to_q"]["kernel"].shape[::2]
     norm = {"weight": jnp.ones((layers, width), jnp.float32)}
-    attentions = {
-        name: blocks[name] | {"norm_q": norm, "norm_k": norm} for name in ("attn1", "attn2")
-    }
+    norms = {"norm_q": norm, "norm_k": norm}
+    attentions = {name: blocks[name] | norms for name in ("attn1", "attn2")}
     return params | {"transformer_blocks": blocks | attentions}
 
 
-def sinusoid_angles(t: np.ndarray, channels: int) -> np.ndarray:
-    """The angles of `layers.sinusoid`, float64: [N] to [N, channels / 2]."""
+def frequencies(channels: int) -> np.ndarray:
+    """Returns the angles of `layers.sinusoid` at time 1, [channels / 2] float64."""
     half = channels // 2
-    return t[:, None] * np.exp(-np.log(10000.0) * np.arange(half) / half)[None]
+    return np.exp(-np.log(10000.0) * np.arange(half) / half)
 
 
 def sinusoid(t: np.ndarray, channels: int) -> np.ndarray:
-    """`layers.sinusoid` in float64: [N] to [N, channels]."""
-    angles = sinusoid_angles(t, channels)
+    """Computes `layers.sinusoid` in float64: [N] to [N, channels]."""
+    angles = t[:, None] * frequencies(channels)
     return np.concatenate([np.cos(angles), np.sin(angles)], axis=-1)
 
 
 def fit_time_embedding(
     params: Tree, old_scale: float, new_scale: float, *, points: int = 4096
 ) -> tuple[Tree, float]:
-    """The time embedding for another ``timestep_scale`` that gives about the old one's outputs.
+    """Fits the time embedding for another ``timestep_scale`` to the old one's outputs.
 
-    The published way keeps the old weights and lets training mend what they now say. Here the first layer
-    is laid out anew: every hidden unit is ``silu(SLOPE (s(t) - c_j))``, where ``s`` is the channel of the
-    sinusoid most like the flow time itself, scaled to [0, 1], and the knots ``c_j`` lie over [0, 1]; together
-    they are a smooth basis of functions of time. The second layer is fitted by ridge regression on equally
-    spaced times, in float64. Wiggles of the old embedding that are finer than the units are lost, which is
-    what a small derivative by time asks for. On digits (benchmarks/ablation.py) the flow loss, 0.352,
-    became 1.228 with the old weights and 0.358 with fitted ones; after 180 steps it was 0.417 and 0.353.
+    The published way keeps the old weights and lets training mend them. Here the first layer is laid out
+    anew: every hidden unit is ``silu(SLOPE (s(t) - c_j))``, where ``s`` is the channel of the sinusoid most
+    like the flow time itself, scaled to [0, 1], and the knots ``c_j`` lie over [0, 1]; together they are a
+    smooth basis of functions of time. The second layer is fitted by ridge regression on equally spaced
+    times, in float64. Wiggles of the old embedding that are finer than the units are lost, as a small
+    derivative by time asks for. On digits (benchmarks/ablation.py) the flow loss, 0.352, became 1.228 with
+    the old weights and 0.358 with fitted ones; after 180 steps it was 0.417 and 0.353.
 
     Args:
       params: of a SanaTransformer.
@@ -164,8 +143,8 @@ def fit_time_embedding(
       points: equally spaced flow times in [0, 1].
 
     Returns:
-      ``(params, error)``: the root mean square of what is left, over that of the old outputs' deviation from
-      their mean.
+      ``(params, error)``: the root mean square of the residuals, over that of the old outputs' deviation
+      from their mean.
     """
     embedder = params["time_embed"]["timestep_embedder"]
     old = jax.tree.map(lambda leaf: np.asarray(leaf, np.float64), embedder)
@@ -174,7 +153,7 @@ def fit_time_embedding(
     target = _embed(old, sinusoid(1000 * old_scale * t, channels))
     seen = sinusoid(1000 * new_scale * t, channels)
     # The sine whose angle ends nearest to 1: it is monotonic, and not so small that rounding would show.
-    ends = sinusoid_angles(np.asarray([1000 * new_scale]), channels)[0]
+    ends = 1000 * new_scale * frequencies(channels)
     channel = channels // 2 + int(np.argmin(np.abs(np.log(ends))))
     slope = SLOPE / (seen[-1, channel] - seen[0, channel])
     kernel = np.zeros((channels, width))

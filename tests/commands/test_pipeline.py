@@ -115,9 +115,9 @@ def test_a_program_is_compiled_once_for_steps_and_shape(folders):
     for seed, guidance in ((0, 3.0), (1, 4.5)):
         pipe(PROMPTS, steps=2, seed=seed, guidance=guidance)
     pipe(PROMPTS * 3, steps=2, batch_size=3)
-    assert pipe._student._cache_size() == 1
+    assert pipe._latents._cache_size() == 1
     pipe(PROMPTS, steps=3)
-    assert pipe._student._cache_size() == 2
+    assert pipe._latents._cache_size() == 2
 
 
 def test_an_image_is_changed_by_its_strength(student):
@@ -205,40 +205,40 @@ def test_solvers_of_a_teacher_agree_in_the_limit(teacher):
 
 
 @pytest.mark.parametrize(
-    ("arguments", "message"),
+    ("arguments", "named"),
     [
-        (dict(steps=5), "steps must be 1, 2, 3 or 4"),
-        (dict(steps=0), "steps must be 1, 2, 3 or 4"),
-        (dict(steps=2, solver="dpm"), "is for teachers"),
-        (dict(height=9), "size 9x8"),
-        (dict(width=0), "size 8x0"),
-        (dict(prompts=[]), "at least one prompt"),
-        (dict(prompts="a 3"), "must be a list"),
+        (dict(steps=5), "steps"),
+        (dict(steps=0), "steps"),
+        (dict(steps=2, solver="dpm"), "solver dpm"),
+        (dict(height=9), "9x8"),
+        (dict(width=0), "8x0"),
+        (dict(prompts=[]), "prompt"),
+        (dict(prompts="a 3"), "'a 3'"),
         (dict(prompts=["a rad 3"]), "'red'"),
-        (dict(images_per_prompt=0), "at least one prompt"),
-        (dict(image=np.zeros((8, 8), np.uint8)), r"an image is uint8 \(8, 8\)"),
-        (dict(image=[np.zeros((8, 8, 3), np.uint8)] * 2), "2 images for 3 pictures"),
-        (dict(image=Image.new("L", (9, 5)), strength=0.0), "strength must be above 0"),
-        (dict(negative="a 4"), "takes no negative prompt"),
+        (dict(images_per_prompt=0), "prompt"),
+        (dict(image=np.zeros((8, 8), np.uint8)), r"uint8 \(8, 8\)"),
+        (dict(image=[np.zeros((8, 8, 3), np.uint8)] * 2), "2 images for 3"),
+        (dict(image=Image.new("L", (9, 5)), strength=0.0), "strength .* 0.0"),
+        (dict(negative="a 4"), "negative"),
     ],
 )
-def test_what_a_student_refuses(student, arguments, message):
-    with pytest.raises(UserError, match=message):
+def test_a_student_refuses(student, arguments, named):
+    with pytest.raises(UserError, match=named):
         student(**(dict(prompts=PROMPTS) | arguments))
 
 
-def test_what_denoise_refuses(student, teacher):
+def test_denoise_refuses(student, teacher):
     text, mask, noise, step_noise = inputs(student, steps=3)
-    with pytest.raises(UserError, match=r"step_noise has shape \(2, 3, 4, 4, 12\)"):
+    with pytest.raises(UserError, match=r"step_noise .*\(2, 3, 4, 4, 12\)"):
         student.denoise(text, mask, noise, steps=2, step_noise=step_noise)
-    with pytest.raises(UserError, match="step_noise is for students"):
-        teacher.denoise(text, mask, noise, steps=2, step_noise=step_noise)
-    with pytest.raises(UserError, match="solver 'euler' is not one of dpm, "):
-        teacher.denoise(text, mask, noise, solver="euler")
-    with pytest.raises(UserError, match="at least 1"):
-        teacher.denoise(text, mask, noise, steps=0)
-    with pytest.raises(UserError, match="an image to start from is for students"):
-        teacher(PROMPTS, image=Image.new("RGB", (8, 8)))
+    for named, given in {
+        "step_noise": dict(steps=2, step_noise=step_noise),
+        "'euler'": dict(solver="euler"),
+        "steps .* 0": dict(steps=0),
+        "image": dict(start=noise),
+    }.items():
+        with pytest.raises(UserError, match=named):
+            teacher.denoise(text, mask, noise, **given)
 
 
 def test_a_teacher_is_guided_away_from_the_negative_prompt(teacher):
@@ -252,17 +252,17 @@ def test_a_teacher_is_guided_away_from_the_negative_prompt(teacher):
     assert np.abs(np.asarray(away - teacher.denoise(text, mask, noise, **run))).max() > 0.01
 
 
-def test_what_is_no_pipeline(tmp_path, folders):
-    with pytest.raises(UserError, match="does not exist: give a training workdir, a diffusers fol"):
+def test_paths_that_are_no_pipeline(tmp_path, folders):
+    with pytest.raises(UserError, match="nothing"):
         SprintPipeline.from_pretrained(tmp_path / "nothing")
-    with pytest.raises(UserError, match="neither a training workdir"):
+    with pytest.raises(UserError, match=f"{tmp_path} .*config.json.*model_index.json"):
         SprintPipeline.from_pretrained(tmp_path)
     with pytest.raises(UserError, match="'ema' or 'raw'"):
         SprintPipeline.from_pretrained(folders["distill"], params="best")
     foreign = tmp_path / "foreign"
     (foreign / "checkpoints").mkdir(parents=True)
     (foreign / "config.json").write_text('{"stage": "flow"}')
-    with pytest.raises(UserError, match=r"foreign.config\.json is not of a training.*'data'"):
+    with pytest.raises(UserError, match=r"foreign.config\.json .*'model'"):
         SprintPipeline.from_pretrained(foreign)
 
 
@@ -284,49 +284,42 @@ def test_command_writes_pictures_and_a_grid(folders, tmp_path, capsys, student):
 
 
 @pytest.mark.parametrize(
-    ("words", "message", "code"),
+    ("words", "named", "code"),
     [
-        (["--steps", "5"], "steps must be 1, 2, 3 or 4", 2),
-        (["--size", "8"], "--size 8 must be HEIGHTxWIDTH", 2),
-        (["--size", "9x8"], "size 9x8", 2),
-        (["--scale", "0"], "--scale must be at least 1", 2),
-        (["--prompts", "EMPTY"], "has no prompt", 1),
-        (["--prompts", "missing.txt"], "missing.txt: No such file", 1),
-        (["--out", "EMPTY"], "there is a file in its place", 1),
-        (["--model", "nowhere"], "nowhere does not exist", 1),
-        (["--image", "missing.png"], "--image missing.png: No such file", 1),
-        (["--image", "EMPTY"], "is not a picture that can be read", 1),
-        (["--negative", "a 4"], "takes no negative prompt", 2),
-        (["--step", "2"], "unknown flag --step, nearest is --steps", 2),
+        (["--steps", "5"], "steps", 2),
+        (["--size", "8"], "--size 8", 2),
+        (["--size", "9x8"], "9x8", 2),
+        (["--scale", "0"], "--scale", 2),
+        (["--prompts", "EMPTY"], "empty.txt", 1),
+        (["--prompts", "missing.txt"], "missing.txt", 1),
+        (["--out", "EMPTY"], "--out .*empty.txt", 1),
+        (["--model", "nowhere"], "nowhere", 1),
+        (["--image", "missing.png"], "--image missing.png", 1),
+        (["--image", "EMPTY"], "--image .*empty.txt", 1),
+        (["--negative", "a 4"], "negative", 2),
+        (["--step", "2"], "--step,.* --steps", 2),
     ],
 )
-def test_what_the_command_refuses(folders, tmp_path, words, message, code):
+def test_the_command_refuses(folders, tmp_path, words, named, code):
     empty = tmp_path / "empty.txt"
     empty.write_text("\n \n")
     base = {"--model": str(folders["distill"]), "--out": str(tmp_path / "out"), "--prompt": "a 3"}
     given = dict(zip(words[::2], words[1::2], strict=True))
     flags = base | {flag: str(empty) if word == "EMPTY" else word for flag, word in given.items()}
-    with pytest.raises(UserError, match=message) as raised:
+    with pytest.raises(UserError, match=named) as raised:
         sample.main([word for pair in flags.items() for word in pair])
     assert raised.value.exit_code == code
 
 
 def test_command_needs_a_prompt(folders, tmp_path):
-    with pytest.raises(UserError, match="give --prompt P or --prompts FILE"):
+    with pytest.raises(UserError, match="--prompt"):
         sample.main(["--model", str(folders["distill"]), "--out", str(tmp_path)])
 
 
 def test_the_command_ends_in_one_line(tmp_path):
-    command = [
-        sys.executable,
-        "-m",
-        "sprint_jax.sample",
-        "--model",
-        str(tmp_path),
-        "--prompt",
-        "a 3",
-    ]
-    result = subprocess.run([*command, "--out", str(tmp_path)], capture_output=True, text=True)
+    words = ["--model", str(tmp_path), "--prompt", "a 3", "--out", str(tmp_path)]
+    command = [sys.executable, "-m", "sprint_jax.sample", *words]
+    result = subprocess.run(command, capture_output=True, text=True)
     assert result.returncode == 1
     assert result.stderr.startswith("error: ") and result.stderr.count("\n") == 1
 

@@ -23,89 +23,68 @@ def write(folder, files):
 
 
 def read(source):
-    """key -> texts of the captions, or the reason of a reject."""
+    """key -> texts of the captions, or the kind of reason of a reject."""
     found = {}
     for index in range(len(source)):
         try:
             record = source[index]
             found[record.key] = [caption.text for caption in record.captions]
         except Rejected as rejected:
-            found[rejected.key] = rejected.reason
+            found[rejected.key] = rejected.reason.partition(":")[0]
     return found
 
 
-def test_keys_are_paths_without_extension_in_order(tmp_path):
+def test_keys_are_paths_in_order_without_hidden_files_and_links_lead_to_each_file_once(tmp_path):
     names = ["b.png", "a.PNG", "deep/er/x.y.jpeg", "deep/a.webp", "Grün/猫.png", "README.txt"]
-    source = write(tmp_path, dict.fromkeys(names, PNG))
-    assert list(read(source)) == ["Grün/猫", "a", "b", "deep/a", "deep/er/x.y"]
+    (tmp_path / "in" / "deep").mkdir(parents=True)
+    (tmp_path / "in" / "deep" / "circle").symlink_to(tmp_path / "in")
+    (tmp_path / "in" / "link").symlink_to(tmp_path / "elsewhere")
+    write(tmp_path / "elsewhere", {"x.png": PNG})
+    source = write(tmp_path / "in", dict.fromkeys([*names, ".a.png", ".b/c.png"], PNG))
+    assert list(read(source)) == ["Grün/猫", "a", "b", "deep/a", "deep/er/x.y", "link/x"]
     assert source.measure(0) == ("Grün/猫", (2, 3))
 
 
 def test_images_that_differ_in_the_extension_alone_keep_it(tmp_path):
     source = write(tmp_path, {"a.png": PNG, "a.jpg": PNG, "a.txt": "both", "b.png": PNG})
     assert read(source) == {"a.jpg": ["both"], "a.png": ["both"], "b": [""]}
-    with pytest.raises(UserError, match=r"a\.jpg\.png and a\.jpg have the same key: rename one"):
+    with pytest.raises(UserError, match=r"a\.jpg\.png .*a\.jpg "):
         write(tmp_path, {"a.jpg.png": PNG})
-
-
-def test_hidden_files_and_folders_are_left_out(tmp_path):
-    source = write(tmp_path, {".a.png": PNG, ".b/c.png": PNG, "d.png": PNG})
-    assert list(read(source)) == ["d"]
 
 
 def test_what_is_no_image_is_refused_and_not_left_out(tmp_path):
     (tmp_path / "gone.png").symlink_to(tmp_path / "nowhere")
-    source = write(tmp_path, {"page.jpg": "<html>", "empty.gif": b"", "good.png": PNG})
-    found = read(source)
-    assert found.pop("good") == [""]
-    assert found.pop("page").startswith("not an image")
-    assert found == {
-        "gone": "cannot be read: gone.png: No such file or directory",
-        "empty": "empty file: 0 bytes",
-    }
-    with pytest.raises(Rejected, match="gone: cannot be read: No such file"):
-        source.measure(1)
-
-
-def test_links_are_followed_but_not_round_in_a_circle(tmp_path):
-    (tmp_path / "a").mkdir()
-    (tmp_path / "elsewhere").mkdir()
-    (tmp_path / "elsewhere" / "x.png").write_bytes(PNG)
-    (tmp_path / "a" / "link").symlink_to(tmp_path / "elsewhere")
-    (tmp_path / "a" / "circle").symlink_to(tmp_path / "a")
-    assert list(read(open_folder(tmp_path / "a"))) == ["link/x"]
-
-
-def test_names_that_are_not_utf8_are_refused(tmp_path):
-    (tmp_path / "a.png").write_bytes(PNG)
     with open(os.fsencode(tmp_path) + b"/\xff.png", "wb") as file:
         file.write(PNG)
-    found = read(open_folder(tmp_path))
-    assert found == {"a": [""], r"\udcff": "bad file name: not UTF-8"}
+    source = write(tmp_path, {"page.jpg": "<html>", "empty.gif": b"", "good.png": PNG})
+    assert read(source) == {
+        "empty": "empty file",
+        "gone": "cannot be read",
+        "good": [""],
+        "page": "not an image",
+        r"\udcff": "bad file name",
+    }
+    with pytest.raises(Rejected, match=r"gone: .*gone\.png"):
+        source.measure(2)
 
 
 def test_files_of_sana_belong_to_the_image_of_the_longest_name(tmp_path):
-    def entry(key, model, value):
-        return json.dumps({key: {model: value}})
-
-    source = write(
-        tmp_path,
-        {
-            "d/7.png": PNG,
-            "d/7_b.png": PNG,
-            "d/7.txt": "short",
-            "d/7_VILA.json": entry("7", "VILA", "long"),
-            "d/7_VILA_clip_score.json": entry("7", "VILA", "27.5"),
-            "d/7_prompt_clip_score.json": entry("7", "prompt", 21),
-            "d/7_b.json": '{"caption": "b"}',
-            "d/7_b_VILA.json": entry("7_b", "VILA", "b long"),
-            "d/other_VILA.json": "{",
-        },
-    )
+    files = {
+        "d/7.png": PNG,
+        "d/7_b.png": PNG,
+        "d/7.txt": "short",
+        "d/7_VILA.json": json.dumps({"7": {"VILA": "long"}}),
+        "d/7_VILA_clip_score.json": json.dumps({"7": {"VILA": "27.5"}}),
+        "d/7_prompt_clip_score.json": json.dumps({"7": {"prompt": 21}}),
+        "d/7_b.json": '{"caption": "b"}',
+        "d/7_b_VILA.json": json.dumps({"7_b": {"VILA": "b long"}}),
+        "d/other_VILA.json": "{",
+    }
+    source = write(tmp_path, files)
     assert source[0].captions == (Caption("short", 1.0, 21.0), Caption("long", 1.0, 27.5))
     assert source[1].captions == (Caption("b"), Caption("b long"))
-    found = read(write(tmp_path, {"d/7_VILA.json": "{"}))
-    assert found["d/7"].startswith("bad JSON: d/7_VILA.json: ")
+    with pytest.raises(Rejected, match=r"d/7: bad JSON: d/7_VILA\.json"):
+        write(tmp_path, {"d/7_VILA.json": "{"})[0]
 
 
 def test_metadata_gives_captions_by_file_name(tmp_path):
@@ -122,29 +101,23 @@ def test_metadata_gives_captions_by_file_name(tmp_path):
     text = "\n".join(json.dumps(line) for line in lines) + "\n\nnot JSON\n"
     names = ["a.png", "sub/b.png", "c.png", "d.png", "lone.png", "beside.png"]
     files = dict.fromkeys(names, PNG) | {"metadata.jsonl": text, "beside.txt": "its own"}
-    found = read(write(tmp_path, files))
-    assert found.pop("metadata.jsonl:10").startswith("bad JSON: line: ")
-    unlisted = "no caption: not in metadata.jsonl, and none beside it"
-    assert found == {
+    below = {"below/metadata.jsonl": '{"file_name": "b.png", "text": "b"}', "below/b.png": PNG}
+    files |= below | {"below/c.png": PNG}
+    assert read(write(tmp_path, files)) == {
         "a": ["one", "two"],
         "sub/b": ["x", "y"],
         "c": [""],
         "beside": ["its own"],
-        "gone": "no such file: gone.png of metadata.jsonl",
-        "metadata.jsonl:6": "bad JSON: no object with a text file_name",
-        "metadata.jsonl:7": "no such file: ../out.png is outside the folder",
-        "metadata.jsonl:8": "bad caption: int instead of a text",
-        "d": unlisted,
-        "lone": unlisted,
+        "gone": "no such file",
+        "metadata.jsonl:6": "bad JSON",
+        "metadata.jsonl:7": "no such file",
+        "metadata.jsonl:8": "bad caption",
+        "metadata.jsonl:10": "bad JSON",
+        "d": "no caption",
+        "lone": "no caption",
+        "below/b": ["b"],
+        "below/c": "no caption",
     }
-
-
-def test_metadata_of_a_folder_below_is_about_that_folder(tmp_path):
-    line = json.dumps({"file_name": "b.png", "text": "b"})
-    files = {"a.png": PNG, "sub/metadata.jsonl": line, "sub/b.png": PNG, "sub/c.png": PNG}
-    found = read(write(tmp_path, files))
-    assert found.pop("sub/c").startswith("no caption: not in sub/metadata.jsonl")
-    assert found == {"a": [""], "sub/b": ["b"]}
 
 
 def test_files_that_are_not_read_do_not_change_what_the_source_is(tmp_path):
@@ -157,15 +130,10 @@ def test_files_that_are_not_read_do_not_change_what_the_source_is(tmp_path):
         before = now
 
 
-def test_metadata_in_another_format_is_not_passed_over(tmp_path):
-    with pytest.raises(
-        UserError, match=r"metadata\.csv is not read: write its rows to a metadata\.jsonl"
-    ):
-        write(tmp_path, {"a.png": PNG, "metadata.csv": "file_name,text\n"})
-
-
-def test_errors_of_folders(tmp_path):
-    with pytest.raises(UserError, match="gone is not a folder of images"):
+def test_folders_that_cannot_be_used_are_named(tmp_path):
+    with pytest.raises(UserError, match="gone"):
         open_folder(tmp_path / "gone")
-    with pytest.raises(UserError, match="has no image: expected files such as"):
+    with pytest.raises(UserError, match=str(tmp_path)):
         write(tmp_path, {"notes.txt": "x"})
+    with pytest.raises(UserError, match=r"metadata\.csv.* metadata\.jsonl"):
+        write(tmp_path, {"a.png": PNG, "metadata.csv": "file_name,text\n"})

@@ -10,10 +10,9 @@ from helpers import image_sets
 from PIL import Image
 
 from sprint_jax.core.errors import UserError
-from sprint_jax.data.sources import tar_index
+from sprint_jax.data.sources import tars
 from sprint_jax.data.sources.records import Caption, Rejected
-from sprint_jax.data.sources.tar_index import index_tar, scan_tar
-from sprint_jax.data.sources.tars import open_tars
+from sprint_jax.data.sources.tars import index_tar, open_tars, scan_tar
 
 PNG = image_sets.encode(Image.effect_noise((30, 20), 99), "PNG")
 
@@ -30,14 +29,20 @@ def write_tar(path, members, format=tarfile.PAX_FORMAT):
     return offsets
 
 
-def spoil(path, offset, content=b"damaged!"):
+def five(path):
+    """A shard of 0.png, 0.txt, ..., 4.txt."""
+    files = lambda number: (("png", PNG), ("txt", b"%d" % number))  # noqa: E731
+    return write_tar(path, [(f"{n}.{end}", data) for n in range(5) for end, data in files(n)])
+
+
+def spoil(path, offset):
     with path.open("r+b") as file:
         file.seek(offset)
-        file.write(content)
+        file.write(b"damaged!")
 
 
 def read(source):
-    """key -> texts of the captions, or the reason of a reject."""
+    """key -> texts of the captions, or the kind of reason of a reject."""
     found = {}
     for index in range(len(source)):
         try:
@@ -45,50 +50,39 @@ def read(source):
             assert source.measure(index) == (record.key, (20, 30))
             found[record.key] = [caption.text for caption in record.captions]
         except Rejected as rejected:
-            found[rejected.key] = rejected.reason
+            found[rejected.key] = rejected.reason.partition(":")[0]
     return found
-
-
-def five(path, **options):
-    members = [
-        (name, content)
-        for number in range(5)
-        for name, content in ((f"{number}.png", PNG), (f"{number}.txt", b"%d" % number))
-    ]
-    return write_tar(path, members, **options)
 
 
 def test_members_belong_together_up_to_the_first_dot(tmp_path):
     long = "a" * 150
-    write_tar(
-        tmp_path / "a.tar",
-        [
-            ("./x/1.PNG", PNG),
-            ("./x/1.txt", b"one"),
-            ("x/2.seg.png", b"of no use"),
-            ("x/2.jpg", PNG),
-            ("x/2.json", b'{"caption": "two"}'),
-            ("v1.0/3.png", PNG),
-            (f"{long}/猫.png", PNG),
-            (f"{long}/猫.txt", b"cat"),
-            ("4.txt", b"no image"),
-            ("5.png", PNG),
-            ("5.jpg", PNG),
-            ("._5.png", b"hidden"),
-            ("LICENSE", b"no dot"),
-            ("3b.txt", b"apart"),
-            ("6.txt", b"first"),
-            ("3b.png", PNG),
-            ("6.png", PNG),
-        ],
-    )
+    members = {
+        "./x/1.PNG": PNG,
+        "./x/1.txt": b"one",
+        "x/2.seg.png": b"of no use",
+        "x/2.jpg": PNG,
+        "x/2.json": b'{"caption": "two"}',
+        "v1.0/3.png": PNG,
+        f"{long}/猫.png": PNG,
+        f"{long}/猫.txt": b"cat",
+        "4.txt": b"no image",
+        "5.png": PNG,
+        "5.jpg": PNG,
+        "._5.png": b"hidden",
+        "LICENSE": b"no dot",
+        "3b.txt": b"apart",
+        "6.txt": b"first",
+        "3b.png": PNG,
+        "6.png": PNG,
+    }
+    write_tar(tmp_path / "a.tar", members.items())
     assert read(open_tars([tmp_path / "a.tar"])) == {
         "x/1": ["one"],
         "x/2": ["two"],
         "v1.0/3": [""],
         f"{long}/猫": ["cat"],
-        "4": "no images in a group: it has txt",
-        "5": "several images in a group: it has jpg, png",
+        "4": "no images in a group",
+        "5": "several images in a group",
         "3b": ["apart"],
         "6": ["first"],
     }
@@ -117,123 +111,83 @@ def test_files_of_sana_beside_a_shard(tmp_path):
     assert source[0].captions == (Caption("p", 1.0, 20.0), Caption("long", 1.0, 27.5))
     assert source[1].captions == (Caption("other"),)
     (tmp_path / "0_VILA.json").write_text("{")
-    source = open_tars([tmp_path / "0.tar"])
-    with pytest.raises(Rejected, match=r"bad JSON: 0_VILA\.json"):
-        source[0]
+    with pytest.raises(Rejected, match=r"d/1: .*0_VILA\.json"):
+        open_tars([tmp_path / "0.tar"])[0]
 
 
-def test_a_shard_that_was_cut_off_gives_what_stands_before(tmp_path):
-    path = tmp_path / "a.tar"
-    whole = five(path)
-    content = path.read_bytes()
-    damaged = "broken tar member: 3.txt has a damaged header"
-    for stop, lost in [
-        (whole["3.png"] + 600, {"3": "broken tar member: 3.png is cut off at the end of the file"}),
-        (whole["3.txt"] + 300, {"3": f"{damaged} at byte {whole['3.txt']}"}),
-        (
-            whole["3.png"],
-            {f"a.tar@{whole['3.png']}": "broken tar: no end mark, members may be missing"},
-        ),
-    ]:
-        path.write_bytes(content[:stop])
-        found = read(open_tars([path]))
-        assert {key: found.pop(key) for key in map(str, range(3))} == {
-            "0": ["0"],
-            "1": ["1"],
-            "2": ["2"],
-        }
-        assert found == lost
-
-
-def test_a_damaged_member_is_named_and_those_after_it_are_found(tmp_path):
+@pytest.mark.parametrize(
+    ("damage", "lost"),
+    [
+        ({"1.png": 148}, {"@1.png", "0", "1"}),
+        ({"1.txt": 148}, {"@1.txt", "1", "2"}),
+        ({"1.png": 148, "1.txt": 148, "2.png": 148}, {"@1.png", "0", "2"}),
+        ({"3.png": 512 + 200}, {"3"}),  # its content
+        # The file ends there.
+        (("3.png", 600), {"3"}),
+        (("3.txt", 300), {"3", "@3.txt"}),
+        (("3.png", 0), {"2", "@3.png"}),
+    ],
+)
+def test_damage_is_named_and_costs_no_more_than_its_neighbours(tmp_path, damage, lost):
     path = tmp_path / "a.tar"
     offsets = five(path)
-    spoil(path, offsets["1.png"] + 148)
-    spoil(path, offsets["1.txt"] + 148)
-    spoil(path, offsets["2.png"] + 148)
-    spoil(path, offsets["3.png"], b"\xff" * 512)
-    spoil(path, offsets["4.png"] + 512 + 200, b"\0" * 50)  # its content
+    if isinstance(damage, tuple):
+        os.truncate(path, offsets[damage[0]] + damage[1])
+    else:
+        for name, more in damage.items():
+            spoil(path, offsets[name] + more)
     found = read(open_tars([path]))
-    assert found.pop("4").startswith("cannot be decoded: ")
-    where = {name: f"damaged header at byte {offset}" for name, offset in offsets.items()}
-    assert found == {
-        "0": ["0"],
-        "1": f"broken tar member: 1.png has a {where['1.png']}",
-        "2": f"broken tar member: 2.png has a {where['2.png']}",
-        f"a.tar@{offsets['3.png']}": f"broken tar: no member up to byte {offsets['3.txt']}",
-        "3": "no images in a group: it has txt",
-    }
+    good = {key for key, captions in found.items() if captions == [key]}
+    lost = {f"a.tar@{offsets[key[1:]]}" if key[0] == "@" else key for key in lost}
+    assert found.keys() - good == lost and good
 
 
-def test_a_member_whose_long_name_is_lost_is_not_taken_for_another(tmp_path):
-    path = tmp_path / "a.tar"
-    for format in (tarfile.PAX_FORMAT, tarfile.GNU_FORMAT):
-        name = "d/" + "n" * 120
-        members = [("0.png", PNG), (f"{name}.png", PNG), (f"{name}.txt", b"a"), ("1.png", PNG)]
-        offsets = write_tar(path, members, format=format)
-        spoil(path, offsets[f"{name}.png"] + 148)
-        found = read(open_tars([path]))
-        assert found.pop("0") == found.pop("1") == [""]
-        assert found.pop(name) == "no images in a group: it has txt"
-        assert all("no image" in why or "another name" in why for why in found.values())
+@pytest.mark.parametrize("format", [tarfile.PAX_FORMAT, tarfile.GNU_FORMAT])
+def test_a_member_whose_long_name_is_lost_is_not_taken_for_another(tmp_path, format):
+    path, name = tmp_path / "a.tar", "d/" + "n" * 120
+    members = [("0.png", PNG), (f"{name}.png", PNG), (f"{name}.txt", b"a"), ("1.png", PNG)]
+    offsets = write_tar(path, members, format=format)
+    spoil(path, offsets[f"{name}.png"] + 148)
+    found = read(open_tars([path]))
+    assert found.pop("1") == [""] and found.pop("0") == "broken tar member"
+    assert found.pop(name) == "no images in a group"
+    assert found and all(isinstance(reason, str) for reason in found.values())
 
 
 def test_files_that_are_no_tar(tmp_path):
     path = tmp_path / "a.tar"
     for content in (b"", b"junk" * 1000, b"\0" * 10240):
         path.write_bytes(content)
-        with pytest.raises(UserError, match=r"a\.tar has no image: are these tar shards"):
+        with pytest.raises(UserError, match=r"a\.tar"):
             open_tars([path])
     five(tmp_path / "b.tar")
     path.write_bytes(b"")
     found = read(open_tars([path, tmp_path / "b.tar"]))
-    assert found["a.tar@0"] == "broken tar: empty file" and len(found) == 6
-    with pytest.raises(UserError, match=r"gone\.tar is not there"):
+    assert found["a.tar@0"] == "broken tar" and len(found) == 6
+    with pytest.raises(UserError, match=r"gone\.tar"):
         open_tars([tmp_path / "gone.tar"])
-    with pytest.raises(UserError, match=r"a\.tar\.gz is not a \.tar: unpack or rewrite it"):
-        open_tars([tmp_path / "a.tar.gz"])
 
 
-def test_the_index_is_kept_and_made_anew_when_the_shard_changes(tmp_path, monkeypatch):
-    path, cache = tmp_path / "a.tar", tmp_path / "cache"
+def test_the_index_is_kept_where_that_can_be_and_made_anew_when_the_shard_changes(
+    tmp_path, monkeypatch, capsys
+):
+    path, kept = tmp_path / "a.tar", tmp_path / ".a.tar.index.json"
     five(path)
+    kept.mkdir()
+    assert len(index_tar(path)) == 5 and str(kept) in capsys.readouterr().err
+    kept.rmdir()
     scanned = []
-    monkeypatch.setattr(tar_index, "scan_tar", lambda path: scanned.append(path) or scan_tar(path))
-    for cache_dir in (None, cache):
-        first = index_tar(path, cache_dir)
-        assert index_tar(path, cache_dir) == first == scan_tar(path)
-    assert len(scanned) == 2
-    kept = tmp_path / ".a.tar.index.json"
-    assert kept.is_file() and len(list(cache.iterdir())) == 1
-    assert sorted(file.name for file in tmp_path.iterdir()) == [
-        ".a.tar.index.json",
-        "a.tar",
-        "cache",
-    ]
-
+    monkeypatch.setattr(tars, "scan_tar", lambda path: scanned.append(path) or scan_tar(path))
+    assert index_tar(path) == index_tar(path) == scan_tar(path)
+    assert len(scanned) == 1 and kept.is_file()
     status = path.stat()
     write_tar(path, [("9.png", PNG)])
     os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns + 1))
     assert [group.key for group in index_tar(path)] == ["9"]
-    os.utime(path)
-    index_tar(path)
-    assert len(scanned) == 4
     for damaged in (kept.read_bytes()[:-20], b"[]", b"\xff", b'{"stamp": 1}'):
         kept.write_bytes(damaged)
         assert [group.key for group in index_tar(path)] == ["9"]
-    assert len(scanned) == 8 and [group.key for group in index_tar(path)] == ["9"]
-
-
-def test_shards_are_read_where_nothing_can_be_written(tmp_path, monkeypatch, capsys):
-    five(tmp_path / "a.tar")
-
-    def fail(path, content):
-        raise UserError(f"cannot write {path}: Read-only file system")
-
-    monkeypatch.setattr(tar_index, "write_atomic", fail)
-    assert len(read(open_tars([tmp_path / "a.tar"]))) == 5
-    assert "index of a shard is not kept" in capsys.readouterr().err
-    assert [file.name for file in tmp_path.iterdir()] == ["a.tar"]
+    assert len(scanned) == 6 and [group.key for group in index_tar(path)] == ["9"]
 
 
 def test_a_shard_that_changed_under_its_index_is_noticed(tmp_path):
@@ -242,11 +196,6 @@ def test_a_shard_that_changed_under_its_index_is_noticed(tmp_path):
     source = open_tars([path])
     path.write_bytes(path.read_bytes()[: offsets["2.png"] + 600])
     found = read(source)
-    assert (
-        found["1"] == ["1"]
-        and found["2"] == "broken tar member: a.tar has shrunk since it was indexed"
-    )
+    assert found["1"] == ["1"] and found["2"] == "broken tar member"
     path.unlink()
-    assert set(map(str, read(source).values())) == {
-        f"cannot be read: {path}: No such file or directory"
-    }
+    assert set(read(source).values()) == {"cannot be read"}

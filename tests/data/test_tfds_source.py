@@ -1,7 +1,5 @@
 """TFDS data sets by name, without TensorFlow and without the code that made them."""
 
-import os
-import pickle
 import subprocess
 import sys
 
@@ -11,10 +9,8 @@ import tensorflow_datasets as tfds
 from helpers import image_sets
 
 from sprint_jax.core.errors import UserError
-from sprint_jax.data.sources.open import open_images
 from sprint_jax.data.sources.records import Caption, Rejected
 from sprint_jax.data.sources.tfds_source import open_tfds
-from sprint_jax.digits.dataset import open_digits
 
 
 @pytest.fixture(scope="module")
@@ -42,109 +38,67 @@ class Refuse:  # libraries may ask whether there is a TensorFlow; none may impor
         raise SystemExit(f"{module} was executed")
 
 sys.meta_path.insert(0, Refuse())
-from sprint_jax.data.sources import open_images
+from sprint_jax.data.sources.open import open_images
 paths = ["tfds:photos/small", "tfds:photos:train[:50%]"]
 options = dict(data_dir=sys.argv[1], image_feature="picture", caption_feature="captions")
 for source in open_images(paths, **options):
     print("=", len(source), sum(int(source[i].image.sum()) for i in range(len(source))))
-(digits,) = open_images(["tfds:digits/small:test"], data_dir=sys.argv[2])
-print("=", len(digits), digits[7].key, digits[7].captions[0].text)
-assert not {"tensorflow", "torch", "image_sets"} & {name.split(".")[0] for name in sys.modules}
+assert not {"tensorflow", "torch", "image_sets"} & set(sys.modules)
 """
 
 
-def test_sets_work_by_name_alone_and_tensorflow_is_never_imported(photos, tmp_path):
-    data_dir, _ = photos
-    command = [sys.executable, "-c", BY_NAME, str(data_dir), str(tmp_path)]
+def test_sets_work_by_name_alone_and_tensorflow_is_never_imported(photos):
+    command = [sys.executable, "-c", BY_NAME, str(photos[0])]
     run = subprocess.run(command, capture_output=True, text=True, timeout=120)
     assert run.returncode == 0, run.stderr
-    source = read_photos("photos", data_dir)
+    source = read_photos("photos", photos[0])
     total = sum(int(source[i].image.sum()) for i in range(30))
-    whole, part, digits = (line[2:] for line in run.stdout.splitlines() if line.startswith("= "))
+    whole, part = (line[2:] for line in run.stdout.splitlines() if line.startswith("= "))
     assert whole == f"30 {total}" and part.startswith("15 ")
-    caption = open_digits(tmp_path, "small", "test")[7]["caption"]
-    assert digits == f"2000 test_00000007 {caption}"
 
 
-def test_digits_by_name_are_those_of_open_digits(tmp_path):
-    (source,) = open_images(["tfds:digits/small:test"], data_dir=tmp_path)
-    theirs = open_digits(tmp_path, "small", "test")
-    assert len(source) == len(theirs)
-    for index in (0, 1234):
-        np.testing.assert_array_equal(source[index].image, theirs[index]["image"])
-        assert source[index].captions == (Caption(theirs[index]["caption"]),)
-        assert source.measure(index) == (f"test_{index:08d}", (8, 8))
-    with pytest.raises(UserError, match="world 'huge' is unknown"):
-        open_images(["tfds:digits/huge"], data_dir=tmp_path)
-
-
-def test_captions_are_a_text_a_sequence_or_none(photos):
+@pytest.mark.parametrize("feature", ["captions", "first", ""])
+def test_captions_are_a_text_a_sequence_or_none(photos, feature):
     data_dir, samples = photos
     captions = {sample.key: sample.captions for sample in samples}
-    for feature in ("captions", "first", ""):
-        source = read_photos("photos", data_dir, caption_feature=feature)
-        for index in range(30):
-            record = source[index]
-            expected = {"captions": captions[record.key], "first": captions[record.key][:1]}
-            assert record.captions == expected.get(feature, (Caption(""),))
+    source = read_photos("photos", data_dir, caption_feature=feature)
+    for record in map(source.__getitem__, range(30)):
+        expected = {"captions": captions[record.key], "first": captions[record.key][:1]}
+        assert record.captions == expected.get(feature, (Caption(""),))
 
 
-def test_the_newest_version_counts_and_a_config_must_be_said_where_there_are_two(photos, tmp_path):
-    data_dir, _ = photos
-    root = tmp_path / "photos"
+def test_the_newest_version_counts_and_a_config_must_be_named_where_there_are_two(photos, tmp_path):
     for version in ("small/1.2.0", "small/1.10.0", "large/1.2.0"):
-        (root / version).parent.mkdir(parents=True, exist_ok=True)
-        (root / version).symlink_to(data_dir / "photos" / "small" / "1.2.0")
-    identities = {
-        name: read_photos(name, tmp_path).identity
-        for name in ("photos/small", "photos/small/1.10.0", "photos/small/1.2.0", "photos/large")
-    }
-    newest = identities.pop("photos/small")
-    assert newest == identities.pop("photos/small/1.10.0")
-    assert len({newest, *identities.values()}) == 3
-    with pytest.raises(
-        UserError, match="photos has several configs, name one of them: large, small"
-    ):
+        (tmp_path / "photos" / version).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "photos" / version).symlink_to(photos[0] / "photos" / "small" / "1.2.0")
+    names = ("photos/small", "photos/small/1.10.0", "photos/small/1.2.0", "photos/large")
+    identities = [read_photos(name, tmp_path).identity for name in names]
+    assert identities[0] == identities[1] and len(set(identities)) == 3
+    with pytest.raises(UserError, match=r"photos .*large, small"):
         read_photos("photos", tmp_path)
 
 
 @pytest.mark.parametrize(
-    ("name", "options", "message"),
+    ("name", "options", "named"),
     [
-        (
-            "flowers",
-            {},
-            r"there is no TFDS data set .*flowers: prepare it with file_format='array_r",
-        ),
-        ("photos/big", {}, "there is no TFDS data set .*photos/big"),
-        (
-            "photos:validation",
-            {},
-            "cannot open tfds:photos:validation .*Unknown split 'validation'",
-        ),
-        ("photos:train[:x]", {}, r"cannot open tfds:photos:train\[:x\]"),
-        ("photos:train[:0]", {}, r"tfds:photos:train\[:0\] has no example|cannot open"),
-        (
-            "photos",
-            {"image_feature": "image"},
-            "no feature 'image': set config.data.image_feature to one of captions, first, key",
-        ),
-        (
-            "photos",
-            {"caption_feature": "caption"},
-            "no feature 'caption': set config.data.caption_feature to one of captions, first",
-        ),
-        ("photos", {"image_feature": "key"}, "feature 'key' .* is no Image and no Tensor of uint8"),
-        ("photos", {"caption_feature": "label"}, "'label' .* is no Text and no sequence of it"),
+        ("flowers", {}, "flowers.*array_record.*config.data.dir"),
+        ("photos/big", {}, "photos/big"),
+        ("photos:validation", {}, "photos:validation"),
+        ("photos:train[:x]", {}, r"photos:train\[:x\]"),
+        ("photos:train[:0]", {}, r"photos:train\[:0\]"),
+        ("photos", {"image_feature": "image"}, r"'image'.*config\.data\.image_feature.*captions"),
+        ("photos", {"caption_feature": "caption"}, r"'caption'.*config\.data\.caption_feature"),
+        ("photos", {"image_feature": "key"}, "'key' of tfds:photos"),
+        ("photos", {"caption_feature": "label"}, "'label' of tfds:photos"),
     ],
 )
-def test_errors_of_names_and_features(photos, name, options, message):
-    with pytest.raises(UserError, match=message):
+def test_names_and_features_that_cannot_be_used_are_named(photos, name, options, named):
+    with pytest.raises(UserError, match=named):
         read_photos(name, photos[0], **options)
 
 
 class Plain(tfds.core.GeneratorBasedBuilder):
-    """Pixels and whole-number ids, in a format of the config's choice."""
+    """Pixels and whole-number ids."""
 
     VERSION = tfds.core.Version("1.0.0")
     url_infos = None
@@ -163,47 +117,20 @@ class Plain(tfds.core.GeneratorBasedBuilder):
             yield number, {"id": number * 10, "image": image, "caption": f"caption {number}"}
 
 
-def test_tensors_are_taken_as_they_are_and_ids_are_keys(tmp_path):
+def test_tensors_are_taken_as_they_are_ids_are_keys_and_random_access_is_needed(tmp_path):
     Plain(data_dir=tmp_path, file_format="array_record").download_and_prepare()
-    source = pickle.loads(pickle.dumps(open_tfds("plain", data_dir=tmp_path)))
+    source = open_tfds("plain", data_dir=tmp_path)
     found = {}
     for index in range(5):
         try:
             record = source[index]
-            assert record.captions == (Caption(f"caption {int(record.key) // 10}"),)
-            found[record.key] = record.image.shape, int(record.image.min())
+            assert source.measure(index) == (record.key, record.image.shape[:2])
+            found[record.key] = record.image.shape, int(record.image.min()), record.captions[0].text
         except Rejected as rejected:
-            found[rejected.key] = rejected.reason
-    expected = {str(number * 10): ((number, 3, 3), number) for number in range(1, 5)}
-    assert found == expected | {"0": "unsupported pixels: none in [0, 3, 1]"}
-
-
-def test_a_format_without_random_access_is_refused(tmp_path):
-    Plain(data_dir=tmp_path, file_format="array_record").download_and_prepare()
+            found[rejected.key] = rejected.reason.partition(":")[0]
+    expected = {str(n * 10): ((n, 3, 3), n, f"caption {n}") for n in range(1, 5)}
+    assert found == expected | {"0": "unsupported pixels"}
     info = tmp_path / "plain" / "1.0.0" / "dataset_info.json"
     info.write_text(info.read_text().replace("array_record", "tfrecord"))
-    with pytest.raises(
-        UserError, match="has no random access: prepare it with file_format='array_record"
-    ):
+    with pytest.raises(UserError, match=r"plain.*array_record"):
         open_tfds("plain", data_dir=tmp_path)
-
-
-def test_a_damaged_example_is_named(photos, tmp_path):
-    data_dir, samples = photos
-    folder = tmp_path / "photos" / "small" / "1.2.0"
-    folder.mkdir(parents=True)
-    for file in (data_dir / "photos" / "small" / "1.2.0").iterdir():
-        content = bytearray(file.read_bytes())
-        if (at := content.find(samples[7].image)) >= 0:
-            content[at + 20] ^= 1
-        (folder / file.name).write_bytes(content)
-    source, named = read_photos("photos", tmp_path), []
-    for index in range(30):
-        try:
-            assert os.fspath(source[index].key)
-        except Rejected as rejected:
-            named.append((index, rejected.key, rejected.reason.partition(":")[0]))
-    assert [(f"train_{index:08d}", "broken record") for index, _, _ in named] == [
-        (key, reason) for _, key, reason in named
-    ]
-    assert len(named) == 1

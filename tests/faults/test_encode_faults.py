@@ -1,23 +1,21 @@
 """Encoding that is killed, fails while it writes, or is shared by several processes."""
 
-import json
+import multiprocessing
+import os
 import shutil
-import subprocess
-import sys
+import signal
 import time
 
 import jax
 import numpy as np
 import pytest
+from helpers import encode_worker
 from helpers.encoding import Pictures, encode_small, hashes, words
-from helpers.pods import environment, finish_pod, start_pod
+from helpers.pods import finish_pod, start_pod
 from helpers.runs import ROOT
 
-from sprint_jax import encode
 from sprint_jax.core.errors import UserError
-from sprint_jax.data.latents import shards, units
-
-WORKER = str(ROOT / "tests" / "helpers" / "encode_worker.py")
+from sprint_jax.data.latents import cache, encoding, manifest, units
 
 
 @pytest.fixture(scope="module")
@@ -26,13 +24,13 @@ def written(tmp_path_factory):
 
 
 def test_a_full_disk_ends_in_one_line_and_commits_nothing(tmp_path, monkeypatch):
-    class Full(shards.ArrayRecordWriter):
+    class Full(cache.ArrayRecordWriter):
         def close(self):
             super().close()
             raise RuntimeError("write() failed: No space left on device")
 
-    monkeypatch.setattr(shards, "ArrayRecordWriter", Full)
-    with pytest.raises(UserError, match=r"cannot write .*00000-0\.array_record.*: .*No space left"):
+    monkeypatch.setattr(cache, "ArrayRecordWriter", Full)
+    with pytest.raises(UserError, match=r"00000-0\.array_record.*No space left"):
         encode_small(tmp_path / "a", Pictures(8))
     assert not list((tmp_path / "a" / "units").iterdir())
 
@@ -54,15 +52,15 @@ def test_an_error_at_any_step_of_writing_leaves_what_the_next_run_makes_whole(
         return call
 
     for module, names in {
-        shards: ("_write_shard", "describe_shard", "_sync"),
-        units: ("write_shards", "write_atomic", "_clean"),
-        encode.manifest: ("write_atomic", "write_json_atomic", "_write_null_text"),
-        encode: ("draw_latents",),
+        cache: ("pack", "describe_end", "_sync"),
+        units: ("write_shard", "write_atomic", "unit_path"),
+        manifest: ("write_atomic", "write_json_atomic", "hash_file"),
+        encoding: ("draw_latents",),
     }.items():
         for name in names:
             monkeypatch.setattr(module, name, counted(getattr(module, name)))
     stopped = 0
-    for limit in range(1, 60, 2):
+    for limit in range(1, 90, 3):
         calls = 0
         try:
             encode_small(tmp_path / "a", Pictures(16, (5,)))
@@ -76,42 +74,44 @@ def test_an_error_at_any_step_of_writing_leaves_what_the_next_run_makes_whole(
     assert hashes(tmp_path / "a") == hashes(whole)
 
 
-def test_killed_at_ten_random_moments_the_content_is_that_of_the_undisturbed_run(tmp_path):
-    server = subprocess.Popen(
-        [sys.executable, "-W", "ignore", WORKER, "serve"],
-        cwd=ROOT,
-        env=environment(8),
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        text=True,
-    )
+def test_killed_at_ten_random_moments_the_content_is_that_of_the_undisturbed_run(
+    tmp_path, monkeypatch
+):
+    # A server imports everything once, and forks for each encoding.
+    monkeypatch.setenv("PYTHONPATH", f"{ROOT}{os.pathsep}{ROOT / 'tests'}")
+    processes = multiprocessing.get_context("forkserver")
+    processes.set_forkserver_preload(["helpers.encode_worker"])
 
-    def ask(out, units_done=0, seconds=None) -> int:
-        server.stdin.write(json.dumps([words(out, encode__unit=4), units_done, seconds]) + "\n")
-        server.stdin.flush()
-        return int(server.stdout.readline())
+    def encode(out, units_done=0, seconds=None) -> int:
+        process = processes.Process(target=encode_worker.main, args=(words(out, encode__unit=4),))
+        process.start()
+        if seconds is not None:
+            while len(list((out / "units").glob("*.json"))) < units_done and process.is_alive():
+                time.sleep(0.0005)
+            time.sleep(seconds)
+            process.kill()
+        process.join(200)
+        return process.exitcode
 
-    try:
-        assert ask(tmp_path / "whole") == 0
-        random, folders, killed = np.random.default_rng(time.time_ns()), [tmp_path / "0"], 0
-        for turn in range(10):
-            done = len(list((folders[-1] / "units").glob("*.json")))
-            # Some units on, or just before the manifest; a process may end before its moment.
-            moment = min(10, done + 1 + turn % 3), float(random.uniform(0, 0.03))
-            status = ask(folders[-1], *moment)
-            killed += status == -9
-            if status == 0 or done == 10:
-                folders.append(tmp_path / str(len(folders)))
-        assert killed >= 5
-        for out in folders:
-            assert ask(out) == 0
-            assert hashes(out) == hashes(tmp_path / "whole")
-    finally:
-        server.communicate(timeout=60)
+    assert encode(tmp_path / "whole") == 0
+    random, folders, killed = np.random.default_rng(time.time_ns()), [tmp_path / "0"], 0
+    for turn in range(10):
+        done = len(list((folders[-1] / "units").glob("*.json")))
+        # Some units on, or just before the manifest; a process may end before its moment.
+        status = encode(folders[-1], min(10, done + 1 + turn % 3), random.uniform(0, 0.03))
+        killed += status == -signal.SIGKILL
+        if status == 0 or done == 10:
+            folders.append(tmp_path / str(len(folders)))
+    assert killed >= 5
+    for out in folders:
+        assert encode(out) == 0
+        assert hashes(out) == hashes(tmp_path / "whole")
 
 
 def test_two_processes_write_what_one_does(written, tmp_path):
-    pod = finish_pod(start_pod([WORKER, *words(tmp_path / "a")], count=2, devices=8))
+    pod = finish_pod(
+        start_pod([encode_worker.__file__, *words(tmp_path / "a")], count=2, devices=8)
+    )
     assert [ended.code for ended in pod] == [0, 0], pod
     assert hashes(tmp_path / "a") == hashes(written)
 
@@ -130,8 +130,8 @@ def test_another_number_of_processes_goes_on(written, tmp_path, monkeypatch):
     out = tmp_path / "a"
     with monkeypatch.context() as patch:
         patch.setattr(jax, "process_count", lambda: 3)
-        with pytest.raises(UserError, match="units, the first is 1: do all hosts see one folder"):
-            patch.setattr(encode, "VISIBLE_SECONDS", 0.0)
+        patch.setattr(encoding, "VISIBLE_SECONDS", 0.0)
+        with pytest.raises(UserError, match=str(out)):
             encode_small(out)
     assert sorted(path.name for path in (out / "units").iterdir()) == ["00000.json", "00003.json"]
     encode_small(out)

@@ -6,8 +6,8 @@ from pathlib import Path
 import numpy as np
 from helpers.runs import ROOT
 
-from sprint_jax import encode
 from sprint_jax.core.config import load_config
+from sprint_jax.data.latents import encoding
 from sprint_jax.data.sources.records import Caption, Record, Rejected
 
 STORED = ROOT / "tests" / "parity" / "stored"
@@ -57,7 +57,9 @@ def small_config(**changes):
 def encode_small(folder: Path, source=None, *, limit=None, **changes) -> Path:
     """Encodes a source, by default 40 pictures of which two are rejected, with small options."""
     source = Pictures(40, (5, 21)) if source is None else source
-    encode.run(small_config(**changes), source, folder, limit=limit)
+    c = small_config(**changes)
+    job = encoding.make_job(c, source, folder, limit)
+    encoding.encode(job, sigma_d=c.sigma_d, max_rejected=c.data.max_rejected)
     return folder
 
 

@@ -1,13 +1,12 @@
 """A set of small images of every kind, whole or damaged, in every form that a source can have."""
 
-import dataclasses
 import io
 import json
 import struct
 import tarfile
 import zlib
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
 import tensorflow_datasets as tfds
@@ -39,11 +38,10 @@ def make_samples(count: int, damaged: bool = False) -> list[Sample]:
     samples = []
     for index in range(count):
         folder = ("", "deep/er/", "Grün/", "猫/")[index % 4]
-        extension, image = draw_image(random, index)
-        text, json_bytes, captions = draw_captions(index)
-        sample = Sample(f"{folder}{index:05d}", extension, image, text, json_bytes, captions)
+        files = (*draw_image(random, index), *draw_captions(index))
+        sample = Sample(f"{folder}{index:05d}", *files)
         if damaged and index % DAMAGE_EVERY == DAMAGE_EVERY - 1:
-            sample = damage(sample, index // DAMAGE_EVERY)
+            sample = sample._replace(**damage(index // DAMAGE_EVERY))
         samples.append(sample)
     return sorted(samples)
 
@@ -53,35 +51,17 @@ def draw_image(random: np.random.Generator, index: int) -> tuple[str, bytes]:
     height, width = random.integers(9, 40, 2)
     pixels = random.integers(0, 256, (height, width, 4), np.uint8)
     rgb, rgba = Image.fromarray(pixels[..., :3]), Image.fromarray(pixels)
-    kind = index % 13
-    if kind == 0:
-        return "png", encode(rgb, "PNG")
-    if kind == 1:
-        return "png", encode(rgb.convert("L"), "PNG")
-    if kind == 2:
-        return "png", encode(rgba, "PNG")
-    if kind == 3:
-        return "png", encode(rgb.quantize(16), "PNG", transparency=bytes(range(0, 256, 16)))
-    if kind == 4:
-        return "png", encode(
-            Image.fromarray(pixels[..., 0] * np.uint16(257) + pixels[..., 1]), "PNG"
-        )
-    if kind == 5:
-        return "jpg", encode(rgb.convert("CMYK"), "JPEG")
-    if kind in (6, 7):
-        exif = Image.Exif()
-        exif[0x0112] = 1 + index // 13 % 8
-        return ("jpeg", "png")[kind - 6], encode(rgb, ("JPEG", "PNG")[kind - 6], exif=exif)
-    if kind == 8:
-        return "png", encode(rgb.convert("1"), "PNG")
-    if kind == 9:
-        return "webp", encode(rgba, "WEBP", lossless=True)
-    if kind == 10:
-        frames = [rgb.quantize(8), rgba.convert("RGB").rotate(180).quantize(8)]
-        return "gif", encode(frames[0], "GIF", save_all=True, append_images=frames[1:])
-    if kind == 11:
-        return "bmp", encode(rgb, "BMP")
-    return "tiff", encode(rgb.convert("LA"), "TIFF")
+    exif = Image.Exif()
+    exif[0x0112] = 1 + index // 6 % 8
+    extension, image, options = [
+        ("png", rgb, {"exif": exif}),
+        ("jpg", rgb.convert("CMYK"), {}),
+        ("jpeg", rgb.convert("L"), {"exif": exif}),
+        ("webp", rgba, {"lossless": True}),
+        ("gif", rgb.quantize(8), {"save_all": True, "append_images": [rgb.rotate(180)]}),
+        ("tiff", rgb.convert("LA"), {}),
+    ][index % 6]
+    return extension, encode(image, extension.replace("jpg", "jpeg"), **options)
 
 
 def encode(image: Image.Image, format: str, **options) -> bytes:
@@ -92,85 +72,52 @@ def encode(image: Image.Image, format: str, **options) -> bytes:
 
 
 def draw_captions(index: int) -> tuple[bytes | None, bytes | None, tuple[Caption, ...]]:
-    """Content of .txt and of .json, and the captions that they say; kinds take turns."""
-    kind = index % 7
-    if kind == 0:
-        return None, None, (Caption(""),)
-    if kind == 1:
-        return b" \n", None, (Caption(""),)
-    if kind == 2:
-        text = f"ein Käfer, 一只猫, 🐈 {index}"
-        return f"\ufeff{text}\n".encode(), None, (Caption(text),)
-    if kind == 3:
-        return LONG.encode(), None, (Caption(LONG.strip()),)
-    if kind == 4:
-        texts = [f"ein Bild {index}", "two\nlines", "猫"]
-        content = {"captions": texts, "width": 7}
-        return None, json.dumps(content).encode(), tuple(map(Caption, texts))
-    if kind == 5:
-        return b"not this", json.dumps({"prompt": f"a {index}"}).encode(), (Caption(f"a {index}"),)
-    return f"a picture of {index}".encode(), None, (Caption(f"a picture of {index}"),)
+    """Content of .txt and of .json, and their captions; kinds take turns."""
+    texts = [f"ein Bild {index}", "two\nlines", "猫"]
+    letters = f"ein Käfer, 一只猫, 🐈 {index}"
+    return [
+        (None, None, (Caption(""),)),
+        (b" \n", None, (Caption(""),)),
+        (f"\ufeff{letters}\n".encode(), None, (Caption(letters),)),
+        (LONG.encode(), None, (Caption(LONG.strip()),)),
+        (None, json.dumps({"captions": texts, "width": 7}).encode(), tuple(map(Caption, texts))),
+        (b"not this", json.dumps({"prompt": f"a {index}"}).encode(), (Caption(f"a {index}"),)),
+        (f"a picture of {index}".encode(), None, (Caption(f"a picture of {index}"),)),
+    ][index % 7]
 
 
-def damage(sample: Sample, turn: int) -> Sample:
-    """A sample that must be refused, and why; kinds take turns. Not in every form can JSON be broken, and
-    only in a tar a member: see the writers."""
-    kind = turn % 6
-    png = encode(
-        Image.fromarray(np.random.default_rng(turn).integers(0, 256, (30, 30), np.uint8)), "PNG"
-    )
-    if kind == 0:
-        return sample._replace(extension="png", image=png[:400], reason="cannot be decoded")
-    if kind == 1:
-        return sample._replace(image=b"", reason="empty file")
-    if kind == 2:
-        return sample._replace(extension="jpg", image=b"<html>404</html>", reason="not an image")
-    if kind == 3:
-        return sample._replace(extension="png", image=bomb(), reason="too many pixels")
-    if kind == 4:
-        return sample._replace(text=None, json=b'{"caption": "a', reason="bad JSON")
-    return sample._replace(reason="broken tar member")
+def damage(turn: int) -> dict[str, Any]:
+    """Fields of a sample that must be refused, and the reason; kinds take turns. JSON and members of tars
+    are not broken in every form: see the writers."""
+    noise = np.random.default_rng(turn).integers(0, 256, (30, 30), np.uint8)
+    png = encode(Image.fromarray(noise), "PNG")
+    return [
+        {"extension": "png", "image": png[:400], "reason": "cannot be decoded"},
+        {"image": b"", "reason": "empty file"},
+        {"extension": "jpg", "image": b"<html>404</html>", "reason": "not an image"},
+        {"extension": "png", "image": bomb(), "reason": "too many pixels"},
+        {"text": None, "json": b'{"caption": "a', "reason": "bad JSON"},
+        {"reason": "broken tar member"},
+    ][turn % 6]
 
 
 def bomb(height: int = 12_000, width: int = 12_000) -> bytes:
     """The start of a PNG that says to be large: below Pillow's own limit, above ours."""
-    head = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
-    data = zlib.compress(bytes(1000))
-    chunks = ((b"IHDR", head), (b"IDAT", data))
-    return b"\x89PNG\r\n\x1a\n" + b"".join(
-        struct.pack(">I", len(content))
-        + name
-        + content
-        + struct.pack(">I", zlib.crc32(name + content))
-        for name, content in chunks
-    )
+    file = bytearray(encode(Image.new("RGB", (9, 9)), "PNG"))
+    file[16:24] = struct.pack(">II", width, height)
+    file[29:33] = struct.pack(">I", zlib.crc32(file[12:29]))
+    return bytes(file)
 
 
 def write_folder(folder: Path, samples: list[Sample]) -> Path:
     """A folder of images with .txt and .json beside them."""
     for sample in samples:
-        path = folder / f"{sample.key}.{sample.extension}"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_bytes(sample.image)
-        if sample.text is not None:
-            path.with_suffix(".txt").write_bytes(sample.text)
-        if sample.json is not None:
-            path.with_suffix(".json").write_bytes(sample.json)
-    return folder
-
-
-def write_metadata_folder(folder: Path, samples: list[Sample]) -> Path:
-    """A folder of images with a metadata.jsonl; a bad line where the JSON is bad."""
-    lines = []
-    for sample in samples:
-        path = folder / f"{sample.key}.{sample.extension}"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_bytes(sample.image)
-        name = f"{sample.key}.{sample.extension}"
-        texts = [caption.text for caption in sample.captions]
-        line = {"file_name": name, "captions": texts}
-        lines.append("{" if sample.reason == "bad JSON" else json.dumps(line))
-    (folder / "metadata.jsonl").write_text("\n".join(lines) + "\n")
+        files = {sample.extension: sample.image, "txt": sample.text, "json": sample.json}
+        for extension, content in files.items():
+            path = folder / f"{sample.key}.{extension}"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            if content is not None:
+                path.write_bytes(content)
     return folder
 
 
@@ -207,55 +154,34 @@ def write_array_records(folder: Path, samples: list[Sample], files: int = 2) -> 
     return folder
 
 
-@dataclasses.dataclass
-class PhotosConfig(tfds.core.BuilderConfig):
-    """What `Photos` holds."""
-
-    samples: list[Sample] = dataclasses.field(default_factory=list)
-
-
 class Photos(tfds.core.GeneratorBasedBuilder):
     """Samples as a TFDS data set, whose captions are whole."""
 
     VERSION = tfds.core.Version("1.2.0")
-    url_infos = None  # as in digits.py
+    BUILDER_CONFIGS: ClassVar = [tfds.core.BuilderConfig(name="small")]
+    samples: ClassVar[list[Sample]] = []
+    url_infos = None  # as of the digits world
 
     def _info(self) -> tfds.core.DatasetInfo:
-        return tfds.core.DatasetInfo(
-            builder=self,
-            features=tfds.features.FeaturesDict(
-                {
-                    "key": tfds.features.Text(),
-                    "picture": tfds.features.Image(),
-                    "captions": tfds.features.Sequence(tfds.features.Text()),
-                    "first": tfds.features.Text(),
-                    "label": tfds.features.ClassLabel(num_classes=3),
-                }
-            ),
-        )
+        text, image = tfds.features.Text(), tfds.features.Image()
+        features = {"key": text, "picture": image, "captions": tfds.features.Sequence(text)}
+        features |= {"first": text, "label": tfds.features.ClassLabel(num_classes=3)}
+        return tfds.core.DatasetInfo(builder=self, features=tfds.features.FeaturesDict(features))
 
     def _split_generators(self, dl_manager):
         return {"train": self._generate_examples()}
 
     def _generate_examples(self):
-        for number, sample in enumerate(self.builder_config.samples):
+        for number, sample in enumerate(self.samples):
             texts = [caption.text for caption in sample.captions]
             # Bytes of a file: TFDS would encode pixels with TensorFlow.
-            yield (
-                number,
-                {
-                    "key": sample.key,
-                    "picture": sample.image,
-                    "captions": texts,
-                    "first": texts[0],
-                    "label": number % 3,
-                },
-            )
+            example = {"key": sample.key, "picture": sample.image, "captions": texts}
+            yield number, example | {"first": texts[0], "label": number % 3}
 
 
 def write_tfds(folder: Path, samples: list[Sample]) -> Path:
     """A data_dir with the data set ``photos``; its features are key, picture, captions, first, label."""
-    config = PhotosConfig(name="small", samples=samples)
-    builder = Photos(data_dir=folder, config=config, file_format="array_record")
+    builder = Photos(data_dir=folder, file_format="array_record")
+    builder.samples = samples
     builder.download_and_prepare()
     return folder

@@ -1,16 +1,15 @@
-"""A sweep whose trainings are stood in for by sweep_train.py, for several tests."""
+"""A sweep whose trainings are stood in for by sweep_train.py."""
 
+import contextlib
 import csv
 import json
 import sys
+import threading
 import time
 from collections import Counter
 from pathlib import Path
 
-from helpers.runs import ROOT
-
 from launch import sweep as command
-from sprint_jax.sweeps import drive
 from sprint_jax.sweeps.rows import load_rows
 
 TOY = """
@@ -22,41 +21,24 @@ def get_config(arg=None):
     c.steps = 6
     return c
 
-def sweep_seed():
-    return sweep("seed", [0, 1, 2, 3])
-
-def sweep_lr():
-    return product(sweep("optimizer.learning_rate", [1e-4, 3e-4]), sweep("seed", [0, 1]))
-
-def sweep_kinds():
-    return chain([{}], sweep("ladd.taps", [(1, 2), (3,), ()]), sweep("init", ["a/b", "a b"]),
-                 sweep("scm.mean_norm", [True]))
-
-def sweep_unknown():
-    return chain(sweep("seed", [0]), sweep("optimizer.learning_rat", [1e-4]))
-
-def sweep_wrong():
-    return [{"seed": 0}, {"seed": "many"}]
-
-def sweep_small():
-    return sweep("data.batch_size", [64, 0])
-
-def sweep_twice():
-    return sweep("optimizer.learning_rate", [1e-4, 0.0001])
-
-def sweep_words():
-    return ["seed=1"]
-
-def sweep_empty():
-    return []
+kinds = chain([{}], sweep("ladd.taps", [(1, 2), (3,), ()]), sweep("init", ["a/b", "a b"]),
+              sweep("scm.mean_norm", [True]))
+sweep_kinds = lambda: kinds
+sweep_seed = lambda: sweep("seed", [0, 1, 2, 3])
+sweep_lr = lambda: product(sweep("optimizer.learning_rate", [1e-4, 3e-4]), sweep("seed", [0, 1]))
+sweep_unknown = lambda: chain(sweep("seed", [0]), sweep("optimizer.learning_rat", [1e-4]))
+sweep_wrong = lambda: sweep("seed", [0, "many"])
+sweep_small = lambda: sweep("data.batch_size", [64, 0])
+sweep_twice = lambda: sweep("optimizer.learning_rate", [1e-4, 0.0001])
+sweep_words = lambda: ["seed=1"]
+sweep_empty = lambda: []
 """
 
-
-FAKE = (sys.executable, "-S", str(ROOT / "tests" / "sweep_train.py"))
+FAKE = (sys.executable, "-S", str(Path(__file__).with_name("sweep_train.py")))
 
 
 class ToySweep:
-    """The toy sweep over seeds 0 to 3 in a folder, and what its runs do."""
+    """The toy sweep over seeds 0 to 3 in a folder, and the behaviour of its runs."""
 
     def __init__(self, folder: Path, monkeypatch):
         self.home, self.workdir, self.config = folder, folder / "sweep", folder / "toy.py"
@@ -66,27 +48,37 @@ class ToySweep:
             (folder / f"{row.name}.json").write_text(json.dumps(row.config.to_dict()))
         self.behave()
         monkeypatch.setenv("SWEEP_HOME", str(folder))
-        monkeypatch.setattr(drive, "TRAIN", FAKE)
+        monkeypatch.setitem(command.COMMANDS, "local", FAKE)
 
     def behave(self, **by_seed: str) -> None:
         named = {f"seed={key[1:]}": value for key, value in by_seed.items()}
         (self.home / "behaviour.json").write_text(json.dumps(named))
 
-    def arguments(self, *flags: str) -> list[str]:
-        base = ["--config", str(self.config), "--sweep", "seed", "--workdir", str(self.workdir)]
-        return [*base, *flags]
+    def arguments(self, *flags: str, name: str = "seed") -> list[str]:
+        words = ("--config", self.config, "--sweep", name, "--workdir", self.workdir, *flags)
+        return list(map(str, words))
 
     def run(self, *flags: str) -> None:
         command.main(self.arguments(*flags))
 
     def results(self) -> dict[str, dict]:
-        """results.csv by run, in its order."""
+        """Returns results.csv by seed, in its order."""
         with (self.workdir / "results.csv").open(newline="") as file:
             return {line["run"].removeprefix("seed="): line for line in csv.DictReader(file)}
+
+    def column(self, name: str) -> list[str]:
+        """Returns a column of results.csv in the order of seeds."""
+        return [line[name] for _, line in sorted(self.results().items())]
 
     def starts(self) -> dict[str, int]:
         text = (self.home / "starts").read_text() if (self.home / "starts").exists() else ""
         return dict(Counter(line.removeprefix("seed=") for line in text.split()))
+
+    def logged(self, seed: int) -> bool:
+        return (self.workdir / f"seed={seed}" / "metrics.jsonl").exists()
+
+    def checkpoint(self, seed: int, step: int) -> bool:
+        return (self.workdir / f"seed={seed}" / "checkpoints" / str(step)).exists()
 
 
 def wait_for(condition):
@@ -94,3 +86,12 @@ def wait_for(condition):
     while not condition():
         assert time.monotonic() < deadline
         time.sleep(0.02)
+
+
+@contextlib.contextmanager
+def meanwhile(function):
+    """Runs a function in a thread beside the ``with`` block, and joins it."""
+    thread = threading.Thread(target=function)
+    thread.start()
+    yield
+    thread.join()

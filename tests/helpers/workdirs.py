@@ -37,6 +37,14 @@ def random_params(fields: dict, seed: int):
     return jax.tree.map(draw, abstract_params(fields))
 
 
+def slow_time_params(fields: dict, seed: int):
+    """Parameters that listen to the slow part of the time's sinusoid alone, as trained ones mostly do."""
+    params = random_params(fields, seed)
+    first = params["time_embed"]["timestep_embedder"]["linear_1"]
+    first["kernel"] = first["kernel"].at[:88].set(0).at[128:216].set(0)
+    return params
+
+
 def trained_params(fields: dict, seed: int):
     """As a training leaves them: a student has a logvar head, which its config does not mention."""
     params = random_params(fields, seed)

@@ -9,11 +9,12 @@ A folder of them, as `sprint_jax.encode` writes it and `open_cache` reads it:
     rejected.jsonl, preview.png    for people
 
 A record is a safetensors file of its own, without pickles: ``latents`` [h, w, C] and, for caption k,
-``text.k`` [n_k, D], which are those tokens alone that the mask keeps.
+``text.k`` [n_k, D], of the tokens alone that the mask keeps.
 """
 
 import hashlib
 import json
+import os
 import resource
 import zlib
 from collections.abc import Iterable, Sequence
@@ -21,22 +22,25 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import chex
 import jax.numpy as jnp
 import numpy as np
 import safetensors.numpy
 from array_record.python.array_record_data_source import ArrayRecordDataSource
-from tqdm import tqdm
+from array_record.python.array_record_module import ArrayRecordReader, ArrayRecordWriter
 
 from ...core.errors import UserError
+from ...core.files import read_json
 from ..sources.records import Caption
 
 FORMAT = 1  # of the folder; a reader refuses others
 MANIFEST, NULL_TEXT, SHARDS = "manifest.json", "null_text.safetensors", "shards"
 TAIL = 1 << 16  # bytes at a shard's end, where its index lies; a copy cut short lacks them
 DTYPES = {"BF16": jnp.dtype("bfloat16"), "F32": jnp.dtype("float32")}
+# One record to a chunk, for random access; latents do not get smaller by compression.
+WRITER = "group_size:1,uncompressed"
 OTHER_FILES = 256  # that a training has open beside its shards
-_THREADS = 32  # that look at shards; disks and networks answer many at once
-_HASHERS = 4  # threads that read whole shards
+THREADS = 32  # that look at shards; disks and networks answer many at once
 
 
 class CachedRecord(NamedTuple):
@@ -51,30 +55,19 @@ class CachedRecord(NamedTuple):
 
 
 def pack(record: CachedRecord) -> bytes:
-    """A record as bytes, the same for the same record.
-
-    Raises:
-      ValueError: not as many texts as captions, or arrays of a dtype that is not stored.
-    """
+    """Writes a record as bytes, the same for the same record."""
     tensors = {"latents": record.latents}
     tensors |= {f"text.{k}": text for k, text in enumerate(record.texts)}
-    if len(record.texts) != len(record.captions) or not record.captions:
-        raise ValueError(f"{len(record.texts)} texts for {len(record.captions)} captions")
-    dtypes = {array.dtype for array in tensors.values()}
-    if len(dtypes) != 1 or not dtypes <= set(DTYPES.values()):
-        raise ValueError(f"arrays of {sorted(map(str, dtypes))}: give all bfloat16 or all float32")
+    chex.assert_equal(len(record.texts), len(record.captions))
     words = json.dumps([record.key, record.captions])  # one entry: their order is not kept
     tensors = {name: np.ascontiguousarray(array) for name, array in tensors.items()}
     return safetensors.numpy.save(tensors, metadata={"record": words})
 
 
 def unpack(data: bytes) -> CachedRecord:
-    """The record of `pack`, some 20 us whatever its size: arrays are read-only views of ``data``.
+    """Reads the record of `pack` in some 20 us whatever its size: arrays are read-only views of ``data``.
 
-    Nothing is converted, so a reader that needs one caption of several pays for that one alone.
-
-    Raises:
-      ValueError: ``data`` is not a record.
+    Raises ValueError if that is not a record.
     """
     try:
         start = 8 + int.from_bytes(data[:8], "little")
@@ -94,20 +87,15 @@ def _view(data: bytes, start: int, entry: dict[str, Any]) -> np.ndarray:
 
 
 def pad_texts(texts: Sequence[np.ndarray], length: int) -> tuple[np.ndarray, np.ndarray]:
-    """Kept tokens [n, D] of some captions as a batch.
+    """Pads kept tokens [n, D] of some captions to a batch.
 
     Returns:
       text [B, length, D], zero behind the last token, in the dtype of ``texts``: bfloat16 is half the
       memory to fill, and exact as float32 on the devices; and mask [B, length] int32, 1 for tokens.
-
-    Raises:
-      ValueError: a text is longer.
     """
     text = np.empty((len(texts), length, texts[0].shape[-1]), texts[0].dtype)
     mask = np.zeros((len(texts), length), np.int32)
     for row, tokens in enumerate(texts):
-        if len(tokens) > length:
-            raise ValueError(f"text {row} has {len(tokens)} tokens, more than {length}")
         text[row, : len(tokens)] = tokens
         text[row, len(tokens) :] = 0
         mask[row, : len(tokens)] = 1
@@ -115,7 +103,7 @@ def pad_texts(texts: Sequence[np.ndarray], length: int) -> tuple[np.ndarray, np.
 
 
 class _Part(NamedTuple):
-    """A whole shard, as ArrayRecordDataSource wants to be told of it: it need not open the file to count."""
+    """A whole shard for ArrayRecordDataSource, which then need not open the file to count its records."""
 
     filename: str
     skip: int
@@ -124,9 +112,7 @@ class _Part(NamedTuple):
 
 
 class Cache:
-    """Random access to the records of a folder, from any thread and, when pickled, any process.
-
-    Open one with `open_cache`.
+    """Random access to the records of a folder, from any thread. Open one with `open_cache`.
 
     Attributes:
       folder: where it lies.
@@ -159,11 +145,7 @@ class Cache:
         return self.__getitems__([index])[0]
 
     def __getitems__(self, indices: Sequence[int]) -> list[CachedRecord]:
-        """The records of these numbers, read in one call.
-
-        Raises:
-          UserError: naming the folder, if one cannot be read.
-        """
+        """Reads the records of these numbers in one call; raises UserError if one cannot be read."""
         try:
             return [unpack(data) for data in self._records.__getitems__(indices)]
         except (ValueError, RuntimeError, OSError) as error:
@@ -173,38 +155,38 @@ class Cache:
 
 
 def open_cache(folder: str | Path) -> Cache:
-    """Opens what `encode` wrote, if it is all there.
+    """Opens a folder that `encode` wrote, if it is all there.
 
     Every shard's size and last bytes are compared with the manifest, so that a copy or an upload which was
-    interrupted is refused. A record that is damaged further inside is found by its checksum when it is read;
-    `verify_cache` looks at all bytes at once.
+    interrupted is refused. A record that is damaged further inside is found by its checksum when it is read.
 
     Raises:
       UserError: no manifest, one of another format, or a shard that is missing, cut short, changed, or not
         of this folder.
     """
     folder = Path(folder)
-    manifest = read_manifest(folder)
+    if folder.is_dir() and not (folder / MANIFEST).is_file():
+        raise UserError(
+            f"{folder} is not a whole folder of latents ({MANIFEST} is missing): let sprint_jax.encode end, or "
+            "copy it again"
+        )
+    manifest = read_json(folder / MANIFEST)
+    if manifest.get("format") != FORMAT:
+        found = f"is of format {manifest.get('format')}, this version reads {FORMAT}"
+        raise UserError(f"{folder / MANIFEST} {found}: encode again")
     shards = {shard["file"]: shard for shard in manifest["shards"]}
-    if not shards:
-        raise UserError(f"{folder} has no record: see {folder / 'rejected.jsonl'}")
     found = {path.name for path in (folder / SHARDS).glob("*.array_record")}
     if foreign := sorted(found - set(shards)):
         raise UserError(f"{folder / SHARDS / foreign[0]} is not of this folder: take it away")
 
     def check(shard: dict[str, Any]) -> None:
         path = folder / SHARDS / shard["file"]
-        size, tail = _end_of(path)
-        if size != shard["bytes"]:
+        if describe_end(path) != {key: shard[key] for key in ("bytes", "tail")}:
             raise UserError(
-                f"{path} has {size} bytes instead of {shard['bytes']}: copy it again"
-                if size
-                else f"{path} is missing or empty: copy the folder again"
+                f"{path} is missing, cut short or not the shard that was written: copy it again"
             )
-        if tail != shard["tail"]:
-            raise UserError(f"{path} is not the shard that was written: copy it again")
 
-    with ThreadPoolExecutor(_THREADS) as pool:
+    with ThreadPoolExecutor(THREADS) as pool:
         list(pool.map(check, shards.values()))
     _allow_open_files(len(shards))
     path = folder / NULL_TEXT
@@ -214,10 +196,9 @@ def open_cache(folder: str | Path) -> Cache:
 
 
 def _allow_open_files(count: int) -> None:
-    """Lets this process have as many files open as the system allows: a reader keeps its shards open.
+    """Lets this process have as many files open as the system allows, as a reader keeps its shards open.
 
-    Raises:
-      UserError: that is not enough for ``count`` shards and what else a training has open.
+    Raises UserError if that is not enough for ``count`` shards and the other files of a training.
     """
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     limit = soft + count if hard == resource.RLIM_INFINITY else hard
@@ -230,59 +211,70 @@ def _allow_open_files(count: int) -> None:
         )
 
 
-def read_manifest(folder: Path) -> dict[str, Any]:
-    """``manifest.json`` of a folder. Raises UserError if it is missing, damaged or of another format."""
-    path = folder / MANIFEST
-    try:
-        manifest = json.loads(path.read_text(encoding="utf-8"))
-    except (FileNotFoundError, NotADirectoryError):
-        what = "is not a whole folder of latents" if folder.is_dir() else "does not exist"
-        raise UserError(
-            f"{folder} {what} ({MANIFEST} is missing): let sprint_jax.encode end, or copy it again"
-        ) from None
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path} cannot be read: {error}") from error
-    found = manifest.get("format") if isinstance(manifest, dict) else None
-    if found != FORMAT:
-        raise UserError(f"{path} is of format {found}, this version reads {FORMAT}: encode again")
-    return manifest
+def write_shard(folder: Path, unit: int, records: Iterable[CachedRecord]) -> list[dict[str, Any]]:
+    """Writes the records of a unit as a shard, under its name only once it is whole and on disk.
 
+    Args:
+      folder: of the shards; this one is called ``UNIT-0.array_record``.
+      records: of the unit, those of a bucket next to each other.
 
-def verify_cache(folder: str | Path) -> Cache:
-    """`open_cache`, and every byte of every shard compared with its hash; shows its progress.
+    Returns:
+      The shard's entry in the manifest: ``file``, ``records``, ``buckets`` (its runs of a bucket, as
+      [h, w, count]) and those of `describe_end`; no entry for no records.
 
     Raises:
-      UserError: naming the first shard that differs, and as `open_cache`.
+      UserError: the file cannot be written, or does not read back.
     """
-    cache = open_cache(folder)
-    shards = cache.manifest["shards"]
-    paths = [cache.folder / SHARDS / shard["file"] for shard in shards]
-    with ThreadPoolExecutor(_HASHERS) as pool:
-        hashes: Iterable[str] = tqdm(pool.map(hash_file, paths), "verify", len(paths), unit="shard")
-        for path, shard, found in zip(paths, shards, hashes, strict=True):
-            if found != shard["sha256"]:
-                raise UserError(f"{path} is damaged: its hash is not the manifest's; copy it again")
-    return cache
+    path = folder / f"{unit:05d}-0.array_record"
+    # Two processes that both take a unit for theirs do not write into one file.
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    runs: list[list[int]] = []
+    try:
+        writer = ArrayRecordWriter(str(temporary), WRITER)
+        for record in records:
+            writer.write(pack(record))
+            height, width = record.latents.shape[:2]
+            if not runs or runs[-1][:2] != [height, width]:
+                runs.append([height, width, 0])
+            runs[-1][2] += 1
+        writer.close()
+        _sync(temporary)
+        count = sum(run[2] for run in runs)
+        reader = ArrayRecordReader(str(temporary))
+        if reader.num_records() != count:
+            raise UserError(f"{temporary} does not read back as it was written; is the disk sound?")
+        reader.close()
+        described = describe_end(temporary)
+        if not count:
+            temporary.unlink()
+            return []
+        temporary.replace(path)
+        _sync(folder)
+    except (OSError, RuntimeError) as error:
+        raise UserError(f"cannot write {path}: {error}") from error
+    return [{"file": path.name, "records": count, "buckets": runs} | described]
 
 
-def describe_shard(path: Path) -> dict[str, Any]:
-    """What the manifest says of a shard's bytes: their number, a CRC-32 of the last, sha256 of all."""
-    size, tail = _end_of(path)
-    return {"bytes": size, "tail": tail, "sha256": hash_file(path)}
-
-
-def hash_file(path: Path) -> str:
-    """sha256 of a file, 64 hex digits."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _end_of(path: Path) -> tuple[int, int]:
-    """Bytes of a file, and CRC-32 of the last `TAIL` of them; (0, 0) for one that is not there."""
+def describe_end(path: Path) -> dict[str, int]:
+    """Returns the number of bytes of a shard, and a CRC-32 of the last `TAIL` of them; zeros without a file."""
     try:
         size = path.stat().st_size
         with path.open("rb") as file:
             file.seek(max(0, size - TAIL))
-            return size, zlib.crc32(file.read())
+            return {"bytes": size, "tail": zlib.crc32(file.read())}
     except FileNotFoundError:
-        return 0, 0
+        return {"bytes": 0, "tail": 0}
+
+
+def hash_file(path: Path) -> str:
+    """Hashes a small file: sha256, 64 hex digits."""
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def _sync(path: Path) -> None:
+    """Forces a file, or the names in a folder, to disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

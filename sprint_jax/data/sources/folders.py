@@ -2,89 +2,22 @@
 
 import os
 import posixpath
-from collections.abc import Iterator, Sequence
+from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
 
 from tqdm import tqdm
 
 from ...core.errors import UserError
-from .caption_files import captions_beside, parse_json, read_captions
-from .images import EXTENSIONS, MAX_PIXELS, decode_image, measure_image
-from .records import Caption, Record, Rejected, cannot_read, hash_identity
+from .caption_files import parse_json, read_captions
+from .files import FileSource, Item, Span, make_printable
+from .images import EXTENSIONS, MAX_PIXELS
+from .records import Caption, Rejected, hash_identity
 
 METADATA = "metadata.jsonl"
 
 
-class Item(NamedTuple):
-    """An image of a folder: its key, the paths below the folder of its file, of its text and JSON, and of
-    Sana's files; captions of a metadata.jsonl; or why there is none."""
-
-    key: str
-    image: str
-    text: str | None = None
-    json: str | None = None
-    models: tuple[str, ...] = ()
-    captions: tuple[Caption, ...] | None = None
-    problem: str | None = None
-
-
-class FolderSource:
-    """The images below a folder in the order of their keys; see `open_folder`."""
-
-    def __init__(
-        self, folder: Path, items: Sequence[Item], name: str, identity: str, max_pixels: int
-    ):
-        self.name, self.identity = name, identity
-        self._folder, self._items, self._max_pixels = folder, items, max_pixels
-
-    def __len__(self) -> int:
-        return len(self._items)
-
-    def __getitem__(self, index: int) -> Record:
-        """The record; raises `Rejected`."""
-        item = self._item(index)
-        data = self._read(item.image, item.key)
-        image = decode_image(data, item.key, max_pixels=self._max_pixels)
-        captions = item.captions
-        if captions is None:
-            captions = captions_beside(
-                item.key,
-                None if item.text is None else self._read(item.text, item.key),
-                None if item.json is None else self._read(item.json, item.key),
-                [(Path(path).stem, self._value(path, item.key)) for path in item.models],
-                entry=Path(item.image).stem,
-            )
-        return Record(item.key, image, captions or (Caption(""),))
-
-    def measure(self, index: int) -> tuple[str, tuple[int, int]]:
-        """Key and (height, width), from the headers of the file; raises `Rejected`."""
-        item = self._item(index)
-        try:
-            with (self._folder / item.image).open("rb") as file:
-                return item.key, measure_image(file, item.key, max_pixels=self._max_pixels)
-        except OSError as error:
-            raise cannot_read(item.key, error) from error
-
-    def _item(self, index: int) -> Item:
-        item = self._items[index]
-        if item.problem is not None:
-            raise Rejected(item.key, item.problem)
-        return item
-
-    def _value(self, path: str, key: str) -> Any:
-        return parse_json(self._read(path, key), key, path)
-
-    def _read(self, path: str, key: str) -> bytes:
-        try:
-            return (self._folder / path).read_bytes()
-        except OSError as error:
-            raise cannot_read(key, error, path) from error
-
-
-def open_folder(
-    folder: str | os.PathLike, *, name: str | None = None, max_pixels: int = MAX_PIXELS
-) -> FolderSource:
+def open_folder(folder: str | os.PathLike, name: str | None = None) -> FileSource:
     """Opens a folder of images, at any depth, with their captions.
 
     Images are known by the extensions in `images.EXTENSIONS`; hidden files and folders are left out. A key
@@ -92,28 +25,21 @@ def open_folder(
     alone keep it. Captions stand beside the image in ``KEY.txt`` or ``KEY.json`` and Sana's files
     (`caption_files`). Or they stand in a metadata.jsonl of the folder or one below, as Hugging Face's
     ImageFolder has it: lines of JSON objects with ``file_name``, relative to that file, and a caption, its
-    keys as in `caption_files`. Several lines about one image are several captions. What lies below a
-    metadata.jsonl and is in none of its lines needs captions beside it.
+    keys as in `caption_files`. Several lines about one image are several captions. An image below a
+    metadata.jsonl that is in none of its lines needs captions beside it.
 
-    Args:
-      folder: what to open.
-      name: of the source in messages; the folder's path if left out.
-      max_pixels: see `images.decode_image`.
-
-    Raises:
-      UserError: no such folder, one that cannot be read, no image in it, or two images of one key.
+    The source is called ``name``, by default the folder's path. Raises UserError for a folder that is missing
+    or cannot be read, no image in it, or two images of one key.
     """
     folder = Path(folder).expanduser()
-    name = str(folder) if name is None else name
+    name = name or str(folder)
     if not folder.is_dir():
         raise UserError(f"{folder} is not a folder of images")
-    files = dict(
-        sorted(
-            tqdm(_walk(folder), f"scan {name}", delay=5, mininterval=5, leave=False, unit="file")
-        )
-    )
-    items = _beside(files)
-    for path in [path for path in files if posixpath.basename(path) == METADATA]:
+    found = tqdm(_walk(folder), f"scan {name}", delay=5, mininterval=5, leave=False, unit="file")
+    files = dict(sorted(found))
+    items = _find_images(files)
+    metadata = [path for path in files if posixpath.basename(path) == METADATA]
+    for path in metadata:
         _apply_metadata(folder, path, files, items)
     for other in ("metadata.csv", "metadata.parquet"):
         if other in files and METADATA not in files:
@@ -124,13 +50,12 @@ def open_folder(
         )
     keyed = _with_keys(items, name)
     # Not of every file: others may come to lie there, such as what is made from the images.
-    said = [(path, size) for path, size in files.items() if posixpath.basename(path) == METADATA]
-    sizes = [
-        [(path, files.get(path)) for path in (item.image, item.text, item.json, *item.models)]
-        for item in keyed
-    ]
-    identity = hash_identity("folder", [max_pixels, *said, *sizes])
-    return FolderSource(folder, keyed, name, identity, max_pixels)
+    parts = [(path, files[path]) for path in metadata]
+    for item in keyed:
+        own = [None if span is None else span.path for span in (item.image, item.text, item.json)]
+        parts.append([(path, files.get(path)) for path in (*own, *item.models)])
+    identity = hash_identity("folder", [MAX_PIXELS, *parts])
+    return FileSource(keyed, name=name, identity=identity, root=folder)
 
 
 def _walk(folder: Path) -> Iterator[tuple[str, int]]:
@@ -158,10 +83,15 @@ def _walk(folder: Path) -> Iterator[tuple[str, int]]:
             raise UserError(f"cannot read {folder / below}: {error.strerror}") from error
 
 
-def _beside(files: dict[str, int]) -> dict[str, Item]:
-    """The images among files and what lies beside them: path -> item, whose key is still without extension."""
-    images = [path for path in files if is_image(path)]
-    stems = {posixpath.splitext(path)[0] for path in images}
+def is_image(path: str) -> bool:
+    """Whether a path has the extension of an image."""
+    return posixpath.splitext(path)[1][1:].lower() in EXTENSIONS
+
+
+def _find_images(files: dict[str, int]) -> dict[str, Item]:
+    """The images among files with the captions beside them, by path; keys are still without extension."""
+    images = {path: posixpath.splitext(path)[0] for path in files if is_image(path)}
+    stems = set(images.values())
     models: dict[str, list[str]] = {}
     for path in files:
         stem, extension = posixpath.splitext(path)
@@ -170,26 +100,25 @@ def _beside(files: dict[str, int]) -> dict[str, Item]:
             while owner not in stems and "_" in posixpath.basename(owner):
                 owner = owner.rpartition("_")[0]
             models.setdefault(owner, []).append(path)
-    items = {}
-    for path in images:
-        stem = posixpath.splitext(path)[0]
-        items[path] = Item(
+
+    def beside(path: str) -> Span | None:
+        return Span(path) if path in files else None
+
+    return {
+        path: Item(
             stem,
-            path,
-            text=f"{stem}.txt" if f"{stem}.txt" in files else None,
-            json=f"{stem}.json" if f"{stem}.json" in files else None,
-            models=tuple(models.get(stem, ())),
+            Span(path),
+            beside(f"{stem}.txt"),
+            beside(f"{stem}.json"),
+            tuple(models.get(stem, ())),
+            posixpath.basename(stem),
         )
-    return items
-
-
-def is_image(path: str) -> bool:
-    """Whether a path has the extension of an image."""
-    return posixpath.splitext(path)[1][1:].lower() in EXTENSIONS
+        for path, stem in images.items()
+    }
 
 
 def _apply_metadata(folder: Path, path: str, files: dict[str, int], items: dict[str, Item]) -> None:
-    """Puts the captions of a metadata.jsonl into ``items``, and what is wrong with it."""
+    """Puts the captions of a metadata.jsonl into ``items``, and a problem for every line that is wrong."""
     below = posixpath.dirname(path)
     try:
         lines = (folder / path).read_bytes().splitlines()
@@ -204,11 +133,11 @@ def _apply_metadata(folder: Path, path: str, files: dict[str, int], items: dict[
             target, captions = _read_line(line, where, below)
             listed[target] = listed.get(target, ()) + captions
         except Rejected as rejected:
-            items[where] = Item(where, where, problem=rejected.reason)
+            items[where] = Item(where, Span(where), problem=rejected.reason)
     for target, captions in listed.items():
         stem = posixpath.splitext(target)[0]
         problem = None if target in files else f"no such file: {target} of {path}"
-        items[target] = Item(stem, target, captions=captions, problem=problem)
+        items[target] = Item(stem, Span(target), captions=captions, problem=problem)
     prefix = f"{below}/" if below else ""
     for target, item in items.items():
         bare = item.captions is None and not (item.text or item.json or item.models)
@@ -230,20 +159,12 @@ def _read_line(line: bytes, where: str, below: str) -> tuple[str, tuple[Caption,
 
 def _with_keys(items: dict[str, Item], name: str) -> list[Item]:
     """The items in the order of their keys, each of which is there once."""
-    stems: dict[str, int] = {}
-    for item in items.values():
-        stems[item.key] = stems.get(item.key, 0) + 1
+    stems = Counter(item.key for item in items.values())
     keyed = {}
     for item in items.values():
-        key = item.image if stems[item.key] > 1 else item.key
-        printable = key.encode(
-            errors="backslashreplace"
-        ).decode()  # names of files need not be UTF-8
-        if printable != key:
-            item = item._replace(problem="bad file name: not UTF-8")
-        if printable in keyed:
-            raise UserError(
-                f"{name}: {item.image} and {keyed[printable].image} have the same key: rename one"
-            )
-        keyed[printable] = item._replace(key=printable)
+        key, problem = make_printable(item.image.path if stems[item.key] > 1 else item.key)
+        if key in keyed:
+            both = f"{item.image.path} and {keyed[key].image.path}"
+            raise UserError(f"{name}: {both} have the same key: rename one")
+        keyed[key] = item._replace(key=key, problem=problem or item.problem)
     return [keyed[key] for key in sorted(keyed)]

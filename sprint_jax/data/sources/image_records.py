@@ -8,12 +8,14 @@ such files.
 import bisect
 import os
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import safetensors.numpy
-from array_record.python import array_record_data_source, array_record_module
+from array_record.python.array_record_data_source import ArrayRecordDataSource
+from array_record.python.array_record_module import ArrayRecordWriter
 
 from ...core.errors import UserError
 from .caption_files import captions_beside, dump_captions
@@ -22,6 +24,92 @@ from .records import Caption, Record, Rejected, fingerprint, hash_identity
 
 FIELDS = ("key", "image", "captions")
 PATTERN = re.compile(r".*\.array_?record(-\d+-of-\d+)?")  # of file names
+
+
+class RecordSource:
+    """Images in records that are read whole, a `records.Source`.
+
+    Args:
+      records: random access; a broken one raises RuntimeError, ValueError or OSError.
+      locate: gives the place of a record by number, which names it as long as its key is not known.
+      parse: gives key, image (a file's content, or pixels) and captions of a record at a place.
+      name, identity: see `records.Source`.
+    """
+
+    def __init__(
+        self,
+        records: Sequence[Any],
+        *,
+        locate: Callable[[int], str],
+        parse: Callable[[Any, str], tuple[str, bytes | np.ndarray, tuple[Caption, ...]]],
+        name: str,
+        identity: str,
+    ):
+        self.name, self.identity = name, identity
+        self._records, self._locate, self._parse = records, locate, parse
+
+    def __len__(self) -> int:
+        return len(self._records)
+
+    def __getitem__(self, index: int) -> Record:
+        """Reads the record; raises `Rejected`."""
+        key, image, captions = self._read(index)
+        return Record(key, decode_image(image, key), captions or (Caption(""),))
+
+    def measure(self, index: int) -> tuple[str, tuple[int, int]]:
+        """Reads key and (height, width) from the headers of the image; raises `Rejected`."""
+        key, image, _ = self._read(index)
+        return key, measure_image(image, key)
+
+    def _read(self, index: int) -> tuple[str, bytes | np.ndarray, tuple[Caption, ...]]:
+        if not 0 <= index < len(self):
+            raise IndexError(index)
+        where = self._locate(index)
+        try:
+            record = self._records[index]
+        except (RuntimeError, ValueError, OSError) as error:
+            raise Rejected(where, f"broken record: {error}") from error
+        return self._parse(record, where)
+
+
+def open_array_records(paths: Sequence[str | os.PathLike], name: str | None = None) -> RecordSource:
+    """Opens ArrayRecord files of images, one after the other, as the source ``name``, by default the paths.
+
+    Raises UserError for a file that is missing or broken, or no record in any of them.
+    """
+    files = [Path(path).expanduser() for path in paths]
+    name = name or ", ".join(map(str, files))
+    starts, total = [], 0
+    for file in files:
+        starts.append(total)
+        try:
+            total += len(ArrayRecordDataSource([str(file)]))
+        except (RuntimeError, ValueError, OSError) as error:
+            raise UserError(f"{file} is not a whole ArrayRecord file: {error}") from error
+    if not total:
+        raise UserError(f"{name} has no record")
+
+    def locate(index: int) -> str:
+        number = bisect.bisect(starts, index) - 1
+        return f"{files[number].name}@{index - starts[number]}"
+
+    return RecordSource(
+        ArrayRecordDataSource([str(file) for file in files]),
+        locate=locate,
+        parse=_parse,
+        name=name,
+        identity=hash_identity("array_record", [MAX_PIXELS, *map(fingerprint, files)]),
+    )
+
+
+def _parse(record: bytes, where: str) -> tuple[str, bytes, tuple[Caption, ...]]:
+    try:
+        arrays = safetensors.numpy.load(record)
+        key, image, captions = (arrays[field].tobytes() for field in FIELDS)
+        key = key.decode()
+    except (safetensors.SafetensorError, KeyError, ValueError) as error:
+        raise Rejected(where, f"bad record: not of sprint_jax's image_records: {error}") from error
+    return key, image, captions_beside(key, json_bytes=captions or None)
 
 
 def write_image_records(
@@ -33,12 +121,8 @@ def write_image_records(
       path: of the file, such as ``cats.array_record`` or ``cats.array_record-00000-of-00002``.
       images: of each image its key, the content of its file, and its captions or only caption.
 
-    Returns:
-      The number of images.
-
-    Raises:
-      UserError: a name of another form, a file that cannot be written, a key that is empty or comes
-        twice, text that is not Unicode, a weight or score that is not finite.
+    Returns the number of images. Raises UserError for a name of another form, a file that cannot be written, a
+    key that is empty or comes twice, text that is not Unicode, and a weight or score that is not finite.
     """
     path = Path(path).expanduser()
     if not PATTERN.fullmatch(path.name):
@@ -47,106 +131,25 @@ def write_image_records(
     keys = set()
     try:
         # Groups of one record, so that one is read without others; images are compressed already.
-        writer = array_record_module.ArrayRecordWriter(str(temporary), "group_size:1,uncompressed")
+        writer = ArrayRecordWriter(str(temporary), "group_size:1,uncompressed")
         try:
             for key, data, captions in images:
                 if not key or key in keys:
                     raise UserError(f"{path}: key {key!r} is empty or comes twice")
                 keys.add(key)
-                writer.write(_pack(key, data, captions))
+                captions = (Caption(captions),) if isinstance(captions, str) else captions
+                parts = (key.encode(), bytes(data), dump_captions(captions))
+                arrays = [np.frombuffer(part, np.uint8) for part in parts]
+                writer.write(safetensors.numpy.save(dict(zip(FIELDS, arrays, strict=True))))
         finally:
             writer.close()
         with temporary.open("rb") as file:
             os.fsync(file.fileno())
         temporary.replace(path)
+    except ValueError as error:  # half of a surrogate pair, or a weight that is not finite
+        raise UserError(f"image {key!r} cannot be written: {error}") from error
     except (OSError, RuntimeError) as error:  # the library reports its errors as RuntimeError
         raise UserError(f"cannot write {path}: {error}") from error
     finally:
         temporary.unlink(missing_ok=True)
     return len(keys)
-
-
-def _pack(key: str, data: bytes, captions: Sequence[Caption] | str) -> bytes:
-    captions = (Caption(captions),) if isinstance(captions, str) else captions
-    try:
-        parts = (key.encode(), bytes(data), dump_captions(captions))
-    except ValueError as error:  # half of a surrogate pair, or a weight that is not finite
-        raise UserError(f"image {key!r} cannot be written: {error}") from error
-    arrays = [np.frombuffer(part, np.uint8) for part in parts]
-    return safetensors.numpy.save(dict(zip(FIELDS, arrays, strict=True)))
-
-
-class ArrayRecordSource:
-    """The images of ArrayRecord files in their order; see `open_array_records`."""
-
-    def __init__(
-        self,
-        records: array_record_data_source.ArrayRecordDataSource,
-        starts: Sequence[tuple[str, int]],
-        name: str,
-        identity: str,
-        max_pixels: int,
-    ):
-        self.name, self.identity = name, identity
-        self._records, self._starts, self._max_pixels = records, starts, max_pixels
-
-    def __len__(self) -> int:
-        return len(self._records)
-
-    def __getitem__(self, index: int) -> Record:
-        """The record; raises `Rejected`."""
-        key, data, captions = self._read(index)
-        image = decode_image(data, key, max_pixels=self._max_pixels)
-        return Record(key, image, captions_beside(key, json_bytes=captions or None))
-
-    def measure(self, index: int) -> tuple[str, tuple[int, int]]:
-        """Key and (height, width), from the headers of the image; raises `Rejected`."""
-        key, data, _ = self._read(index)
-        return key, measure_image(data, key, max_pixels=self._max_pixels)
-
-    def _read(self, index: int) -> tuple[str, bytes, bytes]:
-        if not 0 <= index < len(self):
-            raise IndexError(index)
-        file, start = self._starts[bisect.bisect(self._starts, index, key=lambda at: at[1]) - 1]
-        where = f"{file}@{index - start}"
-        try:
-            record = self._records[index]
-        except (RuntimeError, ValueError, OSError) as error:
-            raise Rejected(where, f"broken record: {error}") from error
-        try:
-            arrays = safetensors.numpy.load(record)
-            key, image, captions = (arrays[field].tobytes() for field in FIELDS)
-            return key.decode(), image, captions
-        except (safetensors.SafetensorError, KeyError, ValueError) as error:
-            what = f"bad record: not as sprint_jax.data.sources.image_records describes: {error}"
-            raise Rejected(where, what) from error
-
-
-def open_array_records(
-    paths: Sequence[str | os.PathLike], *, name: str | None = None, max_pixels: int = MAX_PIXELS
-) -> ArrayRecordSource:
-    """Opens ArrayRecord files of images, one after the other.
-
-    Args:
-      paths: of the files.
-      name: of the source in messages; the paths if left out.
-      max_pixels: see `images.decode_image`.
-
-    Raises:
-      UserError: a file that is missing or broken, or no record in any of them.
-    """
-    files = [Path(path).expanduser() for path in paths]
-    name = ", ".join(map(str, files)) if name is None else name
-    starts, total = [], 0
-    for file in files:
-        try:
-            count = len(array_record_data_source.ArrayRecordDataSource([str(file)]))
-        except (RuntimeError, ValueError, OSError) as error:
-            raise UserError(f"{file} is not a whole ArrayRecord file: {error}") from error
-        starts.append((file.name, total))
-        total += count
-    if not total:
-        raise UserError(f"{name} has no record")
-    records = array_record_data_source.ArrayRecordDataSource([str(file) for file in files])
-    identity = hash_identity("array_record", [max_pixels, *map(fingerprint, files)])
-    return ArrayRecordSource(records, starts, name, identity, max_pixels)

@@ -1,16 +1,13 @@
-"""Image sources by what a path is: a folder, tar shards, ArrayRecord files, a TFDS data set."""
+"""Image sources by path: a folder, tar shards, ArrayRecord files, a TFDS data set."""
 
-import bisect
 import glob
-import os
 from collections.abc import Sequence
 from pathlib import Path
 
 from ...core.errors import UserError
 from .folders import is_image, open_folder
 from .image_records import PATTERN, open_array_records
-from .images import MAX_PIXELS
-from .records import Record, Rejected, Source, hash_identity
+from .records import Source
 from .tars import open_tars
 from .tfds_source import open_tfds
 
@@ -18,13 +15,11 @@ TFDS = "tfds:"
 
 
 def open_images(
-    paths: Sequence[str | os.PathLike],
+    paths: Sequence[str],
     *,
-    data_dir: str | os.PathLike = "data",
+    data_dir: str = "data",
     image_feature: str = "image",
     caption_feature: str = "caption",
-    cache_dir: str | os.PathLike | None = None,
-    max_pixels: int = MAX_PIXELS,
 ) -> tuple[Source, ...]:
     """Opens image sources, one for each path.
 
@@ -41,33 +36,25 @@ def open_images(
     Args:
       paths: at least one.
       data_dir: where prepared TFDS data sets lie.
-      image_feature: of TFDS data sets.
-      caption_feature: likewise; empty for none.
-      cache_dir: of the indices of tar shards; beside the shards if left out.
-      max_pixels: see `images.decode_image`.
+      image_feature, caption_feature: of TFDS data sets.
 
     Raises:
-      UserError: a path that is none of these or not there, or what the functions above raise.
+      UserError: no path, a path that is none of these or not there, or as the functions above.
     """
     if not paths:
-        raise UserError("no image source: set config.data.images", exit_code=2)
-    sources = []
-    for path in map(os.fspath, paths):
-        if path.startswith(TFDS):
-            source = open_tfds(
-                path.removeprefix(TFDS),
-                data_dir=data_dir,
-                image_feature=image_feature,
-                caption_feature=caption_feature,
-                max_pixels=max_pixels,
-            )
-        else:
-            source = _open_path(path, cache_dir, max_pixels)
-        sources.append(source)
-    return tuple(sources)
+        raise UserError(
+            "config.data.images is empty: name folders, tars, record files or data sets", 2
+        )
+    features = dict(image_feature=image_feature, caption_feature=caption_feature)
+    return tuple(
+        open_tfds(path.removeprefix(TFDS), data_dir=data_dir, **features)
+        if path.startswith(TFDS)
+        else _open_path(path)
+        for path in map(str, paths)
+    )
 
 
-def _open_path(path: str, cache_dir: str | os.PathLike | None, max_pixels: int) -> Source:
+def _open_path(path: str) -> Source:
     expanded = Path(path).expanduser()
     if expanded.is_dir():
         inside = sorted(file for file in expanded.iterdir() if not file.name.startswith("."))
@@ -77,22 +64,19 @@ def _open_path(path: str, cache_dir: str | os.PathLike | None, max_pixels: int) 
                 f"{path} is a prepared TFDS data set: name it tfds:NAME, below config.data.dir"
             )
         if not files:
-            return open_folder(expanded, name=path, max_pixels=max_pixels)
+            return open_folder(expanded, path)
         if lone := [file for file in inside if is_image(file.name)]:
             raise UserError(f"{path} has both {files[0].name} and {lone[0].name}: keep them apart")
-    elif expanded.is_file():
-        files = [expanded]
     else:
-        found = glob.glob(str(expanded), recursive=True)
-        files = [Path(file) for file in sorted(found)]
+        found = [path] if expanded.is_file() else glob.glob(str(expanded), recursive=True)
+        files = [Path(file).expanduser() for file in sorted(found)]
         if not files:
-            what = "no file matches" if glob.has_magic(path) else "there is no file or folder"
-            raise UserError(f"image source {path!r}: {what}")
+            raise UserError(f"image source {path!r}: there is no such file or folder")
     kinds = {_kind(file) for file in files}
     if kinds == {"tar"}:
-        return open_tars(files, name=path, cache_dir=cache_dir, max_pixels=max_pixels)
+        return open_tars(files, path)
     if kinds == {"array_record"}:
-        return open_array_records(files, name=path, max_pixels=max_pixels)
+        return open_array_records(files, path)
     odd = next(file for file in files if _kind(file) != "tar")
     raise UserError(
         f"image source {path!r} must be a folder of images, or *.tar or *.array_record files of one kind; "
@@ -104,58 +88,3 @@ def _kind(file: Path) -> str | None:
     if PATTERN.fullmatch(file.name):
         return "array_record"
     return "tar" if file.suffix == ".tar" else None
-
-
-class Concatenation:
-    """Sources one after the other as one `Source`.
-
-    Keys of several sources may be the same: the number of the source, from 0, stands before each, as in
-    ``0/cat``. An only source keeps its keys.
-
-    Attributes:
-      sources: the parts.
-      starts: the number of the first record of each.
-    """
-
-    def __init__(self, sources: Sequence[Source]):
-        if not sources:
-            raise UserError("there is no source to read from")
-        self.sources = tuple(sources)
-        self.starts, total = [], 0
-        for source in self.sources:
-            self.starts.append(total)
-            total += len(source)
-        self._length = total
-        self.name = ", ".join(source.name for source in self.sources)
-        self.identity = hash_identity("all", [source.identity for source in self.sources])
-
-    def __len__(self) -> int:
-        return self._length
-
-    def __getitem__(self, index: int) -> Record:
-        """The record; raises `Rejected`."""
-        number, local = self.locate(index)
-        try:
-            record = self.sources[number][local]
-        except Rejected as rejected:
-            raise Rejected(self._key(number, rejected.key), rejected.reason) from rejected
-        return record._replace(key=self._key(number, record.key))
-
-    def measure(self, index: int) -> tuple[str, tuple[int, int]]:
-        """Key and (height, width); raises `Rejected`."""
-        number, local = self.locate(index)
-        try:
-            key, size = self.sources[number].measure(local)
-        except Rejected as rejected:
-            raise Rejected(self._key(number, rejected.key), rejected.reason) from rejected
-        return self._key(number, key), size
-
-    def locate(self, index: int) -> tuple[int, int]:
-        """Number of the source of a record, and the record's number in it; raises IndexError."""
-        if not 0 <= index < self._length:
-            raise IndexError(index)
-        number = bisect.bisect_right(self.starts, index) - 1
-        return number, index - self.starts[number]
-
-    def _key(self, number: int, key: str) -> str:
-        return key if len(self.sources) == 1 else f"{number}/{key}"

@@ -1,8 +1,9 @@
-"""What every image source gives: a record, or the reason why there is none."""
+"""Records of images and captions, and the interface of their sources."""
 
+import bisect
 import errno
 import hashlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import NamedTuple, Protocol
 
@@ -36,26 +37,14 @@ class Record(NamedTuple):
 
 
 class Rejected(Exception):
-    """A record that cannot be used: its key, or the best name there is, and the reason in a few words."""
+    """A record that cannot be used: its key, or the best name there is, and the reason in a few words.
+
+    The reason begins with its kind, up to a colon.
+    """
 
     def __init__(self, key: str, reason: str):
-        super().__init__(f"{key}: {reason}")
-        self.key, self.reason = key, reason
-
-    def __reduce__(self):
-        return Rejected, (self.key, self.reason)  # an exception is pickled with its message alone
-
-
-def cannot_read(key: str, error: OSError, path: object = "") -> Exception:
-    """What to raise where a record's file cannot be read: `Rejected` for one that is not there or not for us.
-
-    Anything else, such as an input/output error, is the disk's fault or the network's: it would come and go, so
-    that good records were lost, and is a UserError.
-    """
-    where = f"{path}: " if path else ""
-    if error.errno in _MISSING:
-        return Rejected(key, f"cannot be read: {where}{error.strerror}")
-    return UserError(f"cannot read {path or key}: {error.strerror or error}; run it again later")
+        self.key, self.reason = key, " ".join(reason.split())
+        super().__init__(f"{key}: {self.reason}")
 
 
 class Source(Protocol):
@@ -73,16 +62,54 @@ class Source(Protocol):
     def __len__(self) -> int: ...
 
     def __getitem__(self, index: int) -> Record:
-        """The record; raises `Rejected`."""
+        """Reads the record; raises `Rejected`."""
         ...
 
     def measure(self, index: int) -> tuple[str, tuple[int, int]]:
-        """Key and (height, width) as the record's image will have, read from headers; raises `Rejected`."""
+        """Reads key and (height, width) of the record's image from headers; raises `Rejected`."""
         ...
 
 
+class Concatenation:
+    """Sources one after the other as one, for `encode`.
+
+    The keys of several sources have the number of the source before them, from 0, as in ``0/cat``.
+    """
+
+    def __init__(self, sources: Sequence[Source]):
+        self._sources = tuple(sources)
+        self._ends = np.cumsum([len(source) for source in sources]).tolist()
+        self.name = ", ".join(source.name for source in sources)
+        self.identity = hash_identity("all", [source.identity for source in sources])
+
+    def __len__(self) -> int:
+        return self._ends[-1]
+
+    def __getitem__(self, index: int) -> Record:
+        """Reads the record; raises `Rejected`."""
+        number = bisect.bisect_right(self._ends, index)
+        source = self._sources[number]
+        prefix = f"{number}/" if len(self._sources) > 1 else ""
+        try:
+            record = source[index - self._ends[number] + len(source)]
+        except Rejected as rejected:
+            raise Rejected(prefix + rejected.key, rejected.reason) from rejected
+        return record._replace(key=prefix + record.key)
+
+
+def cannot_read(key: str, error: OSError, path: object) -> Exception:
+    """Returns what to raise where a record's file cannot be read: `Rejected` for a missing or forbidden one.
+
+    Anything else, such as an input/output error, comes and goes with the disk or the network, and would lose
+    good records: it is a UserError.
+    """
+    if error.errno in _MISSING:
+        return Rejected(key, f"cannot be read: {path}: {error.strerror}")
+    return UserError(f"cannot read {path}: {error.strerror or error}; run it again later")
+
+
 def hash_identity(kind: str, parts: Iterable[object]) -> str:
-    """The `Source.identity` of a kind of source that is what these parts say, in their order: 64 hex digits."""
+    """Hashes a kind of source and what it consists of, in that order, to a `Source.identity`: 64 hex digits."""
     digest = hashlib.sha256(kind.encode())
     for part in parts:
         # surrogateescape: names of files need not be UTF-8.
@@ -93,7 +120,7 @@ def hash_identity(kind: str, parts: Iterable[object]) -> str:
 def fingerprint(path: Path) -> tuple[str, int, str]:
     """Name, size and hash of the last 256 KiB of a file, where ArrayRecord keeps the places of its records.
 
-    The size alone is that of whole blocks. Raises OSError.
+    The size alone does not show a change: files are filled up to whole blocks. Raises OSError.
     """
     with path.open("rb") as file:
         size = file.seek(0, 2)

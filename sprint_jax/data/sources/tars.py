@@ -1,157 +1,82 @@
-"""Tar shards as WebDataset has them, by random access."""
+"""Tar shards in WebDataset's layout, by random access; their headers are indexed once."""
 
 import concurrent.futures
-import functools
-import io
+import json
 import os
+import sys
+import tarfile
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import BinaryIO, NamedTuple
 
 from tqdm import tqdm
 
 from ...core.errors import UserError
-from .caption_files import captions_beside, parse_json
-from .images import EXTENSIONS, MAX_PIXELS, decode_image, measure_image
-from .records import Record, Rejected, cannot_read, hash_identity
-from .tar_index import Group, index_tar
+from ...core.files import write_atomic
+from .files import FileSource, Item, Span, make_printable
+from .images import EXTENSIONS, MAX_PIXELS
+from .records import hash_identity
 
 THREADS = 8  # that index shards: on a network's disk they wait more than they work
+VERSION = 1  # of a kept index; another is made anew
 
 
-class TarSource:
-    """The groups of tar shards, shard by shard in their order; see `open_tars`."""
+class Group(NamedTuple):
+    """The files of one key in a shard: extension -> (offset, size) in bytes, or why they are of no use."""
 
-    def __init__(
-        self,
-        groups: Sequence[tuple[Path, str, Group]],
-        models: dict[Path, list[Path]],
-        name: str,
-        identity: str,
-        max_pixels: int,
-    ):
-        self.name, self.identity = name, identity
-        self._groups, self._models, self._max_pixels = groups, models, max_pixels
-        self._values: dict[Path, Any] = {}  # of Sana's files, each read once
-
-    def __len__(self) -> int:
-        return len(self._groups)
-
-    def __getitem__(self, index: int) -> Record:
-        """The record; raises `Rejected`."""
-        path, key, group = self._groups[index]
-        data = self._read(path, key, _image_of(key, group))
-        image = decode_image(data, key, max_pixels=self._max_pixels)
-        text, json_bytes = (
-            self._read(path, key, group.members[name]) if name in group.members else None
-            for name in ("txt", "json")
-        )
-        models = [(file.stem, self._value(file, key)) for file in self._models.get(path, ())]
-        captions = captions_beside(key, text, json_bytes, models, entry=group.key)
-        return Record(key, image, captions)
-
-    def measure(self, index: int) -> tuple[str, tuple[int, int]]:
-        """Key and (height, width), from the headers of the image; raises `Rejected`."""
-        path, key, group = self._groups[index]
-        place = _image_of(key, group)
-        try:
-            with path.open("rb", buffering=0) as file:
-                member = io.BufferedReader(_Member(file.fileno(), *place))
-                return key, measure_image(member, key, max_pixels=self._max_pixels)
-        except OSError as error:
-            raise cannot_read(key, error, path) from error
-
-    def _value(self, path: Path, key: str) -> Any:
-        if path not in self._values:
-            try:
-                self._values[path] = parse_json(path.read_bytes(), key, path.name)
-            except OSError as error:
-                raise cannot_read(key, error, path) from error
-        return self._values[path]
-
-    def _read(self, path: Path, key: str, place: tuple[int, int]) -> bytes:
-        offset, size = place
-        try:
-            with path.open("rb", buffering=0) as file:
-                data = os.pread(file.fileno(), size, offset)
-        except OSError as error:
-            raise cannot_read(key, error, path) from error
-        if len(data) < size:
-            raise Rejected(key, f"broken tar member: {path.name} has shrunk since it was indexed")
-        return data
+    key: str
+    members: dict[str, tuple[int, int]]
+    problem: str | None = None
 
 
-def open_tars(
-    paths: Sequence[str | os.PathLike],
-    *,
-    name: str | None = None,
-    cache_dir: str | os.PathLike | None = None,
-    max_pixels: int = MAX_PIXELS,
-) -> TarSource:
+def open_tars(paths: Sequence[str | os.PathLike], name: str | None = None) -> FileSource:
     """Opens tar shards in WebDataset's layout: an image, and ``.txt`` or ``.json``, of one name.
 
-    A key is WebDataset's ``__key__`` (`tar_index.index_tar`); where a key occurs in several shards, all
-    keys have the shard's path before them. Captions are as in `caption_files`, with Sana's
-    ``SHARD_MODEL.json`` beside the shards, which stay in memory once they are read. A group needs
-    exactly one image. Shards are indexed at the first opening, with progress.
+    A key is WebDataset's ``__key__`` (`index_tar`); where a key occurs in several shards, all keys have the
+    shard's path before them. Captions are as in `caption_files`, with Sana's ``SHARD_MODEL.json`` beside the
+    shards. A group needs exactly one image. Shards are indexed at the first opening, with progress.
 
-    Args:
-      paths: of the shards, ``*.tar`` without compression.
-      name: of the source in messages; the paths if left out.
-      cache_dir: of indices; beside the shards if left out.
-      max_pixels: see `images.decode_image`.
-
-    Raises:
-      UserError: a shard that is missing or compressed or cannot be read, or no image in any of them.
+    The source is called ``name``, by default the paths. Raises UserError for a shard that cannot be read, or
+    no image in any of them.
     """
     shards = [Path(path).expanduser() for path in paths]
-    name = ", ".join(map(str, shards)) if name is None else name
-    for path in shards:
-        if path.suffix != ".tar":
-            raise UserError(
-                f"shard {path} is not a .tar: unpack or rewrite it, without compression"
-            )
-        if not path.is_file():
-            raise UserError(f"shard {path} is not there, or not a file")
-    index = functools.partial(
-        index_tar, cache_dir=None if cache_dir is None else Path(cache_dir).expanduser()
-    )
+    name = name or ", ".join(map(str, shards))
     with concurrent.futures.ThreadPoolExecutor(THREADS) as pool:
-        found = pool.map(index, shards)
-        bar = tqdm(
-            found, f"index {name}", len(shards), delay=5, mininterval=5, leave=False, unit="shard"
-        )
-        indexed = list(bar)
+        bar = dict(delay=5, mininterval=5, leave=False, unit="shard")
+        indexed = list(tqdm(pool.map(index_tar, shards), f"index {name}", len(shards), **bar))
     if not any(EXTENSIONS & group.members.keys() for groups in indexed for group in groups):
         raise UserError(f"{name} has no image: are these tar shards in WebDataset's layout?")
-    models = _models_beside(shards)
+    models = _find_models(shards)
     files = [*shards, *(file for files in models.values() for file in files)]
     sizes = [(file.name, file.stat().st_size) for file in files]
     # A tar is filled up to whole blocks: its size alone does not show a change.
-    identity = hash_identity("tar", [max_pixels, *sizes, *indexed])
-    return TarSource(_with_keys(shards, indexed), models, name, identity, max_pixels)
+    identity = hash_identity("tar", [MAX_PIXELS, *sizes, *indexed])
+    items = list(_make_items(shards, indexed, models))
+    return FileSource(items, name=name, identity=identity, keep_models=True)
 
 
-def _with_keys(
-    shards: Sequence[Path], indexed: Sequence[Sequence[Group]]
-) -> list[tuple[Path, str, Group]]:
-    """(shard, key, group) of every group, with keys that are there once."""
+def _make_items(shards, indexed, models: dict[Path, list[Path]]) -> Iterator[Item]:
     counts = Counter(group.key for groups in indexed for group in groups)
+    once = len(counts) == counts.total()
     common = os.path.commonpath([path.absolute().parent for path in shards])
-    keyed = []
     for path, groups in zip(shards, indexed, strict=True):
         shard = path.absolute().relative_to(common).with_suffix("").as_posix()
+        file, others = str(path), tuple(map(str, models.get(path, ())))
         for group in groups:
-            key = group.key if len(counts) == counts.total() else f"{shard}/{group.key}"
-            printable = key.encode(errors="backslashreplace").decode()
-            if printable != key:
-                group = group._replace(problem="bad file name: not UTF-8")
-            keyed.append((path, printable, group))
-    return keyed
+            key, bad_name = make_printable(group.key if once else f"{shard}/{group.key}")
+            spans = {name: Span(file, *place) for name, place in group.members.items()}
+            images = sorted(EXTENSIONS & spans.keys())
+            problem = bad_name or group.problem
+            if len(images) != 1 and problem is None:
+                found = ", ".join(images or sorted(spans))
+                problem = f"{'several' if images else 'no'} images in a group: it has {found}"
+            image = None if problem else spans[images[0]]
+            captions = spans.get("txt"), spans.get("json")
+            yield Item(key, image, *captions, others, group.key, problem=problem)
 
 
-def _models_beside(shards: Sequence[Path]) -> dict[Path, list[Path]]:
+def _find_models(shards: Sequence[Path]) -> dict[Path, list[Path]]:
     """Sana's files beside each shard, sorted; a file belongs to the shard of the longest fitting name."""
     files: dict[Path, list[Path]] = {}
     known = set(shards)
@@ -166,37 +91,109 @@ def _models_beside(shards: Sequence[Path]) -> dict[Path, list[Path]]:
     return files
 
 
-def _image_of(key: str, group: Group) -> tuple[int, int]:
-    """Where the image of a group lies: offset and size in bytes; raises `Rejected`."""
-    if group.problem is not None:
-        raise Rejected(key, group.problem)
-    images = sorted(EXTENSIONS & group.members.keys())
-    if len(images) != 1:
-        found = ", ".join(images or sorted(group.members))
-        raise Rejected(key, f"{'several' if images else 'no'} images in a group: it has {found}")
-    return group.members[images[0]]
+def index_tar(path: Path) -> list[Group]:
+    """Lists the groups of a shard in its order, from the kept index where that is of this very file.
+
+    Members belong together by their path up to the first dot of the file name, which is the key, without
+    a leading ``./``; what follows the dot is the extension, in lower case (WebDataset's rule). Members
+    that are no files, hidden ones and those without a dot are left out. Damage becomes a group of its own,
+    named ``SHARD.tar@BYTE``, and the problem of the groups before and after it, which may lack members.
+
+    The index is kept beside the shard as ``.NAME.index.json``, with the file's size and time of change; where
+    it cannot be written, a line on stderr says so.
+
+    Raises:
+      UserError: the file cannot be read.
+    """
+    kept = path.with_name(f".{path.name}.index.json")
+    try:
+        status = path.stat()
+        stamp = [VERSION, status.st_size, status.st_mtime_ns]
+        groups = _read_index(kept, stamp)
+        if groups is None:
+            groups = scan_tar(path)
+            _write_index(kept, stamp, groups)
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror or error}") from error
+    return groups
 
 
-class _Member(io.RawIOBase):
-    """A part of a file as a file of its own, for reading."""
+def scan_tar(path: Path) -> list[Group]:
+    """Makes the index of a shard; reads headers only. Raises OSError."""
+    groups: dict[str, Group] = {}
 
-    def __init__(self, descriptor: int, offset: int, size: int):
-        self._descriptor, self._offset, self._size, self._at = descriptor, offset, size, 0
+    def spoil(key: str, problem: str) -> None:
+        group = groups.get(key, Group(key, {}))
+        groups[key] = group._replace(problem=group.problem or f"broken tar{problem}")
 
-    def readable(self) -> bool:
-        return True
+    size, end = path.stat().st_size, 0  # end: of the members so far
+    last = None
+    try:
+        with path.open("rb") as file, path.open("rb") as raw:
+            # Zeros and headers that cannot be read are passed block by block until one can.
+            with tarfile.open(None, "r:", file, ignore_zeros=True) as tar:
+                while (member := tar.next()) is not None and tar.offset > end:
+                    split = _split_name(member.name) if member.isreg() else None
+                    key = split and split[0]
+                    if not _is_zero(raw, end, member.offset):
+                        spoil(f"{path.name}@{end}", f": no member up to byte {member.offset}")
+                        # What is lost may belong to either; it may be the long name of the second.
+                        for beside in filter(None, (last, key)):
+                            spoil(beside, f" member: beside the damage at byte {end}")
+                    last, end = key, tar.offset
+                    if split is None:
+                        continue
+                    members = groups.setdefault(key, Group(key, {})).members
+                    if split[1] in members:
+                        spoil(key, f" member: {member.name} stands there twice")
+                    if member.offset_data + member.size > size:
+                        spoil(key, f" member: {member.name} is cut off at the end of the file")
+                    members[split[1]] = (member.offset_data, member.size)
+            if size <= end or not _is_zero(raw, end, size):
+                raise tarfile.ReadError("no end mark" if size else "empty file")
+    except (tarfile.TarError, ValueError, OverflowError) as error:
+        # The file ends early, or a header has a size or an extension that cannot be.
+        if size >= end:
+            spoil(f"{path.name}@{end}", f": {error}; members may be missing")
+            if last is not None:
+                spoil(last, f" member: beside the damage at byte {end}")
+    return list(groups.values())
 
-    def seekable(self) -> bool:
-        return True
 
-    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
-        start = {io.SEEK_SET: 0, io.SEEK_CUR: self._at, io.SEEK_END: self._size}[whence]
-        self._at = max(0, start + offset)
-        return self._at
+def _split_name(name: str) -> tuple[str, str] | None:
+    """Key and extension of a member's name; None where it has none."""
+    folder, slash, file = name.removeprefix("./").rpartition("/")
+    stem, dot, extension = file.partition(".")
+    return (folder + slash + stem, extension.lower()) if stem and dot else None
 
-    def readinto(self, buffer: bytearray) -> int:
-        length = max(0, min(len(buffer), self._size - self._at))
-        data = os.pread(self._descriptor, length, self._offset + self._at)
-        buffer[: len(data)] = data
-        self._at += len(data)
-        return len(data)
+
+def _is_zero(file: BinaryIO, start: int, stop: int) -> bool:
+    """Whether nothing but padding stands between two places of a file."""
+    file.seek(start)
+    blocks = range(start, stop, tarfile.RECORDSIZE)
+    return not any(file.read(min(blocks.step, stop - at)).strip(b"\0") for at in blocks)
+
+
+def _read_index(path: Path, stamp: list[int]) -> list[Group] | None:
+    """The kept index, or None where it is missing, torn or of another file."""
+    try:
+        value = json.loads(path.read_bytes())
+        if value["stamp"] != stamp:
+            return None
+        return [
+            Group(key, {name: (at, size) for name, (at, size) in members.items()}, problem)
+            for key, members, problem in value["groups"]
+        ]
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return None  # it is made again
+
+
+def _write_index(path: Path, stamp: list[int], groups: list[Group]) -> None:
+    content = json.dumps({"stamp": stamp, "groups": groups}, separators=(",", ":")).encode()
+    # Several processes may index a shard at once: each writes a file of its own.
+    own = path.with_name(f"{path.name}.{os.getpid()}")
+    try:
+        write_atomic(own, content)
+        own.replace(path)
+    except (OSError, UserError) as error:
+        print(f"a shard's index is not kept, and made anew each time: {error}", file=sys.stderr)

@@ -1,0 +1,121 @@
+"""Images and captions in files: a file each in a folder, or members of tar shards."""
+
+import contextlib
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, BinaryIO, NamedTuple
+
+from PIL.ContainerIO import ContainerIO
+
+from .caption_files import captions_beside, parse_json
+from .images import decode_image, measure_image
+from .records import Caption, Record, Rejected, cannot_read
+
+
+class Span(NamedTuple):
+    """A file, or ``size`` bytes of it from ``offset`` on."""
+
+    path: str
+    offset: int = 0
+    size: int | None = None
+
+
+class Item(NamedTuple):
+    """An image and what belongs to it, or the ``problem`` for which it is refused.
+
+    ``models`` are paths of Sana's files and ``entry`` the image's name in them (see `caption_files`);
+    ``captions`` are known where they stand in a metadata.jsonl.
+    """
+
+    key: str
+    image: Span | None
+    text: Span | None = None
+    json: Span | None = None
+    models: tuple[str, ...] = ()
+    entry: str = ""
+    captions: tuple[Caption, ...] | None = None
+    problem: str | None = None
+
+
+class FileSource:
+    """Images in files, a `records.Source`; see `folders.open_folder` and `tars.open_tars`.
+
+    Args:
+      items: of the images, in their order.
+      name, identity: see `records.Source`.
+      root: the folder to which paths are relative.
+      keep_models: Sana's files are about many images, and stay in memory once they are read.
+    """
+
+    def __init__(
+        self,
+        items: Sequence[Item],
+        *,
+        name: str,
+        identity: str,
+        root: Path = Path(),
+        keep_models: bool = False,
+    ):
+        self.name, self.identity = name, identity
+        self._items, self._root = items, root
+        self._values: dict[str, Any] | None = {} if keep_models else None
+
+    def __len__(self) -> int:
+        return len(self._items)
+
+    def __getitem__(self, index: int) -> Record:
+        """Reads the record; raises `Rejected`."""
+        item = self._find(index)
+        image = decode_image(self._read(item.image, item.key), item.key)
+        captions = item.captions
+        if captions is None:
+            text, json_bytes = (
+                None if span is None else self._read(span, item.key)
+                for span in (item.text, item.json)
+            )
+            models = [(Path(path).stem, self._read_model(path, item.key)) for path in item.models]
+            captions = captions_beside(item.key, text, json_bytes, models, item.entry)
+        return Record(item.key, image, captions or (Caption(""),))
+
+    def measure(self, index: int) -> tuple[str, tuple[int, int]]:
+        """Reads key and (height, width) from the headers of the image; raises `Rejected`."""
+        item = self._find(index)
+        with self._open(item.image, item.key) as file:
+            if item.image.size is not None:
+                file = ContainerIO(file, item.image.offset, item.image.size)
+            return item.key, measure_image(file, item.key)
+
+    def _find(self, index: int) -> Item:
+        item = self._items[index]
+        if item.problem is not None:
+            raise Rejected(item.key, item.problem)
+        return item
+
+    @contextlib.contextmanager
+    def _open(self, span: Span, key: str) -> Iterator[BinaryIO]:
+        try:
+            with (self._root / span.path).open("rb") as file:
+                yield file
+        except OSError as error:
+            raise cannot_read(key, error, span.path) from error
+
+    def _read(self, span: Span, key: str) -> bytes:
+        with self._open(span, key) as file:
+            file.seek(span.offset)
+            data = file.read(-1 if span.size is None else span.size)
+        if span.size is not None and len(data) < span.size:
+            raise Rejected(key, f"broken tar member: {span.path} has shrunk since it was indexed")
+        return data
+
+    def _read_model(self, path: str, key: str) -> Any:
+        if self._values is None:
+            return parse_json(self._read(Span(path), key), key, path)
+        if path not in self._values:
+            self._values[path] = parse_json(self._read(Span(path), key), key, path)
+        return self._values[path]
+
+
+def make_printable(key: str) -> tuple[str, str | None]:
+    """A key that can be written anywhere, and the problem with a file name that is not UTF-8, or None."""
+    printable = key.encode(errors="backslashreplace").decode()
+    return printable, None if printable == key else "bad file name: not UTF-8"

@@ -1,0 +1,106 @@
+"""The preparation of a teacher: surgery and pruning of a network, written as a diffusers folder."""
+
+import shutil
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+
+from ..checkpoints.weights import Weights, find_weights
+from ..core.config import Config
+from ..core.errors import UserError
+from ..core.files import read_json, write_json_atomic
+from ..core.fingerprint import fingerprint
+from ..data import feed
+from ..interop.diffusers import save_transformer
+from ..models.sana import from_fields
+from ..parallel.sharding import state_shardings, to_devices
+from ..training import setup
+from . import pruning, surgery
+
+RECORD = "prepared.json"
+PROBE_BATCHES, PROBE_TIMES = 2, 8  # of the data, to measure the importance of blocks
+
+
+class Options(NamedTuple):
+    """Words of the command that decide the result; prepared.json holds them.
+
+    Attributes:
+      model: path of the source, for `weights.find_weights`.
+      prune: blocks to keep, or 0 for all; protect: so many at either end stay.
+      keep_time_embedding: keep its weights where the time scale changes, instead of fitting new ones.
+      timestep_scale: of a source that does not say it.
+    """
+
+    model: str
+    prune: int = 0
+    protect: int = 1
+    keep_time_embedding: bool = False
+    timestep_scale: float = 1.0
+
+
+def prepare(c: Config, options: Options, folder: Path) -> None:
+    """Writes ``folder``, whole or not at all; one that the same options made is left as it is.
+
+    Raises:
+      UserError: the source does not fit, or the folder was made with other options.
+    """
+    if Path(options.model).exists():
+        options = options._replace(model=str(Path(options.model).resolve()))
+    if folder.is_dir():
+        _check_same(folder, options)
+        print(f"{folder} is there already; going on from it", flush=True)
+        return
+    if jax.process_count() > 1:
+        raise UserError(
+            f"{folder} is not there yet: make it in one process, with --surgery_only and without --distributed"
+        )
+    target = dict(c.model)
+    source = find_weights(options.model, target | {"timestep_scale": options.timestep_scale})
+    if not source.is_teacher:
+        raise UserError(f"--model {options.model} is a student: it embeds guidance")
+    surgery.check_fits(options.model, source.fields, target, options.prune)
+    mesh = setup.mesh_from(c)
+    params, step = source.load(lambda tree: state_shardings(mesh, tree))
+    params.pop("logvar_linear", None)
+    record = {"options": options._asdict(), "kind": source.kind, "step": step}
+    record["hash"] = fingerprint(params)
+    partial = folder.with_name(f"{folder.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    fields, changes = source.fields, []
+    if options.prune and options.prune < from_fields(fields).num_layers:
+        fields, params, found = _prune(c, options, source, params, mesh, partial)
+        record |= found
+        changes.append(f"blocks {', '.join(map(str, found['kept']))} kept")
+    fit_time = not options.keep_time_embedding
+    params, more = surgery.operate(fields, params, target, fit_time=fit_time)
+    record["changes"] = changes + more
+    save_transformer(partial, target, params)
+    write_json_atomic(partial / RECORD, record)
+    partial.replace(folder)
+    print(f"{folder}: {'; '.join(record['changes']) or 'nothing to change'}", flush=True)
+
+
+def _prune(
+    c: Config, options: Options, source: Weights, params: Any, mesh: jax.sharding.Mesh, folder: Path
+) -> tuple[dict, Any, dict]:
+    """Returns fields and parameters of the most important blocks, and importance and choice for the record."""
+    data = feed.open_data(c, mesh)
+    batches = [to_devices(mesh, data.batches(i)) for i in range(PROBE_BATCHES)]
+    print(f"measuring the importance of {from_fields(source.fields).num_layers} blocks", flush=True)
+    model = from_fields(source.fields, dtype=c.model.dtype)
+    importance = pruning.block_importance(model, params, batches, PROBE_TIMES)
+    kept = pruning.choose_blocks(importance, options.prune, options.protect)
+    pruning.draw_importance(folder / "importance.png", importance, kept)
+    fields, params = pruning.prune_blocks(source.fields, params, kept)
+    return fields, params, {"importance": importance.tolist(), "kept": list(kept)}
+
+
+def _check_same(folder: Path, options: Options) -> None:
+    old = read_json(folder / RECORD).get("options", {})
+    for name, value in options._asdict().items():
+        if old.get(name) != value:
+            raise UserError(
+                f"{folder} was made with --{name} {old.get(name)}, not {value}: use another --workdir"
+            )
