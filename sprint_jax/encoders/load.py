@@ -72,7 +72,10 @@ def load_encoders(
         shardings = functools.partial(state_shardings, mesh)
     if path in ("", "digits"):
         return _digits_encoders(sharding)
-    folder = locate(path, ("pipeline",), FILES).path
+    try:
+        folder = locate(path, ("pipeline",), FILES).path
+    except UserError as error:
+        raise UserError(f"data.encoders {error}") from error
     tokenizer = load_tokenizer(folder / "tokenizer")
     autoencoder = open_autoencoder(folder, dtype, shardings)
     how = dict(batch_size=text_batch_size, sharding=sharding)
