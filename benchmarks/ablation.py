@@ -4,13 +4,12 @@
 
 One teacher is trained with times 0..1000 and without QK norm; `prepare_teacher` makes four of it, all
 fine-tuned for as long; `teacher_check` judges each; each is distilled for 200 steps by the consistency loss
-alone. Writes
-benchmarks/results/ablation.jsonl and benchmarks/pictures/ablation.png. What is there already is not made again.
+alone. Writes benchmarks/results/ablation.jsonl and benchmarks/pictures/ablation.png. Finished steps are not
+repeated.
 """
 
 import argparse
 import json
-import subprocess
 import sys
 from pathlib import Path
 
@@ -18,12 +17,15 @@ import numpy as np
 from jax import numpy as jnp
 from matplotlib.figure import Figure
 
+from sprint_jax.benchmarking.scripts import (
+    config_words,
+    digits_accuracy,
+    run_command,
+    write_lines,
+)
 from sprint_jax.checkpoints.weights import find_weights
 from sprint_jax.checkpoints.workdir import read_metrics, read_workdir_config
-from sprint_jax.digits.judge import Judge, prompt_accuracy
-from sprint_jax.digits.scenes import held_out_prompts, to_float
 from sprint_jax.models.sana import from_fields
-from sprint_jax.pipeline import Request, SprintPipeline
 from sprint_jax.teacher import measure, surgery
 from sprint_jax.training import setup
 
@@ -40,38 +42,28 @@ TUNE = {"steps": 180, "optimizer.decay_steps": 180, "optimizer.learning_rate": 5
 TUNE |= {"optimizer.warmup_steps": 20, "log.sample_every": 10000}
 
 
-def call(module: str, *words, allowed: tuple[int, ...] = (0,)) -> None:
-    """Runs a command of the package; its output is this one's."""
-    command = [sys.executable, "-m", f"sprint_jax.{module}", *map(str, words)]
-    print(" ".join(command[1:]), flush=True)
-    if subprocess.run(command, check=False).returncode not in allowed:
-        raise SystemExit(f"{module} failed")
-
-
-def keys(values: dict) -> list[str]:
-    return [f"--config.{name}={value}" for name, value in values.items()]
-
-
 def make(root: Path) -> None:
     """Trains, prepares, checks and distils."""
     data = {"data.dir": root / "data"}
     teacher = ["--config", "configs/digits.py:teacher,small"]
     student = ["--config", "configs/digits.py:student,small"]
     base = {"model.timestep_scale": 1.0, "model.qk_norm": False, "log.sample_every": 10000}
-    call("train", *teacher, *keys(data | base), "--workdir", root / "base")
+    run_command("train", *teacher, *config_words(data | base), "--workdir", root / "base")
     where = ["--model", root / "base", "--workdir", root / "kept_qk", "--keep_time_embedding"]
-    call("prepare_teacher", *teacher, *keys(data | TUNE), *where)
+    run_command("prepare_teacher", *teacher, *config_words(data | TUNE), *where)
     for name, (scale, qk_norm) in ARMS.items():
         model = {"model.timestep_scale": scale, "model.qk_norm": qk_norm}
         where = ["--model", root / "base", "--workdir", root / name]
-        call("prepare_teacher", *teacher, *keys(data | TUNE | model), *where)
+        run_command("prepare_teacher", *teacher, *config_words(data | TUNE | model), *where)
         report = root / f"{name}_check"
         if not (report / "report.json").is_file():
             words = ["--model", root / name, "--out", report]
-            call("teacher_check", *words, allowed=(0, 4))
+            run_command("teacher_check", *words, allowed=(0, 4))
         short = {"steps": STEPS, "optimizer.decay_steps": STEPS, "ladd.weight": 0.0}
         short |= {"log.every": 5, "log.sample_every": 10000, "teacher": root / name} | model
-        call("train", *student, *keys(data | short), "--workdir", root / f"{name}_student")
+        run_command(
+            "train", *student, *config_words(data | short), "--workdir", root / f"{name}_student"
+        )
 
 
 def losses_after_surgery(root: Path) -> dict:
@@ -96,18 +88,6 @@ def losses_after_surgery(root: Path) -> dict:
         tuned, _ = find_weights(str(root / folder)).load(None)
         line[f"{name}, fine-tuned"] = loss(target, tuned)
     return line
-
-
-def accuracies(workdir: Path, count: int = 400) -> dict[str, float]:
-    """Share of held-out prompts that a student's pictures satisfy, by its number of steps."""
-    pipe = SprintPipeline.from_pretrained(workdir)
-    prompts, judge = held_out_prompts("small", count, 0), Judge.fit("small")
-    found = {}
-    for steps in (1, 2, 4):
-        batches = pipe.draw(prompts, Request(steps, guidance=3.0, batch_size=count))
-        readings = judge.read(to_float(np.concatenate(list(batches))))
-        found[str(steps)] = prompt_accuracy(readings, prompts, "small")["overall"]["accuracy"]
-    return found
 
 
 def summarize(root: Path) -> list[dict]:
@@ -139,7 +119,10 @@ def summarize(root: Path) -> list[dict]:
                 "teacher_gap": by_bin("teacher_gap"),
                 "gradient_median": float(np.median(gradients)),
                 "gradient_largest": float(gradients.max()),
-                "accuracy": accuracies(root / f"{name}_student"),
+                "accuracy": {
+                    str(steps): digits_accuracy(root / f"{name}_student", 400, steps=steps)
+                    for steps in (1, 2, 4)
+                },
                 "skipped": metrics[-1]["health/skipped"],
             }
         )
@@ -181,10 +164,8 @@ def main(argv: list[str]) -> None:
     make(flags.root)
     lines = summarize(flags.root)
     command = {"command": "python benchmarks/ablation.py"}
-    text = "".join(
-        json.dumps(line) + "\n" for line in [command, losses_after_surgery(flags.root), *lines]
-    )
-    (HERE / "results" / "ablation.jsonl").write_text(text)
+    every = [command, losses_after_surgery(flags.root), *lines]
+    write_lines(HERE / "results" / "ablation.jsonl", every)
     draw(lines, flags.root, HERE / "pictures" / "ablation.png")
 
 

@@ -13,8 +13,6 @@ where device and host are one memory, Orbax copies all the same), ``save stream`
 import argparse
 import ctypes
 import json
-import os
-import subprocess
 import sys
 import tempfile
 import time
@@ -25,16 +23,11 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
+from sprint_jax.benchmarking.scripts import resident_memory, run_on_devices
 from sprint_jax.checkpoints.checkpoint import Checkpoints
 
 LEAF = (10, 2048, 2048)  # 0.17 GB of float32
 MODES = {"save async": 1e9, "save stream": 0.0, "restore": 0.0}  # name: async_gb
-
-
-def memory(name: str) -> int:
-    """``VmRSS`` (resident now) or ``VmHWM`` (the most since the last reset) of this process, bytes."""
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return 1024 * next(int(line.split()[1]) for line in lines if line.startswith(f"{name}:"))
 
 
 def abstract_state(gigabytes: float, devices: int) -> dict:
@@ -64,7 +57,7 @@ def run(mode: str, folder: str, gigabytes: float, devices: int) -> dict:
         checkpoints.save(1, {"x": jnp.ones(8)}, {})
     with Checkpoints(Path(folder) / "state", keep=1, async_gb=MODES[mode]) as checkpoints:
         ctypes.CDLL(None).malloc_trim(0)  # what making the state has left
-        before, start = memory("VmRSS"), time.perf_counter()
+        before, start = resident_memory("VmRSS"), time.perf_counter()
         Path("/proc/self/clear_refs").write_text("5")  # resets VmHWM
         if mode == "restore":
             state, _ = checkpoints.restore_latest(abstract)
@@ -79,20 +72,10 @@ def run(mode: str, folder: str, gigabytes: float, devices: int) -> dict:
         "mode": mode,
         "devices": devices,
         "state_bytes": int(size),
-        "peak_per_state": round((memory("VmHWM") - before) / size, 3),
+        "peak_per_state": round((resident_memory("VmHWM") - before) / size, 3),
         "returned_seconds": round(returned, 1),
         "seconds": round(seconds, 1),
     }
-
-
-def measure(mode: str, folder: str, gigabytes: float, devices: int) -> dict:
-    """`run` in a process of its own, on virtual CPU devices."""
-    flags = f"--xla_force_host_platform_device_count={devices}"
-    environment = os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags}
-    command = [sys.executable, __file__, f"--run={mode}", f"--folder={folder}"]
-    command += [f"--gigabytes={gigabytes}", "--devices", str(devices)]
-    result = subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True, check=True)
-    return json.loads(result.stdout)
 
 
 def main(argv: list[str]) -> None:
@@ -109,9 +92,12 @@ def main(argv: list[str]) -> None:
     for devices in options.devices:
         for mode in MODES:
             with tempfile.TemporaryDirectory(dir=options.folder) as folder:
+                words = [f"--folder={folder}", f"--gigabytes={options.gigabytes}"]
+                words.append(f"--devices={devices}")
                 if mode == "restore":
-                    measure("save stream", folder, options.gigabytes, devices)
-                print(json.dumps(measure(mode, folder, options.gigabytes, devices)), flush=True)
+                    run_on_devices(__file__, devices, "--run=save stream", *words)
+                line = run_on_devices(__file__, devices, f"--run={mode}", *words)
+                print(json.dumps(line), flush=True)
 
 
 if __name__ == "__main__":

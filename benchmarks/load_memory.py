@@ -13,8 +13,6 @@ import argparse
 import functools
 import json
 import math
-import os
-import subprocess
 import sys
 import tempfile
 import time
@@ -23,6 +21,7 @@ from pathlib import Path
 import jax
 import numpy as np
 
+from sprint_jax.benchmarking.scripts import resident_memory, run_on_devices
 from sprint_jax.interop.diffusers import WEIGHTS, load_transformer, read_config
 from sprint_jax.interop.sana import config_from_fields, fields_from_config, sana_table
 from sprint_jax.models.sana import SIZES
@@ -46,19 +45,12 @@ def write_random(folder: Path, fields: dict) -> None:
             file.write(random.standard_normal(shape, np.float32))
 
 
-def peak_bytes() -> int:
-    """The largest resident memory of this process so far (Linux). ``ru_maxrss`` is that of the parent
-    too, where that forked."""
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return 1024 * next(int(line.split()[1]) for line in lines if line.startswith("VmHWM:"))
-
-
 def load(folder: Path, dtype: str, devices: int) -> dict:
     """Loads in this process, which must have that many devices."""
     fields = fields_from_config(read_config(folder, "SanaTransformer2DModel"), str(folder))
     jax.block_until_ready(jax.numpy.zeros(len(sana_table(fields))))
     shardings = functools.partial(state_shardings, make_mesh(1, devices)) if devices > 1 else None
-    before, start = peak_bytes(), time.perf_counter()
+    before, start = resident_memory("VmHWM"), time.perf_counter()
     _, params = load_transformer(folder, dtype, shardings=shardings)
     jax.block_until_ready(params)
     seconds, file = time.perf_counter() - start, (folder / WEIGHTS).stat().st_size
@@ -69,19 +61,9 @@ def load(folder: Path, dtype: str, devices: int) -> dict:
         "file_bytes": file,
         "before_bytes": before,
         "parameters_per_file": round(held / file, 3),
-        "peak_per_file": round((peak_bytes() - before) / file, 3),
+        "peak_per_file": round((resident_memory("VmHWM") - before) / file, 3),
         "seconds": round(seconds, 1),
     }
-
-
-def measure(folder: Path, dtype: str, devices: int) -> dict:
-    """`load` in a process of its own, on virtual CPU devices."""
-    flags = f"--xla_force_host_platform_device_count={devices}"
-    environment = os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags}
-    command = [sys.executable, __file__, f"--load={folder}", "--dtypes", dtype]
-    command += ["--devices", str(devices)]
-    result = subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True, check=True)
-    return json.loads(result.stdout)
 
 
 def main(argv: list[str]) -> None:
@@ -98,7 +80,8 @@ def main(argv: list[str]) -> None:
         write_random(Path(folder), SIZES[options.size])
         for dtype in options.dtypes:
             for devices in options.devices:
-                line = measure(Path(folder), dtype, devices)
+                words = [f"--load={folder}", f"--dtypes={dtype}", f"--devices={devices}"]
+                line = run_on_devices(__file__, devices, *words)
                 print(json.dumps({"size": options.size} | line), flush=True)
 
 

@@ -19,7 +19,6 @@ import contextlib
 import functools
 import json
 import math
-import os
 import signal
 import sys
 import tempfile
@@ -29,7 +28,7 @@ import jax
 import jax.numpy as jnp
 
 from sprint_jax import train
-from sprint_jax.benchmarking.timing import paired_rounds, spread, summarize
+from sprint_jax.benchmarking.timing import header, paired_rounds, spread, summarize
 from sprint_jax.checkpoints.workdir import read_metrics
 from sprint_jax.core import cli
 from sprint_jax.core.config import load_config
@@ -49,7 +48,7 @@ def measure_shares(c, workdir: Path) -> dict:
     handler = signal.getsignal(signal.SIGTERM)
     try:
         with contextlib.redirect_stdout(sys.stderr):  # stdout is for the JSON lines
-            train.train(c, workdir, [])
+            train.train(c, workdir)
     finally:
         signal.signal(signal.SIGTERM, handler)  # `train` only remembers that it came
     # The first line fills queues, and the last has pictures and a checkpoint before it.
@@ -102,16 +101,8 @@ def main(argv):
     flags = parser.parse_args(rest)
     if flags.steps < 30 or flags.rounds < 1:
         raise UserError("--steps must be at least 30, --rounds at least 1", exit_code=2)
-    header = {
-        "command": " ".join(["python", "benchmarks/loop.py", *argv]),
-        "device": jax.devices()[0].device_kind,
-        "devices": jax.device_count(),
-        "cores": os.cpu_count(),
-        "load": round(os.getloadavg()[0], 2),
-        "jax": jax.__version__,
-        "glibc_tunables": os.environ.get("GLIBC_TUNABLES", ""),
-    }
-    print(json.dumps(header), flush=True)
+    command = " ".join(["python benchmarks/loop.py", *argv])
+    print(json.dumps(header(command, devices=jax.device_count())), flush=True)
     for line in report(flags, words):
         print(json.dumps(line), flush=True)
 

@@ -5,50 +5,33 @@
 A teacher of six blocks is trained (1,800 steps), pruned to four, and fine-tuned for a tenth of that. The blocks
 are those that `prepare_teacher` chooses, and several random choices with the same fine-tuning. Prompt accuracy
 is of the digits judge: held-out prompts, 20 steps of DPM-Solver++ with guidance. Writes
-benchmarks/results/pruning.jsonl. What is there already is not made again.
+benchmarks/results/pruning.jsonl. Finished steps are not repeated.
 """
 
 import argparse
 import itertools
 import json
-import subprocess
 import sys
 from pathlib import Path
 
 import jax
 import numpy as np
 
+from sprint_jax.benchmarking.scripts import (
+    config_words,
+    digits_accuracy,
+    run_command,
+    write_lines,
+)
 from sprint_jax.checkpoints.weights import find_weights
-from sprint_jax.digits.judge import Judge, prompt_accuracy
-from sprint_jax.digits.scenes import held_out_prompts, to_float
 from sprint_jax.interop.diffusers import save_transformer
-from sprint_jax.pipeline import Request, SprintPipeline
 from sprint_jax.teacher.pruning import prune_blocks
 
 HERE = Path(__file__).parent
 KEEP, RANDOM = 4, 4  # blocks left; random choices
 TUNE = {"steps": 180, "optimizer.decay_steps": 180, "optimizer.warmup_steps": 20}
+SOLVER = {"steps": 20, "solver": "dpm"}
 CONFIG = ["--config", "configs/digits.py:teacher,small"]
-
-
-def call(module: str, *words) -> None:
-    """Runs a command of the package; its output is this one's."""
-    command = [sys.executable, "-m", f"sprint_jax.{module}", *map(str, words)]
-    print(" ".join(command[1:]), flush=True)
-    subprocess.run(command, check=True)
-
-
-def keys(values: dict) -> list[str]:
-    return [f"--config.{name}={value}" for name, value in values.items()]
-
-
-def accuracy(path: Path, count: int) -> float:
-    """Share of held-out prompts that a teacher's pictures satisfy."""
-    pipe = SprintPipeline.from_pretrained(path)
-    prompts = held_out_prompts("small", count, 0)
-    batches = pipe.draw(prompts, Request(20, guidance=3.0, batch_size=count))
-    readings = Judge.fit("small").read(to_float(np.concatenate(list(batches))))
-    return prompt_accuracy(readings, prompts, "small")["overall"]["accuracy"]
 
 
 def choices(kept: tuple[int, ...], layers: int) -> list[tuple[int, ...]]:
@@ -67,13 +50,13 @@ def main(argv: list[str]) -> None:
     root = flags.root
     quiet = {"data.dir": root / "data", "log.sample_every": 10000}
     tune = quiet | TUNE | {"optimizer.learning_rate": flags.rate}
-    call("train", *CONFIG, *keys(quiet), "--workdir", root / "dense")
+    run_command("train", *CONFIG, *config_words(quiet), "--workdir", root / "dense")
     chosen = root / f"pruned_{flags.rate:g}"
     where = ["--model", root / "dense", "--workdir", chosen, "--prune", KEEP]
-    call("prepare_teacher", *CONFIG, *keys(tune), *where)
+    run_command("prepare_teacher", *CONFIG, *config_words(tune), *where)
     record = json.loads((chosen / "prepared" / "prepared.json").read_text())
 
-    whole = accuracy(root / "dense", flags.count)
+    whole = digits_accuracy(root / "dense", flags.count, **SOLVER)
     lines = [
         {"command": f"python benchmarks/pruning.py --rate {flags.rate:g} --count {flags.count}"},
         {"what": "six blocks", "accuracy": whole, "importance": record["importance"]},
@@ -91,14 +74,13 @@ def main(argv: list[str]) -> None:
                 save_transformer(folder, fields, fewer)
             workdir = root / f"{folder.name}_{flags.rate:g}"
             changes = {"init": folder, "model.num_layers": KEEP}
-            call("train", *CONFIG, *keys(tune | changes), "--workdir", workdir)
-        found = accuracy(workdir, flags.count)
+            run_command("train", *CONFIG, *config_words(tune | changes), "--workdir", workdir)
+        found = digits_accuracy(workdir, flags.count, **SOLVER)
         line = {"what": name, "blocks": blocks, "accuracy": found, "regained": found / whole}
         lines.append(line)
         print(json.dumps(line), flush=True)
         jax.clear_caches()
-    text = "".join(json.dumps(line) + "\n" for line in lines)
-    (HERE / "results" / "pruning.jsonl").write_text(text)
+    write_lines(HERE / "results" / "pruning.jsonl", lines)
 
 
 if __name__ == "__main__":

@@ -13,22 +13,19 @@ without the saving over that with it, round by round; "error" is max|a - b| / ma
 
 import argparse
 import json
-import platform
 import sys
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from sprint_jax.benchmarking.timing import paired_rounds, summarize
+from sprint_jax.benchmarking.timing import compiled, header, paired_rounds, summarize
 from sprint_jax.models.convolution import convolve, upsampled_conv3x3
 from sprint_jax.models.gemma2 import Gemma2
 
 STAGES = [(8, 1024, 1024), (32, 512, 512), (64, 512, 256), (128, 256, 128)]  # size, in, out
-INSTRUCTION, PROMPT = (
-    220,
-    300,
-)  # tokens; the instruction's own number is not known without its tokenizer
+# Tokens; the instruction's own number is not known without its tokenizer.
+INSTRUCTION, PROMPT = 220, 300
 
 
 def upsample_first(x, kernel):
@@ -41,8 +38,8 @@ def upsampling(size: int, inputs: int, outputs: int) -> dict:
     x = jnp.asarray(random.normal(size=(1, size, size, inputs)), jnp.float32)
     kernel = jnp.asarray(random.normal(size=(3, 3, inputs, outputs)), jnp.float32)
     return {
-        "sprint_jax": compiled(upsampled_conv3x3, x, kernel),
-        "off": compiled(upsample_first, x, kernel),
+        "sprint_jax": compiled(upsampled_conv3x3, x, kernel)[0],
+        "off": compiled(upsample_first, x, kernel)[0],
     }
 
 
@@ -63,15 +60,9 @@ def instruction() -> dict:
         return gemma.encode(params, ids, mask)[:, INSTRUCTION:]
 
     return {
-        "sprint_jax": compiled(gemma.encode, params, *rest, prefix),
-        "off": compiled(whole, params, ids, mask),
+        "sprint_jax": compiled(gemma.encode, params, *rest, prefix)[0],
+        "off": compiled(whole, params, ids, mask)[0],
     }
-
-
-def compiled(function, *arguments):
-    """A call of the compiled function that returns when its result is there."""
-    program = jax.jit(function).lower(*arguments).compile()
-    return lambda: jax.block_until_ready(program(*arguments))
 
 
 def measure(arms: dict, rounds: int) -> dict:
@@ -85,8 +76,8 @@ def main(argv: list[str]) -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--rounds", type=int, default=15)
     flags = parser.parse_args(argv)
-    about = {"jax": jax.__version__, "device": str(jax.devices()[0]), "cpu": platform.machine()}
-    print(json.dumps(about), flush=True)
+    command = " ".join(["python benchmarks/savings.py", *argv])
+    print(json.dumps(header(command)), flush=True)
     for stage in STAGES:
         line = {"what": "upsampling", "size_in_out": stage}
         print(json.dumps(line | measure(upsampling(*stage), flags.rounds)), flush=True)

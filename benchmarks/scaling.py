@@ -16,7 +16,7 @@ from matplotlib.figure import Figure
 
 from sprint_jax.core import cli
 from sprint_jax.planning.chips import GIB
-from sprint_jax.planning.layout import cached_algorithm, plan_layout
+from sprint_jax.planning.layout import image_flops, plan_layout
 from sprint_jax.planning.topology import open_topology
 
 SLICES = {"v5e": ("4x4", "8x8", "16x16"), "v6e": ("4x4", "8x8", "16x16")}
@@ -36,7 +36,7 @@ def main(argv: list[str]) -> None:
         chips = len(topology.devices)
         changes = {"mesh.data": -1, "mesh.fsdp": min(chips, LARGEST_FSDP)}
         layout = c.override(changes | {"data.batch_size": chips * flags.per_chip})
-        plan = plan_layout(layout, topology, cached_algorithm(layout, topology))
+        plan = plan_layout(layout, topology, image_flops(layout, topology))
         lines.append(line(plan))
         print(json.dumps(lines[-1]), flush=True)
     flags.out.write_text("".join(json.dumps(each) + "\n" for each in lines))

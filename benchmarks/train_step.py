@@ -2,10 +2,9 @@
 
     python benchmarks/train_step.py --rounds 10 > benchmarks/results/train_step.jsonl
 
-The updates are the training loop's own; teacher weights and batch are random; one device. Arms take
-turns within every round, compiled and warmed up before, and what they return is waited for. After
-the first line: one per arm, two of what parts leave of their update, three that compare one pass for
-primal and tangent with a separate jvp.
+The updates are the training loop's own; teacher weights and batch are random; one device. Arms take turns in
+every round (see `sprint_jax.benchmarking.timing`); no round is dropped. After the first line: one per arm, two
+of what parts leave of their update, three that compare one pass for primal and tangent with a separate jvp.
   ms         [minimum, median, maximum] over the rounds; ratios and shares are taken round by round
   compile_s  without tracing; means nothing if a compilation cache is on (see the first line)
   share      of the update that the arm is part of. XLA fuses across parts, so that "everything else"
@@ -19,7 +18,6 @@ unrolled, without remat, because XLA counts the body of a loop once.
 
 import functools
 import json
-import os
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -30,6 +28,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from sprint_jax import losses
+from sprint_jax.benchmarking.timing import header, paired_rounds, spread
 from sprint_jax.core import cli
 from sprint_jax.core.config import load_config
 from sprint_jax.core.errors import UserError
@@ -137,7 +136,8 @@ def parts(nets, c, state, batch, given):
         return state.replace(disc=disc_now, disc_opt_state=moments), {}
 
     def optimizer_and_ema():
-        return apply_gradients(nets.optimizer, c.ema_decay, state, t[0], gradients[0])
+        how = dict(ema_decay=c.ema_decay)
+        return apply_gradients(nets.optimizer, state, t[0], gradients[0], **how)
 
     return {
         FORWARD: (None, lambda: student(state.params, x0, t)),
@@ -176,38 +176,38 @@ def compile_arm(part_of, lowered, takes_state):
 
 
 def time_arms(arms, rounds, state, batch, given):
-    """{name: milliseconds per round}; the state goes from update to update."""
-    times = {name: [] for name in arms}
-    for turn in range(-2, rounds):
-        for name, arm in arms.items():
-            start = time.perf_counter()
-            out = jax.block_until_ready(arm.call(state, batch, given))
-            if turn >= 0:
-                times[name].append(1e3 * (time.perf_counter() - start))
-            state = out[0] if arm.takes_state else state
-    return {name: np.array(each) for name, each in times.items()}
+    """{name: milliseconds per round}; arms that take the memory of a state go on with what they return."""
+
+    def stepping(arm):
+        own = jax.tree.map(jnp.copy, state) if arm.takes_state else state
+
+        def step():
+            nonlocal own
+            out = jax.block_until_ready(arm.call(own, batch, given))
+            own = out[0] if arm.takes_state else own
+
+        return step
+
+    taken = paired_rounds({name: stepping(arm) for name, arm in arms.items()}, rounds)
+    return {name: np.array([each.ms[name] for each in taken]) for name in arms}
 
 
 def rounded(values):
     return [float(f"{value:.4g}") if np.isfinite(value) else None for value in values]
 
 
-def summary(values):
-    return rounded((values.min(), np.median(values), values.max()))
-
-
 def report(arms, times):
     """Yields the lines after the first."""
     unit = arms[FORWARD].flops
     for name, arm in arms.items():
-        line = {"arm": name, "ms": summary(times[name]), "compile_s": round(arm.compile_s, 2)}
+        line = {"arm": name, "ms": spread(times[name]), "compile_s": round(arm.compile_s, 2)}
         line |= {"gflop": rounded(arm.flops / 1e9), "forwards": rounded(arm.flops / unit)}
         if arm.part_of:
-            line |= {"part_of": arm.part_of, "share": summary(times[name] / times[arm.part_of])}
+            line |= {"part_of": arm.part_of, "share": spread(times[name] / times[arm.part_of])}
         yield line
     for update in (GENERATOR, DISCRIMINATOR):
         its = sum(times[name] for name, arm in arms.items() if arm.part_of == update)
-        share = summary(1 - its / times[update])
+        share = spread(1 - its / times[update])
         yield {"arm": "everything else", "part_of": update, "share": share}
     for names in ([SCM], [GENERATOR], [GENERATOR, DISCRIMINATOR]):
         line, both = {"separate_over_shared": " + ".join(names)}, []
@@ -215,8 +215,8 @@ def report(arms, times):
             its = [first, *names[1:]]
             both.append(sum(times[name] for name in its))
             line[f"forwards_{kind}"] = rounded(sum(arms[name].flops for name in its) / unit)
-            line[f"forward_times_{kind}"] = summary(both[-1] / times[FORWARD])
-        yield line | {"time_ratio": summary(both[1] / both[0])}
+            line[f"forward_times_{kind}"] = spread(both[-1] / times[FORWARD])
+        yield line | {"time_ratio": spread(both[1] / both[0])}
 
 
 def main(argv):
@@ -231,19 +231,14 @@ def main(argv):
         raise UserError(f"--rounds {flags.rounds} must be at least 1", exit_code=2)
     words += [f"--config.data.batch_size={flags.batch}", f"--config.model.dtype={flags.dtype}"]
     run = build(flags.world, words)
-    header = {
-        "command": " ".join(["python", "benchmarks/train_step.py", *argv]),
-        "device": jax.devices()[0].device_kind,
-        "cores": os.cpu_count(),
-        "load": round(os.getloadavg()[0], 2),
-        "jax": jax.__version__,
+    about = {
         "compilation_cache": bool(jax.config.jax_compilation_cache_dir),
-        "glibc_tunables": os.environ.get("GLIBC_TUNABLES", ""),
         "shapes": {name: each.shape for name, each in run[3].items()},
         "dtype": flags.dtype,
         "parameters": sum(leaf.size for leaf in jax.tree.leaves(run[2].params)),
     }
-    print(json.dumps(header), flush=True)
+    command = " ".join(["python benchmarks/train_step.py", *argv])
+    print(json.dumps(header(command, **about)), flush=True)
     arms = compile_arms(*run)
     for line in report(arms, time_arms(arms, flags.rounds, *run[2:])):
         print(json.dumps(line), flush=True)

@@ -4,7 +4,8 @@ Run one with:
 
     python -m sprint_jax.train --config configs/digits.py:teacher --workdir runs/teacher
 
-This file is a library of defaults and costs nothing by itself.
+This file is a library of defaults and costs nothing by itself. A section of one stage says so; the other
+stage does not read it, and setting its keys changes nothing there.
 """
 
 import ml_collections
@@ -20,10 +21,9 @@ def get_config(arg=None):
     c.stage = "flow"  # 'flow' trains a flow-matching teacher, 'distill' a 1-to-4-step student
     c.seed = 0  # data order, noise, times and initial weights are functions of it
     c.steps = 1000  # generator updates in all
-    c.teacher = (
-        ""  # distill: the frozen teacher: a workdir (its EMA), a diffusers folder or a hub id
-    )
-    c.init = ""  # warm start at step 0, of weights alone: a workdir (its EMA), a diffusers folder or a hub id
+    # Networks: a workdir (its EMA), a diffusers folder or a hub id
+    c.teacher = ""  # distill: the frozen teacher
+    c.init = ""  # warm start at step 0, of weights alone
     c.sigma_d = 0.5  # TrigFlow's standard deviation of data and noise
     c.ema_decay = 0.999  # of the moving average that is sampled and exported
     c.accumulate = 1  # microbatches per update; the batch size is that of the whole update
@@ -68,14 +68,14 @@ def get_config(arg=None):
     c.optimizer = optimizer_fields(1e-3)
     c.optimizer.name = "adamw"  # or 'came'
 
-    c.flow = ml_collections.ConfigDict()
+    c.flow = ml_collections.ConfigDict()  # stage 'flow'
     c.flow.time_mean = 0.0  # logit-normal flow times
     c.flow.time_std = 1.0
     c.flow.shift = 1.0  # resolution shift of flow times, in training and in teachers' samplers
     c.flow.truncate_times = False  # True: as published code draws and shows them, in 1/1000
     c.flow.caption_dropout = 0.1  # share of samples that see the empty prompt, for CFG
 
-    c.scm = ml_collections.ConfigDict()
+    c.scm = ml_collections.ConfigDict()  # stage 'distill'
     c.scm.weight = 1.0  # of the consistency loss
     c.scm.time_mean = 0.2  # log-normal angles
     c.scm.time_std = 1.6
@@ -83,12 +83,11 @@ def get_config(arg=None):
     c.scm.tangent_warmup = 2000  # generator updates until the tangent counts in full
     c.scm.tangent_constant = 0.1  # c in g / (|g| + c)
     c.scm.mean_norm = False  # True: root mean square instead of Euclidean norm
-    c.scm.jvp_dtype = (
-        ""  # of the matmuls under the jvp: float32, bfloat16, or empty for model.dtype
-    )
+    # Of the matmuls under the jvp: float32, bfloat16, or empty for model.dtype
+    c.scm.jvp_dtype = ""
     c.scm.shared_primal = True  # one pass for primal and tangent; False: a separate jvp
 
-    c.ladd = ml_collections.ConfigDict()
+    c.ladd = ml_collections.ConfigDict()  # stage 'distill'
     c.ladd.weight = 0.5  # of the adversarial loss; 0 turns the discriminator off
     c.ladd.taps = (2, 8, 14, 19)  # teacher blocks whose outputs feed a head each
     c.ladd.max_time_probability = 0.5  # share of student samples made from pure noise
@@ -118,9 +117,8 @@ def get_config(arg=None):
     c.log.every = 20  # steps between lines of metrics.jsonl
     c.log.sample_every = 500  # steps between sample grids and curves
     c.log.sample_guidance = 4.5  # CFG scale of the grids
-    c.log.diagnostics_every = (
-        500  # steps between finite-difference and bfloat16 checks of the tangent
-    )
+    # Steps between finite-difference and bfloat16 checks of the tangent
+    c.log.diagnostics_every = 500
     c.log.checkpoint_every = 500
     c.log.keep = 3  # checkpoints
     c.log.profile_start = 0  # first step of a trace in WORKDIR/profile/host_K; 0: none

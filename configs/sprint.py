@@ -7,7 +7,7 @@
 Words: ``600m`` or ``1600m``. The values are those of the published YAML files and of the paper; the batch is
 theirs of 16 per GPU on 32 GPUs. ``--config.data.latents=DIR`` names what `sprint_jax.encode` wrote;
 ``--config.data.source=synthetic`` trains on noise, to measure. What a step costs on a TPU slice is in
-README under "Planning a run". No full training was run.
+docs/planning.md. No full training was run.
 """
 
 import ml_collections

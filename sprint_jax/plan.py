@@ -5,20 +5,12 @@
 
 The true updates of the config's stage, optimizer and EMA included, are compiled for a topology that need not
 exist here (TPU: libtpu's compiler, extra 'plan'), or for the devices of this machine ('local'). No data and no
-weights are read. For TPUs compilation ends when memory is assigned, and the size of machine code is estimated;
---full goes on to the end. Reported per device: memory by kind, FLOPs, memory traffic, bytes of collectives by
-kind and mesh axis, and the least time of a step: instructions one after another, each at the peak of what
-limits it, transfers hidden behind them unless they take longer. No program reaches peaks: a real step takes
-longer.
+weights are read. Reported per device: memory by kind, FLOPs, memory traffic, bytes of collectives by kind and
+mesh axis, and the least time of a step: every instruction at the peak of what limits it, transfers hidden
+behind arithmetic. A real step takes longer.
 
-MFU is the algorithm's FLOPs (matrix products and convolutions, without remat) per peak and step time. A
-program that the compiler finds too large does not fit, and by how much is said. Not in it: the second batch
-that prefetching may hold, diagnostics, and pictures of samples.
-
---sweep searches batch, fsdp and remat; see sprint_jax/planning/search.py for order and bounds. JSON (--out) has
-fits, spare_bytes, bytes_per_device, memory (by kind), flops_per_device, model_flops_per_device, hbm_bytes,
-collective_bytes (kind, axis), step_seconds, images_per_second, mfu, bound, warnings, updates (each of them),
-and with --sweep all layouts tried; a picture of memory by kind is written beside it.
+--out writes all of it as JSON, and a picture of memory by kind beside it. --sweep searches batch, fsdp and
+remat. docs/planning.md says what each number means and how it was checked.
 """
 
 import sys
@@ -29,9 +21,9 @@ import jax
 from .core import cli
 from .core.errors import UserError
 from .core.files import write_json_atomic
-from .planning.layout import cached_algorithm, plan_layout
+from .planning.layout import image_flops, plan_layout
 from .planning.report import picture, sweep_table, table
-from .planning.search import best, check_keys, summary, sweep
+from .planning.search import SUMMARY, best, check_keys, sweep
 from .planning.topology import open_topology
 
 
@@ -52,7 +44,7 @@ def main(argv: list[str]) -> None:
     parser.add_argument(
         "--full",
         action="store_true",
-        help="compile to machine code too (minutes), to know its size",
+        help="compile to machine code too (ten times as long), to know its size",
     )
     parser.add_argument("--out", type=Path, metavar="FILE.json", help="a .png is written beside it")
     flags, c = cli.parse_with_config(parser, argv)
@@ -60,7 +52,7 @@ def main(argv: list[str]) -> None:
     if flags.out and flags.out.suffix != ".json":
         raise UserError(f"--out {flags.out} must end in .json", exit_code=2)
     topology = open_topology(flags.topology, flags.slices)
-    algorithm = cached_algorithm(c, topology)
+    flops = image_flops(c, topology)
 
     def say(line: str) -> None:
         print(line, file=sys.stderr, flush=True)
@@ -70,14 +62,14 @@ def main(argv: list[str]) -> None:
             c,
             topology,
             keys,
-            lambda layout: plan_layout(layout, topology, algorithm, flags.full),
+            lambda layout: plan_layout(layout, topology, flops, flags.full),
             say,
         )
-        plan = best(tried) | {"sweep": [summary(each) for each in tried]}
+        plan = best(tried) | {"sweep": [{key: each[key] for key in SUMMARY} for each in tried]}
         print(sweep_table(plan["sweep"]), end="\n\n")
     else:
         say(f"compiling for {len(topology.devices)} x {topology.chip_name}")
-        plan = plan_layout(c, topology, algorithm, flags.full)
+        plan = plan_layout(c, topology, flops, flags.full)
     plan |= {
         "config": flags.config,
         "overrides": cli.split_overrides(argv)[0],
@@ -87,7 +79,7 @@ def main(argv: list[str]) -> None:
     if flags.out:
         flags.out.parent.mkdir(parents=True, exist_ok=True)
         write_json_atomic(flags.out, plan)
-        picture([plan], flags.out.with_suffix(".png"))
+        picture(plan, flags.out.with_suffix(".png"))
         print(f"wrote {flags.out} and {flags.out.with_suffix('.png')}")
 
 

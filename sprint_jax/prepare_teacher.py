@@ -39,7 +39,7 @@ def main(argv: list[str]) -> None:
         checks.check_workdir(workdir, c)
         prepare(c, options, workdir / PREPARED)
         if not flags.surgery_only:
-            train(c, workdir, cli.overridden_keys(argv), peers)
+            train(c, workdir, peers)
 
 
 def _parser() -> cli.Parser:

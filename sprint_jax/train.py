@@ -32,13 +32,12 @@ from .training.stages import compile_updates, lower_updates, stage_of
 from .training.updates import check_tangent
 
 
-def train(c: Config, workdir: Path, overridden: list[str], peers=None) -> None:
+def train(c: Config, workdir: Path, peers=None) -> None:
     """Runs or resumes a run to its last step.
 
     Args:
       c: the resolved config.
       workdir: made if missing; see the README for what it holds.
-      overridden: dotted keys that the user set by hand; one that nothing reads is an error.
       peers: the `parallel.peers.Peers` of a run of several processes.
 
     Raises:
@@ -66,24 +65,21 @@ def train(c: Config, workdir: Path, overridden: list[str], peers=None) -> None:
         everywhere = sharding.replicated(mesh)
         diagnose = jax.jit(functools.partial(check_tangent, nets, c), out_shardings=everywhere)
     preview = make_preview(c, nets, data, mesh)
-    options = {key: c.log[key] for key in c.log}
-    profile = Profile(workdir / "profile", options)
-    total, limit, depth, images = c.steps, c.max_nonfinite, c.data.prefetch, c.data.batch_size
-    checks.check_overridden(c, overridden)
+    profile = Profile(workdir / "profile", c.log)
 
     # --- Resume
     workdir.mkdir(parents=True, exist_ok=True)
     meta = {"stage": c.stage, "teacher_hash": origin.get("hash", ""), "teacher": origin}
     meta |= {"data": data.identity} if data.identity else {}
     expected = {key: meta[key] for key in meta if key != "teacher"}
-    keep, every = options["keep"], options["checkpoint_every"]
-    checkpoints = Checkpoints(workdir / "checkpoints", keep=keep, every=every)
+    every = c.log.checkpoint_every
+    checkpoints = Checkpoints(workdir / "checkpoints", keep=c.log.keep, every=every)
     restored = checkpoints.restore_latest(state, expected, donate=True)
     state = restored[0] if restored else state
     start = int(state.step)
     write_json_atomic(workdir / "config.json", c.to_dict())
-    if start >= total:
-        print(f"{workdir} is at step {start} of {total}: nothing to do", flush=True)
+    if start >= c.steps:
+        print(f"{workdir} is at step {start} of {c.steps}: nothing to do", flush=True)
         return
 
     # --- Loop: the host prepares one step while the devices work on the one before.
@@ -91,11 +87,11 @@ def train(c: Config, workdir: Path, overridden: list[str], peers=None) -> None:
     programs = compile_updates(lowered)
     updates = {batch["latents"].shape: each for batch, each in zip(shapes, programs, strict=True)}
     passes = range(len(programs[0]))
-    stream = prefetch(data.batches, start * len(passes), depth, to_devices)
-    lines = MetricLog(workdir, resume_step=start, progress=Progress(total, start))
-    stop, in_a_row, clock = Stop(peers), 0, Clock(start, images)
+    stream = prefetch(data.batches, start * len(passes), c.data.prefetch, to_devices)
+    lines = MetricLog(workdir, resume_step=start, progress=Progress(c.steps, start))
+    stop, in_a_row, clock = Stop(peers), 0, Clock(start, c.data.batch_size)
     with checkpoints, profile, contextlib.closing(stream) as batches, lines as log:
-        for step in range(start + 1, total + 1):
+        for step in range(start + 1, c.steps + 1):
             profile.at(step, state)
             metrics = {}
             for k in passes:
@@ -106,8 +102,8 @@ def train(c: Config, workdir: Path, overridden: list[str], peers=None) -> None:
                     state, more = update(state, batch, frozen)
                 metrics |= more
             stopping = stop.after(step)
-            last = step == total or stopping
-            sample = preview and (step % options["sample_every"] == 0 or step == total)
+            last = step == c.steps or stopping
+            sample = preview and (step % c.log.sample_every == 0 or step == c.steps)
             save = step % every == 0 or last
             # The value of the step before, so that the devices always have work queued; this step's
             # own where the state itself is needed next.
@@ -116,13 +112,13 @@ def train(c: Config, workdir: Path, overridden: list[str], peers=None) -> None:
                 bad = int(jax.device_get(in_a_row if sample or save else before))
             with clock("log"):
                 log.flush()  # the line of the step before
-            if diagnose and step % options["diagnostics_every"] == 0:
+            if diagnose and step % c.log.diagnostics_every == 0:
                 if batch["latents"].shape != shapes[0]["latents"].shape:
                     batch = to_devices(data.batches(data.next_of_first(number)))
                 metrics |= diagnose(state, batch, frozen)
-            if step % options["every"] == 0 or last:
+            if step % c.log.every == 0 or last:
                 log.defer(step, metrics | clock.lap(step))
-            check_finite(bad, limit, workdir, step, metrics)
+            check_finite(bad, c.max_nonfinite, workdir, step, metrics)
             with clock("log"):
                 if sample:
                     log.image(step, "raw", preview(state.params, frozen))
@@ -148,7 +144,7 @@ def main(argv: list[str]) -> None:
     distributed.add_flags(parser)
     flags, config = cli.parse_with_config(parser, argv)
     with distributed.joined(flags) as peers:
-        train(config, Path(flags.workdir), cli.overridden_keys(argv), peers)
+        train(config, Path(flags.workdir), peers)
 
 
 if __name__ == "__main__":

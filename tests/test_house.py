@@ -1,4 +1,4 @@
-"""The house rules that a machine can check: file tree, sizes, requirements, commands, wording."""
+"""The house rules that a machine can check: docstrings, sizes, requirements, commands, wording."""
 
 import ast
 import functools
@@ -72,38 +72,17 @@ def section(markdown: str, title: str) -> str:
     return match.group(1)
 
 
-def file_tree(block: str) -> dict[str, str]:
-    """Reads an indented tree, two spaces a level, folders ending in ``/``: path -> description."""
-    folders, files = [], {}
-    for line in block.splitlines():
-        if not line.strip():
-            continue
-        depth, rest = divmod(len(line) - len(line.lstrip()), 2)
-        assert rest == 0 and depth <= len(folders), f"odd indentation: {line!r}"
-        name, _, description = line.strip().partition(" ")
-        folders = folders[:depth]
-        if name.endswith("/"):
-            folders.append(name)
-            continue
-        path = "".join(folders) + name
-        assert path not in files, f"{path} stands in the tree twice"
-        files[path] = description.strip()
-    return files
-
-
-def test_file_tree_parser():
-    block = "a/  folder\n  b.py    about b\n  c/\n    d.py  about d\ne.md  about e\n"
-    assert file_tree(block) == {"a/b.py": "about b", "a/c/d.py": "about d", "e.md": "about e"}
-
-
-def test_readme_lists_every_file_in_one_line():
-    block = section((ROOT / "README.md").read_text(), "Files").split("```")[1]
-    tree = file_tree(block.partition("\n")[2])
-    files = {str(path) for path in repository_files()}
-    missing, gone = sorted(files - tree.keys()), sorted(tree.keys() - files)
-    assert not missing, f"README.md's file tree lacks {missing}"
-    assert not gone, f"README.md's file tree names files that do not exist: {gone}"
-    assert not [path for path, description in tree.items() if not description]
+@pytest.mark.xfail(strict=True, reason="until the last docstrings are written anew")
+def test_every_module_says_in_one_sentence_what_it_is():
+    """A noun phrase or a verb, on the first line: the list of files that README does without."""
+    wrong = {}
+    for path, text in text_files().items():
+        if path.suffix == ".py":
+            line = (ast.get_docstring(ast.parse(text)) or "").partition("\n")[0]
+            opening = re.match(r"(?:what|where|how|which|why|when|who)\b", line, re.IGNORECASE)
+            if not line.endswith(".") or len(line) >= 112 or opening:
+                wrong[str(path)] = line
+    assert not wrong
 
 
 def test_no_file_is_longer_than_400_lines():
@@ -118,7 +97,8 @@ def test_no_file_is_longer_than_400_lines():
 def imports_of(folders: set[str]) -> dict[str, set[str]]:
     """Third-party modules imported below the named top folders: module -> files."""
     ours = [path for path in repository_files() if path.suffix == ".py"]
-    local = {path.parts[0] for path in ours} | {p.stem for p in ours if p.parts[0] == "tests"}
+    local = {path.parts[0] for path in ours} | {"helpers"}
+    local |= {path.stem for path in ours if path.parts[0] == "tests"}
     found: dict[str, set[str]] = {}
     for path, text in text_files().items():
         if path.suffix != ".py" or path.parts[0] not in folders:

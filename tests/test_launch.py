@@ -108,7 +108,7 @@ def test_local_pod_runs_processes_and_returns_a_failure():
 
 
 def test_local_pod_connects_two_processes(tmp_path):
-    worker = ROOT / "tests" / "pod_worker.py"
+    worker = ROOT / "tests" / "helpers" / "pod_worker.py"
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
     words = [sys.executable, worker, "--distributed", "--steps", "5", "--mark", tmp_path]
     result = run("local_pod.sh", "2", "--devices", "2", "--", *words, env=environment)

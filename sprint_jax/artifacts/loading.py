@@ -7,7 +7,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from ..checkpoints.checkpoint import load_params
 from ..checkpoints.locate import locate
 from ..checkpoints.workdir import is_student, read_workdir_config
 from ..core.errors import UserError
@@ -42,6 +41,9 @@ def load_parts(
 
 
 def _from_workdir(folder: Path, dtype, params: str, shardings) -> dict[str, Any]:
+    # Imported here, so that other models load without Orbax.
+    from ..checkpoints.checkpoint import load_params
+
     c = read_workdir_config(folder)
     if c.data.source != "digits" and not c.data.encoders:
         raise UserError(

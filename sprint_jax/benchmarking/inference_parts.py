@@ -1,5 +1,6 @@
-"""What ``benchmark sample`` times: text encoder, transformer, decoder, and from prompts to pictures."""
+"""The parts of ``benchmark sample``: text encoder, transformer, decoder, and the whole to pictures."""
 
+import argparse
 import dataclasses
 import os
 import resource
@@ -22,10 +23,10 @@ from ..models.dc_ae import AutoencoderDC, Decoder
 from ..models.sana import SanaTransformer
 from ..pipeline import SprintPipeline
 from . import torch_reference as reference
-from .workloads import FACTOR, STUDENTS, compiled, network_calls, network_inputs, random_params
+from .timing import compiled, first_call, waiting
+from .workloads import FACTOR, STUDENTS, network_calls, network_inputs, random_params
 
 PARTS = ("text", "transformer", "decoder", "whole")
-OF_SIZE = ("transformer", "decoder")  # what random weights are enough for
 
 
 class Part(NamedTuple):
@@ -48,17 +49,9 @@ class Part(NamedTuple):
     error: Callable | None
 
 
-class Setup(NamedTuple):
-    """What is timed on what: JAX's dtype by name, torch's device, sizes, and whether to compare."""
-
-    folder: str | None
-    size: str
-    dtype: str
-    device: str
-    image: tuple[int, int]
-    against: bool
-    torch_compile: bool
-    stacked: bool
+def possible(folder: str | None) -> tuple[str, ...]:
+    """Returns the parts that can be timed; texts need a pipeline folder."""
+    return PARTS if folder else ("transformer", "decoder")
 
 
 def torch_device() -> str:
@@ -73,62 +66,65 @@ def torch_device() -> str:
     )
 
 
-def parts(setup: Setup, names: tuple[str, ...], batches: tuple[int, ...], steps) -> Iterator[Part]:
-    """The parts asked for, one batch size after the other; each is built when it is due."""
-    if "transformer" in names:
-        yield from _transformer(setup, batches)
-    if "decoder" in names:
-        yield from _decoder(setup, batches)
-    if "text" in names or "whole" in names:
-        yield from _pipeline(setup, names, batches, steps)
+def parts(flags: argparse.Namespace) -> Iterator[Part]:
+    """Yields the parts that the command's flags ask for, one batch size after the other.
+
+    Each is built when it is due.
+    """
+    device = torch_device() if flags.against else "cpu"
+    if "transformer" in flags.parts:
+        yield from _transformer(flags, device)
+    if "decoder" in flags.parts:
+        yield from _decoder(flags, device)
+    if "text" in flags.parts or "whole" in flags.parts:
+        yield from _pipeline(flags, device)
 
 
-def _transformer(setup: Setup, batches) -> Iterator[Part]:
-    if setup.folder:
-        fields, params = load_transformer(Path(setup.folder) / "transformer", setup.dtype)
+def _transformer(flags: argparse.Namespace, device: str) -> Iterator[Part]:
+    if flags.model:
+        fields, params = load_transformer(Path(flags.model) / "transformer", flags.dtype)
     else:
-        fields, params = STUDENTS[setup.size], None
-    model = SanaTransformer(**(fields | {"dtype": jnp.dtype(setup.dtype)}))
+        fields, params = STUDENTS[flags.size], None
+    model = SanaTransformer(**(fields | {"dtype": jnp.dtype(flags.dtype)}))
     module = None
-    if setup.against and setup.folder:
-        module = reference.load_transformer_module(setup.folder)
-    elif setup.against:
-        module, params = reference.make_transformer(fields, setup.dtype)
-    for batch in batches:
-        arrays = network_inputs(fields, batch, *setup.image)
+    if flags.against and flags.model:
+        module = reference.load_module(flags.model, "transformer")
+    elif flags.against:
+        module, params = reference.make_transformer(fields, flags.dtype)
+    for batch in flags.batch:
+        arrays = network_inputs(fields, batch, *flags.image)
         if params is None:
             params = random_params(model, arrays)
-            params = jax.tree.map(lambda leaf: leaf.astype(setup.dtype), params)
-        if not setup.stacked and isinstance(params["transformer_blocks"], dict):
+            params = jax.tree.map(lambda leaf: leaf.astype(flags.dtype), params)
+        if not flags.stacked and isinstance(params["transformer_blocks"], dict):
             params = jax.jit(unstack_blocks)(params)
-        inputs = jax.device_put(arrays)
-        ours, seconds = compiled(network_calls(model)["forward"], params, inputs)
+        ours, seconds = compiled(network_calls(model)["forward"], params, jax.device_put(arrays))
         theirs = {}
         if module is not None:
-            arms = reference.TransformerArms(module, arrays, setup.device, setup.dtype)
+            arms = reference.TransformerArms(module, arrays, device, flags.dtype)
             theirs[reference.EAGER] = arms.workloads(["forward"])["forward"]
-            if setup.torch_compile:
+            if not flags.no_compile:
                 theirs[reference.COMPILED] = arms.compiled().workloads(["forward"])["forward"]
-        yield Part("transformer", batch, ours, seconds, theirs, _error)
+        yield Part("transformer", batch, ours, seconds, theirs, reference.relative_error)
 
 
-def _decoder(setup: Setup, batches) -> Iterator[Part]:
+def _decoder(flags: argparse.Namespace, device: str) -> Iterator[Part]:
     module = None
-    if setup.folder:
-        config, params = load_autoencoder(Path(setup.folder) / "vae", setup.dtype)
-        module = reference.load_autoencoder_module(setup.folder) if setup.against else None
-    elif setup.against:
-        module, config, params = reference.make_autoencoder(setup.dtype)
+    if flags.model:
+        config, params = load_autoencoder(Path(flags.model) / "vae", flags.dtype)
+        module = reference.load_module(flags.model, "vae") if flags.against else None
+    elif flags.against:
+        module, config, params = reference.make_autoencoder(flags.dtype)
     else:
         config = AutoencoderDC()
         shapes = jax.eval_shape(config.init, jax.random.key(0))["decoder"]
         draw = np.random.default_rng(0).normal
-        params = jax.tree.map(lambda s: jnp.asarray(draw(0, 0.02, s.shape), setup.dtype), shapes)
+        params = jax.tree.map(lambda s: jnp.asarray(draw(0, 0.02, s.shape), flags.dtype), shapes)
         params = {"decoder": params}
-    config = dataclasses.replace(config, dtype=jnp.dtype(setup.dtype))
+    config = dataclasses.replace(config, dtype=jnp.dtype(flags.dtype))
     decoder = Decoder(config, config.dtype)
-    height, width = (side // FACTOR for side in setup.image)
-    for batch in batches:
+    height, width = (side // FACTOR for side in flags.image)
+    for batch in flags.batch:
         shape = (batch, height, width, config.latent_channels)
         latents = np.random.default_rng(0).normal(size=shape).astype(np.float32)
 
@@ -138,47 +134,44 @@ def _decoder(setup: Setup, batches) -> Iterator[Part]:
         ours, seconds = compiled(decode, params["decoder"], jnp.asarray(latents))
         theirs = {}
         if module is not None:
-            theirs = reference.decoder_arms(
-                module, latents, setup.device, setup.dtype, setup.torch_compile
-            )
-        yield Part("decoder", batch, ours, seconds, theirs, _error)
+            how = device, flags.dtype, not flags.no_compile
+            theirs = reference.decoder_arms(module, latents, *how)
+        yield Part("decoder", batch, ours, seconds, theirs, reference.relative_error)
 
 
-def _pipeline(setup: Setup, names, batches, steps) -> Iterator[Part]:
-    pipe = SprintPipeline.from_pretrained(setup.folder, jnp.dtype(setup.dtype))
+def _pipeline(flags: argparse.Namespace, device: str) -> Iterator[Part]:
+    pipe = SprintPipeline.from_pretrained(flags.model, jnp.dtype(flags.dtype))
     theirs = {}
-    if setup.against:
-        theirs[reference.EAGER] = reference.PipelineArms(setup.folder, setup.device, setup.dtype)
-        if setup.torch_compile:
+    if flags.against:
+        theirs[reference.EAGER] = reference.PipelineArms(flags.model, device, flags.dtype)
+        if not flags.no_compile:
             theirs[reference.COMPILED] = theirs[reference.EAGER].compiled()
-    height, width = setup.image
-    for batch in batches:
+    height, width = flags.image
+    for batch in flags.batch:
         prompts = [f"a photo of {number} birds on a wire" for number in range(1, batch + 1)]
-        if "text" in names:
-            call = _call(pipe.encode_text, prompts)
-            arms = {
-                arm: each.text(prompts) for arm, each in theirs.items() if arm == reference.EAGER
-            }
-            yield Part("text", batch, call, _seconds(call), arms, None)
-        for count in steps if "whole" in names else ():
+        if "text" in flags.parts:
+            call = waiting(pipe.encode_text, prompts)
+            eager = {arm: each for arm, each in theirs.items() if arm == reference.EAGER}
+            arms = {arm: each.text(prompts) for arm, each in eager.items()}
+            yield Part("text", batch, call, first_call(call), arms, None)
+        for count in flags.steps if "whole" in flags.parts else ():
             how = dict(steps=count, height=height, width=width, batch_size=batch)
-            call = _call(pipe, prompts, **how)
+            call = waiting(pipe, prompts, **how)
             arms = {arm: each.whole(prompts, count, height, width) for arm, each in theirs.items()}
-            yield Part(f"whole, {count} steps", batch, call, _seconds(call), arms, None)
+            yield Part(f"whole, {count} steps", batch, call, first_call(call), arms, None)
 
 
 def first_picture(folder: str, dtype: str, image: tuple[int, int]) -> dict[str, float]:
-    """Seconds of a process that loads, compiles, draws and writes one picture: {'cold': with an empty
-    compilation cache, 'warm': with the one that it left}. Run it before this process takes a device."""
+    """Times a process that loads, compiles, draws and writes one picture, in seconds.
+
+    Returns {'cold': with an empty compilation cache, 'warm': with the one that the first left}. To be called
+    before this process takes a device.
+    """
     height, width = image
     with tempfile.TemporaryDirectory() as scratch:
         words = [sys.executable, "-m", "sprint_jax.sample", "--model", folder, "--prompt", "a bird"]
-        words += [
-            "--steps=2",
-            f"--size={height}x{width}",
-            f"--out={scratch}/out",
-            f"--dtype={dtype}",
-        ]
+        words += ["--steps=2", f"--size={height}x{width}", f"--dtype={dtype}"]
+        words += [f"--out={scratch}/out"]
         environment = os.environ | {"JAX_COMPILATION_CACHE_DIR": f"{scratch}/cache"}
         seconds = {}
         for name in ("cold", "warm"):
@@ -191,23 +184,9 @@ def first_picture(folder: str, dtype: str, image: tuple[int, int]) -> dict[str, 
 
 
 def peak_memory() -> dict[str, float]:
-    """The most memory in GB so far: {'device': of the accelerator} or {'process': of this process}."""
+    """Returns the most memory so far, GB: {'device': of the accelerator} or {'process': of this process}."""
     statistics: dict[str, Any] = jax.devices()[0].memory_stats() or {}
     if "peak_bytes_in_use" in statistics:
         return {"device": round(statistics["peak_bytes_in_use"] / 1e9, 3)}
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # kB; bytes on macOS
     return {"process": round(peak / (1e9 if sys.platform == "darwin" else 1e6), 3)}
-
-
-def _error(ours, theirs) -> float:
-    return reference.relative_error(ours, reference.to_numpy(theirs))
-
-
-def _call(function, *arguments, **keywords):
-    return lambda: jax.block_until_ready(function(*arguments, **keywords))
-
-
-def _seconds(call) -> float:
-    began = time.perf_counter()
-    call()
-    return time.perf_counter() - began

@@ -1,4 +1,4 @@
-"""Timing of two or more ways to do one thing on a machine that others may use too.
+"""Timing of two or more ways to do one thing, on a machine that others may use too.
 
 Arms take turns within every round (A, B, A, B, ...), since speeds of one machine differ by half from
 one hour to the next, and ratios are taken round by round. A round during which other processes took
@@ -6,11 +6,14 @@ more than a share of our cores is dropped and counted.
 """
 
 import os
+import platform
 import statistics
 import time
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
+
+import jax
 
 WARM_CALLS = 3
 FOREIGN_LIMIT = 0.12
@@ -63,17 +66,45 @@ class ForeignLoad:
         busy = total = 0.0
         for name, *counts in (line.split() for line in lines if line.startswith("cpu")):
             if name in ours:
-                ticks = [
-                    int(count) for count in counts[:8]
-                ]  # the rest, guests, is in the first two
+                ticks = [int(count) for count in counts[:8]]  # guests are in the first two
                 total += sum(ticks)
                 busy += sum(ticks) - ticks[3] - ticks[4]  # idle, waiting for a disk
         rate = os.sysconf("SC_CLK_TCK")
         return busy / rate, total / rate, time.process_time()
 
 
+def header(command: str, **more: Any) -> dict[str, Any]:
+    """Returns the first line of a benchmark: its command, and what the numbers were taken on."""
+    return {
+        "command": command,
+        "device": jax.devices()[0].device_kind,
+        "processor": platform.processor() or platform.machine(),
+        "cores": len(os.sched_getaffinity(0)),
+        "load_before": round(os.getloadavg()[0], 2),
+        "jax": jax.__version__,
+        "glibc_tunables": os.environ.get("GLIBC_TUNABLES", ""),
+    } | more
+
+
+def compiled(function: Callable, *arguments: Any) -> tuple[Callable, float]:
+    """Compiles a function for its arguments; a compiled program cannot compile again.
+
+    Returns:
+      a call without arguments that waits for its result; seconds that tracing and compiling took.
+    """
+    began = time.perf_counter()
+    program = jax.jit(function).lower(*arguments).compile()
+    seconds = time.perf_counter() - began
+    return waiting(program, *arguments), seconds
+
+
+def waiting(function: Callable, *arguments: Any, **keywords: Any) -> Callable[[], object]:
+    """Returns a call of ``function`` that waits for its result."""
+    return lambda: jax.block_until_ready(function(*arguments, **keywords))
+
+
 def first_call(call: Callable[[], object]) -> float:
-    """Seconds that a call takes the first time, compilation and all."""
+    """Returns the seconds that a call takes the first time, compilation and all."""
     began = time.perf_counter()
     call()
     return time.perf_counter() - began
@@ -116,7 +147,7 @@ def paired_rounds(
 
 
 def summarize(rounds: list[Round], base: str, limit: float = FOREIGN_LIMIT) -> dict:
-    """What rounds say: milliseconds of each arm, and other arms over ``base``, round by round.
+    """Returns milliseconds of each arm, and those of other arms over ``base``'s, round by round.
 
     Returns:
       'rounds' kept, 'dropped', 'foreign' [minimum, median, maximum] of all rounds or 'not recorded',
@@ -140,6 +171,6 @@ def summarize(rounds: list[Round], base: str, limit: float = FOREIGN_LIMIT) -> d
 
 
 def spread(values: Iterable[float]) -> list[float]:
-    """[minimum, median, maximum] to four digits."""
+    """Returns [minimum, median, maximum], to four digits."""
     values = list(values)
     return [float(f"{f(values):.4g}") for f in (min, statistics.median, max)]

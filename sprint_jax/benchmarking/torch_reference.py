@@ -1,4 +1,4 @@
-"""What benchmarks compare with: diffusers' networks on random weights, eager and compiled by torch.
+"""Diffusers' networks to compare with, on random weights or those of a folder, eager and compiled by torch.
 
 Torch and diffusers are imported when a function here is called, never by importing this module.
 Functions take and return NumPy arrays in our layout, channels last.
@@ -74,20 +74,13 @@ def make_autoencoder(dtype: Any = np.float32) -> tuple[Any, AutoencoderDC, Any]:
         return model, *load_autoencoder(Path(folder), dtype)
 
 
-def load_transformer_module(folder: str) -> Any:
-    """Diffusers' transformer of a pipeline folder."""
+def load_module(folder: str, part: str) -> Any:
+    """Loads diffusers' ``transformer`` or ``vae`` of a pipeline folder."""
     import_torch()
     import diffusers
 
-    return diffusers.SanaTransformer2DModel.from_pretrained(folder, subfolder="transformer").eval()
-
-
-def load_autoencoder_module(folder: str) -> Any:
-    """Diffusers' autoencoder of a pipeline folder."""
-    import_torch()
-    import diffusers
-
-    return diffusers.AutoencoderDC.from_pretrained(folder, subfolder="vae").eval()
+    kinds = {"transformer": diffusers.SanaTransformer2DModel, "vae": diffusers.AutoencoderDC}
+    return kinds[part].from_pretrained(folder, subfolder=part).eval()
 
 
 def decoder_arms(model, latents, device: str, dtype: str, torch_compile: bool) -> dict:
@@ -312,6 +305,6 @@ def gradient_error(fields: dict, ours: Any, theirs: dict[str, np.ndarray]) -> fl
 
 
 def relative_error(ours, theirs) -> float:
-    """|ours - theirs| / |theirs|, Euclidean."""
-    ours, theirs = np.asarray(ours, np.float64), np.asarray(theirs, np.float64)
+    """|ours - theirs| / |theirs|, Euclidean, of an array and a tensor (see `to_torch`)."""
+    ours, theirs = np.asarray(ours, np.float64), to_numpy(theirs).astype(np.float64)
     return float(np.linalg.norm(ours - theirs) / np.linalg.norm(theirs))

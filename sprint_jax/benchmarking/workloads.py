@@ -1,8 +1,6 @@
-"""What benchmarks time: the network's four ways of being called, on inputs of random numbers."""
+"""The workloads of benchmarks: a network called in four ways, on inputs of random numbers."""
 
-import time
 from collections.abc import Callable
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -33,7 +31,7 @@ STUDENTS = {
 
 
 def network_inputs(fields: dict, batch: int, height: int, width: int) -> dict[str, np.ndarray]:
-    """Random inputs of a student; float32, the mask int32.
+    """Returns random inputs of a student; float32, the mask int32.
 
     Args:
       fields: of SanaTransformer, with ``guidance_embeds``.
@@ -61,7 +59,7 @@ def network_inputs(fields: dict, batch: int, height: int, width: int) -> dict[st
 
 
 def network_calls(model: SanaTransformer) -> dict[str, Callable]:
-    """{workload: function of (params, inputs)}, not compiled.
+    """Returns {workload: function of (params, inputs)}, not compiled.
 
     'forward' is the velocity; 'jvp' the velocity and its derivative along ``dx, dt``; 'backward' the
     mean squared distance to ``target`` and its gradient; 'scm' the loss and the gradient of `scm_loss` for a
@@ -100,7 +98,7 @@ def network_calls(model: SanaTransformer) -> dict[str, Callable]:
 
 
 def random_params(model: SanaTransformer, inputs: dict) -> dict:
-    """Parameters that are nowhere zero, as those of layers that start at zero would be."""
+    """Draws parameters that are nowhere zero, as those of layers that start at zero would be."""
     arrays = (inputs[key] for key in ("x", "t", "text", "mask", "guidance"))
     keys = jax.random.split(jax.random.key(0))
     params = jax.jit(model.init)(keys[0], *arrays)["params"]
@@ -108,12 +106,3 @@ def random_params(model: SanaTransformer, inputs: dict) -> dict:
     keys = jax.random.split(keys[1], len(leaves))
     noise = [0.02 * jax.random.normal(k, a.shape) for k, a in zip(keys, leaves, strict=True)]
     return jax.tree.map(jnp.add, params, jax.tree.unflatten(tree, noise))
-
-
-def compiled(function: Callable, *arguments: Any) -> tuple[Callable, float]:
-    """The compiled function as a call without arguments that waits for its result, and the seconds that
-    tracing and compiling took. A compiled program cannot compile again."""
-    began = time.perf_counter()
-    program = jax.jit(function).lower(*arguments).compile()
-    seconds = time.perf_counter() - began
-    return lambda: jax.block_until_ready(program(*arguments)), seconds

@@ -5,60 +5,42 @@ A checkpoint ``DIRECTORY/STEP`` holds two items: ``state`` (every leaf of the tr
 the hash of the record itself). Orbax writes asynchronously into a temporary directory and renames
 it when all is there, so that a killed process leaves no half checkpoint under a step's name.
 
-What the record adds: Orbax checks the index of its files but not the data in them (a flipped bit in
-an array restores without a complaint), and it converts dtypes silently. Here the hashes of what was
-restored must equal those taken before saving, and shapes, dtypes and meta are compared before any
-array is read.
+What the record adds: neither Orbax nor TensorStore notices a flipped bit in an array. Here the hashes of
+what was restored must equal those taken before saving, and shapes, dtypes and meta are compared before
+any array is read.
 
 Memory of the host: a state of up to `ASYNC_GB` per process is copied there and written while training
 goes on. Orbax can bound that copy or let the caller go on at once, not both, since arrays that still
 wait on the device must not be overwritten. So a larger state is written a piece at a time and `save`
-returns when all is on disk. Reading is in pieces as well, and hashes are computed on the devices, one
-leaf after the other. benchmarks/checkpoint_memory.py measures all of this.
+returns when all is on disk. Leaves are read and hashed one after the other, the hashes on the devices.
+benchmarks/checkpoint_memory.py measures all of this.
 """
 
 import contextlib
 import json
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
+import flax
 import jax
-import jax.numpy as jnp
 import orbax.checkpoint as ocp
 from etils import epath
 from jax.experimental import multihost_utils
 
 from ..core.errors import UserError
-from ..core.fingerprint import describe, digest, fingerprint, leaf_table
-from .orbax_io import (
-    Damaged,
-    await_debris,
-    make_writer,
-    one_line,
-    open_reader,
-    quiet_failures,
-    quiet_logs,
-    read,
-    restore_args,
-    streamed,
-)
-
-__all__ = ["Checkpoints", "fingerprint", "load_params"]
+from ..core.fingerprint import describe, digest, leaf_table
+from . import orbax_io
+from .orbax_io import Damaged, on_every_process, one_line
 
 Tree = Any
 Meta = dict[str, Any]
 ASYNC_GB = 4.0  # of a state per process that may be copied to the host at once, 10**9 bytes
 
 
-def _warn(text: str) -> None:
-    if jax.process_index() == 0:
-        print(f"warning: {text}", file=sys.stderr, flush=True)
-
-
-def _read_record(manager: ocp.CheckpointManager, step: int) -> dict[str, Any]:
+def _read_record(checkpoint: epath.Path) -> dict[str, Any]:
     """The record of a checkpoint: ``meta``, ``leaves``, ``digest``; raises `Damaged`."""
-    record = read(manager, step, ocp.args.Composite(meta=ocp.args.JsonRestore()))["meta"]
+    record = on_every_process(lambda: orbax_io.read_json(checkpoint))
     if not isinstance(record, dict) or set(record) != {"meta", "leaves", "digest"}:
         raise Damaged("it was not written by sprint_jax")
     if record["digest"] != digest([record["meta"], record["leaves"]]):
@@ -66,48 +48,44 @@ def _read_record(manager: ocp.CheckpointManager, step: int) -> dict[str, Any]:
     return record
 
 
-def _verify(leaves: dict[str, Any], tree: Tree, prefix: str = "") -> None:
-    """Raises `Damaged` when restored leaves are not bit for bit those that were saved."""
+def _read_tree(checkpoint: epath.Path, leaves: dict[str, Any], target: Tree) -> Tree:
+    """The arrays of ``target``, ShapeDtypeStructs with shardings; raises `Damaged` if not as saved."""
+    wanted, structure = jax.tree.flatten(target)
+    names = [name.replace("/", ".") for name in describe(target)]
+    arrays = on_every_process(lambda: orbax_io.read_arrays(checkpoint, names, wanted))
+    tree = jax.tree.unflatten(structure, arrays)
     found = leaf_table(tree)
-    bad = [prefix + name for name, entry in found.items() if leaves[prefix + name] != entry]
+    bad = [name for name, entry in found.items() if leaves[name] != entry]
     if bad:
         raise Damaged(f"{len(bad)} of {len(found)} leaves differ from their hash, first {bad[0]}")
+    return tree
 
 
 def _json_value(value: Any) -> Any:
     return json.loads(json.dumps(value))
 
 
+def _signatures(leaves: dict[str, Any]) -> dict[str, str]:
+    return {name: f"{entry['dtype']}{entry['shape']}" for name, entry in leaves.items()}
+
+
 def _differences(expected: Any, found: Any, key: str) -> Iterator[str]:
     """One phrase per leaf of nested dicts that is not equal."""
     if isinstance(expected, dict) and isinstance(found, dict):
         for name in sorted(expected.keys() | found.keys()):
-            yield from _differences(
-                expected.get(name, "absent"), found.get(name, "absent"), f"{key}.{name}"
-            )
+            pair = expected.get(name, "absent"), found.get(name, "absent")
+            yield from _differences(*pair, f"{key}.{name}")
     elif expected != found:
         yield f"{key} is {found!r} in the checkpoint but {expected!r} in this run"
 
 
-def _check_meta(where: str, expected: Meta, found: Meta) -> None:
-    for name, value in _json_value(expected).items():
-        for difference in _differences(value, found.get(name, "absent"), name):
-            raise UserError(f"{where}: {difference}; restore that value or use another --workdir")
-
-
-def _check_leaves(where: str, expected: dict[str, Any], found: dict[str, Any]) -> None:
-    problems = []
-    for name in sorted(expected.keys() | found.keys()):
-        if name not in found:
-            problems.append(f"leaf {name} is missing in the checkpoint")
-        elif name not in expected:
-            problems.append(f"leaf {name} is in the checkpoint but not in this run's state")
-        elif any(expected[name][key] != found[name][key] for key in ("shape", "dtype")):
-            old, new = (f"{t[name]['dtype']}{t[name]['shape']}" for t in (found, expected))
-            problems.append(f"leaf {name} is {old} in the checkpoint but {new} in this run")
-    if problems:
-        more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
-        raise UserError(f"{where}: {problems[0]}{more}; was the config changed?")
+def _check_same(checkpoint: epath.Path, expected: Meta, found: Meta) -> None:
+    """Raises UserError, naming the first difference, unless all that is expected is found."""
+    pairs = [(value, found.get(name, "absent"), name) for name, value in expected.items()]
+    if different := [phrase for pair in pairs for phrase in _differences(*pair)]:
+        more = f" (and {len(different) - 1} more)" if len(different) > 1 else ""
+        hint = "restore that value or use another --workdir"
+        raise UserError(f"checkpoint {checkpoint}: {different[0]}{more}; {hint}")
 
 
 def _abstract(leaf: Any, sharding: jax.sharding.Sharding | None = None) -> jax.ShapeDtypeStruct:
@@ -116,7 +94,7 @@ def _abstract(leaf: Any, sharding: jax.sharding.Sharding | None = None) -> jax.S
     return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
 
 
-class Checkpoints:
+class Checkpoints(contextlib.AbstractContextManager):
     """The checkpoints of one run, for its training loop. Every process calls every method.
 
     Use as a context manager or call `close`; a process that ends before may lose the newest save.
@@ -138,17 +116,12 @@ class Checkpoints:
         self.every = every
         self._async_bytes = async_gb * 1e9
         self._quiet = contextlib.ExitStack()
-        self._quiet.enter_context(quiet_logs())
-        # A save may fail at any time, while the training goes on in this thread.
-        self._quiet.enter_context(quiet_failures())
+        self._quiet.enter_context(orbax_io.quiet_logs())
         try:
-            self._manager = make_writer(self.directory, keep)
+            self._manager = orbax_io.make_writer(self.directory, keep)
         except OSError as error:
             self._quiet.close()
             raise UserError(f"checkpoint directory {self.directory}: {one_line(error)}") from error
-
-    def __enter__(self) -> "Checkpoints":
-        return self
 
     def __exit__(self, *exception) -> None:
         self.close()
@@ -165,11 +138,8 @@ class Checkpoints:
           state: any pytree of arrays.
           meta: JSON-able dict, saved together with ``step``.
 
-        Returns:
-          Whether a save was started; False also when this step is already there.
-
-        Raises:
-          UserError: when this or the previous save cannot be written (disk full, no permission).
+        Returns whether a save was started; False also when this step is already there. Raises UserError
+        when this or the previous save cannot be written (disk full, no permission).
         """
         due = force or self.every is None or step % self.every == 0
         if not due or step in self._manager.all_steps():
@@ -178,8 +148,8 @@ class Checkpoints:
         record = {"meta": content[0], "leaves": content[1], "digest": digest(content)}
         size = sum(leaf.nbytes for leaf in jax.tree.leaves(state)) / jax.process_count()
         stream = size > self._async_bytes
-        kind = streamed if stream else ocp.args.StandardSave
-        args = ocp.args.Composite(state=kind(state), meta=ocp.args.JsonSave(record))
+        item = orbax_io.streamed(state) if stream else ocp.args.StandardSave(state)
+        args = ocp.args.Composite(state=item, meta=ocp.args.JsonSave(record))
         with self._write_errors():
             started = self._manager.save(step, args=args, force=True)
             if stream:
@@ -188,31 +158,26 @@ class Checkpoints:
 
     @contextlib.contextmanager
     def _write_errors(self) -> Iterator[None]:
-        reason = None
-        with quiet_failures():
-            try:
-                yield
-            except (MemoryError, jax.errors.JaxRuntimeError):
-                raise
-            except Exception as error:
-                # TensorStore reports a full disk as ValueError, other stores as other classes.
-                reason = one_line(error)
-            if reason is not None:
-                await_debris(seconds=0.5)  # Orbax may keep the rest until it is closed.
-        if reason is not None:
+        try:
+            yield
+        except (MemoryError, jax.errors.JaxRuntimeError):
+            raise
+        except Exception as error:
+            # TensorStore reports a full disk as ValueError, other stores as other classes.
             raise UserError(
-                f"a checkpoint in {self.directory} could not be written ({reason}); "
+                f"a checkpoint in {self.directory} could not be written ({one_line(error)}); "
                 "is the disk full? The complete ones were left alone",
                 abrupt=True,  # Orbax's other threads wait for minutes for files that will not come.
-            )
+            ) from error
 
     def restore_latest(
         self, abstract_state: Tree, expect_meta: Meta | None = None, donate: bool = False
     ) -> tuple[Tree, Meta] | None:
-        """The newest whole checkpoint, bit for bit as saved, placed as ``abstract_state`` says.
+        """Returns (state, meta) of the newest whole checkpoint; None when the directory has none at all.
 
-        A damaged checkpoint is named in a warning on stderr and the one before is used; the damaged
-        one is then renamed to ``STEP.damaged`` to make way for the run's next saves.
+        Leaves are bit for bit as saved, and placed as ``abstract_state`` says. A damaged checkpoint is
+        named in a warning on stderr and the one before is used; the damaged one is then renamed to
+        ``STEP.damaged`` to make way for the run's next saves.
 
         Args:
           abstract_state: tree of ShapeDtypeStructs with shardings (or of arrays); any mesh. Without
@@ -222,44 +187,34 @@ class Checkpoints:
           donate: frees the arrays of ``abstract_state`` before reading, so that no device must hold
             two states.
 
-        Returns:
-          (state, meta), or None when the directory has no checkpoint at all.
-
         Raises:
           UserError: meta or leaves that do not fit, naming them; or checkpoints of which none is
             whole, naming the directory.
         """
         self.wait()
         target = jax.tree.map(_abstract, abstract_state)
-        args = ocp.args.Composite(state=restore_args(target))
+        expected = _json_value(expect_meta or {}) | {"leaves": _signatures(describe(target))}
 
-        def attempt(step: int) -> tuple[Tree, Meta]:
-            record = _read_record(reader, step)
-            where = f"checkpoint {self.directory / str(step)}"
-            _check_meta(where, expect_meta or {}, record["meta"])
-            _check_leaves(where, describe(target), record["leaves"])
+        def attempt(checkpoint: epath.Path) -> tuple[Tree, Meta]:
+            record = _read_record(checkpoint)
+            leaves = {"leaves": _signatures(record["leaves"])}
+            _check_same(checkpoint, expected, record["meta"] | leaves)
             for leaf in jax.tree.leaves(abstract_state) if donate else ():
                 leaf.delete()
-            state = read(reader, step, args)["state"]
-            _verify(record["leaves"], state)
-            return state, record["meta"]
+            return _read_tree(checkpoint, record["leaves"], target), record["meta"]
 
-        with open_reader(self.directory, target) as reader:
-            result, damaged = _newest_whole(reader, self.directory, attempt)
+        result, damaged = _newest_whole(self.directory, self._manager.all_steps(), attempt)
         self._set_aside(damaged)
         return result
 
     def _set_aside(self, steps: list[int]) -> None:
-        if not steps:
-            return
-        if jax.process_index() == 0:
-            for step in steps:
-                taken = len(list(self.directory.glob(f"{step}.damaged*")))
-                name = f"{step}.damaged" + (f".{taken}" if taken else "")
-                (self.directory / str(step)).rename(self.directory / name)
-        if jax.process_count() > 1:
+        for step in steps if jax.process_index() == 0 else ():
+            taken = len(list(self.directory.glob(f"{step}.damaged*")))
+            name = f"{step}.damaged" + (f".{taken}" if taken else "")
+            (self.directory / str(step)).rename(self.directory / name)
+        if steps:
             multihost_utils.sync_global_devices("sprint_jax.checkpoint.set_aside")
-        self._manager.reload()
+            self._manager.reload()
 
     def wait(self) -> None:
         """Waits until the last save is complete; raises UserError if it could not be written."""
@@ -268,31 +223,24 @@ class Checkpoints:
 
     def close(self) -> None:
         """Waits, then frees threads; nothing else may be called afterwards."""
-        try:
-            with self._write_errors():
-                self._manager.close()
-        finally:
-            self._quiet.close()
+        with self._quiet, self._write_errors():
+            self._manager.close()
 
 
 def _newest_whole(
-    manager: ocp.CheckpointManager,
     directory: epath.Path,
-    attempt: Callable[[int], tuple[Tree, Meta]],
-    only: int | None = None,
+    steps: Iterable[int],
+    attempt: Callable[[epath.Path], tuple[Tree, Meta]],
 ) -> tuple[tuple[Tree, Meta] | None, list[int]]:
-    """Result of the first attempt, newest first, that finds no damage; and the damaged steps."""
-    steps = sorted(manager.all_steps(), reverse=True)
-    if only is not None:
-        if only not in steps:
-            raise UserError(f"{directory} has no checkpoint of step {only}; it has {steps[::-1]}")
-        steps = [only]
+    """The result of the first attempt, newest step first, that finds no damage; and the damaged steps."""
     damaged = []
-    for step in steps:
+    for step in sorted(steps, reverse=True):
         try:
-            return attempt(step), damaged
+            return attempt(directory / str(step)), damaged
         except Damaged as error:
-            _warn(f"checkpoint {directory / str(step)} is damaged and not used: {error}")
+            if jax.process_index() == 0:
+                line = f"checkpoint {directory / str(step)} is damaged and not used: {error}"
+                print(f"warning: {line}", file=sys.stderr, flush=True)
             damaged.append(step)
     if damaged:
         raise UserError(
@@ -304,15 +252,13 @@ def _newest_whole(
 
 def _nested(leaves: dict[str, Any], field: str) -> Tree:
     """The subtree ``field`` of a table of leaves as nested dicts of ShapeDtypeStructs."""
-    tree: dict[str, Any] = {}
-    for name, entry in leaves.items():
-        if name.startswith(f"{field}/"):
-            *keys, last = name.split("/")[1:]
-            node = tree
-            for key in keys:
-                node = node.setdefault(key, {})
-            node[last] = jax.ShapeDtypeStruct(tuple(entry["shape"]), jnp.dtype(entry["dtype"]))
-    return tree
+    return flax.traverse_util.unflatten_dict(
+        {
+            tuple(name.split("/")[1:]): jax.ShapeDtypeStruct(entry["shape"], entry["dtype"])
+            for name, entry in leaves.items()
+            if name.startswith(f"{field}/")
+        }
+    )
 
 
 def load_params(
@@ -345,23 +291,21 @@ def load_params(
     if not directory.is_dir():
         raise UserError(f"{workdir} is not a training workdir: it has no directory checkpoints")
 
-    def attempt(chosen: int) -> tuple[Tree, Meta]:
-        record = _read_record(reader, chosen)
+    def attempt(checkpoint: epath.Path) -> tuple[Tree, Meta]:
+        record = _read_record(checkpoint)
         tree = _nested(record["leaves"], field)
         if not tree:
-            raise UserError(f"checkpoint {directory / str(chosen)} has no {which} parameters")
+            raise UserError(f"checkpoint {checkpoint} has no {which} parameters")
         wanted = shardings(tree) if callable(shardings) else shardings
         if wanted is not None:
             tree = jax.tree.map(_abstract, tree, jax.tree.broadcast(wanted, tree))
-        item = {field: jax.tree.map(_abstract, tree)}
-        args = ocp.args.Composite(state=restore_args(item))
-        with open_reader(directory, item) as arrays:
-            params = read(arrays, chosen, args)["state"][field]
-        _verify(record["leaves"], params, prefix=f"{field}/")
-        return params, record["meta"]
+        target = {field: jax.tree.map(_abstract, tree)}
+        return _read_tree(checkpoint, record["leaves"], target)[field], record["meta"]
 
-    with quiet_logs(), open_reader(directory) as reader:
-        result, _ = _newest_whole(reader, directory, attempt, only=step)
+    steps = sorted(ocp.utils.checkpoint_steps(directory))
+    if step is not None and step not in steps:
+        raise UserError(f"{directory} has no checkpoint of step {step}; it has {steps}")
+    result, _ = _newest_whole(directory, steps if step is None else [step], attempt)
     if result is None:
         raise UserError(f"{directory} has no complete checkpoint yet; train longer")
     return result

@@ -1,1 +1,1 @@
-"""What every room may use and what knows no room: errors, configs, command lines, files, pictures."""
+"""Code that every room may use and that knows no room: errors, configs, command lines, files, pictures."""

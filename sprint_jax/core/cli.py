@@ -1,4 +1,4 @@
-"""What the commands share: flags, one-line errors, exit codes.
+"""The command lines: flags, one-line errors and exit codes.
 
 A command is a module with ``main(argv)`` that ends with::
 
@@ -19,12 +19,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NoReturn
 
-import jax
-
 from .config import Config, load_config
 from .errors import UserError
 
-# Conditions of the machine, not of the code: one line says all there is to say.
+# Conditions of the machine, not of the code: they need no traceback.
 _MACHINE_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS)
 
 
@@ -87,23 +85,19 @@ class Parser(argparse.ArgumentParser):
 
 
 def make_parser(command: str, description: str | None) -> Parser:
-    """A parser for ``python -m sprint_jax.<command>``.
-
-    Args:
-      command: the module's name, such as ``"train"``.
-      description: shown by ``--help`` as it is; usually the module's docstring.
-    """
+    """Returns a parser for ``python -m sprint_jax.<command>``; ``--help`` shows the description as it is."""
     return Parser(prog=f"python -m sprint_jax.{command}", description=description)
 
 
 def use_compilation_cache() -> None:
-    """Keeps compiled programs on disk, so that a command's second start compiles nothing.
+    """Keeps compiled programs in ``~/.cache/sprint_jax`` (or below ``XDG_CACHE_HOME``), up to 4 GB.
 
-    In ``~/.cache/sprint_jax`` (or below ``XDG_CACHE_HOME``), up to 4 GB, the least used go first; where
-    ``JAX_COMPILATION_CACHE_DIR`` is set, even to nothing, JAX's own settings hold.
+    Where ``JAX_COMPILATION_CACHE_DIR`` is set, even to nothing, JAX's own settings hold.
     """
     if "JAX_COMPILATION_CACHE_DIR" in os.environ:
         return
+    import jax  # here, so that --help and wrong flags do not wait for it
+
     home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
     jax.config.update("jax_compilation_cache_dir", str(Path(home) / "sprint_jax"))
     # With a limit JAX locks the folder, which commands that run side by side need.
@@ -111,18 +105,18 @@ def use_compilation_cache() -> None:
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
 
 
-def parse_size(text: str | None) -> tuple[int | None, int | None]:
-    """(height, width) of a ``--size HxW``; Nones where it is not given. UserError for other words."""
+def parse_size(text: str | None, flag: str = "--size") -> tuple[int | None, int | None]:
+    """Returns (height, width) of a ``--size HxW``, Nones where it is not given; else a UserError."""
     if text is None:
         return None, None
     match = re.fullmatch(r"(\d+)x(\d+)", text)
     if match is None:
-        raise UserError(f"--size {text} must be HEIGHTxWIDTH, such as 16x16", exit_code=2)
+        raise UserError(f"{flag} {text} must be HEIGHTxWIDTH, such as 16x16", exit_code=2)
     return int(match[1]), int(match[2])
 
 
 def add_config(parser: Parser) -> None:
-    """Adds the required ``--config FILE.py[:WORDS]``, for `parse_with_config`."""
+    """Adds the required flag ``--config FILE.py[:WORDS]``, for `parse_with_config`."""
     parser.add_argument(
         "--config",
         required=True,
@@ -136,11 +130,8 @@ def parse_with_config(parser: Parser, argv: list[str]) -> tuple[argparse.Namespa
     """Parses ``argv`` and loads the config that ``--config`` and ``--config.key=value`` describe.
 
     Args:
-      parser: a parser on which `add_config` was called.
+      parser: one that `add_config` was called on.
       argv: the command's arguments; ``--config.key=value`` may also be written in two words.
-
-    Returns:
-      (flags without overrides, config).
 
     Raises:
       UserError: with exit code 2 for a wrong flag, file, key or value.
@@ -152,22 +143,12 @@ def parse_with_config(parser: Parser, argv: list[str]) -> tuple[argparse.Namespa
 
 def split_overrides(argv: list[str]) -> tuple[list[str], list[str]]:
     """Splits ``argv`` into ``--config.key=value`` words (two-word forms joined) and all others."""
-    overrides, rest = [], []
-    words = iter(argv)
+    overrides, rest, words = [], [], iter(argv)
     for word in words:
-        if not word.startswith("--config."):
-            rest.append(word)
-            continue
-        if "=" not in word:
-            value = next(words, None)
-            if value is None or value.startswith("--"):
+        if word.startswith("--config.") and "=" not in word:
+            value = next(words, "--")
+            if value.startswith("--"):
                 raise UserError(f"{word} needs a value: {word}=VALUE", exit_code=2)
             word = f"{word}={value}"
-        overrides.append(word)
+        (overrides if word.startswith("--config.") else rest).append(word)
     return overrides, rest
-
-
-def overridden_keys(argv: list[str]) -> list[str]:
-    """The dotted keys that ``argv`` sets by hand."""
-    words, _ = split_overrides(argv)
-    return [word.removeprefix("--config.").partition("=")[0] for word in words]

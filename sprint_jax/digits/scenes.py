@@ -16,7 +16,6 @@ import functools
 from collections.abc import Sequence
 
 import numpy as np
-import sklearn.datasets
 
 from ..core.errors import UserError
 from .captions import COLORS, RELATIONS, Prompt, draw_prompt, parse_caption, write_caption
@@ -53,6 +52,8 @@ def strokes() -> tuple[np.ndarray, np.ndarray]:
 
     Source: scikit-learn's ``load_digits``, which is part of the installed package.
     """
+    import sklearn.datasets  # here, because it takes longer to import than JAX
+
     data = sklearn.datasets.load_digits()
     return (data.images / 16).astype(np.float32), data.target
 

@@ -17,8 +17,6 @@ import numpy as np
 from ..checkpoints.locate import locate
 from ..core.errors import UserError
 from ..core.fingerprint import digest, fingerprint
-from ..digits.captions import vocabulary
-from ..digits.encoders import SpaceToDepth, WordEncoder, digits_parts
 from ..interop.diffusers import load_autoencoder
 from ..interop.gemma2 import load_text_encoder
 from ..parallel.sharding import batch_sharding, batch_ways, state_shardings
@@ -88,6 +86,9 @@ def latent_size(c: Any) -> tuple[int, int]:
     """Returns the default height and width of latents for a training's config ``c``."""
     if c.data.source != "digits":
         return c.model.sample_size, c.model.sample_size
+    # Imported here, so that other models load without the digits world.
+    from ..digits.encoders import digits_parts
+
     autoencoder, _, (height, width) = digits_parts(c.data.world)
     return height // autoencoder.factor, width // autoencoder.factor
 
@@ -137,6 +138,9 @@ def _config_digest(module: Any) -> str:
 
 
 def _digits_encoders(sharding: jax.sharding.Sharding | None) -> Encoders:
+    from ..digits.captions import vocabulary
+    from ..digits.encoders import SpaceToDepth, WordEncoder
+
     autoencoder, text_encoder = SpaceToDepth(), WordEncoder()
     factor, scaling = autoencoder.factor, autoencoder.scaling_factor
     blocks = {"factor": factor, "channels": 3 * factor**2, "scaling_factor": scaling}

@@ -16,7 +16,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
-from huggingface_hub import split_state_dict_into_shards_factory
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
@@ -237,6 +236,8 @@ def save_safetensors(
 
     Each file appears under its name when it is whole.
     """
+    from huggingface_hub import split_state_dict_into_shards_factory
+
     folder.mkdir(parents=True, exist_ok=True)
     split = split_state_dict_into_shards_factory(
         table,

@@ -4,9 +4,6 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
-from huggingface_hub import snapshot_download
-from huggingface_hub.errors import GatedRepoError, HFValidationError, RepositoryNotFoundError
-
 from ..core.errors import UserError
 
 # The files that a pipeline needs: no pickles, no other framework's weights, no pictures of a model card.
@@ -29,6 +26,10 @@ def download(repository: str, patterns: Sequence[str] = FILES) -> Path:
       UserError: no repository has that id, its licence must be accepted first, or neither network nor cache
         has it.
     """
+    # Imported here, because most commands download nothing.
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import GatedRepoError, HFValidationError, RepositoryNotFoundError
+
     try:
         return Path(snapshot_download(repository, allow_patterns=list(patterns)))
     except GatedRepoError as error:

@@ -1,14 +1,14 @@
 """Depthwise 3x3 convolution that is fast on every backend, forward and backward.
 
-GPUs and TPUs run XLA's grouped convolution. XLA's CPU backend is 20 times slower at it than nine
-shifted multiply-adds, and the weight gradient that autodiff makes of those is slow in turn: nine
-separate reductions, each of which XLA fuses with, and so repeats, whatever produced its inputs.
-Here the weight gradient is one reduction with nine outputs, which reads its inputs once.
+GPUs and TPUs run XLA's grouped convolution and its own derivatives. XLA's CPU backend is 20 times slower at
+it than nine shifted multiply-adds, and the weight gradient that autodiff makes of those is slow in turn: nine
+separate reductions, each of which XLA fuses with, and so repeats, whatever produced its inputs. On the CPU
+the weight gradient is therefore one reduction with nine outputs, which reads its inputs once.
 
-Two JAX primitives hold this, because nothing lighter does: `jax.custom_vjp` forbids the forward
-mode that sCM needs, `jax.custom_derivatives.linear_call` has no batching rule and no derivative in
-its residuals, and `jax.lax.platform_dependent` saves the residuals of every branch. Both primitives
-are bilinear and each other's transposes, so derivatives of any order and mode stay among the two.
+Two JAX primitives hold this, because nothing lighter does: `jax.custom_vjp` forbids the forward mode that
+sCM needs, and `jax.custom_derivatives.linear_call` has no batching rule and no derivative in its residuals.
+Both primitives are bilinear and each other's transposes, so derivatives of any order and mode stay among the
+two. Programs for other platforms do not contain them.
 """
 
 import operator
@@ -39,19 +39,14 @@ def depthwise_conv3x3(x: jax.Array, kernel: jax.Array, bias: jax.Array) -> jax.A
     channels = x.shape[-1]
     chex.assert_shape([x, kernel, bias], [(None,) * 4, (3, 3, channels), (channels,)])
     bias = bias.astype(x.dtype).reshape(1, 1, 1, channels)
-    return _convolve_p.bind(x, kernel.astype(x.dtype)) + bias
+    inputs = (x, kernel.astype(x.dtype))
+    return jax.lax.platform_dependent(*inputs, cpu=_convolve_p.bind, default=_grouped) + bias
 
 
-def _convolve(x, kernel):
+def _grouped(x, kernel):
     # Under 0.3 % of a transformer's FLOPs: not worth TF32 or bfloat16 passes on float32.
     highest = jax.lax.Precision.HIGHEST
     return convolve(x, kernel[:, :, None], groups=x.shape[-1], precision=highest)
-
-
-def _correlate(x, cotangent):
-    """d(loss)/d(kernel) [3, 3, C] from x and d(loss)/d(output), both [B, H, W, C]."""
-    kernel = jax.ShapeDtypeStruct((3, 3, x.shape[-1]), x.dtype)
-    return jax.linear_transpose(lambda k: _convolve(x, k), kernel)(cotangent)[0]
 
 
 def _shifts(x):
@@ -63,12 +58,13 @@ def _shifts(x):
     return [x[:, i : i + height, j : j + width] for i in range(3) for j in range(3)]
 
 
-def _convolve_cpu(x, kernel):
+def _convolve(x, kernel):
     terms = zip(_shifts(x), kernel.reshape(9, 1, 1, 1, -1), strict=True)
     return sum(shift * weight for shift, weight in terms).astype(x.dtype)
 
 
-def _correlate_cpu(x, cotangent):
+def _correlate(x, cotangent):
+    """d(loss)/d(kernel) [3, 3, C] from x and d(loss)/d(output), both [B, H, W, C]."""
     shifts = _shifts(x)
     zeros = [jnp.zeros((), shifts[0].dtype)] * 9
     # Image by image, so that its nine shifts are read from the cache, then over the batch.
@@ -100,21 +96,18 @@ def _batch(primitive, arguments, axes):
     return out.reshape(*out.shape[:-1], size, -1), out.ndim - 1
 
 
-def _primitive(name, everywhere, cpu, out_shape):
-    """A bilinear primitive that lowers to the function `cpu` on CPU, to `everywhere` elsewhere."""
+def _primitive(name, function, out_shape):
+    """Returns a bilinear primitive that lowers to a function."""
     primitive = Primitive(name)
     primitive.def_impl(jax.jit(primitive.bind))
     primitive.def_abstract_eval(lambda x, y: jax.core.ShapedArray(out_shape(x), x.dtype))
-    mlir.register_lowering(primitive, mlir.lower_fun(everywhere, multiple_results=False))
-    mlir.register_lowering(primitive, mlir.lower_fun(cpu, multiple_results=False), platform="cpu")
+    mlir.register_lowering(primitive, mlir.lower_fun(function, multiple_results=False))
     batching.primitive_batchers[primitive] = lambda *args: _batch(primitive, *args)
     return primitive
 
 
-_convolve_p = _primitive("depthwise_convolve", _convolve, _convolve_cpu, lambda x: x.shape)
-_correlate_p = _primitive(
-    "depthwise_correlate", _correlate, _correlate_cpu, lambda x: (3, 3, x.shape[-1])
-)
+_convolve_p = _primitive("depthwise_convolve", _convolve, lambda x: x.shape)
+_correlate_p = _primitive("depthwise_correlate", _correlate, lambda x: (3, 3, x.shape[-1]))
 ad.defbilinear(
     _convolve_p,
     lambda cotangent, x, kernel: _convolve_p.bind(cotangent, _flip(kernel)),

@@ -1,173 +1,100 @@
-"""How several processes become one run; nothing here happens without ``--distributed``."""
+"""Joining several processes into one run; nothing here happens without ``--distributed``."""
 
 import argparse
 import contextlib
 import os
+import re
 import socket
 import sys
+import threading
+import time
 from collections.abc import Iterator, Mapping
 
 import jax
 
 from ..core.errors import UserError
-from .peers import ROOT, Peers, Place, catch_abort
-from .rendezvous import roll_call, split_address
+from .peers import Peers
+
+# The flags that place a process, and the variables that stand in for them.
+COORDINATOR, COUNT, INDEX = "JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID"
+PLACE = {"coordinator": COORDINATOR, "process_count": COUNT, "process_index": INDEX}
+# Variables by which a launcher says that it started several processes: a number, or names of hosts.
+LAUNCHERS = (COUNT, "SLURM_STEP_NUM_TASKS", "SLURM_NTASKS", "OMPI_COMM_WORLD_SIZE")
+LAUNCHERS += ("MEGASCALE_NUM_SLICES", "TPU_WORKER_HOSTNAMES")
 
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
-    """Flags of a command that can run as several processes."""
+    """Adds the flags of a command that can run as several processes."""
     group = parser.add_argument_group("several processes")
-    group.add_argument(
-        "--distributed",
-        action="store_true",
-        help="this process is one of several; without it none is ever waited for",
-    )
-    group.add_argument(
-        "--coordinator",
-        metavar="HOST:PORT",
-        help="of process 0 (or JAX_COORDINATOR_ADDRESS); without it JAX asks SLURM, Open MPI or the TPU",
-    )
-    group.add_argument(
-        "--process_count", type=int, metavar="N", help="processes in all (or JAX_NUM_PROCESSES)"
-    )
-    group.add_argument(
-        "--process_index", type=int, metavar="I", help="this process, from 0 (or JAX_PROCESS_ID)"
-    )
-    group.add_argument(
-        "--join_timeout", type=float, default=300.0, metavar="SECONDS", help="wait for all to come"
-    )
-    group.add_argument(
-        "--peer_timeout",
-        type=float,
-        default=30.0,
-        metavar="SECONDS",
-        help="a process that gives no sign of life for so long is gone",
-    )
-    group.add_argument(
-        "--stall_timeout",
-        type=float,
-        default=1800.0,
-        metavar="SECONDS",
-        help="a run whose steps stand still for so long is stuck",
-    )
+    alone = "this process is one of several; without it none is ever waited for"
+    group.add_argument("--distributed", action="store_true", help=alone)
+    asked = "without it JAX asks SLURM, Open MPI or the TPU"
+    for name, kind, default, metavar, text in (
+        ("coordinator", str, None, "HOST:PORT", f"of process 0 (or {COORDINATOR}); {asked}"),
+        ("process_count", int, None, "N", f"processes in all (or {COUNT})"),
+        ("process_index", int, None, "I", f"this process, from 0 (or {INDEX})"),
+        ("join_timeout", float, 300.0, "SECONDS", "how long to wait until all have joined"),
+        ("peer_timeout", float, 30.0, "SECONDS", "a process that is silent for so long is gone"),
+        ("stall_timeout", float, 1800.0, "SECONDS", "a run without a step for so long is stuck"),
+    ):
+        group.add_argument(f"--{name}", type=kind, default=default, metavar=metavar, help=text)
 
 
-def several_tasks(environment: Mapping[str, str]) -> str | None:
-    """The variable by which a launcher says that it started several processes, as ``NAME=value``."""
-    names = ("JAX_NUM_PROCESSES", "SLURM_STEP_NUM_TASKS", "SLURM_NTASKS", "OMPI_COMM_WORLD_SIZE")
-    for name in (*names, "MEGASCALE_NUM_SLICES"):
-        value = environment.get(name, "")
-        if value.isdigit() and int(value) > 1:
-            return f"{name}={value}"
-    hosts = environment.get("TPU_WORKER_HOSTNAMES", "")
-    return f"TPU_WORKER_HOSTNAMES={hosts}" if "," in hosts else None
+def find_place(flags: argparse.Namespace, environment: Mapping[str, str]) -> tuple | None:
+    """Finds the place that flags and environment give this process.
 
-
-def find_place(flags: argparse.Namespace, environment: Mapping[str, str]) -> Place | None:
-    """Where flags and environment put this process; None for a run of one process.
+    Returns:
+      (``host:port`` of process 0, number of processes, number of this one); Nones where JAX finds out
+      (SLURM, Open MPI, TPU, Kubernetes); or None for a run of one process.
 
     Raises:
       UserError: with exit code 2, for several tasks without ``--distributed``, flags that need it,
         half an address, or numbers that are out of range.
     """
-    names = ("coordinator", "process_count", "process_index")
+    given = {name: getattr(flags, name) for name in PLACE if getattr(flags, name) is not None}
     if not flags.distributed:
-        given = [f"--{name}" for name in names if getattr(flags, name) is not None]
-        if given:
-            raise UserError(f"{given[0]} needs --distributed", exit_code=2)
-        if (tasks := several_tasks(environment)) is not None:
-            raise UserError(
-                f"{tasks} says that several processes were started, but --distributed is not given: each "
-                "would be a run of its own in the same --workdir; add it, or start one process",
-                exit_code=2,
-            )
+        for name in given:
+            raise UserError(f"--{name} needs --distributed", exit_code=2)
+        for name in LAUNCHERS:
+            value = environment.get(name, "")
+            if "," in value or (value.isdigit() and int(value) > 1):
+                raise UserError(
+                    f"{name}={value} says that several processes were started, but --distributed is not "
+                    "given: each would be a run of its own in the same folder; add it, or start one process",
+                    exit_code=2,
+                )
         return None
-
-    def number(flag: int | None, name: str) -> int | None:
-        if flag is not None or name not in environment:
-            return flag
-        if not environment[name].isdigit():
-            raise UserError(f"{name}={environment[name]} is not a number", exit_code=2)
-        return int(environment[name])
-
-    place = Place(
-        flags.coordinator or environment.get("JAX_COORDINATOR_ADDRESS"),
-        number(flags.process_count, "JAX_NUM_PROCESSES"),
-        number(flags.process_index, "JAX_PROCESS_ID"),
-    )
-    missing = [f"--{name}" for name, value in zip(names, place, strict=True) if value is None]
-    if 0 < len(missing) < 3:
+    values = {name: given.get(name, environment.get(PLACE[name])) for name in PLACE}
+    missing = [f"--{name}" for name, value in values.items() if value is None]
+    if len(missing) == len(PLACE):
+        return None, None, None
+    if missing:
         raise UserError(f"--distributed lacks {', '.join(missing)}", exit_code=2)
-    if not missing:
-        split_address(place.address)
-        if not 0 <= place.index < place.count:
-            raise UserError(
-                f"--process_index={place.index} is not one of {place.count} processes", exit_code=2
-            )
-    return place
-
-
-def _initialize(place: Place, join_timeout: float) -> tuple[Place, list[str]]:
-    """`jax.distributed.initialize`, after a roll call where the address is known."""
-    # JAX's own answer to SIGTERM; ours is `interrupt.Stop`.
-    jax.config.update("jax_enable_preemption_service", False)
-    hosts: list[str] = []
-    if place.address is not None:
-        hosts = roll_call(place.address, place.count, place.index, join_timeout)
-
-    def too_late(number: int) -> None:
-        print(
-            f"error: {place.address or 'the coordinator that JAX found'}: not all processes joined within "
-            f"{join_timeout:g} s; see the logs of the others, or wait longer with --join_timeout",
-            file=sys.stderr,
-            flush=True,
-        )
-        os._exit(1)
-
-    catch_abort(too_late)
-    try:
-        jax.distributed.initialize(
-            place.address,
-            place.count,
-            place.index,
-            cluster_detection_method=None if place.address is None else "deactivate",
-            initialization_timeout=max(1, int(join_timeout)),
-        )
-    except (ValueError, RuntimeError) as error:
-        if place.address is not None:
-            raise UserError(f"--distributed: {' '.join(str(error).split())}") from error
-        raise UserError(
-            "--distributed needs --coordinator, --process_count and --process_index: JAX found no SLURM, "
-            f"Open MPI, TPU or Kubernetes job to ask ({' '.join(str(error).split())})",
-            exit_code=2,
-        ) from error
-    # The store and the address have no public name; Orbax takes them from there as well.
-    state = jax._src.distributed.global_state
-    return Place(state.coordinator_address, state.num_processes, state.process_id), hosts
+    address, count, index = map(str, values.values())
+    if not re.fullmatch(r".+:\d{1,5}", address):
+        raise UserError(f"coordinator address {address!r} must be HOST:PORT", exit_code=2)
+    if not (count.isdigit() and index.isdigit() and int(index) < int(count)):
+        raise UserError(f"process_index={index} is not one of process_count={count}", exit_code=2)
+    return address, int(count), int(index)
 
 
 @contextlib.contextmanager
 def joined(flags: argparse.Namespace) -> Iterator[Peers | None]:
-    """Around the work of a command: joins the other processes if ``--distributed`` says so.
-
-    Args:
-      flags: those of `add_flags`.
-
-    Yields:
-      The watched peers, or None for a run of one process.
+    """Joins the other processes around the work of a command, and watches them; yields None if alone.
 
     Raises:
-      UserError: see `find_place` and `roll_call`.
+      UserError: see `find_place`; or JAX cannot start, for instance since the port is taken.
     """
     place = find_place(flags, os.environ)
     if place is None:
         yield None
         return
-    place, hosts = _initialize(place, flags.join_timeout)
-    client = jax._src.distributed.global_state.client
-    hosts = hosts or _exchange_hosts(client, place, flags.join_timeout)
-    peers = Peers(client, place, hosts, flags.peer_timeout, flags.stall_timeout)
-    catch_abort(peers.on_abort)
+    # The client has no public name; Orbax takes it from there as well.
+    state = jax._src.distributed.global_state
+    _initialize(state, place, flags)
+    timeouts = flags.peer_timeout, flags.stall_timeout
+    peers = Peers(state.client, state.process_id, state.num_processes, *timeouts)
+    peers.watch()
     try:
         yield peers
     except SystemExit:  # A stop that all processes agreed on.
@@ -176,11 +103,41 @@ def joined(flags: argparse.Namespace) -> Iterator[Peers | None]:
     except BaseException as error:
         peers.fail(error)
         raise
-    else:
-        peers.finish()
+    peers.finish()
 
 
-def _exchange_hosts(client, place: Place, timeout: float) -> list[str]:
-    client.key_value_set(f"{ROOT}/host/{place.index}", socket.gethostname())
-    keys = [f"{ROOT}/host/{index}" for index in range(place.count)]
-    return [client.blocking_key_value_get(key, int(timeout * 1000)) for key in keys]
+def _initialize(state, place: tuple, flags: argparse.Namespace) -> None:
+    # JAX's own answer to SIGTERM; ours is `interrupt.Stop`.
+    jax.config.update("jax_enable_preemption_service", False)
+    # JAX aborts a process that waits, or whose peers are silent, for longer than it is told here. The
+    # thread and `Peers` end it before, with one line.
+    here = threading.Event()
+    waiting = state, here, flags.join_timeout
+    threading.Thread(target=_limit_wait, args=waiting, daemon=True).start()
+    try:
+        jax.distributed.initialize(
+            *place,
+            cluster_detection_method="deactivate" if place[0] else None,
+            initialization_timeout=max(1, int(flags.join_timeout)),
+            heartbeat_timeout_seconds=int(2 * flags.peer_timeout) + 20,
+        )
+    except (ValueError, RuntimeError) as error:
+        needs = "" if place[0] else f"; JAX found no cluster to ask, give --{', --'.join(PLACE)}"
+        raise UserError(f"--distributed: {error}{needs}", exit_code=1 if place[0] else 2) from error
+    finally:
+        here.set()
+
+
+def _limit_wait(state, here: threading.Event, timeout: float) -> None:
+    """Ends a process that waits too long. JAX does not tell who is missing; asking for process 0 is ours."""
+    deadline, who = time.monotonic() + timeout, "process 0 is missing: nothing answers"
+    while not here.wait(1.0):
+        host, _, port = (state.coordinator_address or "unknown:0").rpartition(":")
+        if "missing" in who:
+            with contextlib.suppress(OSError):
+                socket.create_connection((host.strip("[]"), int(port)), timeout=2.0).close()
+                who = "process 0 came, so another one did not"
+        if time.monotonic() > deadline:
+            me = f"process {state.process_id} waited {timeout:g} s (--join_timeout) for all to join"
+            print(f"error: {me} at {host}:{port}; {who}", file=sys.stderr, flush=True)
+            os._exit(1)

@@ -1,4 +1,4 @@
-"""The two ways in which a run ends before its last step: a signal, or numbers that are not finite."""
+"""Two reasons for a run to end before its last step: a signal, or numbers that are not finite."""
 
 import signal
 import sys
@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import NoReturn
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
@@ -21,37 +22,32 @@ class Stop:
     """
 
     def __init__(self, peers: Peers | None = None):
-        self.requested = 0
-        self._peers = peers
+        self._requested, self._peers = 0, peers
         if peers is not None:
-            devices = jax.devices()
-            mesh = jax.make_mesh(
-                (len(devices),), ("all",), axis_types=(AxisType.Auto,), devices=devices
-            )
+            mesh = jax.make_mesh((jax.device_count(),), ("all",), axis_types=(AxisType.Auto,))
             self._split = NamedSharding(mesh, PartitionSpec("all"))
-            replicated = NamedSharding(mesh, PartitionSpec())
-            self._largest = jax.jit(lambda flags: flags.max(), out_shardings=replicated)
-            self._agreed = self._spread(0)
+            self._largest = jax.jit(jnp.max, out_shardings=NamedSharding(mesh, PartitionSpec()))
+            self._agreed = self._spread()
         signal.signal(signal.SIGTERM, self._handle)
 
     def _handle(self, number, frame):
-        self.requested = number
+        self._requested = number
 
-    def _spread(self, number: int) -> jax.Array:
-        flags = np.full(jax.local_device_count(), number, np.int32)
+    def _spread(self) -> jax.Array:
+        flags = np.full(jax.local_device_count(), self._requested, np.int32)
         return self._largest(jax.make_array_from_process_local_data(self._split, flags))
 
     def after(self, step: int) -> int:
-        """The signal for which the run ends after this step; 0: it goes on. Call it once each step.
+        """Returns the signal for which the run ends after this step, or 0. Call it once each step.
 
         With several processes a signal to any of them counts, one step later: the processes compute
         their largest number on the devices and read that of the step before, so that all of them get
         the same answer and no device waits for it.
         """
         if self._peers is None:
-            return self.requested
+            return self._requested
         self._peers.at_step(step)
-        before, self._agreed = self._agreed, self._spread(self.requested)
+        before, self._agreed = self._agreed, self._spread()
         return int(before)
 
 

@@ -1,256 +1,137 @@
-"""Watching the other processes of a run: one that is killed, stopped, cut off or stuck is named.
+"""The other processes of a run: signs of life, one verdict for all, and a clock for steps that stand still.
 
-Every process writes a sign of life into the key-value store of JAX's coordination service every
-second; process 0 reads them all and tells the others its verdict. All then end with one line and exit
-code 75 (sysexits' EX_TEMPFAIL: the same command line goes on from the last checkpoint). A collective that
-waits for the missing process cannot be interrupted, hence `os._exit`.
+Every process writes a sign of life into the key-value store of JAX's coordination service every second,
+and reads those of the others. When one is silent, has failed or stands still, all of them end with a line
+that names it and exit code 75 (sysexits' EX_TEMPFAIL: the same command line goes on from the last
+checkpoint). A collective that waits for a missing process cannot be interrupted, hence `os._exit`.
+
+One case is JAX's own: when process 0 is killed, the coordination service goes with it, and JAX's client
+aborts the others at once (exit code 134, after a message and a stack trace).
 """
 
-import atexit
 import contextlib
-import ctypes
 import os
-import signal
 import socket
 import sys
 import threading
 import time
-from collections.abc import Callable, Mapping
-from typing import NamedTuple
 
 import jax
 
-from .rendezvous import split_address
-
-LOST_PEER = 75  # exit code of a process that ends because another one is gone
+LOST_PEER = 75  # exit code of a process that ends because another one is gone, or nothing moves
 USAGE, NOT_FINITE = 2, 3  # exit codes that would come again: the others take them over
 BEAT = 1.0  # seconds between signs of life
-LEAVE_SECONDS = 30.0  # a failing process ends after this, even if its threads still wait for others
-ROOT = "sprint_jax"  # of our keys in the store
-DONE = "0 done"  # what a process writes that ended as it should
-
-
-class Vitals(NamedTuple):
-    """What is known of a process: its last sign of life, its step, and since when each stands."""
-
-    beat: str
-    step: int
-    beat_at: float
-    step_at: float
-
-
-def follow(
-    seen: Mapping[int, Vitals], beats: Mapping[int, str], now: float, count: int
-) -> dict[int, Vitals]:
-    """``seen`` brought up to date with the beats ``"number step"`` that the store holds now."""
-    result = {}
-    for index in range(count):
-        old = seen.get(index, Vitals("", -1, now, now))
-        beat = beats.get(index, "")
-        step = int(beat.split()[1]) if beat else -1
-        result[index] = Vitals(
-            beat,
-            step,
-            old.beat_at if beat == old.beat else now,
-            old.step_at if step == old.step else now,
-        )
-    return result
-
-
-def judge(
-    vitals: Mapping[int, Vitals], hosts: list[str], now: float, silence: float, stall: float
-) -> str | None:
-    """One line that names who is missing or behind; None while all is well.
-
-    Args:
-      vitals: of the processes that are still at work.
-      hosts: of all processes.
-      silence, stall: seconds without a sign of life, and without a step, that are too many.
-    """
-    count = len(hosts)
-
-    def name(index: int) -> str:
-        return f"process {index} of {count} on host {hosts[index]}"
-
-    silent = [index for index, v in vitals.items() if now - v.beat_at > silence]
-    if silent:
-        who = ", ".join(map(name, silent))
-        return f"{who}: no sign of life for {silence:g} s; it was killed, is stopped, or its host is cut off"
-    if vitals and all(now - v.step_at > stall for v in vitals.values()):
-        last = min(v.step for v in vitals.values())
-        behind = [index for index, v in vitals.items() if v.step == last]
-        if len(behind) == len(vitals):
-            return f"no step for {stall:g} s: all processes hang in step {last + 1}"
-        who = ", ".join(map(name, behind))
-        return f"no step for {stall:g} s: {who} hangs in step {last + 1}, the others are ahead"
-    return None
-
-
-class Place(NamedTuple):
-    """Where a process stands; all None: JAX finds out (SLURM, Open MPI, TPU, Kubernetes)."""
-
-    address: str | None
-    count: int | None
-    index: int | None
+GRACE = 5 * BEAT  # process 0 ends so much later: it holds the store in which the others read why
 
 
 class Peers:
-    """The other processes of a run, watched by two threads until `finish` or `fail`.
-
-    One thread talks to the store, and may hang when process 0 does; the other one sees that.
+    """The other processes of a run, watched by a thread from `watch` until `finish` or `fail`.
 
     Args:
       client: JAX's client of the coordination service.
-      address: of process 0, ``host:port``.
-      silence, stall: seconds, see `add_flags`.
+      index, count: the number of this process, and of all.
+      silence: seconds without a sign of life after which a process is gone.
+      stall: seconds without a step after which a run is stuck, counted from the first finished one.
     """
 
-    def __init__(self, client, place: Place, hosts: list[str], silence: float, stall: float):
-        self._client, self._address, self._hosts = client, place.address, hosts
-        self.index, self.count = place.index, place.count
+    def __init__(self, client, index: int, count: int, silence: float, stall: float):
+        self._client, self.index, self.count = client, index, count
         self._silence, self._stall = silence, stall
-        self._step, self._beats = 0, 0
-        self._answered = time.monotonic()
+        self._step, self._stepped = 0, None  # the last step, and its time; None: no other is due
+        self._signs = dict.fromkeys(range(count), ("0 0 unknown", time.monotonic()))  # text, since
         self._over = threading.Event()
-        self._lock = threading.Lock()
-        for work in (self._talk, self._listen):
-            threading.Thread(target=work, name="peers", daemon=True).start()
+
+    def watch(self) -> None:
+        """Starts the thread."""
+        self._beat()
+        threading.Thread(target=self._run, name="peers", daemon=True).start()
 
     def at_step(self, step: int) -> None:
-        """Notes the step in progress; cheap enough for every step."""
-        self._step = step
+        """Notes that a step has begun; the clock starts with the second, when the first is done."""
+        self._step, self._stepped = step, time.monotonic() if self._step else None
 
     def meet(self, name: str) -> None:
-        """Waits for all processes at a point that each passes once; `_end` bounds the wait."""
-        self._client.wait_at_barrier(f"{ROOT}/{name}", int(24 * 3600e3))
-
-    def _talk(self) -> None:
-        seen: dict[int, Vitals] = {}
-        while not self._over.is_set():
-            try:
-                self._beats += 1
-                self._put(f"alive/{self.index}", f"{self._beats} {self._step}")
-                if self.index == 0:
-                    verdict, seen = self._look(seen)
-                else:
-                    verdict = self._get("verdict").get("verdict")
-            except jax.errors.JaxRuntimeError:
-                time.sleep(BEAT)  # `_listen` counts the seconds since the last answer.
-                continue
-            self._answered = time.monotonic()
-            if verdict:
-                self._end(verdict)
-            self._over.wait(BEAT)
-
-    def _look(self, seen: dict[int, Vitals]) -> tuple[str | None, dict[int, Vitals]]:
-        """Process 0's view: a verdict, written down for the others, and the vitals."""
-        now = time.monotonic()
-        beats = {int(index): beat for index, beat in self._get("alive").items()}
-        seen = follow(seen, beats, now, self.count)
-        ended = {int(index): text for index, text in self._get("ended").items()}
-        failed = [(index, text) for index, text in sorted(ended.items()) if text != DONE]
-        if failed:
-            index, (code, _, message) = failed[0][0], failed[0][1].partition(" ")
-            verdict = f"{code} process {index} of {self.count} on host {self._hosts[index]} ended: {message}"
-        else:
-            running = {index: v for index, v in seen.items() if index not in ended}
-            line = judge(running, self._hosts, now, self._silence, self._stall)
-            verdict = line and f"{LOST_PEER} {line}"
-        if verdict:
-            self._put("verdict/verdict", verdict)
-        return verdict, seen
-
-    def _listen(self) -> None:
-        while not self._over.wait(BEAT):
-            if self.index and time.monotonic() - self._answered > self._silence:
-                self._end(
-                    f"{LOST_PEER} {self._coordinator()} has not answered for {self._silence:g} s"
-                )
-
-    def _coordinator(self) -> str:
-        return f"process 0 of {self.count} on host {self._hosts[0]} (coordinator {self._address})"
-
-    def _put(self, key: str, value: str) -> None:
-        self._client.key_value_set(f"{ROOT}/{key}", value, allow_overwrite=True)
-
-    def _get(self, folder: str) -> dict[str, str]:
-        entries = self._client.key_value_dir_get(f"{ROOT}/{folder}/")
-        return {key.rpartition("/")[2]: value for key, value in entries}
-
-    def _end(self, verdict: str) -> None:
-        """Ends this process with the verdict's exit code and line; process 0 as the last."""
-        with self._lock:
-            if self._over.is_set():
-                return
-            code, _, message = verdict.partition(" ")
-            print(f"error: {message}; this is process {self.index}", file=sys.stderr, flush=True)
-            if self.index == 0:
-                time.sleep(3 * BEAT)  # It holds the store in which the others look up the verdict.
-            os._exit(int(code))
-
-    def on_abort(self, number: int) -> None:
-        """JAX's client aborts the process as soon as process 0 is gone: says so first."""
-        if self._over.is_set() or not self.index or _answers(self._address):
-            return  # Something else; the default action of SIGABRT follows.
-        self._end(f"{LOST_PEER} {self._coordinator()} is gone")
+        """Waits for all processes at a point that each passes once; the clock of steps rests."""
+        self._stepped = None
+        self._client.wait_at_barrier(f"sprint_jax/{name}", int(24 * 3600e3))
 
     def finish(self) -> None:
-        """This process has done its part; it may still wait for others at the exit."""
+        """Ends the watch, once all processes have done their part."""
+        self.meet("finished")
         self._over.set()
-        with contextlib.suppress(jax.errors.JaxRuntimeError):  # Process 0 has left already.
-            self._put(f"ended/{self.index}", DONE)
 
     def fail(self, error: BaseException) -> None:
-        """This process ends with an error: tells the others, and bounds the wait at the exit."""
+        """Tells the others that this process ends with an error, and sees to it that it does."""
         if isinstance(error, jax.errors.JaxRuntimeError) or "gloo" in str(error).lower():
             # Most likely a broken connection: within this time the watch finds out to whom.
             self._over.wait(self._silence + 5 * BEAT)
         self._over.set()
-        code, line = exit_code(error), " ".join(str(error).split()) or type(error).__name__
+        code = 130 if isinstance(error, KeyboardInterrupt) else getattr(error, "exit_code", 1)
         others = code if code in (USAGE, NOT_FINITE) else LOST_PEER
+        line = " ".join(str(error).split())[:500] or type(error).__name__
         with contextlib.suppress(jax.errors.JaxRuntimeError):
-            if self.index == 0:
-                text = f"process 0 of {self.count} on host {self._hosts[0]} ended: {line[:500]}"
-                self._put("verdict/verdict", f"{others} {text}")
-                time.sleep(3 * BEAT)
-            else:
-                self._put(f"ended/{self.index}", f"{others} {line[:500]}")
-        # Without this, JAX would wait for all others at the exit, and abort.
-        atexit.register(_exit_now, code)
-        timer = threading.Timer(LEAVE_SECONDS, _exit_now, [code])
+            self._put("failed", f"{others} {self._names(self.index)} ended: {line}")
+        if self.index == 0:
+            time.sleep(GRACE)
+        # At the exit JAX would wait for the others, and abort. This leaves the time to print the error.
+        sys.stdout.flush()
+        timer = threading.Timer(3 * BEAT, os._exit, [code])
         timer.daemon = True
         timer.start()
 
+    def look(self) -> str | None:
+        """Reads the signs of life; returns ``"CODE LINE"`` with which all must end, None if all is well."""
+        alive, failed = self._get("alive"), self._get("failed")
+        now = time.monotonic()
+        for index, text in alive.items():
+            if text != self._signs[index][0]:
+                self._signs[index] = text, now
+        if failed:
+            return failed[min(failed)]
+        if silent := [i for i, (_, since) in self._signs.items() if now - since > self._silence]:
+            gone = f"{self._names(*silent)}: no sign of life for {self._silence:g} s"
+            return f"{LOST_PEER} {gone}; it was killed, is stopped, or its host is cut off"
+        if self._stepped is None or now - self._stepped <= self._stall:
+            return None
+        steps = {index: int(text.split()[1]) for index, (text, _) in self._signs.items()}
+        last = min(steps.values())
+        behind = [index for index in steps if steps[index] == last]
+        who = self._names(*behind) if len(behind) < self.count else "every process"
+        verdict = f"{LOST_PEER} no step for {self._stall:g} s: {who} hangs at step {last}"
+        self._put("failed", verdict)  # the clocks of the others may be a little behind
+        return verdict
 
-def exit_code(error: BaseException) -> int:
-    """The exit code that `cli.run_command` or Python gives an exception."""
-    if isinstance(error, KeyboardInterrupt):
-        return 130
-    return getattr(error, "exit_code", 1)
+    def _run(self) -> None:
+        while not self._over.is_set():
+            try:
+                # The one question that has a time limit: it hangs when process 0 does.
+                limit = int(self._silence * 1000)
+                self._client.blocking_key_value_get("sprint_jax/alive/0", limit)
+                self._beat()
+                verdict = self.look()
+            except jax.errors.JaxRuntimeError:
+                lost = f"{self._names(0)}, the coordinator, does not answer"
+                verdict = f"{LOST_PEER} {lost} ({self._silence:g} s)"
+            if verdict and not self._over.is_set():
+                code, _, line = verdict.partition(" ")
+                me = f"this is process {self.index}, at step {self._step}"
+                print(f"error: {line}; {me}", file=sys.stderr, flush=True)
+                if self.index == 0:
+                    time.sleep(GRACE)
+                os._exit(int(code))
+            self._over.wait(BEAT)
 
+    def _names(self, *indices: int) -> str:
+        hosts = {index: self._signs[index][0].split()[2] for index in indices}
+        return ", ".join(f"process {i} of {self.count} on host {host}" for i, host in hosts.items())
 
-def _exit_now(code: int) -> None:
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(code)
+    def _beat(self) -> None:
+        self._put("alive", f"{time.monotonic()} {self._step} {socket.gethostname()}")
 
+    def _put(self, folder: str, value: str) -> None:
+        key = f"sprint_jax/{folder}/{self.index}"
+        self._client.key_value_set(key, value, allow_overwrite=True)
 
-def _answers(address: str) -> bool:
-    try:
-        socket.create_connection(split_address(address), timeout=2.0).close()
-    except OSError:
-        return False
-    return True
-
-
-_callbacks: list[object] = []  # C code may call them as long as the process lives
-
-
-def catch_abort(handler: Callable[[int], None]) -> None:
-    """Calls ``handler`` on SIGABRT, on the thread that called ``abort()``.
-
-    Handlers of Python's signal module run later, on the main thread, and an abort does not wait.
-    """
-    callback = ctypes.CFUNCTYPE(None, ctypes.c_int)(handler)
-    ctypes.CDLL(None).signal(int(signal.SIGABRT), callback)
-    _callbacks.append(callback)
+    def _get(self, folder: str) -> dict[int, str]:
+        entries = self._client.key_value_dir_get(f"sprint_jax/{folder}/")
+        return {int(key.rpartition("/")[2]): value for key, value in entries}

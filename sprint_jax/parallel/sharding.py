@@ -1,4 +1,4 @@
-"""One mesh and one rule: how state, weights in use and batches lie on the devices.
+"""One mesh and one rule for the places of state, weights in use and batches on the devices.
 
 Mesh axes: ``data`` replicates parameters, ``fsdp`` splits them between uses, ``tensor`` splits the work
 of each layer as well (heads of the attentions, hidden channels of the MLP). Batches are split over
@@ -42,7 +42,7 @@ def make_mesh(
     dcn_tensor: int = 1,
     devices: Sequence[jax.Device] | None = None,
 ) -> Mesh:
-    """A mesh with axes ``data, fsdp, tensor``; one size of each three may be -1, "what is left".
+    """Makes a mesh with axes ``data, fsdp, tensor``; one size of each three may be -1, "what is left".
 
     Args:
       data, fsdp, tensor: sizes inside a slice; their product is the number of devices of a slice.
@@ -68,7 +68,7 @@ def make_mesh(
 
 
 def _fill(sizes: dict[str, int], count: int, what: str) -> tuple[int, ...]:
-    """The sizes with -1 replaced, once it is sure that their product is ``count``."""
+    """Returns the sizes with -1 replaced; raises UserError unless their product is ``count``."""
     unknown = [name for name, size in sizes.items() if size == -1]
     wrong = [name for name, size in sizes.items() if size < 1 and size != -1]
     known = int(np.prod([size for size in sizes.values() if size > 0]))
@@ -89,22 +89,22 @@ def _fill(sizes: dict[str, int], count: int, what: str) -> tuple[int, ...]:
 
 
 def replicated(mesh: Mesh) -> NamedSharding:
-    """Every device holds the whole array."""
+    """Returns the sharding by which every device holds the whole array."""
     return NamedSharding(mesh, PartitionSpec())
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:
-    """The leading axis is split over ``data`` and ``fsdp``."""
+    """Returns the sharding that splits the leading axis over ``data`` and ``fsdp``."""
     return NamedSharding(mesh, PartitionSpec(BATCH_AXES))
 
 
 def batch_ways(mesh: Mesh) -> int:
-    """Into how many parts a batch is split."""
+    """Returns the number of parts into which a batch is split."""
     return mesh.shape["data"] * mesh.shape["fsdp"]
 
 
 def state_shardings(mesh: Mesh, state: Tree) -> Tree:
-    """Shardings for params, EMA and optimizer state at rest: every array is split as far as it can be.
+    """Returns shardings for params, EMA and optimizer state at rest, split as far as they can be.
 
     ``tensor`` takes the axis along which the layer's work is split (`SPLITS_OUTPUTS`,
     `SPLITS_INPUTS`), ``fsdp`` the larger of the last two axes that is free and that it divides; what is
@@ -129,7 +129,7 @@ def _by_rule(mesh: Mesh, tree: Tree, rule: Callable) -> Tree:
 
 
 def _split_axis(names: Sequence[str], rank: int) -> int | None:
-    """The axis of a leaf along which ``tensor`` splits its layer's work."""
+    """Returns the axis of a leaf along which ``tensor`` splits its layer's work, or None."""
     if any(name in SPLITS_OUTPUTS for name in names):
         return rank - 1
     if any(name in SPLITS_INPUTS for name in names) and names[-1] == "kernel":
@@ -138,7 +138,7 @@ def _split_axis(names: Sequence[str], rank: int) -> int | None:
 
 
 def _at_rest(names: Sequence[str], shape: tuple[int, ...], sizes: dict[str, int]) -> PartitionSpec:
-    """The rule of `state_shardings` for one leaf.
+    """Applies the rule of `state_shardings` to one leaf.
 
     Args:
       names: keys on the way to it, such as ``["transformer_blocks", "ff", "conv_point", "kernel"]``.
@@ -169,7 +169,7 @@ def _at_rest(names: Sequence[str], shape: tuple[int, ...], sizes: dict[str, int]
 def _while_used(
     names: Sequence[str], shape: tuple[int, ...], sizes: dict[str, int]
 ) -> PartitionSpec:
-    """How a leaf of a block lies while it is used: split over ``tensor`` alone, if its layer is."""
+    """Returns the place of a block's leaf while it is used: split over ``tensor`` alone, if its layer is."""
     axis = _split_axis(names, len(shape))
     if "tensor" not in sizes or axis is None:
         return PartitionSpec()
@@ -180,24 +180,24 @@ def _while_used(
 
 
 class Partition(NamedTuple):
-    """What a network asks of the compiler while it runs; a static field of its module.
+    """Sharding constraints that a network puts on its weights and activations; a static field of its module.
 
-    Without it, GSPMD keeps the weights where they lie and moves the far larger activations.
+    Without them, GSPMD keeps the weights where they lie and moves the far larger activations.
     """
 
     mesh: Mesh
 
     def batch(self, x: jax.Array) -> jax.Array:
-        """An activation [B, ...] split over its batch alone."""
+        """Splits an activation [B, ...] over its batch alone."""
         return jax.lax.with_sharding_constraint(x, batch_sharding(self.mesh))
 
     def ways(self, hidden: int) -> int:
-        """Into how many parts ``tensor`` splits a GLU of this width; 1 where it does not divide it."""
+        """Returns the number of parts into which ``tensor`` splits a GLU of this width; 1 if it cannot."""
         size = self.mesh.shape["tensor"]
         return 1 if hidden % size else size
 
     def gather(self, params: Tree) -> Tree:
-        """Parameters as their use needs them, and their gradients back as the state lies.
+        """Moves parameters to where their use needs them, and their gradients back to the state's places.
 
         Weights are gathered over ``fsdp`` for this use only, and their gradients leave it summed and
         scattered (ZeRO 3). Stacked blocks are left alone: the scan gathers one block at a time. The
@@ -223,12 +223,12 @@ class Partition(NamedTuple):
 
 
 def in_use(model, params: Tree) -> Tree:
-    """``params`` as ``model.partition`` gathers them before their use; blocks stay with the model's scan."""
+    """Gathers ``params`` before their use, as ``model.partition`` says; the model's scan gathers the blocks."""
     return model.partition.gather(params) if model.partition is not None else params
 
 
 def _there_and_back(x: jax.Array, there: NamedSharding, home: NamedSharding) -> jax.Array:
-    """``x`` laid out as ``there``, and its cotangent as ``home``; the transpose of a plain sharding
+    """Lays ``x`` out as ``there``, and its cotangent as ``home``; the transpose of a plain sharding
     constraint would keep the cotangent ``there``, whole on every device."""
     constrain = jax.lax.with_sharding_constraint
     return jax.custom_derivatives.linear_call(
@@ -237,7 +237,7 @@ def _there_and_back(x: jax.Array, there: NamedSharding, home: NamedSharding) -> 
 
 
 def place_shapes(tree: Tree, shardings: Tree) -> Tree:
-    """ShapeDtypeStructs of a tree's leaves with their shardings, or with the one for all of them."""
+    """Returns ShapeDtypeStructs of a tree's leaves with their shardings, or with the one for all of them."""
     return jax.tree.map(
         lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
         tree,
@@ -246,12 +246,12 @@ def place_shapes(tree: Tree, shardings: Tree) -> Tree:
 
 
 def same_everywhere(array: np.ndarray) -> np.ndarray:
-    """The array of process 0, on every process: what each computed by itself may differ in its last bits."""
+    """Returns the array of process 0 on every process; what each computes may differ in its last bits."""
     return array if jax.process_count() == 1 else multihost_utils.broadcast_one_to_all(array)
 
 
 def local_rows(mesh: Mesh, batch_size: int) -> np.ndarray:
-    """Numbers of the rows of a global batch that this process' devices hold, increasing."""
+    """Returns the rows of a global batch that this process' devices hold, as increasing numbers."""
     indices = batch_sharding(mesh).addressable_devices_indices_map((batch_size,))
     rows = {row for (part,) in indices.values() for row in range(*part.indices(batch_size))}
     return np.asarray(sorted(rows))
@@ -260,7 +260,7 @@ def local_rows(mesh: Mesh, batch_size: int) -> np.ndarray:
 def to_devices(
     mesh: Mesh, batch: dict[str, np.ndarray], batch_size: int | None = None
 ) -> dict[str, jax.Array]:
-    """This host's rows of a global batch (`local_rows`) as global arrays, split over the devices.
+    """Makes global arrays, split over the devices, from this host's rows of a batch (`local_rows`).
 
     Args:
       batch: arrays whose leading axis is the local rows in increasing order.

@@ -1,4 +1,4 @@
-"""What accelerators can do at best, and how long a program must take on them.
+"""Peaks of accelerators, and the least time that a program takes on them.
 
 The table's numbers are datasheet peaks; ``hbm_bytes`` of TPUs is what their compiler lets a program use, as
 libtpu 0.0.52 names it when a program is too large ("exceeds available HBM (15.75G)"). Sources:
@@ -13,11 +13,11 @@ libtpu 0.0.52 names it when a program is too large ("exceeds available HBM (15.7
   products 240 GFLOP/s, copies 20 GB/s, shared by the virtual devices.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 from ..core.errors import UserError
-from .hlo import Collective, Cost
+from .counts import Collective, Work
 
 
 class Chip(NamedTuple):
@@ -50,6 +50,7 @@ CHIPS = {
     "H200": Chip(989e12, 141e9, 4800e9, 450e9, 0, False, 50e9),
     "cpu": Chip(240e9, 0.0, 20e9, 10e9, 0, False, 1e9),
 }
+# Device kinds of JAX that do not hold the table's name.
 _KINDS = {
     "TPU v4": "v4",
     "TPU v5 lite": "v5e",
@@ -63,22 +64,18 @@ class Roofline(NamedTuple):
     """Seconds that one run of a program takes at least.
 
     ``compute`` and ``memory`` sum over its instructions, each by what limits it; ``ici`` and ``dcn`` are links
-    alone. ``seconds`` is what the largest of (compute + memory, ici, dcn) gives, links hidden behind
-    arithmetic; ``serial`` is their sum, nothing hidden.
+    alone, between chips and between slices.
     """
 
-    compute: float
-    memory: float
-    ici: float
-    dcn: float
+    compute: float = 0.0
+    memory: float = 0.0
+    ici: float = 0.0
+    dcn: float = 0.0
 
     @property
     def seconds(self) -> float:
+        """The largest of (compute + memory, ici, dcn): links hide behind arithmetic."""
         return max(self.compute + self.memory, self.ici, self.dcn)
-
-    @property
-    def serial(self) -> float:
-        return sum(self)
 
     @property
     def bound(self) -> str:
@@ -89,7 +86,7 @@ class Roofline(NamedTuple):
 
 
 def chip_of(device) -> str:
-    """The table's name of a jax device.
+    """Returns the table's name of a JAX device.
 
     Raises:
       UserError: for a device that the table lacks.
@@ -105,13 +102,17 @@ def chip_of(device) -> str:
     return found
 
 
-def roofline(chip: Chip, cost: Cost, devices: Sequence) -> Roofline:
+def roofline(chip: Chip, works: Iterable[Work], devices: Sequence) -> Roofline:
     """The roofline of a program whose partition i runs on ``devices[i]``."""
-    links = {"ici": 0.0, "dcn": 0.0}
-    for each in cost.collectives:
-        network, seconds = link_seconds(chip, each, devices)
-        links[network] += each.count * seconds
-    return Roofline(cost.compute_seconds, cost.memory_seconds, links["ici"], links["dcn"])
+    spent = dict.fromkeys(Roofline._fields, 0.0)
+    for work in works:
+        # One instruction computes while it reads and writes.
+        compute, memory = work.passes / chip.flops, work.hbm / chip.hbm
+        spent["compute" if compute >= memory else "memory"] += work.count * max(compute, memory)
+        for each in work.collectives:
+            network, seconds = link_seconds(chip, each, devices)
+            spent[network] += work.count * seconds
+    return Roofline(**spent)
 
 
 def link_seconds(chip: Chip, each: Collective, devices: Sequence) -> tuple[str, float]:

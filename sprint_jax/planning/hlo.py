@@ -1,309 +1,231 @@
-"""What one device does in a compiled program: FLOPs, memory traffic, bytes over links.
+"""XLA's program text, read into instructions; `sprint_jax.planning.counts` counts what they do.
 
-`analyze` reads ``compiled.as_text()``. ``compiled.cost_analysis()`` counts the body of a loop once; here bodies
-count as often as they run, so a scan over blocks costs what its blocks cost.
-
-FLOPs are those of matrix products and convolutions, 2 per multiply-add, positions in the padding left out.
-Elementwise arithmetic and reductions are not counted: they run on other units and are bound by memory.
-
-Traffic counts what top-level instructions read and write in a device's main memory (HBM): a fusion once, a
-slice as its slice, an update in place as its update, VMEM of a TPU (layouts with S(1)) not at all.
-
-Collectives count once each, however many fusions hold the same one: TPU programs spread an asynchronous one
-over several fusions of one channel. Bytes are those that a device must send, or receive, in an optimal
-algorithm over n devices: (n-1)/n of the gathered array for all-gather, of the array before scattering for
-reduce-scatter, of the array for all-to-all; 2(n-1)/n of the array for all-reduce; all of it for
-collective-permute. Between slices, where a TPU program hands data to its host, the axes are called "dcn".
-CPU programs reduce gradients by all-reduce and a slice where TPU programs have reduce-scatter, so their
-bytes are twice as many. All numbers are per device.
+Reads what ``compiled.as_text()`` and ``lowered.as_text(dialect="hlo")`` print on CPU, GPU and TPU. Syntax:
+"HLO" in OpenXLA's documentation, and the tests of XLA's ``hlo_parser``.
 """
 
-import dataclasses
-import itertools
+import collections
+import functools
 import math
+import re
+from typing import NamedTuple
 
 import numpy as np
 
-from .hlo_count import convolution_flops, dot_flops, traffic
-from .hlo_text import Computation, Instruction, parse, replica_groups, trip_count
-
-KINDS = ("all-gather", "reduce-scatter", "all-reduce", "all-to-all", "collective-permute")
-# TPUs multiply float32 in passes of bfloat16: one, three or six, as jax.lax.Precision documents.
-PASSES = {"default": 1, "high": 3, "highest": 6}
-_CONTROL = {"while", "conditional", "call", "async-start"}
+_ARRAY = re.compile(r"([a-z]\w*)\[([\d,<= ]*)\](?:\{([^{}]*)\})?")
+_HEADER = re.compile(r"(ENTRY )?%?([^\s(=]+) (?:\(.*\) -> .*)?\{$")
+# name = shape opcode(operands), attributes
+_LINE = re.compile(r"\s+(ROOT )?%?(\S+) = (.*?) ([a-z][\w-]*)\((.*?)\)(?:, ([\w-]+=.*))?$")
+_SAME_VALUE = {"copy", "bitcast", "convert", "reshape", "copy-done", "copy-start"}
 
 
-@dataclasses.dataclass(frozen=True)
-class Collective:
-    """A collective that runs ``count`` times, each time over ``size`` devices of the mesh axes ``axes``.
+class Array(NamedTuple):
+    """One array of a shape, with its layout as it is printed."""
 
-    ``moved`` is bytes over links per run and device, ``raw`` those of its result; ``group`` is one of its
-    groups of partition numbers.
-    """
-
-    kind: str
-    axes: str
-    size: int
-    group: tuple[int, ...]
-    moved: float
-    raw: float
-    op_name: str
-    channel: str | None
-    count: float = 1.0
-
-
-@dataclasses.dataclass(frozen=True)
-class Cost:
-    """Costs of a computation.
-
-    ``flops`` by (operand type, precision). ``compute_seconds`` and ``memory_seconds`` add up the instructions,
-    each at what limits it, where `analyze` was given rates; ``unknown_loops`` were counted as one turn.
-    ``by_name`` is ``traffic`` by JAX's names of operations.
-    """
-
-    flops: dict[tuple[str, str], float] = dataclasses.field(default_factory=dict)
-    traffic: float = 0.0
-    host_traffic: float = 0.0
-    compute_seconds: float = 0.0
-    memory_seconds: float = 0.0
-    by_name: dict[str, float] = dataclasses.field(default_factory=dict)
-    collectives: tuple[Collective, ...] = ()
-    unknown_loops: tuple[str, ...] = ()
+    dtype: str
+    dims: tuple[int, ...]
+    layout: str = ""
 
     @property
-    def total_flops(self) -> float:
-        return sum(self.flops.values())
+    def space(self) -> int:
+        """The number in a layout's S(n): 0 is a device's main memory, 1 a TPU's VMEM, 5 the host's memory."""
+        found = re.search(r"S\((\d+)\)", self.layout)
+        return int(found[1]) if found else 0
 
-    def __add__(self, other: "Cost") -> "Cost":
-        return Cost(
-            _sum(self.flops, other.flops),
-            self.traffic + other.traffic,
-            self.host_traffic + other.host_traffic,
-            self.compute_seconds + other.compute_seconds,
-            self.memory_seconds + other.memory_seconds,
-            _sum(self.by_name, other.by_name),
-            self.collectives + other.collectives,
-            self.unknown_loops + other.unknown_loops,
-        )
+    @property
+    def bytes(self) -> int:
+        """Bytes of the elements alone."""
+        return self._size(self.dims)
 
-    def times(self, count: float) -> "Cost":
-        """The cost of running it so often."""
-        return Cost(
-            {key: count * value for key, value in self.flops.items()},
-            count * self.traffic,
-            count * self.host_traffic,
-            count * self.compute_seconds,
-            count * self.memory_seconds,
-            {key: count * value for key, value in self.by_name.items()},
-            tuple(dataclasses.replace(c, count=count * c.count) for c in self.collectives),
-            self.unknown_loops,
-        )
+    @property
+    def padded_bytes(self) -> int:
+        """Bytes in memory: TPU layouts round the last dimensions up to tiles such as T(8,128)."""
+        tile = re.search(r"T\(([\d,]+)\)", self.layout)
+        if not tile or not self.dims:
+            return self.bytes
+        dims = [self.dims[axis] for axis in reversed(_numbers(self.layout.partition(":")[0]))]
+        for i, size in enumerate(reversed(_numbers(tile[1])[-len(dims) :]), start=1):
+            # A single row is kept as such, whatever the tile's height.
+            if i == 1 or dims[-i] > 1:
+                dims[-i] = -(-dims[-i] // size) * size
+        return self._size(dims)
 
-    def bytes_by(self, *fields: str) -> dict[tuple, float]:
-        """Bytes over links by fields of `Collective`, such as ``("kind", "axes")``."""
-        found: dict[tuple, float] = {}
-        for each in self.collectives:
-            key = tuple(getattr(each, field) for field in fields)
-            found[key] = found.get(key, 0.0) + each.count * each.moved
+    def _size(self, dims) -> int:
+        """Bytes of so many elements; those of four bits and less are packed."""
+        bits = {"pred": 8, "token": 0, "opaque": 0}.get(self.dtype)
+        if bits is None:
+            bits = int(re.search(r"\d+", self.dtype)[0])  # bf16, s32, u4, f8e4m3fn
+        return (math.prod(dims) * bits + 7) // 8
+
+
+class Instruction(NamedTuple):
+    """``name = arrays opcode(operands), attributes``; ``arrays`` are the leaves of its shape."""
+
+    name: str
+    arrays: tuple[Array, ...]
+    opcode: str
+    operands: tuple[str, ...]
+    attributes: str
+    root: bool
+
+    def attribute(self, pattern: str) -> str | None:
+        """The first group of ``pattern`` in the attributes, or None."""
+        match = re.search(pattern, self.attributes)
+        return match[1] if match else None
+
+    @property
+    def op_name(self) -> str:
+        """JAX's name of what this came from, such as ``jit(step)/while/body/dot_general``."""
+        return self.attribute(r'op_name="([^"]*)"') or ""
+
+    @property
+    def called(self) -> list[str]:
+        """Computations that it runs, in the order of the text; reducers and sort orders are not among them."""
+        called = r"calls|body|true_computation|false_computation"
+        if self.opcode == "call":
+            called += "|to_apply"
+        found = re.findall(rf"\b(?:{called})=%?([^\s,}}]+)", self.attributes)
+        branches = self.attribute(r"branch_computations=\{([^}]*)\}")
+        return found + [name.strip().lstrip("%") for name in (branches or "").split(",") if name]
+
+
+class Computation(dict):
+    """Instructions by name, in order."""
+
+    @property
+    def root(self) -> Instruction:
+        return next(instruction for instruction in self.values() if instruction.root)
+
+    @functools.cached_property
+    def users(self) -> dict[str, list[Instruction]]:
+        """The instructions that read a result, by its name."""
+        found = collections.defaultdict(list)
+        for instruction in self.values():
+            for name in set(instruction.operands):
+                found[name].append(instruction)
         return found
 
+    def source(self, name: str) -> Instruction:
+        """The instruction behind copies, which change no value."""
+        instruction = self[name]
+        while instruction.opcode in _SAME_VALUE:
+            instruction = self[instruction.operands[0]]
+        return instruction
 
-def analyze(
-    text: str,
-    mesh_shape: dict[str, int] | None = None,
-    rates: tuple[float, float] = (math.inf, math.inf),
-) -> Cost:
-    """The cost of a program on one device.
+    def constant(self, name: str) -> int | None:
+        """The value of a whole number, or None."""
+        source = self.source(name)
+        is_number = source.opcode == "constant" and re.fullmatch(r"-?\d+", source.operands[0])
+        return int(source.operands[0]) if is_number else None
 
-    Args:
-      text: ``compiled.as_text()``, or ``lowered.as_text(dialect="hlo")`` for the program before it is split
-        over devices.
-      mesh_shape: axis names and sizes, partition i being number i of the mesh in row-major order; names the
-        axes of collectives.
-      rates: FLOP/s and bytes/s of the device's memory, for the seconds.
+
+def parse(text: str) -> tuple[dict[str, Computation], str]:
+    """Reads a module's text.
+
+    Returns:
+      Computations by name, and the entry's name.
 
     Raises:
-      ValueError: for text of another kind.
+      ValueError: if there is no entry computation in it.
     """
-    computations, entry = parse(text)
-    return _Analysis(computations, mesh_shape or {}, rates).cost(entry, fused=False)
-
-
-class _Analysis:
-    """The computations of one module, with what is known of each."""
-
-    def __init__(self, computations: dict, mesh_shape: dict[str, int], rates: tuple[float, float]):
-        self.computations = computations
-        self.rates = rates
-        self.axes = axes_of_groups(mesh_shape)
-        self.devices = math.prod(mesh_shape.values())
-        self.known: dict[tuple[str, bool], Cost] = {}
-
-    def cost(self, name: str, fused: bool) -> Cost:
-        """What a computation costs; inside a fusion nothing touches main memory."""
-        if (name, fused) not in self.known:
-            computation, parts, nested = self.computations[name], [], []
-            for each in computation.values():
-                cost = self.instruction(computation, each, fused)
-                if each.opcode in _CONTROL:
-                    nested.append(cost)
-                else:
-                    parts.append(cost if fused else self._timed(cost))
-            own = sum(parts, Cost())
-            own = dataclasses.replace(own, collectives=_once(own.collectives))
-            self.known[name, fused] = sum(nested, own)
-        return self.known[name, fused]
-
-    def _timed(self, cost: Cost) -> Cost:
-        """With its seconds: one instruction computes while it reads and writes."""
-        flops = sum(
-            value * (PASSES.get(precision, 1) if dtype == "f32" else 1)
-            for (dtype, precision), value in cost.flops.items()
-        )
-        compute, memory = flops / self.rates[0], cost.traffic / self.rates[1]
-        if compute >= memory:
-            return dataclasses.replace(cost, compute_seconds=compute)
-        return dataclasses.replace(cost, memory_seconds=memory)
-
-    def instruction(self, computation: Computation, it: Instruction, fused: bool) -> Cost:
-        kind = it.opcode.removesuffix("-start")
-        if it.opcode == "while":
-            trips = trip_count(self.computations, computation, it)
-            unknown = Cost(unknown_loops=(it.op_name or it.name,)) if trips is None else Cost()
-            body = self.cost(it.attribute(r"body=%?([^\s,}]+)"), fused)
-            return body.times(1 if trips is None else trips) + unknown
-        if it.opcode == "conditional":
-            branches = [self.cost(name, fused) for name in it.called]
-            return max(branches, key=lambda cost: (cost.total_flops, cost.traffic))
-        if it.opcode in ("call", "async-start"):
-            return sum((self.cost(name, fused) for name in it.called), Cost())
-        if it.opcode == "fusion":
-            inner = sum((self.cost(name, True) for name in it.called), Cost())
-            if any(c.kind == "all-reduce" for c in inner.collectives) and self._scatters(it):
-                inner = dataclasses.replace(
-                    inner, collectives=tuple(map(_scattered, inner.collectives))
+    computations, entry, current = {}, None, None
+    for line in text.splitlines():
+        if line.startswith("}"):
+            current = None
+        elif current is not None:
+            if match := _LINE.match(line):
+                root, name, shape, opcode, operands, attributes = match.groups(default="")
+                words = (part.split() for part in re.sub(r"/\*.*?\*/", "", operands).split(","))
+                names = tuple(part[-1].lstrip("%") for part in words if part)
+                arrays = tuple(
+                    Array(dtype, tuple(_numbers(dims)), layout)
+                    for dtype, dims, layout in _ARRAY.findall(shape)
                 )
-            return inner + (Cost() if fused else self._traffic(computation, it))
-        if kind in KINDS:
-            found = self._collective(computation, it, kind)
-            cost = Cost(collectives=(found,) if found else ())
-            return cost if fused else cost + self._traffic(computation, it)
-        if it.opcode == "send" and "_xla_megascale_transfer_type" in it.attributes:
-            return Cost(collectives=(self._between_slices(computation, it),))
-        flops = {}
-        if it.opcode in ("dot", "convolution"):
-            arrays = [computation[name].arrays[0] for name in it.operands]
-            count = dot_flops(it, arrays) if it.opcode == "dot" else convolution_flops(it, arrays)
-            dtype = max(
-                (a.dtype for a in arrays),
-                key=lambda name: int("0" + "".join(filter(str.isdigit, name))),
-            )
-            precision = it.attribute(r"operand_precision=\{(\w+)") or "default"
-            flops = {(dtype, precision): count}
-        return Cost(flops=flops) + (Cost() if fused else self._traffic(computation, it))
-
-    def _scatters(self, it: Instruction) -> bool:
-        """Whether a fusion is TPU's reduce-scatter: an all-reduce of which it keeps a slice."""
-        inner = [each.opcode for name in it.called for each in self.computations[name].values()]
-        return "dynamic-slice" in inner and "dot" not in inner and "convolution" not in inner
-
-    def _collective(self, computation, it: Instruction, kind: str) -> Collective | None:
-        operands = sum(computation[name].arrays[0].bytes for name in it.operands)
-        arrays = it.arrays
-        if it.opcode.endswith("-start") and kind in ("all-gather", "collective-permute"):
-            arrays = arrays[len(it.operands) : 2 * len(it.operands)]  # (operands, results, flags)
-        result = sum(array.bytes for array in arrays)
-        if kind == "collective-permute":
-            pairs = it.attribute(r"source_target_pairs=\{(.*?\})\}") or ""
-            groups = [
-                tuple(map(int, pair.split(","))) for pair in pairs.strip("{}").split("},{") if pair
-            ]
-            groups = [pair for pair in groups if len(set(pair)) == 2]
-            if not groups:
-                return None
-            axes, size = self._permuted(groups), 2
-            moved = float(result)
-        else:
-            groups = replica_groups(it.attributes, self.devices)
-            size = len(groups[0])
-            if size == 1:
-                return None
-            axes = self._named(groups)
-            share = (size - 1) / size
-            moved = {
-                "all-gather": share * result,
-                "reduce-scatter": share * operands,
-                "all-reduce": 2 * share * operands,
-                "all-to-all": share * operands,
-            }[kind]
-        channel = it.attribute(r"channel_id=(\d+)")
-        return Collective(kind, axes, size, groups[0], moved, float(result), it.op_name, channel)
-
-    def _named(self, groups: list[tuple[int, ...]]) -> str:
-        """The mesh axes of a collective's groups; a program for one of several slices lists its own alone."""
-        key = _key(groups)
-        if key in self.axes:
-            return self.axes[key]
-        return next((axes for whole, axes in self.axes.items() if key <= whole), "other")
-
-    def _between_slices(self, computation, it: Instruction) -> Collective:
-        """A collective over the data centre's network, which TPU programs hand to their host."""
-        kind = it.attribute(r'_xla_megascale_transfer_type="(\w+)"').lower().replace("_", "-")
-        target = it.attribute(r'_xla_megascale_target="\{([^}]*)\}') or ""
-        size = max(2, target.count(",") + 1)
-        held = float(computation[it.operands[0]].arrays[0].bytes)
-        # What is sent is what a device holds: of a gathered array its part.
-        share = {"all-reduce": 2 * (size - 1) / size, "all-gather": size - 1, "one-to-one": 1}
-        moved = share.get(kind, (size - 1) / size) * held
-        kind = {"one-to-one": "collective-permute"}.get(kind, kind)
-        return Collective(kind, "dcn", size, (0,), moved, held, it.op_name, None)
-
-    def _traffic(self, computation: Computation, it: Instruction) -> Cost:
-        device, host = traffic(self.computations, computation, it)
-        return Cost(traffic=device, host_traffic=host, by_name={it.op_name: device})
-
-    def _permuted(self, pairs: list[tuple[int, int]]) -> str:
-        """The fewest axes within whose groups all pairs lie."""
-        for key, axes in sorted(self.axes.items(), key=lambda item: len(next(iter(item[0])))):
-            if all(any(pair <= group for group in key) for pair in map(frozenset, pairs)):
-                return axes
-        return "other"
+                current[name] = Instruction(name, arrays, opcode, names, attributes, bool(root))
+        elif (header := _HEADER.match(line)) and not line.startswith("HloModule"):
+            current = computations.setdefault(header[2], Computation())
+            entry = header[2] if header[1] else entry
+    if entry is None:
+        raise ValueError("this is no text of an HLO module: it has no ENTRY computation")
+    return computations, entry
 
 
-def axes_of_groups(mesh_shape: dict[str, int]) -> dict[frozenset, str]:
-    """Every set of device groups that axes of a mesh make, and their names: ``data``, ``data+fsdp``."""
-    names = [name for name, size in mesh_shape.items() if size > 1]
-    shape = [mesh_shape[name] for name in names]
-    ids = np.arange(math.prod(shape)).reshape(shape)
-    found = {}
-    for count in range(1, len(names) + 1):
-        for chosen in itertools.combinations(range(len(names)), count):
-            rest = [axis for axis in range(len(names)) if axis not in chosen]
-            width = math.prod(shape[axis] for axis in chosen)
-            rows = ids.transpose([*rest, *chosen]).reshape(-1, width)
-            found[_key(rows.tolist())] = "+".join(names[axis] for axis in chosen)
-    return found
+def argument_bytes(text: str) -> dict[str, float]:
+    """Returns bytes of a program's arguments by their names in JAX, with the padding of their layouts."""
+    computations, entry = parse(text) if text else ({"": {}}, "")
+    return {
+        each.op_name.replace("\\'", "'"): float(each.arrays[0].padded_bytes)
+        for each in computations[entry].values()
+        if each.opcode == "parameter" and each.op_name
+    }
 
 
-def _sum(a: dict, b: dict) -> dict:
-    return {key: a.get(key, 0.0) + b.get(key, 0.0) for key in a | b}
+def trip_count(computations: dict, caller: Computation, loop: Instruction) -> int | None:
+    """How often a while loop's body runs, or None if the text does not tell.
+
+    CPU and GPU programs print it. Those of TPUs do not: there it comes from the counter, which starts at a
+    constant, grows by a constant in the body, and is compared with a constant in the condition.
+    """
+    known = loop.attribute(r'known_trip_count[^\d]*?"?n"?:"?(\d+)')
+    if known:
+        return int(known)
+    condition = computations[loop.attribute(r"condition=%?([^\s,}]+)")]
+    body = computations[loop.attribute(r"body=%?([^\s,}]+)")]
+    compare, initial = condition.root, caller.source(loop.operands[0])
+    if compare.attribute(r"direction=(LT)") is None or initial.opcode != "tuple":
+        return None
+    counter, bound = condition.source(compare.operands[0]), condition.constant(compare.operands[1])
+    if counter.opcode != "get-tuple-element" or body.root.opcode != "tuple":
+        return None
+    index = int(counter.attribute(r"index=(\d+)"))
+    start = caller.constant(initial.operands[index])
+    add = body.source(body.root.operands[index])
+    steps = [body.constant(name) for name in add.operands] if add.opcode == "add" else []
+    step = next((step for step in steps if step), None)
+    if None in (start, bound, step):
+        return None
+    return max(0, -(-(bound - start) // step))
 
 
-def _key(groups) -> frozenset:
-    return frozenset(map(frozenset, groups))
+def replica_group(attributes: str, count: int) -> tuple[int, ...]:
+    """The first of the groups of device numbers that a collective works in, from any of the printed forms.
+
+    ``{{0,1},{2,3}}``; ``[2,2]<=[4]`` with an optional transpose T(1,0); ``mesh['a'=2,'b'=2] {'b'}`` with
+    optional parts of axes, ``{'b':(1)2}``, and ``device_ids=([2,2]T(1,0))`` where devices are permuted. No
+    groups, or ``{}``: all ``count`` devices are one.
+    """
+    if match := re.search(r"replica_groups=mesh\[([^\]]*)\](.*?)\{([^{}]*)\}", attributes):
+        sizes = {name: int(size) for name, size in re.findall(r"'?([^',=]+)'?=(\d+)", match[1])}
+        ids = np.arange(math.prod(sizes.values()))
+        if listed := re.search(r"device_ids=\((.*)\)", match[2]):
+            ids = _iota(listed[1]) if "[" in listed[1] else np.array(_numbers(listed[1]))
+        # Of a part (before)size of an axis, and else of the whole: before, size, what is after.
+        parts = {name: () for name in sizes}
+        for name, before, size in re.findall(r"'?([^',:{}]+)'?(?::\((\d+)\)(\d+))?", match[3]):
+            parts[name] = (int(before or 1), int(size or sizes[name]))
+        shape, inside = [], []
+        for name, whole in sizes.items():
+            before, size = parts[name] or (whole, 1)
+            shape += [before, size, whole // (before * size)]
+            inside += [0, slice(None), 0]
+        return tuple(map(int, ids.reshape(shape)[tuple(inside)].ravel()))
+    if match := re.search(r"replica_groups=(\[[\d,]+\]<=\[[\d,]+\](?:T\([\d,]+\))?)", attributes):
+        return tuple(map(int, _iota(match[1])[0]))
+    if match := re.search(r"replica_groups=\{\{([\d, ]*)\}", attributes):
+        return tuple(_numbers(match[1]))
+    return tuple(range(count))
 
 
-def _once(collectives: tuple[Collective, ...]) -> tuple[Collective, ...]:
-    """Without the repetitions of an asynchronous collective, which have one channel and run as often."""
-    found: dict = {}
-    for number, each in enumerate(collectives):
-        found.setdefault((each.kind, each.channel or f"no channel {number}", each.count), each)
-    return tuple(found.values())
+def _numbers(text: str) -> list[int]:
+    """All numbers in a text."""
+    return [int(word) for word in re.findall(r"\d+", text)]
 
 
-def _scattered(each: Collective) -> Collective:
-    if each.kind != "all-reduce":
-        return each
-    return dataclasses.replace(
-        each, kind="reduce-scatter", moved=each.moved / 2, raw=each.raw / each.size
-    )
+def _iota(text: str) -> np.ndarray:
+    """``[2,2]<=[4]``, ``[4]<=[2,2]T(1,0)`` or ``[2,2]T(1,0)`` (without a shape of its own) as numbers."""
+    *shape, source = (_numbers(part) for part in re.findall(r"\[([\d,]+)\]", text))
+    transpose = re.search(r"T\(([\d,]+)\)", text)
+    ids = np.arange(math.prod(source)).reshape(source)
+    if transpose:
+        ids = ids.transpose(_numbers(transpose[1]))
+    return ids.reshape(shape[0]) if shape else ids

@@ -1,15 +1,13 @@
-"""Devices that nobody owns: TPU topologies from libtpu's compiler, or this machine's own devices.
+"""The devices that a plan is for: TPU slices described by libtpu's compiler, or this machine's own devices.
 
 A topology is ``v5e:16x16``, ``v6e:8x8``, ``v5p:4x4x4``: a kind of chip and how many stand along each axis of
 the torus; or ``local``.
 """
 
-import contextlib
 import importlib.util
 import os
 import re
-import subprocess
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import jax
@@ -20,11 +18,15 @@ from .chips import CHIPS, Chip, chip_of
 
 TPUS = tuple(name for name in CHIPS if name.startswith("v"))
 
-# What libtpu says wherever there is no TPU; everything else it says is passed on.
-NOISE = (
-    "TPU_ACCELERATOR_TYPE|TPU_WORKER_HOSTNAMES|Failed to find host bounds|Logging before InitGoogle"
-    "|could not determine TPU|=== Source Location Trace|^learning/[0-9a-z]+/tfrc/|^ *$"
-)
+# libtpu takes these from a TPU's own machine. Elsewhere it asks a metadata server that only Google Cloud has,
+# for minutes, and complains on stderr. What is described does not depend on them.
+_NO_TPU_HERE = {
+    "TPU_SKIP_MDS_QUERY": "1",
+    "TPU_WORKER_HOSTNAMES": "localhost",
+    "TPU_ACCELERATOR_TYPE": "v5litepod-4",
+    # Compiling takes no device, so that several such processes need not exclude one another.
+    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
+}
 
 
 class Topology(NamedTuple):
@@ -39,7 +41,7 @@ class Topology(NamedTuple):
 
 
 def open_topology(name: str, slices: int = 1) -> Topology:
-    """The devices of a topology; JAX runs on CPU from here on unless it is ``local``.
+    """Returns the devices of a topology; JAX runs on CPU from here on unless it is ``local``.
 
     Args:
       name: such as ``v5e:16x16``, or ``local``.
@@ -50,7 +52,7 @@ def open_topology(name: str, slices: int = 1) -> Topology:
     """
     if name == "local":
         if slices != 1:
-            raise UserError("--slices is for TPU topologies; local is what it is", exit_code=2)
+            raise UserError("--slices is for TPU topologies, not for local", exit_code=2)
         devices = jax.devices()
         chip_name = chip_of(devices[0])
         chip = CHIPS[chip_name]
@@ -66,19 +68,16 @@ def open_topology(name: str, slices: int = 1) -> Topology:
         raise UserError(
             f"--topology {name} needs TPU's compiler: pip install 'sprint_jax[plan]' (Linux on x86-64)"
         )
-    # Else libtpu asks a metadata server that only Google Cloud has, for minutes.
-    os.environ["TPU_SKIP_MDS_QUERY"] = "1"
-    # Compiling takes no device, so that several such processes need not exclude one another.
-    os.environ["ALLOW_MULTIPLE_LIBTPU_LOAD"] = "1"
+    for variable, value in _NO_TPU_HERE.items():
+        os.environ.setdefault(variable, value)
     jax.config.update("jax_platforms", "cpu")
     options = {"num_slices": slices} if slices > 1 else {}
     if kind == "v4":
         options["chip_config_name"] = "megacore"  # one device per chip, as on v5p
-    if len(shape.split("x")) == 2 and shape in ("1x1", "1x2", "2x1"):
+    if shape in ("1x1", "1x2", "2x1"):
         options["chips_per_host_bounds"] = [*map(int, shape.split("x")), 1]
     try:
-        with quiet_libtpu():
-            found = topologies.get_topology_desc(platform="tpu", topology_name=name, **options)
+        found = topologies.get_topology_desc(platform="tpu", topology_name=name, **options)
     except jax.errors.JaxRuntimeError as error:
         reason = " ".join(str(error).split())
         raise UserError(
@@ -94,42 +93,3 @@ def _local_memory(devices: Sequence, chip: Chip) -> float:
     if devices[0].platform == "cpu":
         return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / len(devices)
     return float((devices[0].memory_stats() or {}).get("bytes_limit", chip.hbm_bytes))
-
-
-@contextlib.contextmanager
-def quiet_libtpu() -> Iterator[None]:
-    """Keeps libtpu's complaints about a missing TPU from stderr; all other lines pass, as they come.
-
-    A process of its own filters them, so that the last words of a library that aborts are seen too.
-    """
-    read, write = os.pipe()
-    saved = os.dup(2)
-    filter_ = subprocess.Popen(["grep", "-Ev", "--line-buffered", NOISE], stdin=read, stdout=saved)
-    os.close(read)
-    os.dup2(write, 2)
-    os.close(write)
-    try:
-        yield
-    finally:
-        os.dup2(saved, 2)
-        os.close(saved)
-        filter_.wait()
-
-
-def out_of_memory(text: str) -> float | None:
-    """Bytes that a program would need on a device, if that is what the compiler complains of.
-
-    libtpu says "Used 20.1G of 15.75G hbm", or, where even the largest part does not fit, "memory required for
-    HLO temporaries (384.00G) exceeds available HBM".
-    """
-    if "RESOURCE_EXHAUSTED" not in text:
-        return None
-    for pattern in (
-        r"Used ([\d.]+)([KMGT]?) of [\d.]+[KMGT]? hbm",
-        r"temporaries \(([\d.]+)([KMGT]?)\)",
-        r"([\d.]+)([KMGT]?i?)B? ?(?:bytes)? exceeds available",
-    ):
-        if match := re.search(pattern, text):
-            power = " KMGT".index(match[2][:1]) if match[2] else 0
-            return float(match[1]) * 1024.0**power
-    return None

@@ -12,13 +12,13 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 
 from .. import losses, sampling, trigflow
 from ..models import functions
 from ..models.sana import SanaTransformer
 from ..parallel.sharding import in_use
 from ..training.diagnostics import BINS, tangent_checks
-from ..training.state import tree_norm
 
 Array = jax.Array
 
@@ -221,7 +221,7 @@ def tangents(
         return tangent_checks(F(jnp.float32), F(jnp.bfloat16), x, t, dx, dt)
 
     add = jax.jit(functools.partial(jax.tree.map, jnp.add))
-    norm = jax.jit(tree_norm)
+    norm = jax.jit(optax.tree.norm)
     names = ("size", "gradient", "bend", "bfloat16", "nonfinite")
     found = {name: [0.0] * BINS for name in names}
     count = len(setting.batches)

@@ -1,4 +1,4 @@
-"""What is refused before anything is computed: another run's workdir, counts and batches that cannot be."""
+"""Checks before anything is computed: another run's workdir, counts and batches that cannot be."""
 
 from pathlib import Path
 
@@ -65,15 +65,6 @@ def check_values(c: Config) -> None:
         value = (c[section] if section else c)[key]
         if value < 1:
             raise UserError(f"config.{name}={value} must be at least 1", exit_code=2)
-
-
-def check_overridden(c: Config, names: list[str]) -> None:
-    """Refuses keys, set by hand, that nothing has read; call it when all that reads them has run."""
-    unread = sorted(set(c.unread()) & set(names))
-    if unread:
-        raise UserError(
-            f"config.{unread[0]} is not read by stage '{c.stage}'; leave it out", exit_code=2
-        )
 
 
 def check_batch(c: Config, mesh: jax.sharding.Mesh) -> None:

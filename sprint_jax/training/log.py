@@ -21,7 +21,6 @@ from ..checkpoints.workdir import read_metrics
 from ..core.errors import UserError
 from ..core.files import write_atomic
 from ..core.progress import Progress
-from .board import Board
 from .curves import draw_curves
 
 SYNC_SECONDS = 5.0
@@ -57,6 +56,9 @@ class MetricLog:
         self._deferred: tuple[int, dict[str, Any]] | None = None
         if not self._active:
             return
+        # Imported here, because tensorboardX imports torch where there is one.
+        from .board import Board
+
         kept = -1 if resume_step is None else resume_step
         try:
             (self.workdir / "samples").mkdir(parents=True, exist_ok=True)

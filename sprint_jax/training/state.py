@@ -47,7 +47,7 @@ class TrainState:
 
 
 def overlay(fresh: Tree, pretrained: Tree, origin: str) -> Tree:
-    """``fresh`` params with every leaf that ``pretrained`` has; the rest stays fresh.
+    """Returns ``fresh`` params with every leaf that ``pretrained`` has; the rest stays fresh.
 
     Used to start a student from its teacher, which lacks the guidance embedder and the logvar head.
 
@@ -77,76 +77,68 @@ def overlay(fresh: Tree, pretrained: Tree, origin: str) -> Tree:
 
 
 def ema_update(ema: Tree, params: Tree, decay: float, step: jax.Array) -> Tree:
-    """``ema + (1 - decay_t) (params - ema)`` with ``decay_t = min(decay, (1 + step) / (10 + step))``.
+    """Returns ``ema + (1 - decay_t) (params - ema)``, ``decay_t = min(decay, (1 + step) / (10 + step))``.
 
     The ramp forgets the initial parameters within a few updates and then costs nothing.
+    (`optax.incremental_update` sums two products, which rounds otherwise.)
     """
     rate = 1 - jnp.minimum(decay, (1.0 + step) / (10.0 + step))
     return jax.tree.map(lambda e, p: e + rate * (p - e), ema, params)
 
 
-def select(finite: jax.Array, new: Tree, old: Tree) -> Tree:
-    """``new`` where the update was finite, else ``old``, leaf by leaf."""
-    return jax.tree.map(lambda n, o: jnp.where(finite, n, o), new, old)
-
-
-def tree_norm(tree: Tree) -> jax.Array:
-    """Global Euclidean norm, float32."""
-    return jnp.sqrt(sum(jnp.square(x.astype(jnp.float32)).sum() for x in jax.tree.leaves(tree)))
-
-
 def apply_gradients(
-    optimizer: optax.GradientTransformation, ema_decay: float, state: TrainState, value, grads
+    optimizer: optax.GradientTransformation,
+    state: TrainState,
+    value: jax.Array,
+    grads: Tree,
+    *,
+    ema_decay: float | None = None,
+    spectral: Tree = None,
 ) -> tuple[TrainState, dict[str, jax.Array]]:
-    """Optimizer and EMA, and one step more; a non-finite update leaves all else but counters as it was.
+    """Applies one update to the student, or to the heads if ``spectral`` is given.
+
+    An update whose loss or gradients are not finite changes nothing but the counters. (Optax's
+    `apply_if_finite` looks at the gradients alone, knows no average, and gives in after some updates.)
+
+    Args:
+      value, grads: the loss and its gradients.
+      ema_decay: of the student's average; its update is counted as a step.
+      spectral: replaces the heads' spectral vectors.
 
     Returns:
       ``(state, metrics)``.
     """
-    norm = tree_norm(grads)
+    heads = spectral is not None
+    old = (state.disc["params"], state.disc_opt_state) if heads else (state.params, state.opt_state)
+    norm = optax.tree.norm(grads)
     finite = jnp.isfinite(norm) & jnp.isfinite(value)
-    updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
-    params = optax.apply_updates(state.params, updates)
-    ema = ema_update(state.ema, params, ema_decay, state.step)
-    params, ema, opt_state = select(
-        finite, (params, ema, opt_state), (state.params, state.ema, state.opt_state)
+    updates, opt_state = optimizer.update(grads, old[1], old[0])
+    params = optax.apply_updates(old[0], updates)
+    if heads:
+        new = {"disc": {"params": params, "spectral": spectral}, "disc_opt_state": opt_state}
+    else:
+        ema = ema_update(state.ema, params, ema_decay, state.step)
+        new = {"params": params, "ema": ema, "opt_state": opt_state}
+    kept = {name: getattr(state, name) for name in new}
+    in_a_row = jnp.where(finite, 0, state.in_a_row[int(heads)] + 1)
+    state = state.replace(
+        step=state.step if heads else state.step + 1,
+        skipped=state.skipped + (~finite).astype(jnp.int32),
+        in_a_row=state.in_a_row.at[int(heads)].set(in_a_row),
+        **optax.tree.where(finite, new, kept),
     )
-    state = _count(state, 0, finite).replace(
-        step=state.step + 1, params=params, ema=ema, opt_state=opt_state
-    )
-    distance = tree_norm(jax.tree.map(jnp.subtract, ema, params)) / tree_norm(params)
+    if heads:
+        return state, {"grad/heads": norm, **_counters(state)}
+    difference = optax.tree.sub(state.ema, state.params)
+    distance = optax.tree.norm(difference) / optax.tree.norm(state.params)
     return state, {"grad/student": norm, "ema/distance": distance}
 
 
-def apply_head_gradients(
-    optimizer: optax.GradientTransformation, state: TrainState, spectral: Tree, value, grads
-) -> tuple[TrainState, dict[str, jax.Array]]:
-    """The heads' part of `apply_gradients`; ``spectral`` replaces the old vectors with it."""
-    norm = tree_norm(grads)
-    finite = jnp.isfinite(norm) & jnp.isfinite(value)
-    updates, opt_state = optimizer.update(grads, state.disc_opt_state, state.disc["params"])
-    params = optax.apply_updates(state.disc["params"], updates)
-    new = ({"params": params, "spectral": spectral}, opt_state)
-    disc, disc_opt_state = select(finite, new, (state.disc, state.disc_opt_state))
-    state = _count(state, 1, finite).replace(disc=disc, disc_opt_state=disc_opt_state)
-    counts = {"health/skipped": state.skipped, "health/in_a_row": state.in_a_row.max()}
-    return state, {"grad/heads": norm} | counts
-
-
-def _count(state: TrainState, which: int, finite: jax.Array) -> TrainState:
-    """Counts a skipped update of the student (0) or the heads (1)."""
-    in_a_row = jnp.where(finite, 0, state.in_a_row[which] + 1)
-    return state.replace(
-        skipped=state.skipped + (~finite).astype(jnp.int32),
-        in_a_row=state.in_a_row.at[which].set(in_a_row),
-    )
-
-
 def health(loss: jax.Array, state: TrainState) -> dict[str, jax.Array]:
-    """Share of samples whose loss [B] is not finite, and the counters."""
+    """Returns the share of samples whose loss [B] is not finite, and the counters."""
     bad = 1 - jnp.isfinite(loss).astype(jnp.float32)
-    return {
-        "health/nonfinite_samples": bad.mean(),
-        "health/skipped": state.skipped,
-        "health/in_a_row": state.in_a_row.max(),
-    }
+    return {"health/nonfinite_samples": bad.mean(), **_counters(state)}
+
+
+def _counters(state: TrainState) -> dict[str, jax.Array]:
+    return {"health/skipped": state.skipped, "health/in_a_row": state.in_a_row.max()}

@@ -17,7 +17,7 @@ from ..models.discriminator import update_spectral
 from ..parallel.sharding import in_use
 from .accumulate import gradients
 from .diagnostics import binned, tangent_checks
-from .state import Nets, TrainState, apply_gradients, apply_head_gradients, health
+from .state import Nets, TrainState, apply_gradients, health
 
 Key = jax.Array
 
@@ -89,7 +89,7 @@ def flow_update(nets: Nets, c, state: TrainState, batch: dict, frozen: dict):
 
     key = jax.random.fold_in(jax.random.key(c.seed), state.step)
     value, aux, grads = gradients([loss], state.params, batch, key, c.accumulate)
-    state, metrics = apply_gradients(nets.optimizer, c.ema_decay, state, value, grads)
+    state, metrics = apply_gradients(nets.optimizer, state, value, grads, ema_decay=c.ema_decay)
     metrics |= {"loss/flow": value, **binned("flow_loss", aux["t"], aux["loss"], limit=1.0)}
     return state, metrics | health(aux["loss"], state)
 
@@ -143,7 +143,7 @@ def _generator_update(nets, c, state, batch, frozen):
     terms = [consistency] + ([adversarial] if nets.heads is not None else [])
     key = jax.random.fold_in(jax.random.key(c.seed), 2 * state.step)
     value, aux, grads = gradients(terms, state.params, batch, key, c.accumulate)
-    state, metrics = apply_gradients(nets.optimizer, c.ema_decay, state, value, grads)
+    state, metrics = apply_gradients(nets.optimizer, state, value, grads, ema_decay=c.ema_decay)
     metrics |= {"loss/total": value, "loss/scm": aux["loss"].mean()}
     if nets.heads is not None:
         metrics["loss/ladd_generator"] = -aux["generator_logits"].mean()
@@ -191,7 +191,7 @@ def discriminator_update(nets: Nets, c, state: TrainState, batch: dict, frozen: 
     # The step was counted by the generator update just before; odd keys are the discriminator's.
     key = jax.random.fold_in(jax.random.key(c.seed), 2 * state.step - 1)
     value, aux, grads = gradients([loss], state.disc["params"], batch, key, c.accumulate)
-    state, metrics = apply_head_gradients(nets.disc_optimizer, state, spectral, value, grads)
+    state, metrics = apply_gradients(nets.disc_optimizer, state, value, grads, spectral=spectral)
     metrics |= {f"logits/{name}": values.mean() for name, values in aux.items()}
     return state, metrics | {"loss/ladd_discriminator": value}
 

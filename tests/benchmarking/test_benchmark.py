@@ -33,46 +33,34 @@ TINY_DECODER = AutoencoderDC(
 )
 
 
-class Clock:
-    """A clock that stands still, except that ``calls`` take their time on it."""
-
-    def __init__(self):
-        self.now, self.log = 0.0, []
-
-    def __call__(self) -> float:
-        return self.now
-
-    def arm(self, name: str, seconds: list[float]):
-        """A call that takes the next of ``seconds``, then the last again and again."""
-        left = list(seconds)
-
-        def call():
-            self.log.append(name)
-            self.now += left.pop(0) if len(left) > 1 else left[0]
-
-        return call
-
-
 class Load:
     """A meter of foreign load that reads what it is given."""
 
     def __init__(self, shares):
-        self.shares = iter(shares)
+        self.share = iter(shares).__next__
 
     def start(self):
         pass
 
-    def share(self):
-        return next(self.shares)
-
 
 def test_arms_take_turns_after_warm_calls_and_one_that_does_not_count():
-    clock = Clock()
+    now, log = [0.0], []
+
+    def arm(name, *seconds):
+        """A call that takes the next of ``seconds``, then the last again and again."""
+        left = list(seconds)
+
+        def call():
+            log.append(name)
+            now[0] += left.pop(0) if len(left) > 1 else left[0]
+
+        return call
+
     # Three warm calls, then per turn one that does not count and as many as fill a turn.
-    a, b = clock.arm("a", [5, 5, 0.1, 7, 0.2]), clock.arm("b", [9, 9, 0.3, 8, 0.6])
-    rounds = timing.paired_rounds({"a": a, "b": b}, 2, clock=clock, load=Load([0.0, 0.05]))
+    arms = {"a": arm("a", 5, 5, 0.1, 7, 0.2), "b": arm("b", 9, 9, 0.3, 8, 0.6)}
+    rounds = timing.paired_rounds(arms, 2, clock=lambda: now[0], load=Load([0.0, 0.05]))
     turn = ["a"] * 3 + ["b"] * 2
-    assert clock.log == ["a"] * 3 + ["b"] * 3 + turn + turn
+    assert log == ["a"] * 3 + ["b"] * 3 + turn + turn
     assert [each.foreign for each in rounds] == [0.0, 0.05]
     for each in rounds:
         assert each.ms == pytest.approx({"a": 200, "b": 600})
@@ -94,13 +82,10 @@ def test_ratios_are_taken_within_rounds_and_loud_rounds_are_dropped():
     }
 
 
-def test_without_a_clean_round_there_are_no_numbers():
+def test_rounds_without_numbers(tmp_path):
     summary = timing.summarize([timing.Round({"ours": 1, "theirs": 4}, 0.5)], "ours")
-    assert (summary["rounds"], summary["dropped"]) == (0, 1)
+    assert (summary["rounds"], summary["dropped"]) == (0, 1)  # none is clean
     assert summary["ms"] == summary["ratio"] == {}
-
-
-def test_unrecorded_load_is_said_and_drops_nothing(tmp_path):
     assert timing.ForeignLoad(tmp_path / "none").share() is None
     summary = timing.summarize([timing.Round({"ours": 2.0}, None)], "ours")
     assert summary["foreign"] == "not recorded" and summary["rounds"] == 1
@@ -188,34 +173,34 @@ def test_blocks_apart_compute_what_the_stack_does():
     stacked = blocks.stack(gradient_apart["transformer_blocks"])
     gradient_apart = gradient_apart | {"transformer_blocks": stacked}
     np.testing.assert_allclose(loss, loss_apart, rtol=1e-6)
+    limits = jax.tree.map(lambda a: 1e-5 * np.abs(a).max() + 1e-4 * np.abs(a), gradient)
     # Two orders of the same float32 sums.
-    jax.tree.map(
-        lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5 * np.abs(a).max(), rtol=1e-4),
-        gradient,
-        gradient_apart,
+    within = jax.tree.map(
+        lambda a, b, c: np.all(np.abs(a - b) <= c), gradient, gradient_apart, limits
     )
+    assert all(jax.tree.leaves(within))
 
 
 def test_without_torch_one_line_says_what_to_install(monkeypatch):
     monkeypatch.setitem(sys.modules, "torch", None)
-    with pytest.raises(UserError, match=r"needs (torch|diffusers): pip install -e .\[parity\]"):
+    with pytest.raises(UserError, match=r"(torch|diffusers).*\[parity\]"):
         benchmark.main(["train", "--against=diffusers"])
 
 
 @pytest.mark.parametrize(
-    ("words", "message"),
+    ("words", "name"),
     [
-        (["train", "--image=512"], "HEIGHTxWIDTH"),
-        (["train", "--image=500x512"], "multiples of 32"),
-        (["train", "--rounds=0"], "at least 1"),
-        (["parity", "--only=forward,backwards"], "'backwards' is not one of"),
+        (["train", "--image=512"], "--image 512"),
+        (["train", "--image=500x512"], "--image 500x512"),
+        (["train", "--rounds=0"], "--rounds"),
+        (["parity", "--only=forward,backwards"], "'backwards'"),
         (["train", "--threads=999"], "--threads 999"),
         (["parity", "--rounds=3"], "--rounds"),
-        (["sample", "--parts=whole"], "--parts whole needs --model"),
-        (["sample", "--batch=1,x"], "'x' must be a whole number"),
+        (["sample", "--parts=whole"], "--parts whole"),
+        (["sample", "--batch=1,x"], "'x'"),
     ],
 )
-def test_wrong_flags_are_one_line(words, message):
-    with pytest.raises(UserError, match=message) as error:
+def test_wrong_flags_are_one_line(words, name):
+    with pytest.raises(UserError, match=name) as error:
         benchmark.main(words)
     assert error.value.exit_code == 2

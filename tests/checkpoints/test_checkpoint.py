@@ -1,11 +1,11 @@
 """Checkpoints: bit-equal resume, refusals, other meshes, partial loads."""
 
-import logging
 import resource
 import shutil
 
 import jax
 import jax.numpy as jnp
+import orbax.checkpoint as ocp
 import pytest
 from helpers.checkpoints import (
     META,
@@ -18,7 +18,6 @@ from helpers.checkpoints import (
     make_state,
     mesh,
     restore,
-    save_steps,
     saved,
 )
 from jax.sharding import NamedSharding, PartitionSpec
@@ -27,54 +26,36 @@ from sprint_jax.checkpoints.checkpoint import Checkpoints, load_params
 from sprint_jax.core.errors import UserError
 
 
-def test_no_checkpoint_is_none(tmp_path):
-    assert restore(tmp_path) is None
-
-
-def test_round_trip_is_bit_equal(saved):
-    workdir, states = saved
-    abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), make_state())
-    state, meta = restore(workdir, abstract=abstract)
-    assert isinstance(state, State)
-    assert_same(state, states[20])
-    assert meta == {**META, "step": 20}
-    assert all(isinstance(x, jax.Array) for x in jax.tree.leaves(state))
-
-
 @pytest.mark.parametrize("async_gb", [4.0, 0.0])
-def test_restore_at_once_after_save_and_donation(tmp_path, async_gb):
-    """The arrays are overwritten by a donated update as soon as save has returned."""
-    step = jax.jit(lambda tree: jax.tree.map(lambda x: x * 0 + 1, tree), donate_argnums=0)
-    state = {"params": {"kernel": jnp.arange(2.0**20).reshape(1024, 1024)}}
-    want = bits(state)
+def test_round_trip_is_bit_equal_though_the_arrays_are_donated(tmp_path, async_gb):
+    """The arrays are overwritten by an update as soon as save has returned."""
+    step = jax.jit(lambda tree: jax.tree.map(jnp.zeros_like, tree), donate_argnums=0)
+    state, want = make_state(5), bits(make_state(5))
+    target = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), state)
     with Checkpoints(tmp_path, keep=1, async_gb=async_gb) as checkpoints:
-        checkpoints.save(1, state, {})
-        state = step(state)
-        restored, _ = checkpoints.restore_latest(state)
-    assert bits(restored) == want
-    assert bits(state) != want
-
-
-def test_streamed_state_is_the_same_checkpoint(tmp_path):
-    state = make_state(5)
-    with Checkpoints(tmp_path, keep=1, async_gb=0) as checkpoints:
+        assert checkpoints.restore_latest(target) is None
         assert checkpoints.save(1, state, META)
-        assert checkpoints.steps() == [1]
-        got, _ = checkpoints.restore_latest(make_state(), META)
-    assert_same(got, state)
+        state = step(state)
+        # meta is compared as JSON
+        same = {"model": {"heads": (1, 2), "width": 16.0}}
+        restored, meta = checkpoints.restore_latest(target, same)
+    assert isinstance(restored, State) and bits(restored) == want != bits(state)
+    assert meta == {**META, "step": 1}
 
 
 def test_donated_target_is_freed_only_for_a_checkpoint_that_fits(tmp_path):
+    def deleted(tree):
+        return {leaf.is_deleted() for leaf in jax.tree.leaves(tree)}
+
     with Checkpoints(tmp_path, keep=1) as checkpoints:
         fresh = make_state()
         assert checkpoints.restore_latest(fresh, META, donate=True) is None
-        assert not any(leaf.is_deleted() for leaf in jax.tree.leaves(fresh))
         checkpoints.save(1, make_state(5), META)
         with pytest.raises(UserError, match="stage"):
             checkpoints.restore_latest(fresh, {"stage": "flow"}, donate=True)
-        assert not any(leaf.is_deleted() for leaf in jax.tree.leaves(fresh))
+        assert deleted(fresh) == {False}
         got, _ = checkpoints.restore_latest(fresh, META, donate=True)
-    assert all(leaf.is_deleted() for leaf in jax.tree.leaves(fresh))
+    assert deleted(fresh) == {True}
     assert_same(got, make_state(5))
 
 
@@ -90,10 +71,13 @@ def test_keep_every_force_and_repeats(tmp_path):
     assert sorted(p.name for p in tmp_path.iterdir()) == ["30", "33"]
 
 
-@pytest.mark.parametrize("arguments", [{"keep": 0}, {"keep": 1, "every": 0}])
-def test_bad_arguments(tmp_path, arguments):
-    with pytest.raises(UserError, match="at least 1"):
-        Checkpoints(tmp_path, **arguments)
+def test_what_cannot_be(tmp_path):
+    for arguments in ({"keep": 0}, {"keep": 1, "every": 0}):
+        with pytest.raises(UserError, match="keep="):
+            Checkpoints(tmp_path, **arguments)
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match=f"{tmp_path}/file/checkpoints"):
+        Checkpoints(tmp_path / "file" / "checkpoints", keep=1)
 
 
 def test_leftover_of_a_killed_save_is_ignored_and_removed(copied):
@@ -109,58 +93,28 @@ def test_leftover_of_a_killed_save_is_ignored_and_removed(copied):
 
 
 @pytest.mark.parametrize(
-    ("expect", "message"),
+    ("expect", "change", "named"),
     [
-        ({"stage": "flow"}, "stage is 'distill' in the checkpoint but 'flow' in this run"),
-        ({"model": {"width": 32, "heads": [1, 2]}}, "model.width is 16 .* but 32"),
-        ({"model": {"width": 16, "heads": (1, 3)}}, r"model.heads is \[1, 2\] .* but \[1, 3\]"),
-        ({"model": {"width": 16}}, r"model.heads is \[1, 2\] .* but 'absent'"),
-        ({"teacher": "abc"}, "teacher is 'absent' .* but 'abc'"),
+        ({"stage": "flow"}, {}, "stage .*distill.*flow"),
+        ({"model": {"width": 32, "heads": [1, 2]}}, {}, "model.width .*16.*32"),
+        ({"model": {"width": 16, "heads": (1, 3)}}, {}, r"model.heads .*\[1, 2\].*\[1, 3\]"),
+        ({"model": {"width": 16}}, {}, r"model.heads .*\[1, 2\]"),
+        ({"teacher": "abc"}, {}, "teacher .*abc"),
+        (META, {"params": {"flag": jnp.zeros(3, bool)}}, r"params/flag .*bool\[2\].*bool\[3\]"),
+        (META, {"disc": {"head": jnp.zeros(3)}}, r"disc/head .*float32\[3\]"),
+        (META, {"opt_state": None}, r"opt_state/0/count .*2 more"),
     ],
 )
-def test_other_meta_is_refused_before_arrays_are_read(copied, expect, message):
-    workdir, _ = copied
+def test_other_meta_or_leaves_are_refused_before_arrays_are_read(copied, expect, change, named):
+    checkpoint = copied[0] / "checkpoints" / "20"
     # If the arrays were read first, this would be reported as damage.
-    shutil.rmtree(workdir / "checkpoints" / "20" / "state")
-    with pytest.raises(UserError, match=message) as error:
-        restore(workdir, expect)
-    assert str(workdir / "checkpoints" / "20") in str(error.value)
-    assert (workdir / "checkpoints" / "20").exists()
-
-
-def test_meta_is_compared_as_json(saved):
-    same = {"model": {"heads": (1, 2), "width": 16.0}}
-    assert restore(saved[0], same)[1]["step"] == 20
-
-
-def change(state, **fields):
-    return state.replace(**fields)
-
-
-@pytest.mark.parametrize(
-    ("other", "message"),
-    [
-        (
-            lambda s: change(s, params={**s.params, "flag": jnp.zeros(3, bool)}),
-            r"leaf params/flag is bool\[2\] in the checkpoint but bool\[3\] in this run",
-        ),
-        (
-            lambda s: change(s, params={**s.params, "out": {"kernel": jnp.zeros((16, 8))}}),
-            r"leaf params/out/kernel is bfloat16\[16, 8\] .* but float32\[16, 8\]",
-        ),
-        (
-            lambda s: change(s, disc={"head": jnp.zeros(3)}),
-            "leaf disc/head is missing in the checkpoint",
-        ),
-        (
-            lambda s: change(s, opt_state=None),
-            r"leaf opt_state/0/count is in the checkpoint but not .* \(and 2 more\)",
-        ),
-    ],
-)
-def test_other_tree_is_refused_with_the_leaf(saved, other, message):
-    with pytest.raises(UserError, match=message):
-        restore(saved[0], abstract=other(make_state()))
+    shutil.rmtree(checkpoint / "state")
+    state = make_state()
+    if "params" in change:
+        change = {"params": state.params | change["params"]}
+    with pytest.raises(UserError, match=named) as error:
+        restore(copied[0], expect, state.replace(**change))
+    assert str(checkpoint) in str(error.value) and checkpoint.exists()
 
 
 @pytest.mark.parametrize("target", [(8,), (2, 2), (1,)])
@@ -168,31 +122,26 @@ def test_restore_on_another_mesh(tmp_path, target):
     source, target = mesh(4, 2), mesh(*target)
     state = make_state(3)
     kernel = state.params["transformer_blocks"]["kernel"]
-    split = {
-        "kernel": jax.device_put(kernel, NamedSharding(source, PartitionSpec(None, "data", "fsdp")))
-    }
-    state = state.replace(params={**state.params, "transformer_blocks": split})
+    placed = NamedSharding(source, PartitionSpec(None, "data", "fsdp"))
+    split = {"transformer_blocks": {"kernel": jax.device_put(kernel, placed)}}
+    state = state.replace(params=state.params | split)
     with Checkpoints(tmp_path, keep=1) as checkpoints:
         checkpoints.save(1, state, META)
 
-    placed = NamedSharding(target, PartitionSpec(None, None, "data"))
-    replicated = NamedSharding(target, PartitionSpec())
-    abstract = jax.tree.map(
-        lambda x: jax.ShapeDtypeStruct(
-            x.shape, x.dtype, sharding=placed if x.shape == kernel.shape else replicated
-        ),
-        state,
-    )
+    def place(x):
+        spec = PartitionSpec(None, None, "data") if x.shape == kernel.shape else PartitionSpec()
+        return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=NamedSharding(target, spec))
+
+    wanted = jax.tree.map(place, state)
     with Checkpoints(tmp_path, keep=1) as checkpoints:
-        got, _ = checkpoints.restore_latest(abstract, META)
+        got, _ = checkpoints.restore_latest(wanted, META)
     assert_same(got, state)
-    for leaf, wanted in zip(jax.tree.leaves(got), jax.tree.leaves(abstract), strict=True):
-        assert leaf.sharding == wanted.sharding
+    assert jax.tree.map(lambda x: x.sharding, got) == jax.tree.map(lambda x: x.sharding, wanted)
 
 
-# What a failed write leaves behind may be reported by its threads between save and wait.
+# Threads of a failed write may report what they left behind, between save and wait.
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
-def test_failed_write_is_a_user_error_and_keeps_the_old(tmp_path, capfd):
+def test_failed_write_is_a_user_error_and_keeps_the_old(tmp_path):
     """A limit on file sizes stands in for a full disk."""
     state = make_state()
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
@@ -201,62 +150,39 @@ def test_failed_write_is_a_user_error_and_keeps_the_old(tmp_path, capfd):
     checkpoints.wait()
     resource.setrlimit(resource.RLIMIT_FSIZE, (5000, hard))
     try:
-        with pytest.raises(
-            UserError, match=f"{tmp_path} could not be written .*too large.*disk full"
-        ):
+        with pytest.raises(UserError, match=f"{tmp_path} .*too large"):
             checkpoints.save(2, state, META)
             checkpoints.wait()
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
         checkpoints.close()
-    assert capfd.readouterr().err == ""
     with Checkpoints(tmp_path, keep=1) as checkpoints:
         assert_same(checkpoints.restore_latest(make_state(), META)[0], state)
         assert checkpoints.save(2, state, META)
 
 
-def test_directory_that_cannot_be_made(tmp_path):
-    (tmp_path / "file").write_text("")
-    with pytest.raises(UserError, match="checkpoint directory"):
-        Checkpoints(tmp_path / "file" / "checkpoints", keep=1)
-
-
-def test_log_filters_are_taken_back(tmp_path):
-    loggers = [logging.getLogger(name) for name in ("absl", "asyncio")]
-    before = [list(logger.filters) for logger in loggers]
-    save_steps(tmp_path / "checkpoints", (1,))
-    restore(tmp_path)
-    load_params(tmp_path)
-    assert [list(logger.filters) for logger in loggers] == before
-
-
 @pytest.mark.parametrize(("which", "field"), [("ema", "ema"), ("raw", "params")])
-def test_load_params(saved, which, field):
+@pytest.mark.parametrize("step", [None, 10])
+def test_load_params(saved, which, field, step):
     workdir, states = saved
-    params, meta = load_params(workdir, which)
-    assert_same(params, getattr(states[20], field))
-    assert meta == {**META, "step": 20}
+    params, meta = load_params(workdir, which, step=step)
+    assert_same(params, getattr(states[step or 20], field))
+    assert meta == {**META, "step": step or 20}
     assert all(len(x.devices()) == 1 for x in jax.tree.leaves(params))
-    params, meta = load_params(workdir, which, step=10)
-    assert_same(params, getattr(states[10], field))
-    assert meta["step"] == 10
 
 
 def test_load_params_reads_nothing_else(copied, capfd):
     """Damage in the optimizer state does not matter to it; damage in the params does."""
     workdir, states = copied
     newest = workdir / "checkpoints" / "20"
-    path, at = data_file(newest, states[20].opt_state[0].mu["kernel"])
-    flip_bit(path, at)
+    flip_bit(*data_file(newest, states[20].opt_state[0].mu["kernel"]))
     assert_same(load_params(workdir, "raw")[0], states[20].params)
     assert capfd.readouterr().err == ""
     flip_bit(*data_file(newest, states[20].params["transformer_blocks"]["kernel"]))
     assert_same(load_params(workdir, "raw")[0], states[10].params)
-    assert (
-        "differ from their hash, first params/transformer_blocks/kernel" in capfd.readouterr().err
-    )
+    assert "params/transformer_blocks/kernel" in capfd.readouterr().err
     assert newest.exists(), "a reader moves nothing"
-    with pytest.raises(UserError, match=r"none of the checkpoints \[20\] is whole"):
+    with pytest.raises(UserError, match=r"\[20\]"):
         load_params(workdir, "raw", step=20)
 
 
@@ -277,35 +203,28 @@ def test_load_params_shardings(saved):
     assert params["out"]["kernel"].sharding == everywhere
 
 
-def test_load_params_of_a_wrong_place(tmp_path, saved):
-    with pytest.raises(UserError, match="is not a training workdir"):
-        load_params(tmp_path / "nowhere")
-    with pytest.raises(UserError, match="is not a training workdir"):
+def test_load_params_that_are_not_there(tmp_path, saved, capfd):
+    for folder in (tmp_path / "nowhere", tmp_path):
+        with pytest.raises(UserError, match=str(folder)):
+            load_params(folder)
+    folder = tmp_path / "checkpoints"
+    folder.mkdir()
+    with pytest.raises(UserError, match=str(folder)):
         load_params(tmp_path)
-    (tmp_path / "checkpoints").mkdir()
-    with pytest.raises(UserError, match="no complete checkpoint yet"):
-        load_params(tmp_path)
-    with pytest.raises(UserError, match=r"no checkpoint of step 15; it has \[10, 20\]"):
+    assert list(folder.iterdir()) == []
+    with pytest.raises(UserError, match=r"15.*\[10, 20\]"):
         load_params(saved[0], step=15)
-    with pytest.raises(UserError, match="'best' is not known; choose 'ema' or 'raw'"):
+    with pytest.raises(UserError, match="best"):
         load_params(saved[0], "best")
-    assert list((tmp_path / "checkpoints").iterdir()) == []
-
-
-def test_load_params_that_are_not_there(tmp_path):
-    with Checkpoints(tmp_path / "checkpoints", keep=1) as checkpoints:
+    with Checkpoints(folder, keep=1) as checkpoints:
         checkpoints.save(1, make_state().replace(ema=None), META)
-    with pytest.raises(UserError, match="has no ema parameters"):
+    with pytest.raises(UserError, match="ema"):
         load_params(tmp_path)
     assert_same(load_params(tmp_path, "raw")[0], make_state().params)
-
-
-def test_load_params_of_a_foreign_checkpoint(tmp_path, capfd):
-    import orbax.checkpoint as ocp
-
-    with ocp.CheckpointManager(tmp_path / "checkpoints") as manager:
-        manager.save(1, args=ocp.args.StandardSave({"params": {"x": jnp.ones(3)}}))
+    shutil.rmtree(folder)
+    with ocp.CheckpointManager(folder) as foreign:
+        foreign.save(1, args=ocp.args.StandardSave({"params": {"x": jnp.ones(3)}}))
     capfd.readouterr()
-    with pytest.raises(UserError, match=r"none of the checkpoints \[1\] is whole"):
+    with pytest.raises(UserError, match=r"\[1\]"):
         load_params(tmp_path)
     assert capfd.readouterr().err.count("\n") == 1

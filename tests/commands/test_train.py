@@ -23,7 +23,6 @@ from helpers.runs import (
 from helpers.workdirs import make_workdir
 from PIL import Image
 
-from configs import default
 from sprint_jax import train
 from sprint_jax.checkpoints.checkpoint import load_params
 from sprint_jax.core.config import Config
@@ -65,7 +64,7 @@ def train_here(config, workdir):
     """`train.train` without what it does to the process."""
     handler = signal.getsignal(signal.SIGTERM)
     try:
-        train.train(config, workdir, [])
+        train.train(config, workdir)
     finally:
         signal.signal(signal.SIGTERM, handler)
 
@@ -272,29 +271,6 @@ def test_warm_start_takes_the_average_of_another_run(whole, line, tmp_path, monk
     fresh = read_state(source, STEPS["flow"])
     with pytest.raises(AssertionError):
         assert_same_bits(fresh["params"], jax.device_get(average))
-
-
-def leaves(values, prefix=""):
-    for name, value in values.items():
-        if isinstance(value, dict):
-            yield from leaves(value, f"{prefix}{name}.")
-        else:
-            yield prefix + name
-
-
-def test_every_key_is_read_by_a_stage(whole):
-    keys = set(leaves(default.get_config().to_dict()))
-    assert len(keys) > 60
-    unread = [set(config.unread()) for config, _ in whole.values()]
-    # Digits are neither noise, nor latents or images of the user's; those are in test_feed.py.
-    others = {"latent_size", "text_length", "latents", "images", "weights", "encoders"}
-    others |= {"resolution", "sizes", "image_feature", "caption_feature", "caption_temperature"}
-    others = {f"data.{key}" for key in others | {"max_rejected", "holdout"}}
-    others |= {key for key in keys if key.startswith("encode.")}
-    assert keys & unread[0] & unread[1] == others
-    # What a stage has no use for is known, so that a typing error in train.py shows.
-    sections = [{key.partition(".")[0] for key in each - others} for each in unread]
-    assert sections == [{"scm", "ladd", "teacher"}, {"flow"}]
 
 
 @pytest.mark.slow

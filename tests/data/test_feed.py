@@ -215,7 +215,7 @@ def test_latents_of_different_encoders_are_not_mixed_and_their_own_decoder_is_ne
 
 def run(c, workdir, steps=None):
     with quick_compilation():
-        train.train(c.override({"steps": steps}) if steps else c, workdir, [])
+        train.train(c.override({"steps": steps}) if steps else c, workdir)
 
 
 @pytest.fixture(scope="module")

@@ -82,29 +82,30 @@ def mounted(folder, *options):
         privileged("umount", "--lazy", str(folder))
 
 
-def run_until_broken(arguments, *damage):
-    """Runs ``damage``, a command, just before the checkpoint of step `BROKEN` is written; and how it ended."""
-    script = [
-        str(Path(__file__).parents[1] / "helpers" / "broken_disk.py"),
-        str(BROKEN),
-        shlex.join(damage),
-    ]
+def break_and_go_on(arguments, workdir, whole, damage, mend, named, run):
+    """Runs ``damage``, a command, just before the checkpoint of step `BROKEN`; then the same line goes on."""
+    helper = Path(__file__).parents[1] / "helpers" / "broken_disk.py"
     begun = time.monotonic()
-    ended = finish(start_one([*script, *arguments], devices=8))
+    ended = finish(start_one([str(helper), str(BROKEN), shlex.join(damage), *arguments], devices=8))
     assert time.monotonic() - begun < 120
-    return ended
+    line = ended.err.splitlines()[-1]
+    assert ended.code == 1 and line.startswith("error: "), ended.err
+    assert f"{workdir}/checkpoints" in line and named in line
+    assert checkpoint_steps(workdir) == [EVERY]
+    mend()
+    assert run_here(arguments, *run).code == 0
+    assert records(workdir) == records(whole)
+    assert_same_bits(read_state(workdir, STEPS), read_state(whole, STEPS))
 
 
 def test_full_disk(line, whole, tmp_path, monkeypatch, capfd):
     with mounted(tmp_path / "disk", "-t", "tmpfs", "-o", "size=32m,mode=1777", "tmpfs") as disk:
         workdir, ballast = disk / "run", disk / "ballast"
-        ended = run_until_broken(line(workdir), "sh", "-c", f"cat /dev/zero >{ballast} || true")
-        assert ended.code == 1 and "No space left on device" in ended.error, ended.err
-        assert checkpoint_steps(workdir) == [EVERY]
-        ballast.unlink()
-        assert run_here(line(workdir), monkeypatch, capfd).code == 0
-        assert records(workdir) == records(whole)
-        assert_same_bits(read_state(workdir, STEPS), read_state(whole, STEPS))
+        damage = ["sh", "-c", f"cat /dev/zero >{ballast} || true"]
+        run = monkeypatch, capfd
+        break_and_go_on(
+            line(workdir), workdir, whole, damage, ballast.unlink, "No space left on device", run
+        )
 
 
 def test_checkpoints_made_read_only(line, whole, tmp_path, monkeypatch, capfd):
@@ -114,14 +115,11 @@ def test_checkpoints_made_read_only(line, whole, tmp_path, monkeypatch, capfd):
     folder.mkdir(parents=True)
     (workdir / "config.json").write_text(json.dumps(line.config(workdir)))
     with mounted(folder, "--bind", str(folder)):
-        freeze = [*sudo(), "mount", "-o", "remount,ro,bind", str(folder)]
-        ended = run_until_broken(line(workdir), *freeze)
-        assert ended.code == 1 and str(folder) in ended.error, ended.err
-        assert "Read-only file system" in ended.error
-        assert checkpoint_steps(workdir) == [EVERY]
-    assert run_here(line(workdir), monkeypatch, capfd).code == 0
-    assert records(workdir) == records(whole)
-    assert_same_bits(read_state(workdir, STEPS), read_state(whole, STEPS))
+        remount = ["mount", "-o", "remount,bind"]
+        damage = [*sudo(), *remount, "-o", "ro", str(folder)]
+        mend = lambda: privileged(*remount, "-o", "rw", str(folder))  # noqa: E731
+        run = monkeypatch, capfd
+        break_and_go_on(line(workdir), workdir, whole, damage, mend, "Read-only file system", run)
 
 
 def test_one_bad_gradient_is_skipped_and_counted(line, tmp_path, monkeypatch, capfd):

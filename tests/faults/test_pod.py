@@ -1,8 +1,6 @@
-"""Two processes as one run: the same numbers as one process, a shared stop, and death of either."""
+"""Two processes as one run: the same numbers as one process, a shared stop, and exact resume after a death."""
 
-import json
 import signal
-import time
 
 import jax
 import numpy as np
@@ -43,13 +41,12 @@ def line(folder, tmp_path_factory):
     """``line(stage, **changes) -> (spec, data, changes)`` for `tiny` and `words`."""
     data = write_digits(tmp_path_factory.getbasetemp() / "digits")
     teacher = make_workdir(folder / "teacher", "flow")
+    every = {"steps": STEPS, "log__checkpoint_every": EVERY, "log__sample_every": 1000}
+    students = {"teacher": str(teacher), "log__diagnostics_every": 10}
 
     def arguments(stage, **changes):
-        options = {"steps": STEPS, "log__checkpoint_every": EVERY, "log__sample_every": 1000}
-        if stage == "distill":
-            options |= {"teacher": str(teacher), "log__diagnostics_every": 10}
-        spec = "teacher" if stage == "flow" else "student"
-        return f"configs/digits.py:{spec},small", data, options | changes
+        spec, more = ("teacher", {}) if stage == "flow" else ("student", students)
+        return f"configs/digits.py:{spec},small", data, every | more | changes
 
     return arguments
 
@@ -59,20 +56,19 @@ def command(line, stage, workdir, **changes):
     return [*TRAIN, *words(spec, data, workdir, **options)]
 
 
-def train_here(config, workdir):
-    handler = signal.getsignal(signal.SIGTERM)
-    try:
-        train.train(config, workdir, [])
-    finally:
-        signal.signal(signal.SIGTERM, handler)
+def succeed(pod):
+    for ended in finish_pod(pod):
+        assert ended.code == 0, ended.err
 
 
 @pytest.fixture(scope="module")
 def alone(folder, line):
     """Runs of one process with 8 devices, some steps longer: stage -> workdir."""
+    handler = signal.getsignal(signal.SIGTERM)
     for stage in STAGES:
         spec, data, options = line(stage, steps=LONGER, log__keep=10)
-        train_here(tiny(spec, data, **options), folder / f"alone_{stage}")
+        train.train(tiny(spec, data, **options), folder / f"alone_{stage}")
+    signal.signal(signal.SIGTERM, handler)
     return {stage: folder / f"alone_{stage}" for stage in STAGES}
 
 
@@ -80,8 +76,7 @@ def alone(folder, line):
 def pair(folder, line):
     """Runs of two processes with 4 devices each: stage -> workdir."""
     for stage in STAGES:
-        for ended in finish_pod(start_pod(command(line, stage, folder / f"pair_{stage}"))):
-            assert ended.code == 0, ended.err
+        succeed(start_pod(command(line, stage, folder / f"pair_{stage}")))
     return {stage: folder / f"pair_{stage}" for stage in STAGES}
 
 
@@ -94,10 +89,8 @@ def losses(workdir):
 
 def assert_losses_agree(mine, other, steps):
     for step in steps:
-        assert mine[step].keys() == other[step].keys() and mine[step]
-        for name, value in mine[step].items():
-            # Logits are sums around zero: their mean is compared on the scale of the logits.
-            assert value == pytest.approx(other[step][name], rel=1e-5, abs=1e-6), (step, name)
+        # Logits are sums around zero: their mean is compared on the scale of the logits.
+        assert mine[step] and mine[step] == pytest.approx(other[step], rel=1e-5, abs=1e-6), step
 
 
 @pytest.mark.parametrize("stage", STAGES)
@@ -114,18 +107,15 @@ def test_two_processes_equal_one(stage, alone, pair):
 def test_death_of_a_process_is_named_and_resumed_exactly(line, folder, alone, pair):
     workdir = folder / "killed"
     words = command(line, "flow", workdir)
-    pod = start_pod(words)
+    pod = start_pod([*words, "--peer_timeout", "10"])
     until(lambda: checkpoint_steps(workdir) and max(records(workdir)) > EVERY, pod)
     survivor, seconds = survivor_of(pod, 1, signal.SIGKILL)
-    print(f"the survivor ended after {seconds:.1f} s")
-    assert seconds < 60 and survivor.code == LOST_PEER
+    assert seconds < 30 and survivor.code == LOST_PEER
     (error,) = errors(survivor)
-    assert f"process 1 of 2 on host {HOST}: no sign of life" in error
-    newest = checkpoint_steps(workdir)[-1]
-    assert EVERY <= newest < STEPS
+    assert f"process 1 of 2 on host {HOST}" in error
+    assert EVERY <= checkpoint_steps(workdir)[-1] < STEPS
     # The same command line resumes; the result is that of the run which nobody disturbed, bit for bit.
-    for ended in finish_pod(start_pod(words)):
-        assert ended.code == 0, ended.err
+    succeed(start_pod(words))
     assert losses(workdir) == losses(pair["flow"])
     assert_same_bits(read_state(workdir, STEPS), read_state(pair["flow"], STEPS))
     # Elastic: goes on with one process and two devices.
@@ -141,31 +131,11 @@ def test_sigterm_to_one_process_stops_all_at_the_same_step(line, folder, pair):
     words = command(line, "flow", workdir, log__checkpoint_every=1000)
     pod = start_pod(words)
     until(lambda: len(records(workdir)) >= 3, pod)
-    before = max(records(workdir))
     pod[1].send_signal(signal.SIGTERM)
     both = finish_pod(pod)
     assert [ended.code for ended in both] == [128 + signal.SIGTERM] * 2, both
     (step,) = checkpoint_steps(workdir)
-    assert max(records(workdir)) == step
-    # How many steps it took the signal to arrive is the system's affair; `Stop` itself is tested apart.
-    assert before <= step < STEPS
-    assert all(f"stopped by signal at step {step};" in ended.out for ended in both)
-    assert not any("Traceback" in ended.err for ended in both)
-    for ended in finish_pod(start_pod(words)):
-        assert ended.code == 0, ended.err
+    assert max(records(workdir)) == step < STEPS
+    assert all(str(step) in ended.out and "Traceback" not in ended.err for ended in both)
+    succeed(start_pod(words))
     assert_same_bits(read_state(workdir, STEPS), read_state(pair["flow"], STEPS))
-
-
-def test_an_error_of_one_process_ends_all(line, folder):
-    """Process 0 alone writes the log: the others are told what happened there."""
-    workdir = folder / "log_in_the_way"
-    (workdir / "metrics.jsonl").mkdir(parents=True)
-    (workdir / "config.json").write_text(
-        json.dumps(tiny(*line("flow")[:2], **line("flow")[2]).to_dict())
-    )
-    begun = time.monotonic()
-    first, second = finish_pod(start_pod(command(line, "flow", workdir)))
-    assert time.monotonic() - begun < 120
-    assert first.code == 1 and "metrics.jsonl" in errors(first)[0]
-    assert second.code == LOST_PEER
-    assert f"process 0 of 2 on host {HOST} ended: " in errors(second)[0]

@@ -58,15 +58,6 @@ def assert_same(got, want):
     assert bits(got) == bits(want)
 
 
-def save_steps(folder, steps, keep=3):
-    """One checkpoint per step; returns {step: state}."""
-    states = {step: make_state(step) for step in steps}
-    with Checkpoints(folder, keep=keep) as checkpoints:
-        for step, state in states.items():
-            assert checkpoints.save(step, state, META)
-    return states
-
-
 def data_file(checkpoint: Path, content) -> tuple[Path, int]:
     """The file of a checkpoint that holds the bytes of an array, and where."""
     content = np.asarray(content).tobytes()
@@ -91,8 +82,11 @@ def mesh(*sizes):
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory):
     """A workdir with checkpoints of steps 10 and 20, and the states; copy it, do not change it."""
-    workdir = tmp_path_factory.mktemp("saved")
-    return workdir, save_steps(workdir / "checkpoints", (10, 20))
+    workdir, states = tmp_path_factory.mktemp("saved"), {10: make_state(10), 20: make_state(20)}
+    with Checkpoints(workdir / "checkpoints", keep=3) as checkpoints:
+        for step, state in states.items():
+            assert checkpoints.save(step, state, META)
+    return workdir, states
 
 
 @pytest.fixture

@@ -21,8 +21,6 @@ from sprint_jax.parallel.interrupt import Stop, end_stopped
 def fail(kind: str) -> None:
     if kind == "usage":
         raise UserError("a wrong key", exit_code=2)
-    if kind == "full":
-        raise UserError("the disk is full")
     raise ZeroDivisionError("a bug")
 
 

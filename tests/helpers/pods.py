@@ -28,29 +28,16 @@ def environment(devices: int, **more: str) -> dict[str, str]:
 
 
 def start_one(words: list[str], devices: int, **more: str) -> subprocess.Popen:
-    return subprocess.Popen(
-        [sys.executable, *words],
-        cwd=ROOT,
-        env=environment(devices, **more),
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
+    options = dict(cwd=ROOT, env=environment(devices, **more), text=True)
+    pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    return subprocess.Popen([sys.executable, *words], **options, **pipes)
 
 
 def start_pod(words: list[str], count: int = 2, devices: int = 4) -> list[subprocess.Popen]:
     """Starts ``python WORDS --distributed`` once per process."""
-    address = f"localhost:{free_port()}"
-    return [
-        start_one(
-            [*words, "--distributed"],
-            devices,
-            JAX_COORDINATOR_ADDRESS=address,
-            JAX_NUM_PROCESSES=str(count),
-            JAX_PROCESS_ID=str(index),
-        )
-        for index in range(count)
-    ]
+    where = {"JAX_COORDINATOR_ADDRESS": f"localhost:{free_port()}", "JAX_NUM_PROCESSES": str(count)}
+    words = [*words, "--distributed"]
+    return [start_one(words, devices, JAX_PROCESS_ID=str(i), **where) for i in range(count)]
 
 
 def finish_pod(pod: list[subprocess.Popen], timeout: float = 300) -> list[Ended]:
@@ -61,9 +48,8 @@ def finish_pod(pod: list[subprocess.Popen], timeout: float = 300) -> list[Ended]
         finally:
             for process in pod:
                 process.kill()
-    return [
-        Ended(process.returncode, *output) for process, output in zip(pod, outputs, strict=True)
-    ]
+    codes = [process.returncode for process in pod]
+    return [Ended(code, *output) for code, output in zip(codes, outputs, strict=True)]
 
 
 def until(ready: Callable[[], bool], pod: list[subprocess.Popen], timeout: float = 300) -> None:
@@ -77,17 +63,14 @@ def until(ready: Callable[[], bool], pod: list[subprocess.Popen], timeout: float
 
 def survivor_of(pod: list[subprocess.Popen], victim: int, number: int) -> tuple[Ended, float]:
     """Signals one of two processes; how the other one ended, and after how many seconds."""
-    other = pod[1 - victim]
     begun = time.monotonic()
     pod[victim].send_signal(number)
     try:
-        out, err = other.communicate(timeout=90)
+        (survivor,) = finish_pod([pod[1 - victim]], timeout=90)
+        return survivor, time.monotonic() - begun
     finally:
-        seconds = time.monotonic() - begun
-        for process in pod:
-            process.kill()
+        pod[victim].kill()
         pod[victim].communicate()
-    return Ended(other.returncode, out, err), seconds
 
 
 def errors(ended: Ended) -> list[str]:

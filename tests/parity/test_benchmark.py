@@ -6,10 +6,8 @@ import pytest
 from helpers.tiny_pipeline import saved, tiny_pipeline
 
 from sprint_jax import benchmark
-from sprint_jax.benchmarking import inference_parts, workloads
+from sprint_jax.benchmarking import inference_parts, measure, workloads
 from sprint_jax.core.errors import UserError
-
-pytestmark = pytest.mark.filterwarnings("ignore")
 
 SMALL = workloads.STUDENTS["tiny"] | dict(
     num_attention_heads=2,
@@ -42,7 +40,7 @@ def test_parity_times_nothing_and_a_difference_is_refused(capsys, monkeypatch):
     benchmark.main(["parity", "--against=diffusers", "--image=64x64", "--only=jvp"])
     line = capsys.readouterr().out
     assert "relative error diffusers" in line and " ms" not in line
-    monkeypatch.setitem(benchmark.TOLERANCE, "float32", 1e-12)
+    monkeypatch.setitem(measure.TOLERANCE, "float32", 1e-12)
     with pytest.raises(UserError, match=r"forward .*diffusers"):
         benchmark.main(["train", "--against=diffusers", "--image=64x64", "--only=forward"])
 

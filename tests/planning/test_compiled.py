@@ -13,8 +13,8 @@ from helpers.runs import ROOT
 from sprint_jax.core.config import load_config
 from sprint_jax.models.blocks import compute_params
 from sprint_jax.planning import compile as plan_compile
-from sprint_jax.planning import hlo
-from sprint_jax.planning.layout import algorithm_flops
+from sprint_jax.planning.counts import analyze, collective_sums, total
+from sprint_jax.planning.layout import image_flops
 from sprint_jax.planning.topology import open_topology
 
 pytestmark = pytest.mark.skipif(
@@ -40,42 +40,31 @@ def config(**changes):
 
 @pytest.fixture(scope="module")
 def step(topology):
-    """Both updates with the state split over all chips: (mesh, state, frozen, programs, costs)."""
+    """Both updates with the state split over all chips: (mesh, state, frozen, programs, works)."""
     c = config()
     mesh, (_, state, _, frozen) = plan_compile.abstract(c, topology)
     programs = [plan_compile.compile_update(c, topology, n, False) for n in range(2)]
-    costs = [hlo.analyze(program.text, dict(mesh.shape)) for program in programs]
-    return mesh, state, frozen, programs, costs
+    works = [analyze(program.text, dict(mesh.shape)) for program in programs]
+    return mesh, state, frozen, programs, works
 
 
-def moved(cost, kind, axes=None):
-    return sum(
-        each.count * each.moved
-        for each in cost.collectives
-        if each.kind == kind and axes in (None, each.axes)
-    )
+def moved(works, kind) -> float:
+    return sum(size for (_, each, _), (size, _) in collective_sums(works).items() if each == kind)
 
 
 def gathered(tree, ways, dtype=None) -> float:
     """Bytes that a device receives to hold a tree whole, of which it has one of ``ways`` parts."""
     shapes = jax.eval_shape(lambda t: compute_params(t, dtype), tree) if dtype else tree
-    return (
-        sum(prod(a.shape) * a.dtype.itemsize for a in jax.tree.leaves(shapes)) * (ways - 1) / ways
-    )
+    held = sum(prod(a.shape) * a.dtype.itemsize for a in jax.tree.leaves(shapes))
+    return held * (ways - 1) / ways
 
 
-def test_nothing_crosses_devices_that_need_not(step):
-    """Weights are gathered and gradients scattered, and nothing is dealt out anew."""
-    *_, programs, costs = step
-    for program, cost in zip(programs, costs, strict=True):
-        assert not program.warnings  # of tensors that were replicated to reshard them
-        assert not cost.unknown_loops
-        assert moved(cost, "all-to-all") == 0
-
-
-def test_weights_are_gathered_once_for_each_use(step):
+def test_weights_are_gathered_once_for_each_use_and_nothing_else_crosses_devices(step):
     """The student's blocks four times (two passes, forward and backward), the teacher's three times."""
-    mesh, state, frozen, _, costs = step
+    mesh, state, frozen, programs, works = step
+    for program, work in zip(programs, works, strict=True):
+        assert not program.warnings  # of tensors that were replicated to reshard them
+        assert moved(work, "all-to-all") == 0
     ways = mesh.shape["fsdp"]
     student, teacher = dict(state.params), dict(frozen["teacher"])
     blocks = [tree.pop("transformer_blocks") for tree in (student, teacher)]
@@ -84,39 +73,34 @@ def test_weights_are_gathered_once_for_each_use(step):
     outside = gathered(student, ways), gathered(teacher, ways)
     # One of the terms reads the teacher's outer layers, and both the student's.
     generator = 4 * of_student + 3 * of_teacher + 2 * sum(outside) + heads
-    assert moved(costs[0], "all-gather") <= 1.05 * generator
+    assert moved(works[0], "all-gather") <= 1.05 * generator
     # Fakes, and features of fakes, misaligned pairs and real images; heads forward and backward.
     discriminator = of_student + 3 * of_teacher + sum(outside) + 2 * heads
-    assert moved(costs[1], "all-gather") <= 1.05 * discriminator
+    assert moved(works[1], "all-gather") <= 1.05 * discriminator
     # No less either, or the count is wrong.
-    assert moved(costs[0], "all-gather") > 4 * of_student + 3 * of_teacher
+    assert moved(works[0], "all-gather") > 4 * of_student + 3 * of_teacher
 
 
-def test_remat_costs_one_forward_pass_for_each_backward(step, topology):
-    """Three in a generator's update, of the student twice and of the teacher's features; 5 % to spare."""
-    compiled = [cost.total_flops * DEVICES for cost in step[-1]]
-    forward = 1121.5e9 * BLOCKS / 28 * BATCH
-    asked = algorithm_flops(config(), topology)
-    assert asked[0] < compiled[0] <= 1.05 * (asked[0] + 3 * forward)
-    assert compiled[1] <= 1.05 * asked[1]
-
-
-def test_flops_are_those_of_the_algorithm(topology):
-    """Forward-equivalents of both updates, without remat: counted by hand for blocks alone.
+def test_flops_are_those_of_the_algorithm_and_of_remat(step, topology):
+    """Forward-equivalents of both updates: counted by hand for blocks alone.
 
     A generator update: the teacher twice (CFG), the student's shared pass 3.96 and its second 3, the
     teacher's features and their way back to the images 2. A discriminator update: a forward pass, features
     three times. Heads: 0.097 of 28 blocks for each batch through them, three times that with gradients.
+    Remat costs one forward pass for each backward: of the student twice and of the teacher's features.
     """
-    c = config()
-    flops = algorithm_flops(c, topology)
-    forward = 1121.5e9 * BLOCKS / 28 * BATCH
-    heads = 0.097 * 1121.5e9 * BATCH
-    generator = (2 + 3.96 + 3 + 2) * forward + 2 * heads
-    discriminator = 4 * forward + 3 * 3 * heads
-    assert flops[0] <= 1.05 * generator
-    assert flops[1] <= 1.05 * discriminator
-    assert flops[0] > 0.9 * generator and flops[1] > 0.8 * discriminator
+    asked = image_flops(config(), topology)
+    forward, heads = 1121.5e9 * BLOCKS / 28, 0.097 * 1121.5e9
+    by_hand = {
+        "generator": (2 + 3.96 + 3 + 2) * forward + 2 * heads,
+        "discriminator": 4 * forward + 3 * 3 * heads,
+    }
+    assert list(asked) == list(by_hand)
+    assert 0.9 < asked["generator"] / by_hand["generator"] <= 1.05
+    assert 0.8 < asked["discriminator"] / by_hand["discriminator"] <= 1.05
+    compiled = [total(work, "flops") * DEVICES / BATCH for work in step[-1]]
+    assert asked["generator"] < compiled[0] <= 1.05 * (asked["generator"] + 3 * forward)
+    assert compiled[1] <= 1.05 * asked["discriminator"]
 
 
 @pytest.mark.slow

@@ -123,7 +123,7 @@ def watched(data, tmp_path_factory):
         patch.setattr(log_module.MetricLog, "write", write)
         handler = signal.getsignal(signal.SIGTERM)
         try:
-            train.train(c, folder, [])
+            train.train(c, folder)
         finally:
             signal.signal(signal.SIGTERM, handler)
             jax.config.update("jax_transfer_guard", "allow")

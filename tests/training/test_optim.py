@@ -1,5 +1,6 @@
 """sprint_jax.training.optim against numpy, and stacked blocks against separate ones."""
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -9,7 +10,6 @@ import pytest
 from sprint_jax.core.errors import UserError
 from sprint_jax.training.optim import (
     decay_mask,
-    in_transformer_blocks,
     is_factored,
     learning_rate_schedule,
     make_optimizer,
@@ -95,11 +95,6 @@ def test_came_clips_the_first_update_and_then_not_a_small_one():
     np.testing.assert_allclose(second["x"], 0.09, rtol=1e-6)
 
 
-def test_came_of_zero_gradients_is_zero_and_finite():
-    for update in run(scale_by_came(), [{"x": np.zeros((3, 4), np.float32)}] * 2):
-        assert (update["x"] == 0).all()
-
-
 def test_came_stacked_layers_equal_separate_leaves():
     layers = 3
     shapes = {
@@ -120,22 +115,13 @@ def test_came_stacked_layers_equal_separate_leaves():
 
     steps = [[layer(step, index) for index in range(layers)] for step in range(4)]
     separate = run(scale_by_came(), [dict(enumerate(s)) for s in steps])
-    stacked = run(
-        scale_by_came(),
-        [{"transformer_blocks": jax.tree.map(lambda *x: np.stack(x), *s)} for s in steps],
-    )
+    blocks = [{"transformer_blocks": jax.tree.map(lambda *x: np.stack(x), *s)} for s in steps]
+    stacked = run(scale_by_came(), blocks)
     for one, other in zip(separate, stacked, strict=True):
         want = jax.tree.map(lambda *x: np.stack(x), *(one[i] for i in range(layers)))
-        jax.tree.map(
-            lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-8),
-            other["transformer_blocks"],
-            want,
-        )
+        chex.assert_trees_all_close(other["transformer_blocks"], want, rtol=1e-5, atol=1e-8)
     # The check can fail: the same tree taken as unstacked gives something else.
-    plain = run(
-        scale_by_came(stacked=lambda path: False),
-        [{"transformer_blocks": jax.tree.map(lambda *x: np.stack(x), *s)} for s in steps],
-    )
+    plain = run(scale_by_came(stacked=lambda path: False), blocks)
     got, want = plain[-1]["transformer_blocks"], stacked[-1]["transformer_blocks"]
     for name in ("kernel", "bias", "table"):
         assert np.abs(got[name] - want[name]).max() > 1e-3
@@ -156,12 +142,6 @@ def test_came_state_is_factored_and_float32():
     }
     assert state.moments["out"]["bias"]["full"].shape == (8,)
     assert {x.dtype for x in jax.tree.leaves(state)} == {jnp.dtype(jnp.float32)}
-
-
-def test_path_names_and_default_stacking():
-    flat, _ = jax.tree_util.tree_flatten_with_path({"transformer_blocks": {"a": [1]}, "b": 2})
-    assert [path_names(path) for path, _ in flat] == [("b",), ("transformer_blocks", "a", "0")]
-    assert [in_transformer_blocks(path_names(path)) for path, _ in flat] == [False, True]
 
 
 def test_adamw_matches_numpy_with_clipping_decay_and_schedule():
@@ -279,18 +259,6 @@ def test_learning_rate_schedule():
     assert middle == pytest.approx(2 * 0.5 * (1 + np.cos(np.pi * 0.2)), rel=1e-6)
 
 
-def test_schedule_counts_updates():
-    optimizer = make_optimizer("adamw", 1.0, warmup_steps=2, clip_norm=0)
-    params = {"x": jnp.ones(3)}
-    state = optimizer.init(params)
-    sizes = []
-    for _ in range(4):
-        updates, state = optimizer.update(params, state, params)
-        sizes.append(-float(updates["x"][0]))
-    # Adam's direction is 1 up to its bias correction 1 - 0.999**n, rounded in float32.
-    np.testing.assert_allclose(sizes, [0, 0.5, 1, 1], rtol=1e-4)
-
-
 def test_unknown_name_is_a_user_error():
-    with pytest.raises(UserError, match=r"'sgd'.*'adamw' or 'came'"):
+    with pytest.raises(UserError, match=r"'sgd'.*'adamw'.*'came'"):
         make_optimizer("sgd", 1.0, warmup_steps=0, clip_norm=0)

@@ -1,0 +1,61 @@
+"""Parts that the scripts of the folder benchmarks share: processes of their own, commands, digits' accuracy."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+
+def run_command(module: str, *words: Any, allowed: tuple[int, ...] = (0,)) -> None:
+    """Runs a command of the package; its output is this process's. SystemExit for another exit code."""
+    command = [sys.executable, "-m", f"sprint_jax.{module}", *map(str, words)]
+    print(" ".join(command[1:]), flush=True)
+    if subprocess.run(command, check=False).returncode not in allowed:
+        raise SystemExit(f"{module} failed")
+
+
+def config_words(values: dict[str, Any]) -> list[str]:
+    """Returns dotted keys and values as words of a command line."""
+    return [f"--config.{name}={value}" for name, value in values.items()]
+
+
+def run_on_devices(script: str, devices: int, *words: str) -> dict:
+    """Runs a script in a process of its own, on virtual CPU devices; returns the JSON that it prints."""
+    flags = f"--xla_force_host_platform_device_count={devices}"
+    environment = os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags}
+    command = [sys.executable, script, *words]
+    result = subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True, check=True)
+    return json.loads(result.stdout)
+
+
+def resident_memory(name: str) -> int:
+    """Returns ``VmRSS`` (resident now) or ``VmHWM`` (the most since the last reset) of this process, bytes."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return 1024 * next(int(line.split()[1]) for line in lines if line.startswith(f"{name}:"))
+
+
+def digits_accuracy(model: Path, count: int, **how: Any) -> float:
+    """Returns the share of held-out prompts that pictures satisfy, drawn with CFG scale 3 from seed 0.
+
+    Args:
+      model: a workdir of the small world.
+      how: fields of a `Request`, such as ``steps``.
+    """
+    # Here, since other scripts measure the memory of their process.
+    from ..digits.judge import Judge, prompt_accuracy
+    from ..digits.scenes import held_out_prompts, to_float
+    from ..pipeline import Request, SprintPipeline
+
+    pipe, prompts = SprintPipeline.from_pretrained(model), held_out_prompts("small", count, 0)
+    batches = pipe.draw(prompts, Request(guidance=3.0, batch_size=count, **how))
+    readings = Judge.fit("small").read(to_float(np.concatenate(list(batches))))
+    return prompt_accuracy(readings, prompts, "small")["overall"]["accuracy"]
+
+
+def write_lines(path: Path, lines: list[dict]) -> None:
+    """Writes JSON lines."""
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
