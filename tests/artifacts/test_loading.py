@@ -23,11 +23,6 @@ PROMPTS = ["a red cat", "a wall"]
 INDEX = "model_index.json"
 
 
-def write_json(path: Path, value) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(value))
-
-
 def write_pipeline(folder: Path, student: bool = True) -> Path:
     """A pipeline of a random transformer and of the stored autoencoder, text encoder and tokenizer."""
     shutil.copytree(STORED / "dc_ae", folder / "vae")
@@ -37,9 +32,10 @@ def write_pipeline(folder: Path, student: bool = True) -> Path:
     fields = FIELDS | dict(guidance_embeds=student, caption_channels=width)
     save_transformer(folder / "transformer", fields, random_params(fields, 0))
     scheduler = {"sigma_data": 0.5} if student else {"flow_shift": 2.5}
-    write_json(folder / "scheduler" / "scheduler_config.json", scheduler)
+    (folder / "scheduler").mkdir()
+    (folder / "scheduler" / "scheduler_config.json").write_text(json.dumps(scheduler))
     name = "SanaSprintPipeline" if student else "SanaPipeline"
-    write_json(folder / INDEX, {"_class_name": name})
+    (folder / INDEX).write_text(json.dumps({"_class_name": name}))
     return folder
 
 
@@ -88,7 +84,7 @@ def test_the_command_draws_from_a_folder(written, tmp_path):
 
 
 def change(path: Path, **changes) -> None:
-    write_json(path, json.loads(path.read_text()) | changes)
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
 
 
 @pytest.mark.parametrize(

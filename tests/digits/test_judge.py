@@ -6,26 +6,11 @@ import numpy as np
 import pytest
 
 from sprint_jax.core.errors import UserError
+from sprint_jax.digits import judge as judging
+from sprint_jax.digits import scenes
 from sprint_jax.digits.captions import parse_caption
-from sprint_jax.digits.judge import (
-    Judge,
-    PixelFeatures,
-    diversity,
-    frechet_distance,
-    prompt_accuracy,
-)
-from sprint_jax.digits.scenes import (
-    PALETTE,
-    Mark,
-    Scene,
-    draw_images,
-    draw_scene,
-    handwriting,
-    held_out_prompts,
-    render,
-    strokes,
-    to_float,
-)
+from sprint_jax.digits.judge import Judge, PixelFeatures, diversity, frechet_distance
+from sprint_jax.digits.scenes import Mark, Scene, draw_images, handwriting, held_out_prompts
 from sprint_jax.digits.worlds import WORLDS, get_world
 from sprint_jax.metrics.frechet import frechet
 
@@ -38,7 +23,7 @@ def judges():
 
 
 def picture(scene: Scene) -> np.ndarray:
-    return to_float(render(scene))
+    return scenes.to_float(scenes.render(scene))
 
 
 @pytest.mark.parametrize("world", WORLDS)
@@ -46,7 +31,7 @@ def test_held_out_scenes_read_back(judges, world):
     prompts = held_out_prompts(world, 1200, seed=1)
     images = draw_images(world, prompts, "test", seed=2)
     readings = judges[world].read(images)
-    report = prompt_accuracy(readings, prompts, world)
+    report = judging.prompt_accuracy(readings, prompts, world)
     # Measured over 3,000: 0.990 (small) and 0.984 (large), what the classifier makes of handwriting.
     share = report["overall"]["accuracy"]
     assert share >= 0.97
@@ -88,9 +73,9 @@ def test_a_single_nan_makes_its_image_unreadable_and_no_other(judges):
 
 
 def test_a_color_between_two_of_the_palette_is_unreadable(judges):
-    orange = (PALETTE[RED] + PALETTE[YELLOW]) / 2
-    ink, _ = strokes()
-    ground = PALETTE[BLUE]
+    orange = (scenes.PALETTE[RED] + scenes.PALETTE[YELLOW]) / 2
+    ink, _ = scenes.strokes()
+    ground = scenes.PALETTE[BLUE]
     images = ground + ink[handwriting("train")[4], ..., None] * (orange - ground)
     assert not any(reading.readable for reading in judges["small"].read(images))
 
@@ -201,7 +186,7 @@ def test_diversity_is_one_for_real_scenes_and_falls_with_each_collapse(judges):
     # One handwriting of each digit, in all colours.
     generator, hands, images = np.random.default_rng(3), handwriting("train"), []
     for prompt in prompts:
-        scene = draw_scene(generator, parse_caption(prompt), (2, 2), "train")
+        scene = scenes.draw_scene(generator, parse_caption(prompt), (2, 2), "train")
         marks = (dataclasses.replace(m, handwriting=hands[m.digit][0]) for m in scene.marks)
         images.append(picture(dataclasses.replace(scene, marks=tuple(marks))))
     one_hand = measure(np.stack(images))

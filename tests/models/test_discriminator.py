@@ -139,22 +139,16 @@ def test_published_sizes(width, count):
     features = (jax.ShapeDtypeStruct((2, 2, 2, width), jnp.bfloat16),) * 4
     heads = jax.eval_shape(discriminator.init_heads, features, jax.random.key(0))
     assert {leaf.dtype for leaf in jax.tree.leaves(heads)} == {jnp.dtype("float32")}
-    norm, sizes = (
-        {"weight": (width,), "bias": (width,)},
-        {"main_0": (1, width), "main_1": (9, width)},
-    )
-    params, spectral = {}, {}
-    for name, (k, out) in sizes.items() | {("cls", (1, 1))}:
-        conv = name if name == "cls" else f"{name}_conv"
-        params[conv] = {"kernel": (k, width, out), "bias": (out,)}
-        spectral[conv] = {"u": (out,), "v": (k, width)}
-        params |= {} if name == "cls" else {f"{name}_norm": norm}
-    shapes = jax.tree.map(lambda leaf: leaf.shape, heads)
-    names = [f"heads_{i}" for i in range(4)]
-    assert shapes == {
-        "params": dict.fromkeys(names, params),
-        "spectral": dict.fromkeys(names, spectral),
+    norm = {"weight": (width,), "bias": (width,)}
+    head = {
+        "main_0_conv": {"kernel": (1, width, width), "bias": (width,)},
+        "main_0_norm": norm,
+        "main_1_conv": {"kernel": (9, width, width), "bias": (width,)},
+        "main_1_norm": norm,
+        "cls": {"kernel": (1, width, 1), "bias": (1,)},
     }
+    shapes = jax.tree.map(lambda leaf: leaf.shape, heads["params"])
+    assert shapes == {f"heads_{i}": head for i in range(4)}
     leaves = jax.tree.leaves(heads["params"]["heads_0"])
     assert sum(math.prod(leaf.shape) for leaf in leaves) == count
 

@@ -10,16 +10,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from diffusers import SanaPipeline
-from helpers.reference import (
-    channels_first,
-    channels_last,
-    sana_inputs,
-    sana_velocity,
-    tiny_dc_ae,
-    tiny_gemma2,
-    tiny_sana,
-    tiny_tokenizer,
-)
+from helpers import reference
 from safetensors.numpy import save_file
 
 STORED = Path(__file__).parent / "stored"
@@ -41,21 +32,23 @@ def save_arrays(folder: Path, arrays: dict, **metadata) -> None:
 
 def store_sana() -> None:
     for name, changes in SANA.items():
-        model = tiny_sana(**(WIDTH | changes))
+        model = reference.tiny_sana(**(WIDTH | changes))
         model.save_pretrained(STORED / "sana" / name)
-        inputs = sana_inputs(model.config, (4, 6))
+        inputs = reference.sana_inputs(model.config, (4, 6))
         arrays = dict(zip(("x", "t", "text", "mask", "guidance"), inputs, strict=True))
-        save_arrays(STORED / "sana" / name, arrays | {"velocity": sana_velocity(model, *inputs)})
+        save_arrays(
+            STORED / "sana" / name, arrays | {"velocity": reference.sana_velocity(model, *inputs)}
+        )
 
 
 def store_dc_ae() -> None:
-    model = tiny_dc_ae()
+    model = reference.tiny_dc_ae()
     model.save_pretrained(STORED / "dc_ae")
     random = np.random.default_rng(0)
     pixels = random.uniform(-1, 1, (2, 24, 32, 3)).astype(np.float32)
     latents = random.normal(size=(2, 6, 8, 4)).astype(np.float32)
-    encoded = channels_last(model.encode(channels_first(pixels)).latent)
-    decoded = channels_last(model.decode(channels_first(latents)).sample)
+    encoded = reference.channels_last(model.encode(reference.channels_first(pixels)).latent)
+    decoded = reference.channels_last(model.decode(reference.channels_first(latents)).sample)
     arrays = dict(pixels=pixels, encoded=encoded, latents=latents, decoded=decoded)
     save_arrays(STORED / "dc_ae", arrays)
 
@@ -64,12 +57,12 @@ def store_gemma2() -> None:
     folder = STORED / "gemma2"
     parameters = inspect.signature(SanaPipeline.__call__).parameters
     instruction = parameters["complex_human_instruction"].default
-    tokenizer = tiny_tokenizer([*instruction, *PROMPTS], 440)
+    tokenizer = reference.tiny_tokenizer([*instruction, *PROMPTS], 440)
     tokenizer.save_pretrained(folder / "tokenizer")
     path = folder / "tokenizer" / "tokenizer.json"
     compact = json.dumps(json.loads(path.read_text()), separators=(",", ":"), ensure_ascii=False)
     path.write_text(compact)
-    model = tiny_gemma2(vocab_size=len(tokenizer), **GEMMA2)
+    model = reference.tiny_gemma2(vocab_size=len(tokenizer), **GEMMA2)
     model.save_pretrained(folder / "text_encoder")
 
     parts = dict(vae=None, transformer=None, scheduler=None)

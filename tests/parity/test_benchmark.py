@@ -9,13 +9,8 @@ from sprint_jax import benchmark
 from sprint_jax.benchmarking import inference_parts, measure, workloads
 from sprint_jax.core.errors import UserError
 
-SMALL = workloads.STUDENTS["tiny"] | dict(
-    num_attention_heads=2,
-    num_layers=2,
-    num_cross_attention_heads=2,
-    cross_attention_head_dim=32,
-    caption_channels=16,
-)
+SMALL = workloads.STUDENTS["tiny"] | dict(num_layers=2, num_attention_heads=2, caption_channels=16)
+SMALL |= dict(num_cross_attention_heads=2, cross_attention_head_dim=32)
 
 
 @pytest.fixture(autouse=True)
