@@ -1,4 +1,4 @@
-"""How fast the loader makes batches of cached latents, without a device: images per second.
+"""Images per second that the loader makes of cached latents, without a device.
 
     PYTHONPATH=. python benchmarks/loader.py [--records 384] [--tokens 300] [--batch 64] [--folder DIR]
 

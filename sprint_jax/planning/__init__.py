@@ -1,1 +1,1 @@
-"""What a run will cost: memory, FLOPs, transfers and time, from compiled programs that never run."""
+"""The cost of a run: memory, FLOPs, transfers and time, from compiled programs that never run."""

@@ -5,15 +5,15 @@ import signal
 import numpy as np
 import pytest
 from helpers.encoding import SMALL
+from helpers.encoding import words as encoding_words
 from helpers.recording import Recording
-from helpers.runs import ROOT, overrides, quick_compilation, tiny, write_digits
+from helpers.runs import ROOT, quick_compilation, words, write_digits
 from PIL import Image
 
 from configs import default
 from sprint_jax import encode, train
+from sprint_jax.core import cli
 from sprint_jax.core.config import flatten, load_config
-from sprint_jax.data import feed
-from sprint_jax.training import setup
 
 # Trainings by config file: a teacher, then its student.
 STAGES = ("configs/digits.py:teacher,small", "configs/digits.py:student,small")
@@ -46,25 +46,23 @@ def write_images(folder):
 
 
 def test_every_key_is_read(tmp_path, monkeypatch):
+    read = set()
+    monkeypatch.setattr(cli, "load_config", lambda *how: Recording(load_config(*how), read))
     monkeypatch.setattr(train, "compile_updates", no_compilation)
     monkeypatch.setattr(signal, "signal", lambda *_: None)
-    data, read = write_digits(tmp_path / "data"), set()
+    data = write_digits(tmp_path / "data")
 
-    def recording(config):
-        return Recording(config, read)
+    def run(name, spec, changes):
+        changes = {key.replace(".", "__"): value for key, value in changes.items()}
+        train.main(words(spec, data, tmp_path / name, steps=1, **changes))
 
     with quick_compilation():
-        teacher = ""
         for number, spec in enumerate(STAGES):
-            values = overrides(spec, data, steps=1, teacher=teacher)
-            values |= {} if "digits" in spec else NOISE
-            train.train(recording(load_config(str(ROOT / spec), values)), tmp_path / str(number))
-            teacher = "" if teacher else str(tmp_path / str(number))
-        images = {"data.images": (str(write_images(tmp_path / "images")),)}
+            teacher = {"teacher": str(tmp_path / str(number - 1))} if number % 2 else {}
+            run(str(number), spec, teacher | ({} if "digits" in spec else NOISE))
+        images = {"data.images": (str(write_images(tmp_path / "pictures")),)}
+        encode.main(encoding_words(tmp_path / "latents", **{"data__images": images["data.images"]}))
         latents = {"data.latents": (str(tmp_path / "latents"),), "data.holdout": 2}
-        c = recording(load_config(str(ROOT / "configs/encode.py:digits"), SMALL | images))
-        encode.run(c, encode.open_source(c), tmp_path / "latents")
-        for source, changes in (("images", SMALL | images), ("latents", latents)):
-            c = tiny(STAGES[0], data).override(changes | {"data.source": source})
-            feed.open_data(recording(c), setup.mesh_from(c))
+        run("images", STAGES[0], SMALL | images | {"data.source": "images"})
+        run("cached", STAGES[0], latents | {"data.source": "latents"})
     assert read == flatten(default.get_config()).keys()

@@ -41,7 +41,8 @@ MAY_IMPORT = {
     # Rows are checked before the first one runs, and ranked by the metric of their stage.
     "sweeps": "core checkpoints training.checks training.stages",
     "planning": f"core models parallel training {METHOD}",
-    "benchmarking": "core models interop losses trigflow pipeline",
+    # Scripts that measure quality judge pictures of digits.
+    "benchmarking": "core models digits interop losses trigflow pipeline",
 }
 MAY_IMPORT |= dict.fromkeys(COMMANDS, " ".join(MAY_IMPORT))
 MAY_IMPORT["prepare_teacher"] += " train"  # it ends in the fine-tuning of the teacher that it made
