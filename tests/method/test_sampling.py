@@ -281,7 +281,7 @@ def test_step_noise_equals_the_key_that_draws_it_and_images_do_not_meet():
 
 def test_wrong_step_noise_is_named():
     run = dict(schedule=trigflow.step_schedule(3), sigma_d=SIGMA_D)
-    with pytest.raises(ValueError, match=r"3 steps need \(2, 3, 2, 2, 4\)"):
+    with pytest.raises(AssertionError, match=r"\(1, 3, 2, 2, 4\) but expected \(2, 3, 2, 2, 4\)"):
         sampling.consistency_sample(consistency_F, NOISE, step_noise=np.zeros((1, *SHAPE)), **run)
     with pytest.raises(ValueError, match="or a key"):
         sampling.consistency_sample(consistency_F, NOISE, **run)
