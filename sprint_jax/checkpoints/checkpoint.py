@@ -1,19 +1,13 @@
 """Checkpoints: Orbax's CheckpointManager, with fingerprints and with errors that say what to do.
 
-A checkpoint ``DIRECTORY/STEP`` holds two items: ``state`` (every leaf of the train state) and
-``meta`` (a JSON record: the caller's meta, a table of all leaves with shape, dtype and hash, and
-the hash of the record itself). Orbax writes asynchronously into a temporary directory and renames
-it when all is there, so that a killed process leaves no half checkpoint under a step's name.
+A checkpoint ``DIRECTORY/STEP`` holds two items: ``state`` (every leaf of the train state) and ``meta`` (a JSON
+record: the caller's meta, a table of all leaves with shape, dtype and hash, and the hash of the record itself).
+Orbax writes into a temporary directory and renames it when all is there. Neither Orbax nor TensorStore notices
+a flipped bit in an array: here the hashes of what was restored must equal those taken before saving.
 
-What the record adds: neither Orbax nor TensorStore notices a flipped bit in an array. Here the hashes of
-what was restored must equal those taken before saving, and shapes, dtypes and meta are compared before
-any array is read.
-
-Memory of the host: a state of up to `ASYNC_GB` per process is copied there and written while training
-goes on. Orbax can bound that copy or let the caller go on at once, not both, since arrays that still
-wait on the device must not be overwritten. So a larger state is written a piece at a time and `save`
-returns when all is on disk. Leaves are read and hashed one after the other, the hashes on the devices.
-benchmarks/checkpoint_memory.py measures all of this.
+A state of up to `ASYNC_GB` per process is copied to the host and written while training goes on. A larger one
+is written a piece at a time, and `save` returns when all is on disk: Orbax can bound that copy or let the
+caller go on at once, not both. benchmarks/checkpoint_memory.py measures it.
 """
 
 import contextlib
@@ -29,6 +23,7 @@ from etils import epath
 from jax.experimental import multihost_utils
 
 from ..core.errors import UserError
+from ..core.files import differences
 from ..core.fingerprint import describe, digest, leaf_table
 from . import orbax_io
 from .orbax_io import Damaged, on_every_process, one_line
@@ -69,23 +64,16 @@ def _signatures(leaves: dict[str, Any]) -> dict[str, str]:
     return {name: f"{entry['dtype']}{entry['shape']}" for name, entry in leaves.items()}
 
 
-def _differences(expected: Any, found: Any, key: str) -> Iterator[str]:
-    """One phrase per leaf of nested dicts that is not equal."""
-    if isinstance(expected, dict) and isinstance(found, dict):
-        for name in sorted(expected.keys() | found.keys()):
-            pair = expected.get(name, "absent"), found.get(name, "absent")
-            yield from _differences(*pair, f"{key}.{name}")
-    elif expected != found:
-        yield f"{key} is {found!r} in the checkpoint but {expected!r} in this run"
-
-
 def _check_same(checkpoint: epath.Path, expected: Meta, found: Meta) -> None:
     """Raises UserError, naming the first difference, unless all that is expected is found."""
-    pairs = [(value, found.get(name, "absent"), name) for name, value in expected.items()]
-    if different := [phrase for pair in pairs for phrase in _differences(*pair)]:
+    same_keys = {name: found.get(name, "absent") for name in expected}
+    if different := list(differences(same_keys, expected)):
+        name, saved, now = different[0]
         more = f" (and {len(different) - 1} more)" if len(different) > 1 else ""
-        hint = "restore that value or use another --workdir"
-        raise UserError(f"checkpoint {checkpoint}: {different[0]}{more}; {hint}")
+        raise UserError(
+            f"checkpoint {checkpoint}: {name} is {saved!r} in the checkpoint but {now!r} in this run{more}; "
+            "restore that value or use another --workdir"
+        )
 
 
 def _abstract(leaf: Any, sharding: jax.sharding.Sharding | None = None) -> jax.ShapeDtypeStruct:
@@ -102,7 +90,6 @@ class Checkpoints(contextlib.AbstractContextManager):
     Args:
       directory: made if missing; usually WORKDIR/checkpoints.
       keep: how many of the newest checkpoints stay. An old one goes when the new one is complete.
-        With 1 there is nothing to fall back on when the newest is damaged.
       every: `save` acts on multiples of this step; None: on every call.
       async_gb: a larger state (10**9 bytes per process) is streamed, see above.
     """
@@ -126,16 +113,11 @@ class Checkpoints(contextlib.AbstractContextManager):
     def __exit__(self, *exception) -> None:
         self.close()
 
-    def steps(self) -> list[int]:
-        """Steps of the checkpoints on disk or being written, oldest first; unverified."""
-        return sorted(self._manager.all_steps())
-
     def save(self, step: int, state: Tree, meta: Meta, force: bool = False) -> bool:
         """Starts to write a checkpoint, or writes a large one; the arrays may be donated right after.
 
         Args:
           step: a multiple of ``every``, else nothing is done unless ``force``.
-          state: any pytree of arrays.
           meta: JSON-able dict, saved together with ``step``.
 
         Returns whether a save was started; False also when this step is already there. Raises UserError
@@ -264,17 +246,12 @@ def _nested(leaves: dict[str, Any], field: str) -> Tree:
 def load_params(
     workdir: str,
     which: str = "ema",
-    step: int | None = None,
     shardings: Tree | Callable[[Tree], Tree] | None = None,
 ) -> tuple[Tree, Meta]:
-    """Parameters of a trained model from its workdir; the rest of the state is not read.
-
-    Changes nothing on disk, so that it may run beside the training.
+    """Loads the parameters of the newest whole checkpoint of a workdir; changes nothing on disk.
 
     Args:
-      workdir: the training's --workdir.
       which: 'ema' (the average) or 'raw' (the trained parameters themselves).
-      step: a certain checkpoint; None: the newest whole one (a damaged one is named on stderr).
       shardings: where the leaves go: one Sharding, a tree (or tree prefix) of them, or a function
         from the tree of ShapeDtypeStructs to one of these; None: the first local device.
 
@@ -282,7 +259,7 @@ def load_params(
       (nested dict of jax arrays with the saved dtypes, meta with key ``step``).
 
     Raises:
-      UserError: not a workdir, no such checkpoint or parameters, or none whole.
+      UserError: not a workdir, no such parameters, or no whole checkpoint.
     """
     if which not in ("ema", "raw"):
         raise UserError(f"params {which!r} is not known; choose 'ema' or 'raw'", exit_code=2)
@@ -302,10 +279,7 @@ def load_params(
         target = {field: jax.tree.map(_abstract, tree)}
         return _read_tree(checkpoint, record["leaves"], target)[field], record["meta"]
 
-    steps = sorted(ocp.utils.checkpoint_steps(directory))
-    if step is not None and step not in steps:
-        raise UserError(f"{directory} has no checkpoint of step {step}; it has {steps}")
-    result, _ = _newest_whole(directory, steps if step is None else [step], attempt)
+    result, _ = _newest_whole(directory, ocp.utils.checkpoint_steps(directory), attempt)
     if result is None:
         raise UserError(f"{directory} has no complete checkpoint yet; train longer")
     return result

@@ -109,7 +109,7 @@ def parse_size(text: str | None, flag: str = "--size") -> tuple[int | None, int 
     """Returns (height, width) of a ``--size HxW``, Nones where it is not given; else a UserError."""
     if text is None:
         return None, None
-    match = re.fullmatch(r"(\d+)x(\d+)", text)
+    match = re.fullmatch(r"([1-9]\d*)x([1-9]\d*)", text)
     if match is None:
         raise UserError(f"{flag} {text} must be HEIGHTxWIDTH, such as 16x16", exit_code=2)
     return int(match[1]), int(match[2])

@@ -3,6 +3,7 @@
 import json
 import math
 import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -57,6 +58,16 @@ def read_json(path: Path) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise UserError(f"{path} holds {type(value).__name__}, not a dict")
     return value
+
+
+def differences(old: Any, new: Any, name: str = "") -> Iterator[tuple[str, Any, Any]]:
+    """Yields dotted name, old value and new value of what differs between nested dicts; 'absent' for none."""
+    if isinstance(old, dict) and isinstance(new, dict):
+        for key in sorted(old.keys() | new.keys()):
+            pair = old.get(key, "absent"), new.get(key, "absent")
+            yield from differences(*pair, f"{name}.{key}" if name else key)
+    elif old != new:
+        yield name, old, new
 
 
 def without_nan(value: Any) -> Any:

@@ -25,16 +25,15 @@ Reader = Callable[[Rows, np.ndarray], Batch]
 def make_batches(
     order: Order, read: Reader, rows: Sequence[int], *, batch_size: int, seed: int
 ) -> Callable[[int], Batch]:
-    """Makes ``batches(i)``, the rows of global batch i that this host holds.
+    """Makes ``batches(i)``, this host's rows of global batch i; callable from any thread, in any order.
 
     Args:
       order: with the same ``batch_size`` and ``seed``.
       read: treats each row by itself, or batches would depend on the number of hosts.
-      rows: numbers of the rows that this host makes, as of `parallel.sharding.local_rows`.
+      rows: numbers of this host's rows, of `parallel.sharding.local_rows`.
 
     Returns:
-      ``batches(i)``: latents [b, h, w, C] float32, text [b, L, D] and mask [b, L] int32. It may be called
-      from any thread, in any order.
+      ``batches(i)``: latents [b, h, w, C] float32, text [b, L, D] and mask [b, L] int32.
     """
     rows = np.asarray(rows, np.int64)
 
@@ -81,12 +80,10 @@ class ImageReader:
     every restart alike.
 
     Attributes:
-      buckets: of each source, the records that may be drawn, as of `survey.survey`.
+      buckets: of each source, the records that may be drawn, of `survey.survey`.
       sizes: (height, width) in pixels that images are cut to.
-      log: gets what cannot be used.
       pool: threads that read and decode images.
       encode_size: images that are encoded at once, a multiple of the encoders' devices.
-      temperature: see `caption_files.choose_caption`.
     """
 
     sources: Sequence[Source]

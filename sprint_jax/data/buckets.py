@@ -1,11 +1,11 @@
 """Aspect-ratio buckets: the published tables of sizes, and images resized and cut to them."""
 
-import re
 from collections.abc import Sequence
 
 import numpy as np
 from PIL import Image
 
+from ..core.cli import parse_size
 from ..core.errors import UserError
 from ..core.pixels import SIZES_1024, nearest_size
 from .sources.records import Caption, Rejected, Source
@@ -47,16 +47,12 @@ def size_table(resolution: int) -> tuple[tuple[int, int], ...]:
 
 
 def choose_sizes(resolution: int, sizes: Sequence[str]) -> tuple[tuple[int, int], ...]:
-    """Returns the sizes (height, width) in pixels that images are cut to.
-
-    Args:
-      resolution: of a table, see `size_table`.
-      sizes: where there are any, these instead, each HEIGHTxWIDTH.
+    """Returns the sizes (height, width) in pixels that images are cut to: ``sizes``, or a `size_table`.
 
     Raises:
       UserError: exit code 2, naming what cannot be used.
     """
-    table = tuple(_parse(text) for text in sizes) or size_table(resolution)
+    table = tuple(parse_size(text, "data.sizes") for text in sizes) or size_table(resolution)
     if len(set(table)) < len(table):
         raise UserError("data.sizes names a size twice", exit_code=2)
     return table
@@ -73,24 +69,13 @@ def check_factor(sizes: Sequence[tuple[int, int]], factor: int) -> None:
             )
 
 
-def _parse(text: str) -> tuple[int, int]:
-    match = re.fullmatch(r"(\d+)x(\d+)", text)
-    if match is None or not int(match[1]) * int(match[2]):
-        raise UserError(f"data.sizes: {text!r} is not HEIGHTxWIDTH, such as 16x16", exit_code=2)
-    return int(match[1]), int(match[2])
-
-
 def fit_image(image: np.ndarray, size: tuple[int, int]) -> np.ndarray:
-    """An image resized to cover a size, and its middle cut out, as in SANA's training data.
+    """Resizes an image, uint8 [H, W, 3], to cover a size (height, width), and cuts out its middle.
 
     The side whose scale is larger fits exactly, the other is rounded down. That is NVlabs'
     ``SanaWebDatasetMS``: torchvision's Resize of PIL images (bicubic with antialias; Lanczos from 2K on)
-    and CenterCrop, whose margins are rounded half to even. Its float division may come out one pixel short,
-    and a black row fill the gap; division of integers cannot.
-
-    Args:
-      image: uint8 [H, W, 3].
-      size: (height, width) of the result; see `pictures.nearest_size`.
+    and CenterCrop, whose margins are rounded half to even; but its float division may come out one pixel
+    short, and a black row fill the gap.
 
     Raises:
       ValueError: the image is so long and thin that almost nothing of it would be left.

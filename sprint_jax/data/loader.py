@@ -19,11 +19,8 @@ def prefetch(
 
     Args:
       batches: a function of the batch number that may be called from a thread.
-      start: number of the first batch.
-      depth: how many batches may wait, at least 1.
-      place: puts a batch where it is used, on devices for example, from the same thread. It is called
-        only once there is room: no more than ``depth`` placed batches wait, while one more may be
-        ready on the host.
+      depth: how many placed batches may wait, at least 1, while one more may be ready on the host.
+      place: puts a batch where it is used, on devices for example, from the same thread.
     """
     waiting: queue.Queue = queue.Queue()
     room = threading.Semaphore(depth)

@@ -1,4 +1,4 @@
-"""The order of records: which of them make global batch i, as a function of (seed, i).
+"""Order of records: those that make global batch i, as a function of (seed, i).
 
 A bucket holds records of one size, and a batch is of one bucket, so that every batch has one shape. A bucket
 is an endless stream of epochs, each with every record once, in an order of its own; batches are cut from the
@@ -50,13 +50,10 @@ class _Stream(NamedTuple):
 
 
 def make_single_order(count: int, bucket: Bucket, *, batch_size: int, seed: int) -> Order:
-    """The order of one source with one bucket: batches follow each other as they are cut from the stream.
+    """Returns the order of one source with one bucket of ``count`` records; ``0 <= seed < 2**32``.
 
     grain's shuffle needs no memory, so that a source may be of any length. It takes 6 us for a record, but
     2 ms in a bucket of 16, and mixtures have small buckets: `make_order` permutes with NumPy instead.
-
-    Args:
-      count: records of the source; batch_size: rows of a global batch; seed: 0 <= seed < 2**32.
 
     Raises:
       UserError: no records, or a batch size or seed out of range.
@@ -78,7 +75,7 @@ def make_order(
     seed: int,
     weights: Sequence[float] = (),
 ) -> Order:
-    """The order of the records of one source, or of a mixture, in buckets.
+    """Returns the order of the records of one source, or of a mixture, in buckets.
 
     Without weights the records of all sources are one set, each drawn once per epoch. With weights a
     source has its share of the rows, whatever its size, spread evenly, and epochs of its own; within a
@@ -87,7 +84,6 @@ def make_order(
 
     Args:
       sources: for each source, numbers of its records by bucket.
-      batch_size: rows of a global batch; seed: 0 <= seed < 2**32.
       weights: one above 0 for each source, in any unit; or none.
 
     Raises:
@@ -189,8 +185,10 @@ def _make_stream(parts: Sequence[Part], shares: Sequence[float], seeds) -> _Stre
 
 
 def _make_pattern(shares: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """The parts of PERIOD rows in proportion to ``shares``, each spread evenly: the part of a row [PERIOD], the
-    rows of that part before it [PERIOD], and the rows of each part in all."""
+    """Spreads parts evenly over PERIOD rows, in proportion to ``shares``.
+
+    Returns the part of each row [PERIOD], the rows of that part before it [PERIOD], and the rows of each part.
+    """
     exact = shares / shares.sum() * PERIOD
     count = np.maximum(np.floor(exact).astype(np.int64), 1)  # the rarest part still has a row
     left = PERIOD - count.sum()

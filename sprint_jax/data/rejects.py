@@ -39,16 +39,13 @@ def write_rejects(path: Path, rejects: Sequence[Reject]) -> None:
 def check_rejects(
     rejects: Sequence[Reject], seen: int, limit: float, path: Path, *, total: int
 ) -> None:
-    """Stops a job in which too many records cannot be used, once that is sure.
-
-    As long as fewer than FIRST were seen, and fewer than there are, the share is that of so many.
+    """Raises UserError, with counts, kinds of reason and three examples, where too many cannot be used.
 
     Args:
-      rejects: those so far; seen: records so far, good or not; total: records in all.
-      limit: the largest share of rejects that is accepted, 0 to 1.
+      rejects: those so far; seen: records so far, good or not; total: records in all. The share is at least
+        that of FIRST records, or of all where there are fewer.
+      limit: the largest share that is accepted, 0 to 1.
       path: of rejected.jsonl, for the message.
-
-    Raises UserError with counts, the kinds of reason by frequency, and three examples.
     """
     if len(rejects) <= limit * max(seen, min(total, FIRST)):
         return
@@ -64,9 +61,7 @@ def check_rejects(
 class RejectLog:
     """Records that a training met and could not use: printed once each, added to a file, limited.
 
-    Args:
-      folder: gets this process' rejected.jsonl, or None; what the file names already is not named again.
-      limit: see `check_rejects`.
+    The file is this process's rejected.jsonl in ``folder``, if any; what it names already is not added again.
     """
 
     def __init__(self, folder: Path | None, limit: float, process: int = 0):

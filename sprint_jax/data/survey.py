@@ -29,13 +29,11 @@ def survey(
     threads: int,
     cache_dir: Path,
 ) -> dict[Bucket, np.ndarray]:
-    """Finds the bucket of every image; once, as the answer is kept in a file.
+    """Finds the bucket of every image, once: the answer is kept in a file of ``cache_dir``.
 
     Args:
       sizes: (height, width) in pixels that images are cut to; factor: pixels per latent along a side.
       log: gets the images that cannot be measured, every time.
-      threads: that read headers.
-      cache_dir: of the file, which is named after the source's identity and the sizes.
 
     Returns:
       (h, w) of latents -> numbers of records, increasing.

@@ -9,7 +9,7 @@ import jax
 from ..checkpoints.weights import Weights, find_weights
 from ..core.config import Config
 from ..core.errors import UserError
-from ..core.files import read_json, write_json_atomic
+from ..core.files import differences, read_json, write_json_atomic
 from ..core.fingerprint import fingerprint
 from ..data import feed
 from ..interop.diffusers import save_transformer
@@ -99,8 +99,7 @@ def _prune(
 
 def _check_same(folder: Path, options: Options) -> None:
     old = read_json(folder / RECORD).get("options", {})
-    for name, value in options._asdict().items():
-        if old.get(name) != value:
-            raise UserError(
-                f"{folder} was made with --{name} {old.get(name)}, not {value}: use another --workdir"
-            )
+    for name, before, now in differences(old, options._asdict()):
+        raise UserError(
+            f"{folder} was made with --{name} {before}, not {now}: use another --workdir"
+        )

@@ -66,8 +66,6 @@ def test_keep_every_force_and_repeats(tmp_path):
         assert done == [False, True, True, False, True]
         assert checkpoints.save(33, state, META, force=True)
         assert not checkpoints.save(33, state, META, force=True)
-        checkpoints.wait()
-        assert checkpoints.steps() == [30, 33]
     assert sorted(p.name for p in tmp_path.iterdir()) == ["30", "33"]
 
 
@@ -162,12 +160,11 @@ def test_failed_write_is_a_user_error_and_keeps_the_old(tmp_path):
 
 
 @pytest.mark.parametrize(("which", "field"), [("ema", "ema"), ("raw", "params")])
-@pytest.mark.parametrize("step", [None, 10])
-def test_load_params(saved, which, field, step):
+def test_load_params(saved, which, field):
     workdir, states = saved
-    params, meta = load_params(workdir, which, step=step)
-    assert_same(params, getattr(states[step or 20], field))
-    assert meta == {**META, "step": step or 20}
+    params, meta = load_params(workdir, which)
+    assert_same(params, getattr(states[20], field))
+    assert meta == {**META, "step": 20}
     assert all(len(x.devices()) == 1 for x in jax.tree.leaves(params))
 
 
@@ -182,8 +179,6 @@ def test_load_params_reads_nothing_else(copied, capfd):
     assert_same(load_params(workdir, "raw")[0], states[10].params)
     assert "params/transformer_blocks/kernel" in capfd.readouterr().err
     assert newest.exists(), "a reader moves nothing"
-    with pytest.raises(UserError, match=r"\[20\]"):
-        load_params(workdir, "raw", step=20)
 
 
 def test_load_params_shardings(saved):
@@ -212,8 +207,6 @@ def test_load_params_that_are_not_there(tmp_path, saved, capfd):
     with pytest.raises(UserError, match=str(folder)):
         load_params(tmp_path)
     assert list(folder.iterdir()) == []
-    with pytest.raises(UserError, match=r"15.*\[10, 20\]"):
-        load_params(saved[0], step=15)
     with pytest.raises(UserError, match="best"):
         load_params(saved[0], "best")
     with Checkpoints(folder, keep=1) as checkpoints:

@@ -137,7 +137,6 @@ def test_a_run_goes_on_after_a_damaged_checkpoint(copied, capfd):
         with Checkpoints(folder, keep=2) as checkpoints:
             state, _ = checkpoints.restore_latest(make_state(), META)
             assert_same(state, states[10])
-            assert checkpoints.steps() == [10]
             assert checkpoints.save(20, states[20], META)
         assert (folder / ("20.damaged" + (".1" if attempt else ""))).is_dir()
     assert_same(restore(workdir)[0], states[20])

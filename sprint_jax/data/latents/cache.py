@@ -87,12 +87,7 @@ def _view(data: bytes, start: int, entry: dict[str, Any]) -> np.ndarray:
 
 
 def pad_texts(texts: Sequence[np.ndarray], length: int) -> tuple[np.ndarray, np.ndarray]:
-    """Pads kept tokens [n, D] of some captions to a batch.
-
-    Returns:
-      text [B, length, D], zero behind the last token, in the dtype of ``texts``: bfloat16 is half the
-      memory to fill, and exact as float32 on the devices; and mask [B, length] int32, 1 for tokens.
-    """
+    """Pads kept tokens [n, D] of some captions: text [B, length, D] in their dtype, mask [B, length] int32."""
     text = np.empty((len(texts), length, texts[0].shape[-1]), texts[0].dtype)
     mask = np.zeros((len(texts), length), np.int32)
     for row, tokens in enumerate(texts):
@@ -115,8 +110,6 @@ class Cache:
     """Random access to the records of a folder, from any thread. Open one with `open_cache`.
 
     Attributes:
-      folder: where it lies.
-      manifest: of the folder, a dict.
       buckets: (h, w) of latents -> numbers of its records, increasing, int64.
       null_text: features [L, D] float32 of the null prompt, and null_mask [L] int32.
       text_length: L, the most tokens that a caption has.
@@ -157,8 +150,8 @@ class Cache:
 def open_cache(folder: str | Path) -> Cache:
     """Opens a folder that `encode` wrote, if it is all there.
 
-    Every shard's size and last bytes are compared with the manifest, so that a copy or an upload which was
-    interrupted is refused. A record that is damaged further inside is found by its checksum when it is read.
+    Every shard's size and last bytes are compared with the manifest: a copy that was interrupted is refused. A
+    record that is damaged further inside is found by its checksum when it is read.
 
     Raises:
       UserError: no manifest, one of another format, or a shard that is missing, cut short, changed, or not
@@ -212,11 +205,7 @@ def _allow_open_files(count: int) -> None:
 
 
 def write_shard(folder: Path, unit: int, records: Iterable[CachedRecord]) -> list[dict[str, Any]]:
-    """Writes the records of a unit as a shard, under its name only once it is whole and on disk.
-
-    Args:
-      folder: of the shards; this one is called ``UNIT-0.array_record``.
-      records: of the unit, those of a bucket next to each other.
+    """Writes the records of a unit, those of a bucket together, as a shard that is whole or not there.
 
     Returns:
       The shard's entry in the manifest: ``file``, ``records``, ``buckets`` (its runs of a bucket, as

@@ -1,4 +1,4 @@
-"""The plan and the manifest of a folder of latents: what it is encoded with, and what it holds."""
+"""Plan and manifest of a folder of latents: its encoders and options, and its content in numbers."""
 
 import json
 import math
@@ -7,12 +7,11 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-import jax
 import numpy as np
 import safetensors.numpy
 
 from ...core.errors import UserError
-from ...core.files import read_json, write_atomic, write_json_atomic
+from ...core.files import differences, read_json, write_atomic, write_json_atomic
 from ...core.fingerprint import digest
 from ..rejects import REJECTED, Reject, check_rejects, write_rejects
 from .cache import FORMAT, MANIFEST, NULL_TEXT, SHARDS, hash_file
@@ -31,11 +30,7 @@ def describe_job(job: Job) -> dict[str, Any]:
         "dtype": np.dtype(job.dtype).name,
         "sizes": [list(size) for size in job.sizes],
         "unit": job.unit,
-        "source": {
-            "name": job.source.name,
-            "identity": job.source.identity,
-            "records": job.count,
-        },
+        "source": {"name": job.source.name, "identity": job.source.identity, "records": job.count},
     }
 
 
@@ -51,21 +46,13 @@ def check_plan(folder: Path, plan: dict[str, Any]) -> bool:
         if folder.exists() and files - {f"{PLAN}.tmp"}:
             raise UserError(f"--out {folder} is something else: give a new or empty folder")
         return False
-    old, new = _leaves(read_json(folder / PLAN)), _leaves(plan)
-    for name in [*new, *old]:
-        if old.get(name) != new.get(name):
-            before, now = (_shorten(leaves.get(name)) for leaves in (old, new))
-            raise UserError(
-                f"--out {folder} was encoded with {name} {before}, this is {now}: the two are not mixed; give "
-                "another --out"
-            )
+    for name, *values in differences(read_json(folder / PLAN), plan):
+        before, now = map(_shorten, values)
+        raise UserError(
+            f"--out {folder} was encoded with {name} {before}, this is {now}: the two are not mixed; give "
+            "another --out"
+        )
     return True
-
-
-def _leaves(plan: dict[str, Any]) -> dict[str, Any]:
-    """The values that are no dicts, by their dotted names."""
-    flat, _ = jax.tree.flatten_with_path(plan, is_leaf=lambda value: not isinstance(value, dict))
-    return {jax.tree_util.keystr(path, simple=True, separator="."): value for path, value in flat}
 
 
 def _shorten(value: Any) -> str:
@@ -82,11 +69,7 @@ def begin(folder: Path, plan: dict[str, Any]) -> None:
 
 
 def check_rejected(job: Job, entries: list[dict[str, Any]], seen: int, limit: float) -> None:
-    """Ends the job once too many records are rejected, with all of them in rejected.jsonl.
-
-    Args:
-      entries: of units that are done; seen: records of those units.
-    """
+    """Ends the job once too many of ``seen`` records are rejected, with all of them in rejected.jsonl."""
     found, path = rejects_of(entries), job.folder / REJECTED
     try:
         check_rejects(found, seen, limit, path, total=job.count)
@@ -101,11 +84,7 @@ def rejects_of(entries: Iterable[dict[str, Any]]) -> list[Reject]:
 
 
 def finish(job: Job, entries: list[dict[str, Any]], sigma_d: float) -> dict[str, Any]:
-    """Writes the files about all units together: null text, rejected records, and last the manifest.
-
-    Args:
-      entries: of all units, in order.
-      sigma_d: standard deviation of data in training, to say whether the latents have it.
+    """Writes null text, rejected records, and last the manifest, from the entries of all units in order.
 
     Returns the manifest. Raises UserError if there is no record at all, or a file cannot be written.
     """
@@ -118,23 +97,19 @@ def finish(job: Job, entries: list[dict[str, Any]], sigma_d: float) -> dict[str,
     null = np.where(kept[:, None] == 1, np.asarray(text[0], np.float32), 0)
     content = safetensors.numpy.save({"text": null, "mask": kept})
     write_atomic(job.folder / NULL_TEXT, content)
-    records = _sum_by_bucket(run for shard in shards for run in shard["buckets"])
-    captions = _sum_by_bucket(run for entry in entries for run in entry["captions"])
+    records: Counter = Counter()
+    for height, width, count in (run for shard in shards for run in shard["buckets"]):
+        records[height, width] += count
     factor = job.encoders.autoencoder.factor
     manifest = describe_job(job) | {
         "identity": digest(job.encoders.identity | {"dtype": np.dtype(job.dtype).name}),
         "records": records.total(),
         "rejected": sum(len(entry["rejected"]) for entry in entries),
-        "captions": captions.total(),
+        "captions": sum(entry["captions"] for entry in entries),
         "without_caption": sum(entry["without_caption"] for entry in entries),
         "text_features": null.shape[-1],
         "buckets": [
-            {
-                "pixels": [h * factor, w * factor],
-                "latents": [h, w],
-                "records": records[h, w],
-                "captions": captions[h, w],
-            }
+            {"pixels": [h * factor, w * factor], "latents": [h, w], "records": records[h, w]}
             for h, w in sorted(records)
         ],
         "latents": describe_latents(
@@ -147,14 +122,6 @@ def finish(job: Job, entries: list[dict[str, Any]], sigma_d: float) -> dict[str,
     }
     write_json_atomic(job.folder / MANIFEST, manifest)
     return manifest
-
-
-def _sum_by_bucket(runs: Iterable[list[int]]) -> Counter:
-    """Sums of [h, w, count] by (h, w)."""
-    counts: Counter = Counter()
-    for height, width, count in runs:
-        counts[height, width] += count
-    return counts
 
 
 def describe_latents(

@@ -39,11 +39,10 @@ class Job:
     Attributes:
       folder: of the cache, with `cache.SHARDS` and `UNITS` in it.
       source: of records; its first ``count`` are encoded.
-      sizes: (height, width) in pixels that images are cut to; see `buckets.choose_sizes`.
+      sizes: (height, width) in pixels that images are cut to.
       dtype: that is stored, bfloat16 or float32.
       unit: records of a unit. A host holds the latents and texts of two in memory.
-      batch_size: images at once on this host's devices.
-      threads: that read and decode.
+      batch_size: images at once on this host's devices; threads: that read and decode.
     """
 
     folder: Path
@@ -100,12 +99,9 @@ def encode_units(
 ) -> Iterator[dict[str, Any]]:
     """Encodes units one after the other; meanwhile the next one is read and the last one is written.
 
-    Args:
-      units: their numbers, all still to be done.
-      progress: told how many more records are through.
-
-    Yields the entries that `read_unit` reads, each once it is on disk for good. Raises UserError if a file
-    cannot be written, a caption cannot be encoded, or latents are not finite.
+    ``progress`` is told how many more records are through. Yields the entries that `read_unit` reads, each once
+    it is on disk for good. Raises UserError if a file cannot be written, a caption cannot be encoded, or
+    latents are not finite.
     """
     indices = np.concatenate([[], *map(job.records, units)]).astype(np.int64)
     ahead = grain.ReadOptions(job.threads, 2 * (job.batch_size + job.threads))
@@ -218,15 +214,12 @@ def _write_unit(
 def _summarize(encoded: list[Item]) -> dict[str, Any]:
     """Counts and moments of a unit's records for the manifest, and examples for the preview.
 
-    ``captions`` are [h, w, captions] of each bucket by latent size; ``moments`` the number of latents per
-    channel, and their sums and those of their squares by channel in float64; ``examples`` the first two
-    records of each bucket, [number in the unit, number in the source].
+    ``moments`` are the number of latents per channel, and their sums and those of their squares by channel in
+    float64; ``examples`` the first two records of each bucket, [number in the unit, number in the source].
     """
-    captions: collections.Counter = collections.Counter()
     seen: collections.Counter = collections.Counter()
     examples, count, sums, squares = [], 0, 0.0, 0.0
     for number, item in enumerate(encoded):
-        captions[item.array.shape[:2]] += len(item.captions)
         seen[item.size] += 1
         if seen[item.size] <= 2:
             examples.append([number, item.index])
@@ -235,7 +228,7 @@ def _summarize(encoded: list[Item]) -> dict[str, Any]:
         squares = squares + (values**2).sum(0)
     moments = {"count": count, "sums": np.ravel(sums).tolist()}
     return {
-        "captions": [[*size, number] for size, number in sorted(captions.items())],
+        "captions": sum(len(item.captions) for item in encoded),
         "without_caption": sum(not any(c.text.strip() for c in item.captions) for item in encoded),
         "moments": moments | {"squares": np.ravel(squares).tolist()},
         "examples": examples,

@@ -14,10 +14,10 @@ for each caption; a score may be null)::
 Sana keeps captions of several models, and their CLIP scores, in files of their own: ``KEY_MODEL.json`` beside
 an image, ``SHARD_MODEL.json`` beside ``SHARD.tar``, with ``{KEY: {MODEL: caption}}``; scores are in files whose
 name ends with ``clip_score`` or ``clipscore``, with ``{KEY: {MODEL: score}}``. The caption of the image itself
-is called ``prompt`` there. (Sana wants these names in its config; here all that lie there are read. It takes
-the first line of a .txt file; here the whole file is one caption.)
+is called ``prompt`` there. Sana takes the first line of a .txt file; here the whole file is one caption.
 """
 
+import contextlib
 import json
 import math
 from collections.abc import Iterable, Mapping, Sequence
@@ -28,14 +28,13 @@ import numpy as np
 from .records import Caption, Rejected
 
 CAPTION_KEYS = ("caption", "prompt", "text", "captions")
+LARGEST = 1e300  # of weights and scores
 
 
 def parse_json(data: bytes, key: str, name: object) -> Any:
-    """Parses the content of the JSON file ``name``; raises `Rejected` if it is not UTF-8, or not JSON."""
+    """Parses the content of the JSON file ``name``; raises `Rejected` if it is no JSON, or no Unicode."""
     try:
-        return json.loads(data.decode("utf-8-sig"))
-    except UnicodeDecodeError as error:
-        raise Rejected(key, f"bad JSON: {name} is not UTF-8 at byte {error.start}") from error
+        return json.loads(data)
     except (ValueError, RecursionError) as error:
         raise Rejected(key, f"bad JSON: {name}: {error}") from error
 
@@ -110,17 +109,12 @@ def captions_beside(
 
 
 def choose_caption(captions: Sequence[Caption], u: float, temperature: float = 0.0) -> int:
-    """Returns the number of the caption that a uniform draw chooses.
+    """Returns the number of the caption that a uniform draw ``u`` in [0, 1) chooses.
 
     With ``temperature`` 0, or where no caption has a score, by weight. Above 0, of those with a score, by
     softmax(score / temperature) whatever their weights; scores keep the scale they came with, such as 31.5.
     (So the SANA paper, arXiv 2410.10629; its code has score ** (1 / temperature) instead.) Weights that
     are all 0 are equal.
-
-    Args:
-      captions: at least one.
-      u: in [0, 1).
-      temperature: at least 0, in the units of the scores.
     """
     scores = np.array([math.nan if c.score is None else c.score for c in captions], np.float64)
     known = ~np.isnan(scores)
@@ -176,20 +170,16 @@ def _text(value: Any, key: str) -> str:
 
 
 def _number(value: Any, name: str, key: str) -> float:
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        raise Rejected(key, f"bad caption: {name} {value!r} is not a number")
-    try:
-        number = float(value)
-    except OverflowError:
-        number = math.inf
-    if not math.isfinite(number) or (name == "weight" and number < 0):
-        raise Rejected(key, f"bad caption: {name} {number!r} is negative or not finite")
-    return number
+    lowest = 0 if name == "weight" else -LARGEST
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    if not is_number or not lowest <= value <= LARGEST:
+        raise Rejected(key, f"bad caption: {name} {value!r} is no number, negative or not finite")
+    return float(value)
 
 
 def _read_score(value: Any, key: str) -> float:
-    """A CLIP score of Sana's files, which have text or numbers."""
-    try:
-        return _number(float(value), "score", key)
-    except (TypeError, ValueError) as error:
-        raise Rejected(key, f"bad caption: CLIP score {error}") from error
+    """Reads a CLIP score of Sana's files, which have text or numbers."""
+    if isinstance(value, str):
+        with contextlib.suppress(ValueError):
+            value = float(value)
+    return _number(value, "score", key)
