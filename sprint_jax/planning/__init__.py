@@ -1,1 +1,1 @@
-"""The cost of a run: memory, FLOPs, transfers and time, from compiled programs that never run."""
+"""Plans of runs: memory, FLOPs, transfers and least time, from compiled programs that never run."""

@@ -1,7 +1,7 @@
-"""Peaks of accelerators, and the least time that a program takes on them.
+"""Table of accelerators' peaks, and the least time of a program by them.
 
-The table's numbers are datasheet peaks; ``hbm_bytes`` of TPUs is what their compiler lets a program use, as
-libtpu 0.0.52 names it when a program is too large ("exceeds available HBM (15.75G)"). Sources:
+``hbm_bytes`` of TPUs is what their compiler lets a program use, as libtpu 0.0.52 names it when a program is too
+large ("exceeds available HBM (15.75G)"). Sources of the other numbers:
 
 - TPUs: Google Cloud TPU documentation, "TPU v4", "TPU v5e", "TPU v5p", "TPU v6e": FLOP/s, HBM bandwidth, ring
   sizes and data centre network per pod (v5e 6.4 Tbit/s, v6e 25.6 Tbit/s per 256 chips, v5p 50 Gbit/s per chip).
@@ -9,8 +9,7 @@ libtpu 0.0.52 names it when a program is too large ("exceeds available HBM (15.7
   specs"; a tenth below the documentation's figure divided by the number of ports.
 - GPUs: NVIDIA datasheets "A100 Tensor Core GPU" (80 GB SXM), "H100 Tensor Core GPU" (SXM), "H200 Tensor Core
   GPU", dense bfloat16, NVLink in one direction; network of DGX A100 and DGX H100 user guides, per GPU.
-- cpu: measured on two cores of this project's machine, float32 (a rough guide, not a datasheet): matrix
-  products 240 GFLOP/s, copies 20 GB/s, shared by the virtual devices.
+- cpu: a rough guide, of two cores in float32.
 """
 
 from collections.abc import Iterable, Sequence
@@ -51,13 +50,8 @@ CHIPS = {
     "cpu": Chip(240e9, 0.0, 20e9, 10e9, 0, False, 1e9),
 }
 # Device kinds of JAX that do not hold the table's name.
-_KINDS = {
-    "TPU v4": "v4",
-    "TPU v5 lite": "v5e",
-    "TPU v5": "v5p",
-    "TPU v5p": "v5p",
-    "TPU v6 lite": "v6e",
-}
+_KINDS = {"TPU v4": "v4", "TPU v5 lite": "v5e", "TPU v6 lite": "v6e"}
+_KINDS |= {"TPU v5": "v5p", "TPU v5p": "v5p"}
 
 
 class Roofline(NamedTuple):
@@ -86,11 +80,7 @@ class Roofline(NamedTuple):
 
 
 def chip_of(device) -> str:
-    """Returns the table's name of a JAX device.
-
-    Raises:
-      UserError: for a device that the table lacks.
-    """
+    """Returns the table's name of a JAX device. Raises UserError for one that it lacks."""
     kind = device.device_kind
     if device.platform == "cpu" and kind not in _KINDS:
         return "cpu"

@@ -1,9 +1,8 @@
 """Compilation of one update, as far as a plan needs it.
 
-For a TPU the compiler runs in a process of its own and writes down the optimized program and where its
-buffers lie (``--xla_dump_to``). What follows, machine code, takes 95 % of the time and changes neither: the
-process ends itself there, unless the size of the code is wanted (``full``). It is this module's command, with a
-request as JSON on stdin: ``python -m sprint_jax.planning.compile``.
+For a TPU the compiler runs in a process of its own, which is this module's command, and writes down the
+optimized program and where its buffers lie (``--xla_dump_to``). What follows, machine code, takes 95 % of the
+time and changes neither: the process ends itself there, unless the size of the code is wanted (``full``).
 """
 
 import json
@@ -60,8 +59,7 @@ class Program(NamedTuple):
 def abstract(c: Config, topology: Topology) -> tuple[jax.sharding.Mesh, tuple]:
     """Returns the mesh of a config on a topology, and ``(nets, state, batch, frozen)`` without any array.
 
-    Raises:
-      UserError: for a config that the topology cannot run.
+    Raises UserError for a config that the topology cannot run.
     """
     mesh = setup.mesh_from(c, topology.devices)
     checks.check_values(c)
@@ -77,8 +75,7 @@ def lower(c: Config, topology: Topology) -> list:
 def compile_update(c: Config, topology: Topology, number: int, full: bool) -> Program:
     """Compiles update ``number`` of a config.
 
-    Raises:
-      UserError: with the compiler's words, if it fails for another reason than memory.
+    Raises UserError with the compiler's words if it fails for another reason than memory.
     """
     with tempfile.TemporaryDirectory(prefix="sprint_jax_plan_") as name:
         folder = Path(name)
@@ -145,11 +142,7 @@ def _compile(lowered, options: dict | None = None) -> dict[str, Any]:
 
 
 def _compile_apart(request: dict[str, Any]) -> tuple[dict, str]:
-    """Compiles in a process of its own.
-
-    Returns:
-      what `_compile` gave there, nothing if it ended before; what it said on stderr.
-    """
+    """Compiles in a process of its own: what `_compile` gave there, if it came so far, and its stderr."""
     ended = subprocess.run(
         [sys.executable, "-m", "sprint_jax.planning.compile"],
         input=json.dumps(request),

@@ -1,14 +1,11 @@
 """FLOPs, memory traffic and collectives of a compiled program on one device, instruction by instruction.
 
-XLA's ``cost_analysis`` gives none of the three for a program as it runs: it counts a loop's body once, adds a
-TPU's VMEM to its bytes, knows no collectives, and needs machine code. docs/planning.md compares the two.
-
-FLOPs are those of matrix products and convolutions, 2 per multiply-add. Traffic is what instructions read and
-write in a device's main memory (HBM): a fusion once, a slice as its slice, an update in place as its update.
-Bytes of collectives are those that a device must send, or receive, in an optimal algorithm over n devices:
-(n-1)/n of the gathered array for all-gather, of the array before scattering for reduce-scatter, of the array
-for all-to-all; 2(n-1)/n of the array for all-reduce; all of it for collective-permute. CPU programs reduce
-gradients by all-reduce and a slice where TPU programs have reduce-scatter: their bytes are twice as many.
+XLA's ``cost_analysis`` cannot give them; docs/planning.md compares the two. FLOPs are those of matrix
+products and convolutions, 2 per multiply-add. Traffic is what instructions read and write in a device's main
+memory (HBM): a fusion once, a slice as its slice, an update in place as its update. Bytes of collectives are
+those that a device must send, or receive, in an optimal algorithm over n devices: (n-1)/n of the gathered
+array for all-gather, of the array before scattering for reduce-scatter, of the array for all-to-all; 2(n-1)/n
+of the array for all-reduce; all of it for collective-permute.
 """
 
 import functools
@@ -61,17 +58,13 @@ class Work(NamedTuple):
 
 
 def analyze(text: str, mesh_shape: dict[str, int] | None = None) -> list[Work]:
-    """Returns the work of a program on one device.
+    """Returns the work of a program on one device. Raises UserError for a loop whose length cannot be read.
 
     Args:
       text: ``compiled.as_text()``, or ``lowered.as_text(dialect="hlo")`` for the program before it is split
         over devices.
       mesh_shape: axis names and sizes, partition i being number i of the mesh in row-major order; names the
         axes of collectives.
-
-    Raises:
-      ValueError: for text of another kind.
-      UserError: for a loop whose length cannot be read.
     """
     computations, entry = parse(text)
     return list(_Program(computations, mesh_shape or {}).work(entry, 1.0))
@@ -136,12 +129,9 @@ class _Program(NamedTuple):
             opcodes = {each.opcode for part in inner for each in part.values()}
             if "dynamic-slice" in opcodes and not opcodes & {"dot", "convolution"}:
                 # TPU's reduce-scatter: an all-reduce of which the fusion keeps a slice.
-                found = [
-                    each._replace(kind="reduce-scatter", moved=each.moved / 2)
-                    if each.kind == "all-reduce"
-                    else each
-                    for each in found
-                ]
+                for i, each in enumerate(found):
+                    if each.kind == "all-reduce":
+                        found[i] = each._replace(kind="reduce-scatter", moved=each.moved / 2)
             return sum(part[0] for part in parts), sum(part[1] for part in parts), found
         if kind in KINDS:
             return 0.0, 0.0, self.collective(computation, it, kind)

@@ -1,6 +1,6 @@
-"""XLA's program text, read into instructions; `sprint_jax.planning.counts` counts what they do.
+"""Reader of XLA's program text, as instructions for `sprint_jax.planning.counts`.
 
-Reads what ``compiled.as_text()`` and ``lowered.as_text(dialect="hlo")`` print on CPU, GPU and TPU. Syntax:
+It reads what ``compiled.as_text()`` and ``lowered.as_text(dialect="hlo")`` print on CPU, GPU and TPU. Syntax:
 "HLO" in OpenXLA's documentation, and the tests of XLA's ``hlo_parser``.
 """
 
@@ -120,14 +120,7 @@ class Computation(dict):
 
 
 def parse(text: str) -> tuple[dict[str, Computation], str]:
-    """Reads a module's text.
-
-    Returns:
-      Computations by name, and the entry's name.
-
-    Raises:
-      ValueError: if there is no entry computation in it.
-    """
+    """Reads a module's text: computations by name, and the entry's name. Raises ValueError without an entry."""
     computations, entry, current = {}, None, None
     for line in text.splitlines():
         if line.startswith("}"):

@@ -30,8 +30,7 @@ def plan_layout(c: Config, topology: Topology, flops: dict[str, float], full: bo
     """Compiles all updates of a config for a topology; runs nothing.
 
     Args:
-      c: the resolved config; batch and mesh must fit the topology.
-      flops: what the algorithm asks for, by update, as from `image_flops`.
+      flops: by update, of `image_flops`.
       full: compile to machine code, to know its size.
 
     Returns:

@@ -26,16 +26,8 @@ KEYS = ("batch", "fsdp", "remat")
 POLICIES = ("none", "dots", "dots_no_batch", "full")
 CLOSE = 0.03
 # The keys of a plan that make one line of a sweep's table.
-SUMMARY = (
-    "mesh",
-    "remat",
-    "batch",
-    "fits",
-    "bytes_per_device",
-    "step_seconds",
-    "images_per_second",
-)
-SUMMARY += ("mfu", "bound")
+SUMMARY = ("mesh", "remat", "batch", "fits", "bytes_per_device", "step_seconds")
+SUMMARY += ("images_per_second", "mfu", "bound")
 
 
 def sweep(
@@ -48,9 +40,8 @@ def sweep(
     """Plans all layouts, in order, and returns those that were compiled; `best` chooses.
 
     Args:
-      keys: which of `KEYS` to vary; the others stay as the config has them.
-      plan: `layout.plan_layout` of a config.
-      say: takes lines of progress.
+      keys: those of `KEYS` to vary; the others stay as the config has them.
+      plan: `layout.plan_layout` of a config; say: takes lines of progress.
     """
     layouts = list(_layouts(c, topology, keys))
     tried: list[dict] = []

@@ -43,10 +43,6 @@ class Topology(NamedTuple):
 def open_topology(name: str, slices: int = 1) -> Topology:
     """Returns the devices of a topology; JAX runs on CPU from here on unless it is ``local``.
 
-    Args:
-      name: such as ``v5e:16x16``, or ``local``.
-      slices: so many of these, joined by the data centre's network.
-
     Raises:
       UserError: exit code 2 for a name of no topology; 1 where libtpu is not installed.
     """
