@@ -5,6 +5,7 @@ import os
 
 import pytest
 from helpers import image_sets
+from helpers.image_sets import read_captions as read
 from PIL import Image
 
 from sprint_jax.core.errors import UserError
@@ -20,18 +21,6 @@ def write(folder, files):
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(content if isinstance(content, bytes) else content.encode())
     return open_folder(folder)
-
-
-def read(source):
-    """key -> texts of the captions, or the kind of reason of a reject."""
-    found = {}
-    for index in range(len(source)):
-        try:
-            record = source[index]
-            found[record.key] = [caption.text for caption in record.captions]
-        except Rejected as rejected:
-            found[rejected.key] = rejected.reason.partition(":")[0]
-    return found
 
 
 def test_keys_are_paths_in_order_without_hidden_files_and_links_lead_to_each_file_once(tmp_path):

@@ -12,7 +12,7 @@ import pytest
 from helpers import image_sets
 
 from sprint_jax.core.errors import UserError
-from sprint_jax.data.rejects import Reject, RejectLog, check_rejects, write_rejects
+from sprint_jax.data.rejects import RejectLog
 from sprint_jax.data.sources.image_records import write_image_records
 from sprint_jax.data.sources.open import open_images
 from sprint_jax.data.sources.records import Caption, Concatenation, Rejected
@@ -217,19 +217,6 @@ def test_a_damaged_record_is_named_by_its_place(tmp_path, form):
     ((where, reason),) = rejects.items()
     assert len(records) == 39 and reason.startswith("broken record: ")
     assert re.fullmatch(r"set\.array_record-00001-of-00002@3|train_000000\d\d", where)
-
-
-def test_rejects_are_written_and_too_many_of_them_end_a_job(tmp_path):
-    path = tmp_path / "rejected.jsonl"
-    rejects = [Reject(f"k{i}", "s", "empty file: 0 bytes") for i in range(50)]
-    write_rejects(path, rejects)
-    lines = map(json.loads, path.read_text().splitlines())
-    assert [Reject(**line) for line in lines] == rejects
-    check_rejects(rejects[:5], 10, 0.05, path, total=1000)  # few at the start mean nothing
-    check_rejects(rejects, 100, 0.5, path, total=1000)
-    check_rejects([], 0, 0.0, path, total=1000)
-    with pytest.raises(UserError, match=r"50 of 99 .*max_rejected = 0.05: 50 empty file.* k0 "):
-        check_rejects(rejects, 99, 0.05, path, total=99)
 
 
 def test_a_training_names_each_reject_once_and_ends_at_too_many(tmp_path):

@@ -7,6 +7,7 @@ import tarfile
 
 import pytest
 from helpers import image_sets
+from helpers.image_sets import read_captions as read
 from PIL import Image
 
 from sprint_jax.core.errors import UserError
@@ -39,19 +40,6 @@ def spoil(path, offset):
     with path.open("r+b") as file:
         file.seek(offset)
         file.write(b"damaged!")
-
-
-def read(source):
-    """key -> texts of the captions, or the kind of reason of a reject."""
-    found = {}
-    for index in range(len(source)):
-        try:
-            record = source[index]
-            assert source.measure(index) == (record.key, (20, 30))
-            found[record.key] = [caption.text for caption in record.captions]
-        except Rejected as rejected:
-            found[rejected.key] = rejected.reason.partition(":")[0]
-    return found
 
 
 def test_members_belong_together_up_to_the_first_dot(tmp_path):

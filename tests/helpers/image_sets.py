@@ -13,7 +13,7 @@ import tensorflow_datasets as tfds
 from PIL import Image
 
 from sprint_jax.data.sources.image_records import write_image_records
-from sprint_jax.data.sources.records import Caption
+from sprint_jax.data.sources.records import Caption, Rejected
 
 DAMAGE_EVERY = 33  # 3 % of a damaged set
 LONG = "a very long caption of a small picture, " * 500
@@ -107,6 +107,19 @@ def bomb(height: int = 12_000, width: int = 12_000) -> bytes:
     file[16:24] = struct.pack(">II", width, height)
     file[29:33] = struct.pack(">I", zlib.crc32(file[12:29]))
     return bytes(file)
+
+
+def read_captions(source) -> dict[str, Any]:
+    """key -> texts of the captions, or the kind of reason of a reject."""
+    found = {}
+    for index in range(len(source)):
+        try:
+            record = source[index]
+            assert source.measure(index) == (record.key, record.image.shape[:2])
+            found[record.key] = [caption.text for caption in record.captions]
+        except Rejected as rejected:
+            found[rejected.key] = rejected.reason.partition(":")[0]
+    return found
 
 
 def write_folder(folder: Path, samples: list[Sample]) -> Path:

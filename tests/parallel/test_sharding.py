@@ -1,4 +1,4 @@
-"""Places of arrays: the mesh, the one rule for state, and the rows of a batch."""
+"""Tests of the places of arrays: the mesh, the one rule for state, and the rows of a batch."""
 
 import chex
 import jax
@@ -160,28 +160,6 @@ def test_optimizer_state_lies_like_the_params(name, trees):
     for tree in trees:
         parts = {path.partition(f"{tree}/")[2]: spec for path, spec in found.items()}
         assert {path: parts[path] for path in expected} == expected
-
-
-def test_sharded_arrays_compute_the_same():
-    mesh = sharding.make_mesh(2, 4)
-    random = np.random.default_rng(0)
-    draw = lambda *s: np.asarray(random.standard_normal(s), np.float32)  # noqa: E731
-    params = {"dense": {"kernel": draw(16, 8), "bias": draw(8)}, "out": {"kernel": draw(8, 3)}}
-    batch = {"x": draw(16, 16)}
-
-    @jax.jit
-    def gradient(params, batch):
-        def loss(p):
-            hidden = jnp.tanh(batch["x"] @ p["dense"]["kernel"] + p["dense"]["bias"][None])
-            return jnp.square(hidden @ p["out"]["kernel"]).mean()
-
-        return jax.grad(loss)(params)
-
-    placed = jax.device_put(params, sharding.state_shardings(mesh, params))
-    shards = jax.tree.map(lambda x: x.addressable_shards[0].data.shape, placed)
-    assert shards == {"dense": {"kernel": (4, 8), "bias": (8,)}, "out": {"kernel": (2, 3)}}
-    split = gradient(placed, sharding.to_devices(mesh, batch))
-    chex.assert_trees_all_close(split, gradient(params, batch), rtol=0, atol=1e-6)
 
 
 @pytest.mark.parametrize("fsdp", [1, 2, 8])

@@ -18,24 +18,6 @@ def params():
     return random_params(FIELDS, 3)
 
 
-def without_effect(params, block: int):
-    """Parameters whose block adds nothing: its output projections are zero."""
-
-    def silence(path, leaf):
-        name = jax.tree_util.keystr(path)
-        outputs = ("to_out_0", "conv_point")
-        return leaf.at[block].set(0) if any(each in name for each in outputs) else leaf
-
-    blocks = jax.tree_util.tree_map_with_path(silence, params["transformer_blocks"])
-    return params | {"transformer_blocks": blocks}
-
-
-def test_importance_of_a_block_that_changes_nothing_is_zero(params, batches):
-    silent = without_effect(params, 2)
-    found = pruning.block_importance(from_fields(FIELDS), silent, batches[:1], times=2)
-    assert found.shape == (4,) and abs(found[2]) < 1e-6 and min(found[[0, 1, 3]]) > 1e-3
-
-
 def test_importance_is_one_minus_the_cosine_of_a_blocks_input_and_output(params, batches):
     """Against the network's own taps, whose last value of block i is the input of block i + 1."""
     model = from_fields(FIELDS)
@@ -68,13 +50,8 @@ def test_the_most_important_blocks_are_kept_in_their_order(count, protect, kept)
     assert pruning.choose_blocks([0.1, 0.9, 0.2, 0.8, 0.7, 0.05], count, protect) == kept
 
 
-def test_a_pruned_network_has_the_kept_blocks_and_does_without_idle_ones(params, inputs):
+def test_a_pruned_network_has_the_kept_blocks(params):
     fields, pruned = pruning.prune_blocks(FIELDS, params, (0, 3))
     assert fields == FIELDS | {"num_layers": 2}
     by_hand = jax.tree.map(lambda leaf: jnp.stack([leaf[0], leaf[3]]), params["transformer_blocks"])
     chex.assert_trees_all_equal(pruned, params | {"transformer_blocks": by_hand})
-    silent = without_effect(without_effect(params, 1), 2)
-    _, pruned = pruning.prune_blocks(FIELDS, silent, (0, 3))
-    expected = jax.jit(from_fields(FIELDS).apply)({"params": silent}, *inputs)
-    found = jax.jit(from_fields(fields).apply)({"params": pruned}, *inputs)
-    np.testing.assert_allclose(found, expected, atol=1e-5 * np.abs(expected).max())
