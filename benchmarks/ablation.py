@@ -1,4 +1,4 @@
-"""The paper's Fig. 3 on digits: does a teacher's time scale, or its QK norm, decide how distillation goes?
+"""Ablation of a digits teacher's time scale and QK norm, as in the paper's Fig. 3.
 
     python benchmarks/ablation.py --root runs/ablation
 

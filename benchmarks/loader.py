@@ -1,4 +1,4 @@
-"""Images per second that the loader makes of cached latents, without a device.
+"""Speed of the loader: images per second from cached latents, without a device.
 
     PYTHONPATH=. python benchmarks/loader.py [--records 384] [--tokens 300] [--batch 64] [--folder DIR]
 

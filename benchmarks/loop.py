@@ -1,4 +1,4 @@
-"""The shares of time that the training loop adds to its updates, as JSON lines on the digits config.
+"""Time that the training loop adds to its updates, as JSON lines on the digits config.
 
     GLIBC_TUNABLES=glibc.malloc.hugetlb=1 python benchmarks/loop.py > benchmarks/results/loop.jsonl
 

@@ -62,10 +62,7 @@ class Data:
 
 
 def open_data(c: Config, mesh: jax.sharding.Mesh, workdir: Path | None = None) -> Data:
-    """Opens the training data that a config's ``data`` section describes.
-
-    Args:
-      workdir: gets rejected.jsonl of images that cannot be used, if there are any.
+    """Opens the training data of a config; ``workdir`` gets rejected.jsonl of images that cannot be used.
 
     Raises:
       UserError: for an unknown source, or data that is not there, damaged, or not for this network.
@@ -255,9 +252,9 @@ def _make_bucketed(
     """`Data` of sources in buckets; a part of the first source may be held out.
 
     Args:
-      name: of the data, in messages; encoders: their identity.
       buckets: of each source, its records by bucket; make_reader: makes a reader of such records.
       channels: of latents; dtype: of text; null: text [L, D] and mask [L] of the empty prompt.
+      encoders: their identity.
     """
     for key, value in {"in_channels": channels, "caption_channels": null[0].shape[-1]}.items():
         if value != c.model[key]:

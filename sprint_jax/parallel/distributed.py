@@ -1,4 +1,4 @@
-"""Joining several processes into one run; nothing here happens without ``--distributed``."""
+"""Several processes as one run: their flags, and how they join; only with ``--distributed``."""
 
 import argparse
 import contextlib

@@ -41,8 +41,6 @@ class FileSource:
     """Images in files, a `records.Source`; see `folders.open_folder` and `tars.open_tars`.
 
     Args:
-      items: of the images, in their order.
-      name, identity: see `records.Source`.
       root: the folder to which paths are relative.
       keep_models: Sana's files are about many images, and stay in memory once they are read.
     """

@@ -33,7 +33,6 @@ class RecordSource:
       records: random access; a broken one raises RuntimeError, ValueError or OSError.
       locate: gives the place of a record by number, which names it as long as its key is not known.
       parse: gives key, image (a file's content, or pixels) and captions of a record at a place.
-      name, identity: see `records.Source`.
     """
 
     def __init__(
@@ -121,8 +120,7 @@ def write_image_records(
       path: of the file, such as ``cats.array_record`` or ``cats.array_record-00000-of-00002``.
       images: of each image its key, the content of its file, and its captions or only caption.
 
-    Returns the number of images. Raises UserError for a name of another form, a file that cannot be written, a
-    key that is empty or comes twice, text that is not Unicode, and a weight or score that is not finite.
+    Returns the number of images. Raises UserError, naming the file or the image.
     """
     path = Path(path).expanduser()
     if not PATTERN.fullmatch(path.name):

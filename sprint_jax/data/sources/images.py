@@ -60,10 +60,9 @@ def decode_image(data: bytes | np.ndarray, key: str) -> np.ndarray:
 
 
 def measure_image(data: bytes | BinaryIO | np.ndarray, key: str) -> tuple[int, int]:
-    """Measures (height, width) of the pixels of `decode_image` from headers: little of a file is read.
+    """Measures (height, width) of `decode_image`'s pixels from headers; ``data`` may be an open file.
 
-    ``data`` may also be a binary file that can seek. Raises `Rejected` as `decode_image` does, except for
-    damage that only decoding can find, and OSError where the disk fails.
+    Raises `Rejected`, except for damage that only decoding can find; OSError where the disk fails.
     """
     if isinstance(data, np.ndarray):
         return _flatten(data, key).shape[:2]

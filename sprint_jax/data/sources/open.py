@@ -31,12 +31,8 @@ def open_images(
       `image_records.open_array_records`
     - any other folder: `folders.open_folder`
 
-    Patterns have ``*``, ``?``, ``[...]`` and ``**``; their files are sorted by path.
-
-    Args:
-      paths: at least one.
-      data_dir: where prepared TFDS data sets lie.
-      image_feature, caption_feature: of TFDS data sets.
+    Patterns have ``*``, ``?``, ``[...]`` and ``**``; their files are sorted by path. ``data_dir`` and the
+    features are of TFDS data sets.
 
     Raises:
       UserError: no path, a path that is none of these or not there, or as the functions above.

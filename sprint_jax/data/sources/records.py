@@ -1,4 +1,4 @@
-"""Records of images and captions, and the interface of their sources."""
+"""Records of an image and its captions, and the interface of sources of them."""
 
 import bisect
 import errno
@@ -24,11 +24,9 @@ class Caption(NamedTuple):
 
 
 class Record(NamedTuple):
-    """An image as it is meant to be seen, its captions and its key.
+    """An image, uint8 RGB [H, W, 3], upright, over white; its captions, at least one; and its unique key.
 
-    ``image`` is uint8 [H, W, 3], RGB, upright, transparency over white. ``captions`` has at least one; an
-    image without any has ``''``, the null prompt. ``key`` is unique in its source and stays the same
-    whatever form the source has.
+    An image without a caption has ``''``, the null prompt.
     """
 
     key: str
@@ -52,8 +50,7 @@ class Source(Protocol):
 
     Attributes:
       name: the source in the user's words, for messages.
-      identity: hash of what the source is (files, sizes, options): an interrupted encoding goes on only with
-        the same.
+      identity: hash of its files, sizes and options; an interrupted encoding goes on with the same alone.
     """
 
     name: str
@@ -100,8 +97,7 @@ class Concatenation:
 def cannot_read(key: str, error: OSError, path: object) -> Exception:
     """Returns what to raise where a record's file cannot be read: `Rejected` for a missing or forbidden one.
 
-    Anything else, such as an input/output error, comes and goes with the disk or the network, and would lose
-    good records: it is a UserError.
+    Anything else, such as an input/output error, is a UserError: it would lose good records.
     """
     if error.errno in _MISSING:
         return Rejected(key, f"cannot be read: {path}: {error.strerror}")

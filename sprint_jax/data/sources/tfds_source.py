@@ -38,12 +38,10 @@ def open_tfds(
       name: ``NAME[/CONFIG[/VERSION]][:SPLIT]``. An only config need not be named; the split, ``train`` if
         left out, may be a part, such as ``train[:80%]``. The newest version counts.
       data_dir: the data_dir that the set was prepared with.
-      image_feature: name of a feature at the top.
-      caption_feature: likewise; empty for none.
+      caption_feature: empty for none.
 
     Raises:
-      UserError: no such set, config, split or feature, or one that was prepared in a format without
-        random access.
+      UserError: no such set, config, split or feature, or a format without random access.
     """
     path, _, split = name.partition(":")
     split = split or "train"
