@@ -87,24 +87,11 @@ def test_scm_equals_the_hand_derivation(shared_primal, mean_norm, warmup, consta
         params, T, x0, z, t, warmup=warmup, constant=constant, mean_norm=mean_norm
     )
     options = dict(tangent_constant=constant, mean_norm=mean_norm, shared_primal=shared_primal)
-
-    @jax.jit
-    def run(params, warmup):
-        def loss(params):
-            return losses.scm_loss(
-                linear_student,
-                lambda x, t: x @ T,
-                params,
-                *map(jnp.asarray, (x0, z, t)),
-                sigma_d=SIGMA_D,
-                warmup=warmup,
-                **options,
-            )
-
-        return jax.value_and_grad(loss, has_aux=True)(params)
-
+    options |= dict(sigma_d=SIGMA_D, warmup=warmup)
+    loss = functools.partial(losses.scm_loss, linear_student, lambda x, t: x @ T, **options)
     with jax.enable_x64(True):
-        (value, actual_aux), actual = run(jax.tree.map(jnp.asarray, params), warmup)
+        run = jax.jit(jax.value_and_grad(loss, has_aux=True))
+        (value, actual_aux), actual = run(*jax.tree.map(jnp.asarray, (params, x0, z, t)))
         assert value.dtype == jnp.float64
         assert value == pytest.approx(expected, rel=1e-12)
         assert_close(dict(actual), gradient, 1e-12)
@@ -194,47 +181,38 @@ def test_shared_and_separate_jvp_have_the_same_gradient(remat, scan):
     assert {leaf.shape for leaf in jax.tree.leaves(aux)} == {(2,)}
 
 
-def costs(fields, size=32, length=300):
-    """FLOPs of programs of one image of 1024 px and a text of 300 tokens, compiled, not run."""
-    float32 = lambda *shape: jax.ShapeDtypeStruct(shape, jnp.float32)  # noqa: E731
-    x, t = float32(1, size, size, 32), float32(1)
-    inputs = float32(1, length, 2304), float32(1, length), float32(1)
-    model = SanaTransformer(**fields)
-    params = jax.eval_shape(model.init, jax.random.key(0), x, t, *inputs)["params"]
-
-    def forward(params, x, t, inputs):
-        return real_student(fields, inputs)(params, x, t)
-
-    def tangent(params, x, t, inputs):
-        return jax.jvp(lambda x, t: forward(params, x, t, inputs), (x, t), (x, t))
-
-    def scm(params, x, t, inputs, shared):
-        def loss(params):
-            student = real_student(fields, inputs)
-            frozen = lambda x, t: x  # noqa: E731
-            options = dict(sigma_d=SIGMA_D, warmup=0.5, shared_primal=shared)
-            return losses.scm_loss(student, frozen, params, x, x, t, **options)
-
-        return jax.value_and_grad(loss, has_aux=True)(params)
-
-    def flops(function):
-        return fast_jit(function).lower(params, x, t, inputs).compile().cost_analysis()["flops"]
-
-    shared, separate = (functools.partial(scm, shared=choice) for choice in (True, False))
-    return forward, tangent, shared, separate, flops
-
-
+@pytest.mark.slow
 def test_forward_equivalents():
-    """At the width of the 0.6B model; unrolled, since the body of a loop is counted once."""
-    fields = SIZES["600m"] | dict(logvar=True, scan=False)
-    forward, tangent, shared, separate, flops = costs(fields | dict(num_layers=2))
-    one = flops(forward)
-    assert 1.9 < flops(tangent) / one <= 2.05
-    assert 3.8 < flops(shared) / one <= 4.1
-    assert 4.6 < flops(separate) / one <= 5.1
+    """At the width of the 0.6B model, one image of 1024 px; unrolled, as the body of a loop is counted once."""
+    float32 = lambda *shape: jax.ShapeDtypeStruct(shape, jnp.float32)  # noqa: E731
+    x, t = float32(1, 32, 32, 32), float32(1)
+    inputs = float32(1, 300, 2304), float32(1, 300), float32(1)
+
+    def flops(layers, make):
+        fields = SIZES["600m"] | dict(logvar=True, scan=False, num_layers=layers)
+        params = jax.eval_shape(SanaTransformer(**fields).init, jax.random.key(0), x, t, *inputs)
+        run = fast_jit(
+            lambda params, x, t, inputs: make(real_student(fields, inputs), params, x, t)
+        )
+        return run.lower(params["params"], x, t, inputs).compile().cost_analysis()["flops"]
+
+    def forward(student, params, x, t):
+        return student(params, x, t)
+
+    def tangent(student, params, x, t):
+        return jax.jvp(lambda x, t: student(params, x, t), (x, t), (x, t))
+
+    def scm(shared, student, params, x, t):
+        options = dict(sigma_d=SIGMA_D, warmup=0.5, shared_primal=shared)
+        loss = functools.partial(losses.scm_loss, student, lambda x, t: x, **options)
+        return jax.value_and_grad(loss, has_aux=True)(params, x, x, t)
+
+    one = flops(2, forward)
+    assert 1.9 < flops(2, tangent) / one <= 2.05
+    assert 3.8 < flops(2, functools.partial(scm, True)) / one <= 4.1
+    assert 4.6 < flops(2, functools.partial(scm, False)) / one <= 5.1
     # The published count of a whole forward, from its first block and each further one.
-    shallow, *_, flops = costs(fields | dict(num_layers=1))
-    first = flops(shallow)
+    first = flops(1, forward)
     assert first + 27 * (one - first) == pytest.approx(1121.5e9, rel=0.01)
 
 
@@ -322,8 +300,11 @@ def test_discriminator_hinge(critic, misaligned):
     with jax.enable_x64(True):
         (value, aux), (gradient, to_images) = discriminator_loss(critic, misaligned)
         assert value == pytest.approx(expected, rel=1e-12)
-        names = {"real": real.mean(1), "fake": fake[:3].mean(1)}
-        assert_close(aux, names | ({"misaligned": fake[3:].mean(1)} if misaligned else {}), 1e-12)
+        names = ("real", "fake", "misaligned")[: 3 if misaligned else 2]
+        parts = real, *np.split(fake, len(names) - 1)
+        assert_close(
+            aux, {name: part.mean(1) for name, part in zip(names, parts, strict=True)}, 1e-12
+        )
         assert all(jnp.abs(leaf).max() > 0 for leaf in jax.tree.leaves(gradient))
         # The frozen teacher's features are constants.
         assert all(not leaf.any() for leaf in jax.tree.leaves(to_images))
@@ -357,7 +338,7 @@ def test_gradient_penalty(critic):
         assert float(gradient["q"]) == pytest.approx(float(expected), rel=1e-6)
 
 
-# --- Flow matching and helpers
+# --- Flow matching
 
 
 def test_flow_matching_loss():
@@ -376,11 +357,3 @@ def test_flow_matching_loss():
         assert_close(aux, {"loss": (residual**2).mean((1, 2, 3)), "t": t}, 1e-12)
         expected = 2 * np.einsum("bhwi,bhwo->io", x, residual) / x.size
         assert_close(gradient, expected, 1e-12)
-
-
-def test_per_sample_reductions():
-    x = draw(SHAPE)[0]
-    with jax.enable_x64(True):
-        norm, mean = losses.per_sample_norm(jnp.asarray(x)), losses.per_sample_mean(jnp.asarray(x))
-        np.testing.assert_allclose(norm, np.linalg.norm(x.reshape(3, -1), axis=1), rtol=1e-14)
-        np.testing.assert_allclose(mean, x.mean((1, 2, 3)), rtol=1e-12)
