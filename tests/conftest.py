@@ -39,8 +39,27 @@ def use_compilation_cache(folder: Path) -> None:
 use_compilation_cache(Path(__file__).parent.parent / ".cache" / "jax")
 
 import jax  # noqa: E402
+import pytest  # noqa: E402
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
+
+
+@pytest.fixture(scope="module")
+def quick():
+    """Most of XLA's optimizations are off, also in the commands that a test starts."""
+    from helpers.runs import quick_compilation
+
+    with quick_compilation():
+        yield
+
+
+@pytest.fixture(scope="session")
+def data(tmp_path_factory):
+    """A folder with a few scenes of the small world of digits."""
+    from helpers.runs import write_digits
+
+    return write_digits(tmp_path_factory.getbasetemp() / "digits")
+
 
 # Files that take longest, the longest first: else a worker would be left alone with one at the end.
 SLOW = ("test_pod", "test_updates", "test_compiled", "test_train", "test_sweep_backends")

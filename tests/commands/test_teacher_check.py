@@ -5,7 +5,7 @@ import json
 import jax
 import numpy as np
 import pytest
-from helpers.runs import quick_compilation, run_here, tiny, write_digits
+from helpers.runs import run_here, tiny
 from helpers.workdirs import make_workdir, random_params, tiny_config
 from PIL import Image
 
@@ -17,11 +17,7 @@ from sprint_jax.interop.sana import config_from_fields
 from sprint_jax.parallel.sharding import make_mesh
 from sprint_jax.training import setup
 
-
-@pytest.fixture(scope="module", autouse=True)
-def quick():
-    with quick_compilation():
-        yield
+pytestmark = pytest.mark.usefixtures("quick")
 
 
 @pytest.fixture(autouse=True)
@@ -29,11 +25,6 @@ def two_devices(monkeypatch):
     """The command's mesh; programs for all eight would take a minute to compile."""
     mesh = make_mesh(devices=jax.devices()[:2])
     monkeypatch.setattr(setup, "mesh_from", lambda c: mesh)
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory):
-    return write_digits(tmp_path_factory.getbasetemp() / "digits")
 
 
 @pytest.fixture(scope="module")

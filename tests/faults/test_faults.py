@@ -16,7 +16,6 @@ from helpers.runs import (
     assert_same_bits,
     checkpoint_steps,
     finish,
-    quick_compilation,
     read_state,
     records,
     run_here,
@@ -28,13 +27,9 @@ from helpers.runs import (
 from sprint_jax import train
 from sprint_jax.training import updates
 
+pytestmark = pytest.mark.usefixtures("quick")
+
 STEPS, EVERY, BROKEN = 12, 4, 8  # the disk breaks when this step is to be saved
-
-
-@pytest.fixture(scope="module", autouse=True)
-def quick():
-    with quick_compilation():
-        yield
 
 
 @pytest.fixture(scope="module")

@@ -9,7 +9,6 @@ from helpers.pods import HOST, TRAIN, errors, finish_pod, start_pod, survivor_of
 from helpers.runs import (
     assert_same_bits,
     checkpoint_steps,
-    quick_compilation,
     read_state,
     records,
     tiny,
@@ -21,14 +20,10 @@ from helpers.workdirs import make_workdir
 from sprint_jax import train
 from sprint_jax.parallel.peers import LOST_PEER
 
+pytestmark = pytest.mark.usefixtures("quick")
+
 STAGES = ("flow", "distill")
 STEPS, LONGER, EVERY = 20, 24, 5
-
-
-@pytest.fixture(scope="module", autouse=True)
-def quick():
-    with quick_compilation():
-        yield
 
 
 @pytest.fixture(scope="module")

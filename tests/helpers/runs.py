@@ -124,6 +124,16 @@ def run_here(arguments: list[str], monkeypatch, capfd, main=train.main) -> Ended
     return Ended(code, *capfd.readouterr())
 
 
+def train_here(c: Config, workdir: Path) -> Path:
+    """Runs `train.train` without what it does to the process; returns the workdir."""
+    handler = signal.getsignal(signal.SIGTERM)
+    try:
+        train.train(c, workdir)
+    finally:
+        signal.signal(signal.SIGTERM, handler)
+    return workdir
+
+
 def start(arguments: list[str], module: str = "train") -> subprocess.Popen:
     """Starts a command in a process of its own."""
     return subprocess.Popen(
