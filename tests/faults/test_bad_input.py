@@ -10,26 +10,19 @@ from helpers.runs import (
     BATCH,
     checkpoint_steps,
     finish,
-    quick_compilation,
     records,
     run_here,
     start,
     words,
-    write_digits,
 )
 from helpers.workdirs import STEP, make_workdir, random_params, tiny_config
 
-from sprint_jax import sample, train
+from sprint_jax import train
 from sprint_jax.checkpoints.checkpoint import Checkpoints
 
 TEACHER = "configs/digits.py:teacher,small"
 STUDENT = "configs/digits.py:student,small"
-
-
-@pytest.fixture(scope="module", autouse=True)
-def data(tmp_path_factory):
-    with quick_compilation():
-        yield write_digits(tmp_path_factory.getbasetemp() / "digits")
+pytestmark = pytest.mark.usefixtures("quick")
 
 
 @pytest.fixture(scope="module")
@@ -180,29 +173,6 @@ def test_damaged_checkpoints(run, tmp_path):
     check(ended, 1, str(workdir), "[4, 6, 8]")
     assert (workdir / "metrics.jsonl").read_bytes() == before
     assert checkpoint_steps(workdir) == [4, 6, 8]
-
-
-@pytest.mark.parametrize(
-    "flags, code, parts",
-    [
-        (["--prompt", "a 3", "--steps", "5"], 2, ["steps", "5"]),
-        (["--prompt", "a 3", "--steps", "0"], 2, ["steps", "0"]),
-        (["--prompt", "a 3", "--steps", "two"], 2, ["--steps", "'two'"]),
-        ([], 2, ["--prompt"]),
-        (["--prompts", "{folder}/empty.txt"], 1, ["empty.txt"]),
-        (["--prompts", "{folder}/missing.txt"], 1, ["missing.txt"]),
-        (["--prompt", "a rad 3"], 1, ["'rad'", "'red'"]),
-        (["--prompt", "a 3", "--size", "8"], 2, ["--size 8"]),
-        (["--prompt", "a 3", "--params", "emma"], 2, ["emma"]),
-        (["--prompt", "a 3", "--model", "{folder}"], 1, ["{folder}"]),
-    ],
-)
-def test_sample(flags, code, parts, models, tmp_path, monkeypatch, capfd):
-    (tmp_path / "empty.txt").write_text("\n  \n")
-    flags, parts = ([word.format(folder=tmp_path) for word in each] for each in (flags, parts))
-    base = ["--model", str(models["distill"]), "--out", str(tmp_path / "out")]
-    check(run_here([*base, *flags], monkeypatch, capfd, sample.main), code, *parts)
-    assert not list(tmp_path.glob("out/*"))
 
 
 def test_commands_in_their_own_process(data, models, tmp_path):

@@ -12,12 +12,11 @@ from helpers.runs import (
     read_state,
     records,
     tiny,
+    train_here,
     words,
-    write_digits,
 )
 from helpers.workdirs import make_workdir
 
-from sprint_jax import train
 from sprint_jax.parallel.peers import LOST_PEER
 
 pytestmark = pytest.mark.usefixtures("quick")
@@ -32,18 +31,17 @@ def folder(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def line(folder, tmp_path_factory):
+def line(folder, data):
     """``line(stage, **changes) -> (spec, data, changes)`` for `tiny` and `words`."""
-    data = write_digits(tmp_path_factory.getbasetemp() / "digits")
-    teacher = make_workdir(folder / "teacher", "flow")
     every = {"steps": STEPS, "log__checkpoint_every": EVERY, "log__sample_every": 1000}
-    students = {"teacher": str(teacher), "log__diagnostics_every": 10}
-
-    def arguments(stage, **changes):
-        spec, more = ("teacher", {}) if stage == "flow" else ("student", students)
-        return f"configs/digits.py:{spec},small", data, every | more | changes
-
-    return arguments
+    teacher = str(make_workdir(folder / "teacher", "flow"))
+    more = {"flow": {}, "distill": {"teacher": teacher, "log__diagnostics_every": 10}}
+    spec = {"flow": "teacher", "distill": "student"}
+    return lambda stage, **changes: (
+        f"configs/digits.py:{spec[stage]},small",
+        data,
+        every | more[stage] | changes,
+    )
 
 
 def command(line, stage, workdir, **changes):
@@ -59,11 +57,9 @@ def succeed(pod):
 @pytest.fixture(scope="module")
 def alone(folder, line):
     """Runs of one process with 8 devices, some steps longer: stage -> workdir."""
-    handler = signal.getsignal(signal.SIGTERM)
     for stage in STAGES:
         spec, data, options = line(stage, steps=LONGER, log__keep=10)
-        train.train(tiny(spec, data, **options), folder / f"alone_{stage}")
-    signal.signal(signal.SIGTERM, handler)
+        train_here(tiny(spec, data, **options), folder / f"alone_{stage}")
     return {stage: folder / f"alone_{stage}" for stage in STAGES}
 
 

@@ -137,7 +137,16 @@ def real_student(fields, inputs):
     return student
 
 
-@pytest.mark.parametrize(("remat", "scan"), [("none", True), ("full", True), ("none", False)])
+@pytest.mark.parametrize(
+    ("remat", "scan"),
+    [
+        ("none", True),
+        *(
+            pytest.param(*case, marks=pytest.mark.slow)
+            for case in [("full", True), ("none", False)]
+        ),
+    ],
+)
 def test_shared_and_separate_jvp_have_the_same_gradient(remat, scan):
     fields, params, inputs = setup("student")
     blocks = jax.tree.map(lambda leaf: leaf[:2], params["transformer_blocks"])

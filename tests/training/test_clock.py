@@ -118,6 +118,7 @@ def test_the_host_never_waits_for_the_step_in_progress(data, tmp_path, monkeypat
         assert math.isclose(rate, 16) and not any(name.startswith("time/") for name in record)
 
 
+@pytest.mark.slow
 def test_a_profile_window_leaves_a_trace_of_this_host(data, tmp_path):
     """In a process of its own: the profiler ends one in which libtpu's compiler was at work."""
     workdir, options = tmp_path / "run", {"log__profile_start": 2, "log__profile_steps": 2}

@@ -238,6 +238,7 @@ def test_states_on_other_meshes_start_from_the_same_bits(configs, singles):
     assert_same_bits(state, built.state)
 
 
+@pytest.mark.slow
 def test_joint_update_shows_the_heads_what_the_student_was_judged_by(configs, singles):
     """One program and one batch in place of two; the parts are those of the separate updates."""
     single = singles["distill"]
@@ -264,6 +265,7 @@ def test_joint_update_shows_the_heads_what_the_student_was_judged_by(configs, si
     assert relative_change(moments(apart.disc_opt_state), mine) > 1e-2
 
 
+@pytest.mark.slow
 def test_the_tangent_may_have_a_precision_of_its_own(configs):
     def loss(**changes):
         c = configs["distill"].override({"ladd.weight": 0.0, "model.dtype": "bfloat16"} | changes)
