@@ -48,6 +48,7 @@ def prepare(folder, data, tmp_path, monkeypatch, capfd):
     return run
 
 
+@pytest.mark.slow
 def test_command_prepares_trains_and_resumes(prepare, folder, data, tmp_path):
     """From a diffusers folder to a workdir whose first step starts from the operated weights."""
     workdir = tmp_path / "run"

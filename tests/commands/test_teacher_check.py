@@ -67,6 +67,7 @@ def test_command_refuses_what_it_cannot_measure(
     assert not (folder / "report").exists()
 
 
+@pytest.mark.slow
 def test_command_reports_curves_pictures_and_exit_code(folder, data, monkeypatch, capfd):
     words = ["--model", "teacher", "--before", "before"]
     ended = run(folder, data, words, monkeypatch, capfd)

@@ -73,7 +73,7 @@ def assert_same_run(workdir, other):
     ("stage", "number"),
     [
         ("flow", signal.SIGKILL),
-        ("flow", signal.SIGTERM),
+        pytest.param("flow", signal.SIGTERM, marks=pytest.mark.slow),
         pytest.param("distill", signal.SIGKILL, marks=pytest.mark.slow),
     ],
 )
