@@ -1,4 +1,4 @@
-"""How every test runs: 8 virtual CPU devices, strict ranks, warnings as errors (pyproject.toml).
+"""The setting of every test: 8 virtual CPU devices, strict ranks, warnings as errors (pyproject.toml).
 
 The environment is set before JAX is imported, and the commands that tests start inherit it.
 """

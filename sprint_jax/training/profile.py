@@ -32,11 +32,10 @@ class Profile:
                 f"config.log.profile_steps={steps} at least 1",
                 exit_code=2,
             )
-        wrong = [host for host in hosts if not 0 <= host < jax.process_count()]
-        if start and (wrong or not hosts):
+        last = jax.process_count() - 1
+        if start and not (hosts and all(0 <= host <= last for host in hosts)):
             raise UserError(
-                f"config.log.profile_hosts={hosts}: name some of the processes 0 to "
-                f"{jax.process_count() - 1}",
+                f"config.log.profile_hosts={hosts}: name some of the processes 0 to {last}",
                 exit_code=2,
             )
         self._folder = folder / f"host_{jax.process_index()}"
