@@ -30,7 +30,7 @@ from .digits.report import (
     make_yardsticks,
     measure_real,
 )
-from .digits.scenes import get_world
+from .digits.worlds import get_world
 from .pipeline import Request, SprintPipeline
 
 

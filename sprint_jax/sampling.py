@@ -14,6 +14,7 @@ computed in float64.
 
 from collections.abc import Callable
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -34,7 +35,7 @@ SOLVERS = ("dpm", "flow_euler", "trigflow_euler")  # of `draw_teacher`
 
 
 def noise_for(seed: int | Array, indices: Array, shape: tuple[int, ...]) -> Array:
-    """Noise of images, not of batches: row ``i`` depends on (seed, indices[i]) alone.
+    """Draws noise of images, not of batches: row ``i`` depends on (seed, indices[i]) alone.
 
     Args:
       seed: an int, or a typed key of `jax.random.key`.
@@ -57,10 +58,10 @@ def with_cfg(
 ) -> Callable:
     """Classifier-free guidance ``uncond + guidance (cond - uncond)`` by one doubled batch.
 
-    The sum is float32. It may equally be given a TrigFlow network: F is affine in the velocity.
+    The sum is float32. A TrigFlow network works as well, since F is affine in the velocity.
 
     Args:
-      velocity: ``velocity(x, t, text, mask)``, or F alike.
+      velocity: ``velocity(x, t, text, mask)``, or F likewise.
       guidance: scalar or [B]; 1 leaves the conditional velocity.
       null_text: features of the null prompt, [L, Ct] or [B, L, Ct].
       null_mask: its mask, [L] or [B, L].
@@ -69,12 +70,13 @@ def with_cfg(
       ``guided(x, t, text, mask)`` of the same shapes, in float32.
     """
 
-    # The two versions of a sample side by side: each device of a mesh finds both among its own rows.
+    # The two versions of a sample are neighbours, so that each device of a mesh has both in its own rows.
     def double(a, b):
         b = jnp.broadcast_to(b, a.shape).astype(a.dtype)
         return jnp.stack([a, b], axis=1).reshape(-1, *a.shape[1:])
 
     def guided(x, t, text, mask):
+        chex.assert_equal_shape_prefix([x, t, text, mask], 1)
         both = velocity(
             double(x, x), double(t, t), double(text, null_text), double(mask, null_mask)
         )
@@ -179,26 +181,23 @@ def consistency_sample(
       The last x0 over sigma_d: latents [B, h, w, C], float32.
 
     Raises:
-      ValueError: if step_noise has another shape, or more than one step has neither it nor a key.
+      ValueError: more than one step has neither step_noise nor a key.
     """
     steps = len(schedule) - 1
-    expected = (steps - 1, *noise.shape)
     if step_noise is None and steps > 1:
         if key is None:
-            raise ValueError(
-                f"{steps} steps need step_noise of shape {expected}, or a key to draw it"
-            )
+            raise ValueError(f"{steps} steps need step_noise, or a key to draw it")
         drawn = noise_for(key, jnp.arange(len(noise)), (steps - 1, *noise.shape[1:]))
         step_noise = jnp.moveaxis(drawn, 1, 0)
-    elif step_noise is not None and step_noise.shape != expected:
-        raise ValueError(
-            f"step_noise has shape {step_noise.shape}, but {steps} steps need {expected}"
-        )
+    elif step_noise is not None:
+        chex.assert_shape(step_noise, (steps - 1, *noise.shape))
+    if start is not None:
+        chex.assert_equal_shape([start, noise])
 
     x = sigma_d * jnp.asarray(noise, jnp.float32)
     if start is not None:
         x = add_noise(sigma_d * jnp.asarray(start, jnp.float32), x, np.float32(schedule[0]))
-    # The last x0 is renoised at angle 0, which leaves it as it is, bit for bit.
+    # The last x0 is renoised at angle 0, which does not change a bit of it.
     fresh = jnp.zeros((1, *noise.shape), jnp.float32)
     if steps > 1:
         fresh = jnp.concatenate([jnp.asarray(step_noise, jnp.float32), fresh])
@@ -208,6 +207,7 @@ def consistency_sample(
     def step(x, inputs):
         angle, next_angle, z = inputs
         value = F(x / sigma_d, jnp.full(x.shape[:1], angle)).astype(jnp.float32)
+        chex.assert_equal_shape([value, x])
         x0 = predict_x0(x, value, angle, sigma_d)
         return add_noise(x0, sigma_d * z, next_angle), None
 
@@ -265,7 +265,9 @@ def flow_euler_sample(
 
     def step(x, inputs):
         t, change = inputs
-        return x + change * velocity(x, jnp.full(x.shape[:1], t)).astype(jnp.float32), None
+        v = velocity(x, jnp.full(x.shape[:1], t)).astype(jnp.float32)
+        chex.assert_equal_shape([v, x])
+        return x + change * v, None
 
     inputs = (grid[:-1].astype(np.float32), np.diff(grid).astype(np.float32))
     return jax.lax.scan(step, jnp.asarray(noise, jnp.float32), inputs)[0]
@@ -299,6 +301,7 @@ def trigflow_euler_sample(
     def step(x, inputs):
         angle, turn = inputs
         value = F(x / sigma_d, jnp.full(x.shape[:1], angle)).astype(jnp.float32)
+        chex.assert_equal_shape([value, x])
         return predict_x0(x, value, turn, sigma_d), None
 
     inputs = (angles[:-1].astype(np.float32), (-np.diff(angles)).astype(np.float32))
@@ -338,6 +341,7 @@ def dpm_solver_sample(
         x, previous_x0 = carry
         time, sigma, a, b, c = row
         v = velocity(x, jnp.full(x.shape[:1], time)).astype(jnp.float32)
+        chex.assert_equal_shape([v, x])
         x0 = flow_predict_x0(x, v, sigma)
         return (a * x + b * x0 + c * previous_x0, x0), None
 

@@ -16,8 +16,9 @@ import numpy as np
 
 from ..core.config import Config
 from ..core.errors import UserError
+from ..digits.dataset import Digits, open_digits
 from ..digits.encoders import digits_parts
-from ..digits.scenes import Digits, held_out_prompts, open_digits, to_float
+from ..digits.scenes import held_out_prompts, to_float
 from ..encoders.load import Encoders, encode_captions, latent_size, load_encoders
 from ..parallel.sharding import local_rows, make_mesh, same_everywhere
 from . import synthetic

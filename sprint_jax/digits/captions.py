@@ -5,8 +5,8 @@
     many    = "two " [color " "] digit "s"
     joint   = " and " | " left of " | " right of " | " above " | " below "
 
-A prompt is what a caption asks for. What it does not say (a colour, a place, the handwriting) is
-left to chance. Categories are GenEval's (arXiv 2310.11513).
+A prompt is the meaning of a caption. What the caption leaves open (a colour, a place, the handwriting) is
+random in pictures of it. Categories are GenEval's (arXiv 2310.11513).
 """
 
 import dataclasses
@@ -16,20 +16,14 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from sprint_jax.core.errors import UserError
+from ..core.errors import UserError
 
 COLORS = ("red", "green", "blue", "yellow", "purple", "cyan")
 DIGITS = tuple("0123456789")
 RELATIONS = ("left of", "right of", "above", "below")
 COUNTS = {"two": 2}
-CATEGORIES = (
-    "single_object",
-    "colors",
-    "counting",
-    "two_objects",
-    "position",
-    "color_attribution",
-)
+CATEGORIES = ("single_object", "colors", "counting", "two_objects", "position")
+CATEGORIES += ("color_attribution",)
 _THING = r"a (?:({colors}) )?(\d)".format(colors="|".join(COLORS))
 _GRAMMAR = re.compile(
     rf"(?:({'|'.join(COUNTS)}) (?:({'|'.join(COLORS)}) )?(\d)s"
@@ -40,7 +34,7 @@ _GRAMMAR = re.compile(
 
 @dataclasses.dataclass(frozen=True)
 class Thing:
-    """What a caption says of one digit: its value 0..9 and its colour (index in COLORS) or None."""
+    """One digit of a caption: its value 0..9 and its colour (index in COLORS), or None if left open."""
 
     digit: int
     color: int | None = None
@@ -48,12 +42,12 @@ class Thing:
 
 @dataclasses.dataclass(frozen=True)
 class Prompt:
-    """What a caption asks for, exactly: these digits and no others.
+    """The meaning of a caption: exactly these digits and no others.
 
     Attributes:
       things: one `Thing` for each digit of the picture, in the order of the caption.
-      relation: one of RELATIONS, said of the first thing about the second, or None.
-      background: index in COLORS, or None where the caption does not say.
+      relation: one of RELATIONS, of the first thing to the second, or None.
+      background: index in COLORS, or None if left open.
     """
 
     things: tuple[Thing, ...]
@@ -62,7 +56,7 @@ class Prompt:
 
     @property
     def counts(self) -> bool:
-        """Whether this is several times the same thing, as in ``two red 3s``."""
+        """Whether all things are the same, as in ``two red 3s``."""
         return len(self.things) > 1 and len(set(self.things)) == 1
 
     @property
@@ -79,23 +73,21 @@ class Prompt:
 
 
 def write_caption(prompt: Prompt) -> str:
-    """The sentence for a prompt; `parse_caption` is its inverse."""
-
-    def phrase(thing: Thing) -> str:
-        return ("" if thing.color is None else f"{COLORS[thing.color]} ") + str(thing.digit)
-
-    first = prompt.things[0]
+    """Writes the sentence for a prompt; `parse_caption` is its inverse."""
+    phrases = [
+        ("" if thing.color is None else f"{COLORS[thing.color]} ") + str(thing.digit)
+        for thing in prompt.things
+    ]
     if prompt.counts:
-        number = {count: word for word, count in COUNTS.items()}[len(prompt.things)]
-        words = f"{number} {phrase(first)}s"
+        number = {count: word for word, count in COUNTS.items()}[len(phrases)]
+        words = f"{number} {phrases[0]}s"
     else:
-        joint = f" {prompt.relation or 'and'} a "
-        words = "a " + joint.join(phrase(thing) for thing in prompt.things)
+        words = "a " + f" {prompt.relation or 'and'} a ".join(phrases)
     return words + ("" if prompt.background is None else f" on {COLORS[prompt.background]}")
 
 
 def parse_caption(caption: str) -> Prompt:
-    """What a caption asks for.
+    """Returns the prompt of a caption.
 
     Raises:
       UserError: the sentence is outside the grammar, or has a digit in the background's colour.
@@ -106,20 +98,16 @@ def parse_caption(caption: str) -> Prompt:
             f'caption {caption!r} is not of the digits world: write it as "a red 3", '
             '"two 3s on blue", "a 3 and a red 7" or "a 3 left of a 7"'
         )
-    count, many_color, many_digit, color_1, digit_1, joint, color_2, digit_2, ground = (
-        match.groups()
-    )
+    count, many_color, many_digit, *one, joint, color, digit, ground = match.groups()
 
-    def index(name: str | None) -> int | None:
-        return None if name is None else COLORS.index(name)
+    def thing(color: str | None, digit: str) -> Thing:
+        return Thing(int(digit), None if color is None else COLORS.index(color))
 
     if count:
-        things = (Thing(int(many_digit), index(many_color)),) * COUNTS[count]
+        things = (thing(many_color, many_digit),) * COUNTS[count]
     else:
-        things = (Thing(int(digit_1), index(color_1)),)
-        if joint:
-            things += (Thing(int(digit_2), index(color_2)),)
-    background = index(ground)
+        things = (thing(*one), thing(color, digit)) if joint else (thing(*one),)
+    background = None if ground is None else COLORS.index(ground)
     if background is not None and any(thing.color == background for thing in things):
         raise UserError(f"caption {caption!r} hides a digit in its background: change one colour")
     return Prompt(things, joint if joint in RELATIONS else None, background)
@@ -128,17 +116,16 @@ def parse_caption(caption: str) -> Prompt:
 def arrange(
     prompt: Prompt, background: int, digits: Sequence[int], colors: Sequence[int], columns: int
 ) -> tuple[int, ...] | None:
-    """The cell of each thing of a prompt in a picture, or None where that is not what it shows.
+    """Returns the cell of each thing of a prompt in a picture, or None if the picture shows something else.
 
     Args:
-      prompt: what is asked for.
       background: the picture's background, index in COLORS.
       digits: value 0..9 in each cell (row-major), -1 for none.
       colors: index in COLORS in each cell.
       columns: cells in a row.
 
     Returns:
-      Of several arrangements the first in the order of cells.
+      The first arrangement in the order of cells.
     """
     marked = [cell for cell, digit in enumerate(digits) if digit >= 0]
     if len(marked) != len(prompt.things) or prompt.background not in (None, background):
@@ -161,9 +148,9 @@ def _stand(relation: str, first: int, second: int, columns: int) -> bool:
 
 
 def draw_prompt(generator: np.random.Generator, cells: tuple[int, int]) -> Prompt:
-    """Draws what a caption says: digits, relation, and each colour with probability 1/2.
+    """Draws a prompt: digits, relation, and each colour with probability 1/2.
 
-    The colours said are distinct (several equal digits share one).
+    Its colours are distinct, except that equal digits share one.
     """
     kind, relation, count = "one", None, 1
     if cells[0] * cells[1] > 1:
@@ -176,7 +163,7 @@ def draw_prompt(generator: np.random.Generator, cells: tuple[int, int]) -> Promp
     digits = generator.permutation(10)[: 1 + (kind in ("pair", "position"))]
     named = generator.random(1 + len(digits)) < 0.5
     if cells[0] == 1 and named.all():
-        # Places in a single row are not open: all colours said would leave only the handwriting.
+        # Places in a single row are fixed: with every colour named, only the handwriting would be open.
         named[generator.integers(len(named))] = False
     background, *colors = (
         int(color) if said else None
@@ -187,6 +174,6 @@ def draw_prompt(generator: np.random.Generator, cells: tuple[int, int]) -> Promp
 
 
 def vocabulary() -> tuple[str, ...]:
-    """Every word of the grammar, in a fixed order; the plural of a digit is the digit and ``s``."""
+    """Returns every word of the grammar, in a fixed order; a plural is the digit and the word ``s``."""
     relations = " ".join(RELATIONS).split()
     return tuple(dict.fromkeys(["a", "and", "on", *COUNTS, *relations, *COLORS, "s", *DIGITS]))

@@ -1,17 +1,19 @@
 """Stand-ins for the text encoder and the autoencoder in the digits world, with their interfaces.
 
-Neither is trained, and neither has parameters to store: both are functions of a few numbers.
+Neither is trained or has parameters to store: both are functions of a few numbers.
 """
 
 import dataclasses
 import difflib
 from collections.abc import Sequence
 
+import chex
 import numpy as np
+from einops import rearrange
 
-from sprint_jax.core.errors import UserError
-from sprint_jax.digits.captions import COLORS, DIGITS, vocabulary
-from sprint_jax.digits.scenes import get_world
+from ..core.errors import UserError
+from .captions import COLORS, DIGITS, vocabulary
+from .worlds import get_world
 
 
 class WordEncoder:
@@ -19,15 +21,14 @@ class WordEncoder:
 
     The state after word k is ``state_k = 0.5 P state_{k-1} + sqrt(0.75) word_k`` with a fixed
     permutation P of the features, and its token ``sqrt(0.84) state_k + 0.4 position_k``. Words and
-    positions are drawn from N(0, 1), so a feature has unit variance. As with a causal language model,
-    the token of a digit tells the colour said before it, which the transformer could not find out by
-    itself: SANA projects each text token alone. Cross-attention, which does not see the order of
-    tokens, sees that of words. As there, words of a kind (colours, digits) are alike, with 0.3 of their
-    variance in common, and a plural is its noun and a second token.
+    positions are drawn from N(0, 1), so a feature has unit variance. As with a causal language model, the
+    token of a digit holds the colour before it: SANA projects each text token alone, and cross-attention
+    does not see the order of tokens. Words of a kind (colours, digits) share 0.3 of their variance, and a
+    plural is its noun and a second token.
 
-    What a token is made of decides how soon a network follows captions: where only a sixth of its
-    variance told which digit was meant, half of it the position, teachers drew clean pictures of
-    arbitrary digits for three times as many updates.
+    The shares of a token's variance decide how soon a network follows captions: with a sixth for the digit
+    and half for the position, teachers drew clean pictures of arbitrary digits for three times as many
+    updates.
 
     Attributes:
       length: tokens L of every caption; the longest caption of the digits world takes 11.
@@ -61,15 +62,10 @@ class WordEncoder:
           UserError: a word is unknown, or a caption is too long.
         """
         if isinstance(captions, str):
-            raise UserError(
-                f"captions must be a list of sentences, not the one sentence {captions!r}"
-            )
-        rows = np.zeros((len(captions), self.length), np.int32)
-        mask = np.zeros((len(captions), self.length), np.int32)
+            raise UserError(f"captions must be a list of sentences, not the sentence {captions!r}")
+        rows, mask = np.zeros((2, len(captions), self.length), np.int32)
         for caption, row, kept in zip(captions, rows, mask, strict=True):
-            tokens = [
-                self._row(token, caption) for word in caption.split() for token in self._split(word)
-            ]
+            tokens = [row for word in caption.split() for row in self._tokens(word, caption)]
             if len(tokens) >= self.length:
                 raise UserError(
                     f"caption {caption!r} has {len(tokens)} tokens: use at most {self.length - 1}"
@@ -83,24 +79,19 @@ class WordEncoder:
         return text, mask
 
     def encode_plain(self, captions: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
-        """`encode`: there is no instruction here that a negative prompt would do without."""
+        """The same as `encode`: no instruction stands before captions here."""
         return self.encode(captions)
 
-    def _split(self, word: str) -> list[str]:
-        """The tokens of a word: a plural that is not in the vocabulary is its noun and ``s``."""
-        plural = (
-            word[-1] == "s" and word not in self._rows and {word[:-1], "s"} <= self._rows.keys()
+    def _tokens(self, word: str, caption: str) -> list[int]:
+        """Rows of a word: one, or two of a plural that is not in the vocabulary (its noun and ``s``)."""
+        if word in self._rows:
+            return [self._rows[word]]
+        if word[-1] == "s" and word[:-1] in self._rows:
+            return [self._rows[word[:-1]], self._rows["s"]]
+        nearest = difflib.get_close_matches(word, self._rows, n=1, cutoff=0)[0]
+        raise UserError(
+            f"word {word!r} of caption {caption!r} is unknown: the nearest known is {nearest!r}"
         )
-        return [word[:-1], "s"] if plural else [word]
-
-    def _row(self, word: str, caption: str) -> int:
-        row = self._rows.get(word)
-        if row is None:
-            nearest = difflib.get_close_matches(word, self._rows, n=1, cutoff=0)[0]
-            raise UserError(
-                f"word {word!r} of caption {caption!r} is unknown: the nearest known is {nearest!r}"
-            )
-        return row
 
 
 @dataclasses.dataclass(frozen=True)
@@ -117,35 +108,18 @@ class SpaceToDepth:
     scaling_factor: float = 1.06
 
     def encode(self, pixels):
-        """Pixels [B,H,W,3] in [-1,1] to latents [B,H/f,W/f,3f^2]; NumPy or JAX, dtype kept.
-
-        Raises:
-          UserError: the shape is not [B,H,W,3] with H and W multiples of the factor.
-        """
-        f = self.factor
-        if pixels.ndim != 4 or pixels.shape[1] % f or pixels.shape[2] % f or pixels.shape[3] != 3:
-            raise UserError(
-                f"pixels have shape {pixels.shape}: give [B,H,W,3] with H and W multiples of {f}"
-            )
-        b, height, width, c = pixels.shape
-        blocks = pixels.reshape(b, height // f, f, width // f, f, c).transpose(0, 1, 3, 2, 4, 5)
-        return blocks.reshape(b, height // f, width // f, f * f * c) * self.scaling_factor
+        """Pixels [B,H,W,3] in [-1,1] to latents [B,H/f,W/f,3f^2]; NumPy or JAX, dtype kept."""
+        chex.assert_shape(pixels, (None, None, None, 3))
+        sides = dict(y=self.factor, x=self.factor)
+        return rearrange(pixels, "b (h y) (w x) c -> b h w (y x c)", **sides) * self.scaling_factor
 
     def decode(self, latents):
-        """Latents [B,h,w,3f^2] to pixels [B,fh,fw,3], not clamped; the inverse of `encode`.
-
-        Raises:
-          UserError: the shape is not [B,h,w,3f^2].
-        """
-        f = self.factor
-        if latents.ndim != 4 or latents.shape[3] != 3 * f * f:
-            raise UserError(f"latents have shape {latents.shape}: give [B,h,w,{3 * f * f}]")
-        b, height, width, _ = latents.shape
-        blocks = latents.reshape(b, height, width, f, f, 3).transpose(0, 1, 3, 2, 4, 5)
-        return blocks.reshape(b, height * f, width * f, 3) / self.scaling_factor
+        """Latents [B,h,w,3f^2] to pixels [B,fh,fw,3], not clamped; the inverse of `encode`."""
+        chex.assert_shape(latents, (None, None, None, 3 * self.factor**2))
+        sides = dict(y=self.factor, x=self.factor)
+        return rearrange(latents, "b h w (y x c) -> b (h y) (w x) c", **sides) / self.scaling_factor
 
 
 def digits_parts(world: str) -> tuple[SpaceToDepth, WordEncoder, tuple[int, int]]:
-    """Autoencoder, text encoder and picture size (height, width) of a digits world."""
-    rows, columns = get_world(world).cells
-    return SpaceToDepth(), WordEncoder(), (8 * rows, 8 * columns)
+    """Returns autoencoder, text encoder and picture size (height, width) of a digits world."""
+    return SpaceToDepth(), WordEncoder(), get_world(world).size

@@ -1,4 +1,4 @@
-"""The evaluation of digits models: the ways they draw, judged one after the other, as numbers and a sheet."""
+"""The evaluation of digits models: pictures of every step count and solver, as numbers and as a sheet."""
 
 import dataclasses
 import time
@@ -18,9 +18,9 @@ SHEET_SIZE = 12  # prompts of the sheet of pictures
 
 
 class Run(NamedTuple):
-    """One way of drawing.
+    """A model with its steps and solver.
 
-    ``full`` runs draw all pictures and those for diversity, others a quarter of the former.
+    ``full`` runs draw the pictures of all prompts and those for diversity, others a quarter of the prompts.
     """
 
     name: str
@@ -31,7 +31,7 @@ class Run(NamedTuple):
 
     @property
     def calls(self) -> int:
-        """Network evaluations of one picture; guidance of a teacher doubles them."""
+        """Network evaluations of one picture; a teacher's guidance doubles them."""
         return self.steps * (1 if self.pipe.is_student else 2)
 
 
@@ -48,9 +48,7 @@ def draw_and_measure(
       bool [R], whether they are right.
     """
     total = sum(run.calls * len(prompts) for run in runs for prompts in _shares(run, sticks))
-    print(
-        f"{sticks.world}: {len(runs)} runs; steps shown are {total} network evaluations", flush=True
-    )
+    print(f"{sticks.world}: {len(runs)} runs, {total} network evaluations", flush=True)
     results, pictures, done = [], {}, 0
     with Progress(total) as progress:
         for run in runs:
@@ -66,14 +64,15 @@ def draw_and_measure(
             images = [np.concatenate(batches) for batches in drawn]
             result, right = measure(sticks, *images)
             about = dict(name=run.name, solver=run.solver or "consistency", steps=run.steps)
-            results.append(about | dict(pictures=len(images[0]), seconds=seconds) | result)
+            about |= dict(pictures=len(images[0]), seconds=seconds)
+            results.append(about | result)
             if run.full:
                 pictures[run.name] = images[0][:SHEET_SIZE], right[:SHEET_SIZE]
     return results, pictures
 
 
 def teacher_runs(pipe: Any) -> list[Run]:
-    """The ways a teacher draws; the first is the one that a student is compared with."""
+    """Returns the runs of a teacher; a student is compared with the first."""
     if pipe is None:
         return []
     return [
@@ -86,12 +85,12 @@ def teacher_runs(pipe: Any) -> list[Run]:
 
 
 def student_runs(pipe: Any) -> list[Run]:
-    """The ways a student draws."""
+    """Returns the runs of a student."""
     return [] if pipe is None else [Run(f"student {n}", pipe, n) for n in (1, 2, 3, 4)]
 
 
 def _shares(run: Run, sticks: Yardsticks) -> list[list[str]]:
-    """The prompts of a run: those of accuracy, and for full runs those of diversity."""
+    """Returns the prompts of a run: those of accuracy, and for full runs those of diversity."""
     if run.full:
         return [sticks.prompts, sticks.grouped]
     count = len(sticks.prompts)
@@ -114,7 +113,7 @@ def write_sheet(path: Path, sticks: Yardsticks, seed: int, pictures: dict) -> No
 
 
 def print_table(report: dict[str, Any]) -> None:
-    """The report's main numbers, one line for each run, and the goals."""
+    """Prints the report's main numbers, one line for each run, and the goals."""
     print(f"{'':18}{'pictures':>9}{'right':>16}{'Frechet':>16}{'diversity':>15}{'seconds':>9}")
     for run in report["runs"]:
         cells = [_plus_minus(*number(run, key)) for key in ("accuracy", "frechet", "diversity")]

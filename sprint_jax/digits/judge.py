@@ -1,8 +1,8 @@
-"""The judge of the digits world: reads pictures back, so that following a prompt is a number.
+"""The judge of the digits world, which reads pictures back and so measures how they follow their prompts.
 
-A picture is explained cell by cell as ``background (1 - a) + colour a`` with two palette colours
-and an ink ``a`` per pixel (least squares); a classifier that saw the train handwriting alone names
-the digit. What is not a digit on a flat ground, a blend of pictures above all, is unreadable.
+It fits each cell of a picture by ``background (1 - a) + colour a`` with two palette colours and an ink ``a``
+per pixel (least squares); a classifier that was trained on the train handwriting alone names the digit.
+Anything but a digit on a flat ground is unreadable, above all a blend of pictures.
 """
 
 import collections
@@ -10,33 +10,35 @@ import dataclasses
 from collections.abc import Sequence
 
 import numpy as np
+from einops import rearrange
 from sklearn.metrics import pairwise_distances
 from sklearn.svm import SVC
 
-from sprint_jax.core.errors import UserError
-from sprint_jax.digits import scenes as digits
-from sprint_jax.digits.captions import COLORS, Prompt, arrange, parse_caption
-from sprint_jax.metrics.frechet import frechet
+from ..core.errors import UserError
+from ..metrics.frechet import frechet
+from .captions import COLORS, Prompt, arrange, draw_prompt, parse_caption
+from .scenes import PALETTE, draw_scene, handwriting, render, strokes, to_float
+from .worlds import CELL, get_world
 
-# Thresholds, each with what it must part (ink is in [0, 1], images in [-1, 1]).
+# Thresholds, with the cases that each must separate (ink is in [0, 1], images in [-1, 1]).
 #
-# RMS residual of a cell. A digit in a colour halfway between two of the palette leaves at least
-# 0.17, whatever its handwriting; real scenes leave 0.002 (uint8), and with Gaussian noise of
-# standard deviation 0.15 on every pixel 0.08 (0.12 at most).
+# RMS residual of a cell. A digit in a colour halfway between two of the palette leaves at least 0.17 in any
+# handwriting; real scenes leave 0.002 (uint8), and with Gaussian noise of standard deviation 0.15 on every
+# pixel 0.08 (0.12 at most).
 MAX_RESIDUAL = 0.15
-# Mean ink of the 5 darkest pixels. Real digits have 0.82 or more. One place in two or in four left
-# to chance gives at most 0.5 in the mean image, one colour left to chance about 0.6.
+# Mean ink of the 5 darkest pixels. Real digits have 0.82 or more; the mean image of a caption has at most 0.5
+# where a place is random, and about 0.6 where a colour is.
 MIN_PEAK = 0.75
 # The same number up to which a cell is empty; noise of standard deviation 0.15 gives 0.1.
 MAX_EMPTY = 0.3
-# Mean ink of the 16 lightest pixels. Real digits have none there; a ground that is a blend of
-# colours shows as ink everywhere, 0.4 when a background is left to chance.
+# Mean ink of the 16 lightest pixels. Real digits have none there; a blended ground looks like ink everywhere,
+# 0.4 in the mean image of a random background.
 MAX_FLOOR = 0.15
 
 
 @dataclasses.dataclass(frozen=True)
 class Reading:
-    """What the judge sees in one image; cells are row-major.
+    """The judge's reading of one image; cells are row-major.
 
     Attributes:
       readable: whether every cell is clearly empty or clearly a digit, in colours of the palette.
@@ -64,17 +66,17 @@ class Judge:
 
     @classmethod
     def fit(cls, world: str) -> "Judge":
-        """Trains the classifier on train handwriting, as it is and moved by a pixel to four sides.
+        """Trains the classifier on train handwriting, unmoved and moved by a pixel to four sides.
 
-        The moves and the width of the kernel were chosen by cross-validation within the train
-        handwriting (99.7 % right). Takes about half a second; deterministic.
+        The moves and the kernel's width were chosen by cross-validation within the train handwriting
+        (99.7 % right). Deterministic; takes about half a second.
         """
-        digits.get_world(world)
-        ink, labels = digits.strokes()
-        rows = np.concatenate(digits.handwriting("train"))
+        get_world(world)
+        ink, labels = strokes()
+        rows = np.concatenate(handwriting("train"))
         padded = np.pad(ink[rows], ((0, 0), (1, 1), (1, 1)))
         moves = ((1, 1), (0, 1), (2, 1), (1, 0), (1, 2))
-        moved = [padded[:, y : y + digits.CELL, x : x + digits.CELL] for y, x in moves]
+        moved = [padded[:, y : y + CELL, x : x + CELL] for y, x in moves]
         classifier = SVC(C=10, gamma=0.2)
         classifier.fit(np.concatenate(moved).reshape(-1, 64), np.tile(labels[rows], len(moves)))
         return cls(world, classifier)
@@ -85,13 +87,19 @@ class Judge:
         Raises:
           UserError: the shape is not that of the world.
         """
-        cells = _cut(images, self.world)
+        images, expected = np.asarray(images, np.float32), (*get_world(self.world).size, 3)
+        if images.shape[1:] != expected:
+            raise UserError(
+                f"images {images.shape} of world {self.world!r} must be [N, *{expected}]"
+            )
+        how = "n (r y) (c x) rgb -> n (r c) (y x) rgb"
+        cells = rearrange(images.clip(-1, 1), how, y=CELL, x=CELL)
         background = _background(cells)
         colors, ink, residual = _explain(cells, background)
 
         ordered = np.sort(ink, axis=-1)
         peak, floor = ordered[..., -5:].mean(-1), ordered[..., :16].mean(-1)
-        # NaN fails every comparison, so it can only make a cell unreadable.
+        # NaN fails every comparison, so it makes a cell unreadable and nothing else.
         empty = peak <= MAX_EMPTY
         marked = (peak >= MIN_PEAK) & (floor <= MAX_FLOOR)
         readable = ((empty | marked) & (residual <= MAX_RESIDUAL)).all(-1)
@@ -99,12 +107,12 @@ class Judge:
         if marked.any():
             values[marked] = self.classifier.predict(ink[marked])
         colors = np.where(marked, colors, -1)
-        ink = ink.reshape(*ink.shape[:2], digits.CELL, digits.CELL)
+        ink = ink.reshape(*ink.shape[:2], CELL, CELL)
         parts = zip(readable, background, values, colors, ink, residual.max(-1), strict=True)
         return [Reading(bool(r), int(b), v, c, i, float(e)) for r, b, v, c, i, e in parts]
 
     def right(self, images: np.ndarray, captions: Sequence[str]) -> np.ndarray:
-        """Whether each image shows what its caption asks for, and no more: bool [N].
+        """Whether each image shows exactly its caption: bool [N].
 
         Raises:
           UserError: as `read` and `parse_caption`, or other than one caption for each image.
@@ -112,41 +120,25 @@ class Judge:
         return is_right(self.read(images), captions, self.world)
 
 
-def _cut(images: np.ndarray, world: str) -> np.ndarray:
-    """Images [N,H,W,3] as cells [N,cells,64,3], clipped to [-1,1]."""
-    rows, columns = digits.get_world(world).cells
-    side = digits.CELL
-    images = np.asarray(images, np.float32)
-    if images.ndim != 4 or images.shape[1:] != (rows * side, columns * side, 3):
-        raise UserError(
-            f"images have shape {images.shape}: the world {world!r} has "
-            f"[N,{rows * side},{columns * side},3]"
-        )
-    blocks = (
-        images.clip(-1, 1).reshape(-1, rows, side, columns, side, 3).transpose(0, 1, 3, 2, 4, 5)
-    )
-    return blocks.reshape(-1, rows * columns, side * side, 3)
-
-
 def _background(cells: np.ndarray) -> np.ndarray:
-    """The palette colour nearest to the mean of the outer columns, where ink is rare: [N]."""
-    grid = cells.reshape(*cells.shape[:2], digits.CELL, digits.CELL, 3)
+    """Returns the palette colour nearest to the mean of the outer columns, where ink is rare: [N]."""
+    grid = cells.reshape(*cells.shape[:2], CELL, CELL, 3)
     ground = grid[..., (0, -1), :].mean((1, 2, 3))
-    return np.square(ground[:, None] - digits.PALETTE).sum(-1).argmin(-1)
+    return np.square(ground[:, None] - PALETTE).sum(-1).argmin(-1)
 
 
 def _explain(cells: np.ndarray, background: np.ndarray):
-    """Best colour [N,cells], its ink [N,cells,64] and RMS residual [N,cells], by least squares."""
-    ground = digits.PALETTE[background][:, None, None]
+    """Fits a colour [N,cells], its ink [N,cells,64] and RMS residual [N,cells] by least squares."""
+    ground = PALETTE[background][:, None, None]
     colors = np.zeros(cells.shape[:2], int)
     ink = np.zeros(cells.shape[:3], np.float32)
     residual = np.full(cells.shape[:2], np.inf, np.float32)
-    for color, value in enumerate(digits.PALETTE):
+    for color, value in enumerate(PALETTE):
         way = value - ground
         length = np.maximum(np.square(way).sum(-1), 1)  # 0 only for the background's own colour
         share = (((cells - ground) * way).sum(-1) / length).clip(0, 1)
         rest = np.sqrt(np.square(cells - ground - share[..., None] * way).mean((2, 3)))
-        # The background's own colour explains an empty cell, and can tie there; it is no ink.
+        # The background's own colour fits an empty cell equally well, but is no ink.
         better = (rest < residual) & (background != color)[:, None] | np.isnan(rest)
         colors = np.where(better, color, colors)
         ink = np.where(better[..., None], share, ink)
@@ -155,15 +147,15 @@ def _explain(cells: np.ndarray, background: np.ndarray):
 
 
 def arrangement(prompt: Prompt, reading: Reading, world: str) -> tuple[int, ...] | None:
-    """The cell of each thing of a prompt, or None where the image does not show the prompt."""
+    """Returns the cell of each thing of a prompt, or None where the image does not show the prompt."""
     if not reading.readable:
         return None
-    columns = digits.get_world(world).cells[1]
+    columns = get_world(world).cells[1]
     return arrange(prompt, reading.background, reading.digits, reading.colors, columns)
 
 
 def is_right(readings: Sequence[Reading], captions: Sequence[str], world: str) -> np.ndarray:
-    """Whether each reading is what its caption asks for: bool [N]."""
+    """Whether each reading is exactly its caption: bool [N]."""
     if len(readings) != len(captions):
         raise UserError(f"{len(readings)} images with {len(captions)} captions: give one for each")
     pairs = zip(readings, captions, strict=True)
@@ -173,32 +165,35 @@ def is_right(readings: Sequence[Reading], captions: Sequence[str], world: str) -
 def prompt_accuracy(
     readings: Sequence[Reading], captions: Sequence[str], world: str
 ) -> dict[str, dict[str, float]]:
-    """The share of images that show what their caption asks for.
+    """Computes the share of images that show their caption.
 
     Returns:
       For 'overall' and each category that occurs: ``accuracy`` in [0,1], its binomial
-      ``standard_error`` sqrt(p (1-p) / n), and ``count`` n.
+      ``standard_error``, and ``count``.
     """
     right = is_right(readings, captions, world)
     groups = {"overall": right}
     categories = np.array([parse_caption(caption).category for caption in captions])
-    for category in digits.get_world(world).categories:
+    for category in get_world(world).categories:
         if (categories == category).any():
             groups[category] = right[categories == category]
     return {
-        name: {
-            "accuracy": float(group.mean()),
-            "standard_error": float(np.sqrt(group.mean() * (1 - group.mean()) / len(group))),
-            "count": len(group),
-        }
+        name: binomial("accuracy", group) | {"count": len(group)}
         for name, group in groups.items()
         if len(group)
     }
 
 
+def binomial(name: str, flags: np.ndarray) -> dict[str, float]:
+    """Returns the share of true flags under ``name``, and ``standard_error`` sqrt(p (1-p) / n)."""
+    share = np.mean(flags)
+    error = np.sqrt(share * (1 - share) / len(flags))
+    return {name: float(share), "standard_error": float(error)}
+
+
 @dataclasses.dataclass(frozen=True)
 class PixelFeatures:
-    """The feature of `frechet_distance`: leading principal components of real train scenes.
+    """The features of `frechet_distance`: leading principal components of real train scenes.
 
     Attributes:
       mean: [H*W*3].
@@ -210,14 +205,14 @@ class PixelFeatures:
 
     @classmethod
     def fit(cls, world: str) -> "PixelFeatures":
-        """Fits 64 components to 4,000 train scenes, always the same; about a second."""
-        cells = digits.get_world(world).cells
+        """Fits 64 components to the same 4,000 train scenes each time; takes about a second."""
+        cells = get_world(world).cells
         generator = np.random.default_rng([3, 0])
         images = []
         for _ in range(4000):
-            prompt = digits.draw_prompt(generator, cells)
-            images.append(digits.render(digits.draw_scene(generator, prompt, cells, "train")))
-        pixels = digits.to_float(np.stack(images)).reshape(len(images), -1).astype(np.float64)
+            prompt = draw_prompt(generator, cells)
+            images.append(render(draw_scene(generator, prompt, cells, "train")))
+        pixels = to_float(np.stack(images)).reshape(len(images), -1).astype(np.float64)
         mean = pixels.mean(0)
         _, vectors = np.linalg.eigh(np.cov(pixels, rowvar=False))
         return cls(mean, vectors[:, ::-1][:, :64].T)
@@ -231,27 +226,26 @@ class PixelFeatures:
 def frechet_distance(
     images: np.ndarray, real_images: np.ndarray, features: PixelFeatures, resamples: int = 20
 ) -> dict[str, float]:
-    """The Frechet distance of images [N,H,W,3] to real ones [M,H,W,3], both in [-1,1].
+    """Computes the Frechet distance of images [N,H,W,3] to real ones [M,H,W,3], both in [-1,1].
 
-    The distance of finite sets is biased upwards by an amount that depends on their sizes. The real
-    images are therefore parted in two: a control of N images (M/2 if that is fewer), and the
-    reference, to which both the control and the images are compared. Give M >= 2 N; then ``real``
-    is what a perfect model would get.
+    The distance of finite sets is biased upwards, depending on their sizes. The real images are therefore
+    split into a control of N images (at most M/2) and the reference, to which both the control and the
+    images are compared. With M >= 2 N, ``real`` is the distance of a perfect model.
 
     Returns:
       ``distance``; ``standard_error``, from bootstrap resamples of the images and the reference;
       ``real``, the distance of the control.
 
     Raises:
-      UserError: fewer than 128 images of either kind, which 64 features need, or non-finite ones.
+      UserError: fewer than 128 images or 256 real ones, which 64 features need, or non-finite pixels.
     """
     if len(images) < 128 or len(real_images) < 256:
         raise UserError(
-            f"a Frechet distance of {len(images)} images to {len(real_images)} real ones means "
-            "nothing: give at least 128 and 256"
+            f"a Frechet distance of {len(images)} images to {len(real_images)} real ones is too noisy: give "
+            "at least 128 and 256"
         )
     if not np.isfinite(images).all():
-        raise UserError("images have non-finite pixels: no Frechet distance can be given")
+        raise UserError("images have non-finite pixels, and so no Frechet distance")
     generator = np.random.default_rng(0)
     order = generator.permutation(len(real_images))
     cut = min(len(images), len(real_images) // 2)
@@ -271,18 +265,18 @@ def frechet_distance(
 def diversity(
     readings: Sequence[Reading], captions: Sequence[str], world: str
 ) -> dict[str, float | int]:
-    """How much of what captions leave to chance the images vary, against real scenes (1 is real).
+    """Measures the diversity of images where captions leave colours or handwriting open; real scenes have 1.
 
-    Images with the same caption are a group. Only right images count, so that noise is not taken
-    for variety, and each group is compared with real scenes drawn for its caption, as many as it
-    has right images: an entropy of few samples is too low for both alike.
+    Images with the same caption are a group. Only right images count, since noise is no variety. Each
+    group is compared with as many real scenes of its caption as it has right images: an entropy of few
+    samples is too low, and equally so for both.
 
     Returns:
-      ``color``: entropy of the colours that captions leave open, over that of real scenes;
+      ``color``: entropy of the open colours, over that of real scenes;
       ``handwriting``: mean pairwise Euclidean distance of the ink of each digit, likewise;
       ``combined``: the geometric mean of these, 0 where either has collapsed;
-      ``groups``: number of captions with two right images or more, the ones used. Without any the
-      other numbers are NaN.
+      ``groups``: number of captions with two right images or more, which are used; with 0 the other
+      numbers are NaN.
 
     Raises:
       UserError: other than one caption for each reading, or a caption outside the grammar.
@@ -293,24 +287,20 @@ def diversity(
         if good:
             groups[caption].append(reading)
     generator = np.random.default_rng([4, 0])
-    cells = digits.get_world(world).cells
-    ink, _ = digits.strokes()
+    grid, (ink, _) = get_world(world).cells, strokes()
     measured, expected = [], []
     for caption, group in groups.items():
         if len(group) < 2:
             continue
         prompt = parse_caption(caption)
         places = [list(arrangement(prompt, reading, world)) for reading in group]
-        measured.append(
-            _variety(
-                prompt,
-                np.array([r.background for r in group]),
-                np.array([r.colors[p] for r, p in zip(group, places, strict=True)]),
-                np.array([r.ink[p] for r, p in zip(group, places, strict=True)]),
-            )
-        )
+        pairs = list(zip(group, places, strict=True))
+        backgrounds = np.array([reading.background for reading in group])
+        colors = np.array([reading.colors[cells] for reading, cells in pairs])
+        written = np.array([reading.ink[cells] for reading, cells in pairs])
+        measured.append(_variety(prompt, backgrounds, colors, written))
         for _ in range(8):  # enough that the reference adds little noise
-            scenes = [digits.draw_scene(generator, prompt, cells, "train") for _ in group]
+            scenes = [draw_scene(generator, prompt, grid, "train") for _ in group]
             colors = np.array([[mark.color for mark in scene.marks] for scene in scenes])
             written = np.array([ink[[mark.handwriting for mark in s.marks]] for s in scenes])
             backgrounds = np.array([scene.background for scene in scenes])
@@ -329,7 +319,7 @@ def diversity(
 
 
 def _variety(prompt: Prompt, backgrounds, colors, ink) -> tuple[float, float]:
-    """Entropy (nats, mean over open colours, or NaN) and spread of one caption's images.
+    """Returns entropy (nats, mean over open colours, or NaN) and spread of one caption's images.
 
     Args:
       backgrounds: [N]. colors: [N,things]. ink: [N,things,8,8].

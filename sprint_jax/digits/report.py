@@ -1,4 +1,4 @@
-"""The numbers of a report on the digits world: what is measured, against what, and the goals."""
+"""The numbers of a report on the digits world, their references, and the goals."""
 
 from typing import Any, NamedTuple
 
@@ -8,6 +8,7 @@ from .judge import (
     Judge,
     PixelFeatures,
     Reading,
+    binomial,
     diversity,
     frechet_distance,
     is_right,
@@ -15,13 +16,11 @@ from .judge import (
 )
 from .scenes import draw_images, held_out_prompts, to_float
 
-# Pictures of one prompt that diversity compares with each other.
-GROUP = 8
-# 64 features need so many pictures for a Frechet distance.
-FRECHET_MINIMUM = 128
+GROUP = 8  # pictures of one prompt, which diversity compares with each other
+FRECHET_MINIMUM = 128  # pictures that a Frechet distance of 64 features needs
 
-# What the project aims at: (run, number, 'at least' or 'at most', limit, relative to). Relative to a
-# run, the limit is a factor of its number; an accuracy "within 3 points" is a difference.
+# The goals of the project: (run, number, sense, limit, reference). With a reference run, 'at least' and 'at
+# most' take the limit as a factor of its number, and 'within' as a difference.
 GOALS = (
     ("teacher 20", "accuracy", "at least", 0.90, None),
     ("student 1", "accuracy", "at least", 0.80, None),
@@ -33,7 +32,7 @@ GOALS = (
 
 
 class Yardsticks(NamedTuple):
-    """What pictures are measured with, and against."""
+    """The judge, features, real pictures and prompts that all runs are measured with."""
 
     world: str
     judge: Judge
@@ -44,13 +43,9 @@ class Yardsticks(NamedTuple):
 
 
 def make_yardsticks(world: str, count: int, seed: int) -> Yardsticks:
-    """Judge, features, real pictures and prompts.
-
-    The real pictures of the Frechet distance are for the same prompts, twice over, in held-out
-    handwriting.
-    """
+    """Makes `Yardsticks`; there are two real pictures for each prompt, in held-out handwriting."""
     prompts = held_out_prompts(world, count, seed)
-    # Another seed, since these may repeat: the same prompts would not be independent numbers.
+    # Another seed: with the same prompts, diversity and accuracy would not be independent.
     distinct = list(dict.fromkeys(held_out_prompts(world, count, seed + 1)))
     groups = distinct[: max(4, count // 40)]
     return Yardsticks(
@@ -66,39 +61,36 @@ def make_yardsticks(world: str, count: int, seed: int) -> Yardsticks:
 def measure(
     sticks: Yardsticks, images: np.ndarray, grouped: np.ndarray | None = None
 ) -> tuple[dict[str, Any], np.ndarray]:
-    """The judge's numbers of one run.
+    """Measures one run.
 
     Args:
       images: uint8 [N, H, W, 3] for the first N prompts.
-      grouped: uint8 for all of ``sticks.grouped``, or None where diversity is not measured.
+      grouped: uint8 for all of ``sticks.grouped``, or None to leave out diversity.
 
     Returns:
-      ``accuracy`` (overall and by category), ``unreadable``, ``frechet``, ``diversity``; None for
-      what is not measured. And bool [N]: which pictures are right.
+      ``accuracy`` (overall and by category), ``unreadable``, ``frechet`` and ``diversity``, None where not
+      measured; and bool [N], whether each picture is right.
     """
-    prompts = sticks.prompts[: len(images)]
-    readings = sticks.judge.read(to_float(images))
-    distance = None
-    if len(images) >= FRECHET_MINIMUM:
-        distance = frechet_distance(to_float(images), sticks.real, sticks.features)
-    variety = None
-    if grouped is not None:
-        variety = diversity_with_error(
-            sticks.judge.read(to_float(grouped)), sticks.grouped, sticks.world
-        )
+    prompts, world, images = sticks.prompts[: len(images)], sticks.world, to_float(images)
+    readings = sticks.judge.read(images)
     result = {
-        "accuracy": prompt_accuracy(readings, prompts, sticks.world),
-        "unreadable": _share([not reading.readable for reading in readings]),
-        "frechet": distance,
-        "diversity": variety,
+        "accuracy": prompt_accuracy(readings, prompts, world),
+        "unreadable": binomial("share", [not reading.readable for reading in readings]),
+        "frechet": None,
+        "diversity": None,
     }
-    return result, is_right(readings, prompts, sticks.world)
+    if len(images) >= FRECHET_MINIMUM:
+        result["frechet"] = frechet_distance(images, sticks.real, sticks.features)
+    if grouped is not None:
+        readings_of_groups = sticks.judge.read(to_float(grouped))
+        result["diversity"] = diversity_with_error(readings_of_groups, sticks.grouped, world)
+    return result, is_right(readings, prompts, world)
 
 
 def diversity_with_error(readings: list[Reading], captions: list[str], world: str) -> dict:
-    """`diversity`, with ``standard_error`` of ``combined`` by a jackknife over captions.
+    """Returns `diversity` with ``standard_error`` of ``combined``, by a jackknife over tenths of the captions.
 
-    A tenth of the captions is left out at a time: pictures of one caption are not independent.
+    It is over captions because pictures of one caption are not independent.
     """
     result = diversity(readings, captions, world)
     distinct = list(dict.fromkeys(captions))
@@ -113,15 +105,15 @@ def diversity_with_error(readings: list[Reading], captions: list[str], world: st
 
 
 def measure_real(sticks: Yardsticks, seed: int) -> dict[str, Any]:
-    """What the judge says of real pictures in held-out handwriting: the most one can reach."""
+    """Measures real pictures in held-out handwriting, which give the highest possible accuracy."""
     images = draw_images(sticks.world, sticks.prompts, "test", seed)
     return {"accuracy": prompt_accuracy(sticks.judge.read(images), sticks.prompts, sticks.world)}
 
 
 def judge_goals(results: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Each of `GOALS` whose runs are there, with its value, limit, standard errors and ``met``.
+    """Returns each of `GOALS` whose runs are there, with its value, limit, standard error and ``met``.
 
-    Errors of two runs are taken as independent, which is cautious: prompts and noise are shared.
+    Errors of two runs count as independent, which overestimates: they share prompts and noise.
     """
     runs = {result["name"]: result for result in results}
     goals = []
@@ -134,23 +126,16 @@ def judge_goals(results: list[dict[str, Any]]) -> list[dict[str, Any]]:
             factor = 1.0 if sense == "within" else limit
             limit = base - limit if sense == "within" else limit * base
             error = float(np.hypot(error, factor * base_error))
+        sense = "at most" if sense == "at most" else "at least"
         met = bool(value <= limit if sense == "at most" else value >= limit)
-        goals.append(
-            {
-                "run": name,
-                "number": key,
-                "value": value,
-                "sense": "at most" if sense == "at most" else "at least",
-                "limit": limit,
-                "standard_error": error,
-                "met": met if np.isfinite([value, limit]).all() else None,
-            }
-        )
+        goal = dict(run=name, number=key, value=value, sense=sense, limit=limit)
+        known = bool(np.isfinite([value, limit]).all())
+        goals.append(goal | {"standard_error": error, "met": met if known else None})
     return goals
 
 
 def number(result: dict[str, Any], key: str) -> tuple[float, float]:
-    """The number a goal is about, and its standard error; NaN where it was not measured."""
+    """Returns the number of a goal and its standard error; NaN where it was not measured."""
     entry = result[key]
     if entry is None:
         return np.nan, np.nan
@@ -158,8 +143,3 @@ def number(result: dict[str, Any], key: str) -> tuple[float, float]:
         entry = entry["overall"]
     name = {"accuracy": "accuracy", "frechet": "distance", "diversity": "combined"}[key]
     return entry[name], entry["standard_error"]
-
-
-def _share(flags: list[bool]) -> dict[str, float]:
-    share = float(np.mean(flags))
-    return {"share": share, "standard_error": float(np.sqrt(share * (1 - share) / len(flags)))}

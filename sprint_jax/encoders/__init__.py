@@ -1,1 +1,1 @@
-"""The frozen ends: pixels to latents and back, captions to features, and how they are identified."""
+"""The frozen encoders: pixels to latents and back, captions to features, and their identity."""

@@ -1,4 +1,4 @@
-"""An autoencoder with its parameters, as the pipeline uses it; `digits.encoders.SpaceToDepth` is another."""
+"""An autoencoder with its parameters, for the pipeline; `digits.encoders.SpaceToDepth` is another."""
 
 from typing import Any
 
@@ -16,7 +16,7 @@ class Autoencoder:
     Args:
       config: the autoencoder; its ``dtype`` is that of the matmuls.
       params: of it, on any devices.
-      tile: cut larger pictures into tiles, None never.
+      tile: cuts larger pictures into tiles; None never cuts.
 
     Attributes:
       factor: pixels per latent, along each side.

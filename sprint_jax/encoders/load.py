@@ -1,4 +1,4 @@
-"""What turns pictures and captions into latents and text features: for `encode`, and as training goes.
+"""Encoders of pictures and captions, which make latents and text features before a training or during it.
 
 Both call `encode_images` and `encode_captions`, so that cached and online numbers are the same.
 """
@@ -14,9 +14,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from ..checkpoints.locate import locate
 from ..core.errors import UserError
 from ..core.fingerprint import digest, fingerprint
-from ..interop import hub
 from ..interop.diffusers import load_autoencoder
 from ..interop.gemma2 import load_text_encoder
 from ..parallel.sharding import batch_sharding, batch_ways, state_shardings
@@ -24,20 +24,20 @@ from .autoencoder import Autoencoder
 from .text import PromptTokenizer, TextEncoder, load_tokenizer
 
 Array = jax.Array
-# Of a pipeline on the hub.
+# The files of a pipeline on the hub, without its transformer.
 FILES = [
-    f"{part}/{name}"
+    f"{part}/*{end}"
     for part in ("vae", "text_encoder", "tokenizer")
-    for name in ("*.json", "*.safetensors", "tokenizer*")
+    for end in (".json", ".safetensors")
 ]
 
 
 class Encoders(NamedTuple):
-    """An autoencoder and a text encoder with the interfaces that `SprintPipeline` asks for.
+    """An autoencoder and a text encoder with the interfaces of `SprintPipeline`'s.
 
-    ``identity`` is JSON-able and tells what their numbers depend on: kinds, configs, hashes of weights and
-    of the tokenizer, the instruction, length and scaling. ``sharding`` is that of batches, None for one
-    device.
+    ``identity`` is JSON-able and holds everything that their numbers depend on: kinds, configs, hashes of
+    weights and of the tokenizer, the instruction, length and scaling. ``sharding`` is that of batches, None
+    for one device.
     """
 
     autoencoder: Any
@@ -49,32 +49,31 @@ class Encoders(NamedTuple):
 def load_encoders(
     path: str, dtype: Any, mesh: jax.sharding.Mesh | None = None, *, text_batch_size: int = 64
 ) -> Encoders:
-    """The encoders of a pipeline, without its transformer.
+    """Loads the encoders of a pipeline, without its transformer.
 
     Args:
-      path: a pipeline folder of diffusers with ``vae``, ``text_encoder`` and ``tokenizer``, or the id of
-        one on the hub, of which only these are downloaded; 'digits' or nothing: those of the digits world.
+      path: a pipeline folder of diffusers with ``vae``, ``text_encoder`` and ``tokenizer``, or the id of one
+        on the hub, of which only these are downloaded; 'digits' or '' for those of the digits world.
       dtype: of parameters and matmuls.
       mesh: of this host's devices, over which batches, and by its axes parameters, are split.
       text_batch_size: captions at once.
 
     Raises:
-      UserError: the path is neither, something in it is missing or damaged, or a batch cannot be split.
+      UserError: no pipeline is there, a part is missing or damaged, or a batch cannot be split.
     """
-    ways = batch_ways(mesh) if mesh is not None else 1
-    if text_batch_size % ways:
-        raise UserError(
-            f"{text_batch_size} captions at once cannot be split over {ways} devices", 2
-        )
-    sharding = batch_sharding(mesh) if mesh is not None else None
+    sharding = shardings = None
+    if mesh is not None:
+        if text_batch_size % batch_ways(mesh):
+            split = f"split over {batch_ways(mesh)} devices"
+            raise UserError(f"{text_batch_size} captions at once cannot be {split}", 2)
+        sharding = batch_sharding(mesh)
+        shardings = functools.partial(state_shardings, mesh)
     if path in ("", "digits"):
-        return _toy_encoders(sharding)
-    folder = Path(path)
-    if hub.is_hub_id(path):
-        folder = hub.download(path, FILES)
-    elif not folder.is_dir():
-        raise UserError(f"data.encoders {path} does not exist: give a pipeline folder or a hub id")
-    shardings = functools.partial(state_shardings, mesh) if mesh is not None else None
+        return _digits_encoders(sharding)
+    try:
+        folder = locate(path, ("pipeline",), FILES).path
+    except UserError as error:
+        raise UserError(f"data.encoders {error}") from error
     tokenizer = load_tokenizer(folder / "tokenizer")
     autoencoder = open_autoencoder(folder, dtype, shardings)
     how = dict(batch_size=text_batch_size, sharding=sharding)
@@ -84,11 +83,7 @@ def load_encoders(
 
 
 def latent_size(c: Any) -> tuple[int, int]:
-    """Height and width of the latents that a run's network draws where no size is asked for.
-
-    Args:
-      c: a training's config.
-    """
+    """Returns the default height and width of latents for a training's config ``c``."""
     if c.data.source != "digits":
         return c.model.sample_size, c.model.sample_size
     # Imported here, so that other models load without the digits world.
@@ -99,7 +94,7 @@ def latent_size(c: Any) -> tuple[int, int]:
 
 
 def open_autoencoder(folder: Path, dtype: Any, shardings: Callable | None) -> Autoencoder:
-    """The autoencoder in ``vae`` of a pipeline folder; its matmuls are in ``dtype`` as its parameters."""
+    """Loads the autoencoder in ``vae`` of a pipeline folder; ``dtype`` is of its parameters and matmuls."""
     config, params = load_autoencoder(folder / "vae", dtype, shardings=shardings)
     return Autoencoder(dataclasses.replace(config, dtype=jnp.dtype(dtype)), params)
 
@@ -107,7 +102,7 @@ def open_autoencoder(folder: Path, dtype: Any, shardings: Callable | None) -> Au
 def open_text_encoder(
     folder: Path, tokenizer: PromptTokenizer, dtype: Any, shardings: Callable | None, **how
 ) -> TextEncoder:
-    """The text encoder in ``text_encoder`` of a pipeline folder; ``how`` are arguments of TextEncoder."""
+    """Loads the text encoder in ``text_encoder`` of a folder; ``how`` are arguments of `TextEncoder`."""
     gemma, params = load_text_encoder(folder / "text_encoder", dtype, shardings=shardings)
     return TextEncoder(gemma, params, tokenizer, **how)
 
@@ -142,25 +137,20 @@ def _config_digest(module: Any) -> str:
     return digest({name: str(fields[name]) for name in sorted(fields) if name != "dtype"})
 
 
-def _toy_encoders(sharding: jax.sharding.Sharding | None) -> Encoders:
+def _digits_encoders(sharding: jax.sharding.Sharding | None) -> Encoders:
     from ..digits.captions import vocabulary
     from ..digits.encoders import SpaceToDepth, WordEncoder
 
     autoencoder, text_encoder = SpaceToDepth(), WordEncoder()
-    words = text_encoder.encode(vocabulary())
-    factor = autoencoder.factor
+    factor, scaling = autoencoder.factor, autoencoder.scaling_factor
+    blocks = {"factor": factor, "channels": 3 * factor**2, "scaling_factor": scaling}
+    words = {
+        "params": fingerprint(text_encoder.encode(vocabulary())),
+        "length": text_encoder.length,
+    }
     identity = {
-        "autoencoder": {
-            "kind": "SpaceToDepth",
-            "factor": factor,
-            "channels": 3 * factor**2,
-            "scaling_factor": autoencoder.scaling_factor,
-        },
-        "text_encoder": {
-            "kind": "WordEncoder",
-            "params": fingerprint(words),
-            "length": text_encoder.length,
-        },
+        "autoencoder": {"kind": "SpaceToDepth"} | blocks,
+        "text_encoder": {"kind": "WordEncoder"} | words,
     }
     return Encoders(autoencoder, text_encoder, identity, sharding)
 
@@ -168,7 +158,7 @@ def _toy_encoders(sharding: jax.sharding.Sharding | None) -> Encoders:
 def encode_images(
     autoencoder: Any, images: np.ndarray, sharding: jax.sharding.Sharding | None = None
 ) -> Array:
-    """Pictures of one size to latents.
+    """Encodes pictures of one size.
 
     Args:
       autoencoder: of `Encoders`.
@@ -176,31 +166,29 @@ def encode_images(
       sharding: of the batch over devices.
 
     Returns:
-      latents [B, h, w, C] float32, times the scaling factor; still on the devices, perhaps in the making.
+      latents [B, h, w, C] float32, times the scaling factor; on the devices, which may still compute them.
     """
     return autoencoder.encode(_to_pixels(jax.device_put(images, sharding)))
 
 
 @jax.jit
 def _to_pixels(images: Array) -> Array:
-    """uint8 0..255 to float32 [-1, 1]: on the devices, as bytes are quicker to send there."""
+    """Converts uint8 0..255 to float32 [-1, 1] on the devices, since bytes are sent there faster."""
     return images.astype(jnp.float32) / 127.5 - 1
 
 
 def encode_captions(text_encoder: Any, captions: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
-    """Captions to text [B, L, D] float32 and mask [B, L] int32; what is masked means nothing.
+    """Encodes captions to text [B, L, D] float32 and mask [B, L] int32; masked features have no use.
 
-    A caption without words is the null prompt, as guidance and caption dropout have it: it goes without the
-    instruction.
+    A caption without words is the null prompt of guidance and caption dropout, without the instruction.
     """
     empty = np.array([not caption.strip() for caption in captions])
     if empty.all():
         return text_encoder.encode_plain(["" for _ in captions])
-    # Words stand in for the empty ones, so that their number does not change the batches.
+    # Any other caption in the place of the empty ones keeps the batches the same for any number of them.
     words = next(caption for caption in captions if caption.strip())
-    text, mask = text_encoder.encode(
-        [caption if caption.strip() else words for caption in captions]
-    )
+    filled = [caption if caption.strip() else words for caption in captions]
+    text, mask = text_encoder.encode(filled)
     if empty.any():
         text, mask = np.array(text), np.array(mask)
         null_text, null_mask = text_encoder.encode_plain([""])

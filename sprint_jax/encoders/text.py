@@ -1,11 +1,10 @@
-"""Prompts to text features: the instruction, the tokenizer, the 300 kept tokens, and their encoder.
+"""Text features of prompts: the instruction, the tokenizer, the 300 kept tokens, and their encoder.
 
-SANA puts an instruction before every prompt and keeps the begin token, the instruction's last token
-and 298 tokens of the prompt. These are the rules of diffusers' SanaSprintPipeline and SanaPipeline;
-where NVlabs' code differs, an argument says so.
+SANA puts an instruction before every prompt and keeps the begin token, the instruction's last token and 298
+tokens of the prompt. These are the rules of diffusers' SanaSprintPipeline and SanaPipeline; arguments
+choose those of NVlabs' code where they differ.
 """
 
-import functools
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -38,11 +37,11 @@ glass skyscrapers.
 Please generate only the enhanced description for the prompt below and avoid including any additional \
 commentary or evaluations:
 User Prompt: """
-# NVlabs' configs, with which the models were trained, quote with the other sign: other tokens.
+# NVlabs' configs, with which the models were trained, have double quotes, which are other tokens.
 INSTRUCTION_NVLABS = INSTRUCTION.replace("'", '"')
 
-# Tokens at the end of the instruction that may come out otherwise when a prompt follows: its last is a
-# space, which joins the prompt's first word.
+# Tokens at the end of the instruction that may change when a prompt follows: the last one is a space, which
+# joins the prompt's first word.
 BOUNDARY = 4
 
 
@@ -54,7 +53,7 @@ class PromptTokenizer(NamedTuple):
     pad: int
 
     def encode(self, text: str) -> list[int]:
-        """The ids of a text, the begin token first."""
+        """Returns the ids of a text, the begin token first."""
         return [self.begin, *self.tokenizer.encode(text, add_special_tokens=False).ids]
 
 
@@ -67,15 +66,15 @@ class Tokens(NamedTuple):
 
 
 def load_tokenizer(folder: str | Path) -> PromptTokenizer:
-    """The tokenizer of a folder as transformers writes it (``tokenizer/`` of a pipeline).
+    """Loads the tokenizer of a folder of transformers (``tokenizer/`` of a pipeline).
 
     Args:
       folder: has ``tokenizer.json``, and names of the begin token and of padding in
         ``tokenizer_config.json`` or ``special_tokens_map.json``.
 
     Raises:
-      UserError: a file is missing or damaged, a name is missing or unknown, or the tokenizer does not
-        begin with the begin token or adds one at the end.
+      UserError: a file is missing or damaged, a name is missing or unknown, or the tokenizer adds no begin
+        token or an end token.
     """
     folder = Path(folder)
     path = folder / "tokenizer.json"
@@ -110,7 +109,7 @@ def _token_id(tokenizer: tokenizers.Tokenizer, config, key: str, folder: Path) -
 
 
 def prepare(prompt: str, lower: bool = True) -> str:
-    """A prompt in lower case without surrounding space; NVlabs' sampling code keeps the case."""
+    """Returns a prompt in lower case without surrounding space; NVlabs' sampling code keeps the case."""
     return (prompt.lower() if lower else prompt).strip()
 
 
@@ -121,10 +120,10 @@ def tokenize(
     length: int = 300,
     lower: bool = True,
 ) -> Tokens:
-    """Prompts to tokens, padded and cut on the right.
+    """Tokenizes prompts, padded and cut on the right.
 
-    With an instruction of N tokens (begin token included) T is N + length - 2, and kept are the begin
-    token, the last token of the instruction and what follows. Without one T is ``length``, all kept.
+    With an instruction of N tokens (begin token included) T is N + length - 2; kept are the begin token and
+    all tokens from the last of the instruction on. Without an instruction T is ``length`` and all are kept.
     """
     size, text = length, instruction or ""
     if text:
@@ -138,11 +137,11 @@ def tokenize(
 
 
 class TextEncoder:
-    """Prompts to text features, with the interface that `SprintPipeline` asks of a text encoder.
+    """A text encoder for `SprintPipeline`, from prompts to text features.
 
-    The instruction runs through the network once: its keys and values are kept, and batches run the
-    tokens after it only. A tokenizer may join its end to a prompt, so its last `BOUNDARY` tokens are
-    left out of what is kept, and a batch with a prompt that changes still earlier tokens runs whole.
+    The instruction runs through the network once: its keys and values are kept, and batches run only the
+    tokens after it. A tokenizer may join its end to a prompt, so its last `BOUNDARY` tokens are not kept,
+    and a batch with a prompt that changes earlier tokens runs without the kept part.
 
     Args:
       gemma, params: the network, as of `interop.gemma2.load_text_encoder`.
@@ -150,9 +149,9 @@ class TextEncoder:
       instruction: text before every prompt of `encode`, or None.
       length: of the features, in tokens.
       lower: as in `prepare`.
-      batch_size: at most so many prompts run at once; a short last batch is filled up, so that every
-        batch of a request runs the same program.
-      sharding: of batches over devices; every batch is then filled up to ``batch_size``, which it must divide.
+      batch_size: prompts at once; a short last batch is filled, so that all batches of a request run the
+        same program.
+      sharding: of batches over devices; every batch is then filled to ``batch_size``, which it must divide.
 
     Raises:
       UserError: the tokenizer has more tokens than the network.
@@ -179,14 +178,14 @@ class TextEncoder:
         self.gemma, self.params, self.tokenizer = gemma, params, tokenizer
         self.instruction, self.length, self.lower = instruction, length, lower
         self.batch_size, self.sharding = batch_size, sharding
-        self._run = jax.jit(self._features)
+        self._prefix, self._run = None, jax.jit(self._features)
 
     def encode(self, prompts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
-        """Features of prompts behind the instruction.
+        """Computes features of prompts behind the instruction.
 
         Returns:
-          text [B, length, hidden] float32 and mask [B, length] int32, 1 for tokens. The text of
-          padding means nothing.
+          text [B, length, hidden] float32 and mask [B, length] int32, 1 for tokens. The features of padding
+          have no use.
 
         Raises:
           UserError: the list is empty, or is one string.
@@ -194,7 +193,7 @@ class TextEncoder:
         return self._encode(prompts, self.instruction)
 
     def encode_plain(self, prompts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
-        """As `encode`, without the instruction: negative prompts, and a teacher's null prompt ''."""
+        """The same without the instruction, for negative prompts and a teacher's null prompt ''."""
         return self._encode(prompts, None)
 
     def _encode(self, prompts, instruction):
@@ -202,7 +201,7 @@ class TextEncoder:
             raise UserError(f"prompts must be a list of sentences, not the sentence {prompts!r}")
         if not prompts:
             raise UserError("there is nothing to encode: give at least one prompt")
-        # Several pictures of one prompt need it once.
+        # A prompt with several pictures is encoded once.
         unique = {prompt: row for row, prompt in enumerate(dict.fromkeys(prompts))}
         tokens = tokenize(self.tokenizer, list(unique), instruction, self.length, self.lower)
         size = self.batch_size if self.sharding else min(self.batch_size, len(unique))
@@ -218,19 +217,13 @@ class TextEncoder:
         return np.concatenate(batches)[rows], tokens.mask[:, tokens.kept][rows]
 
     def _prefix_of(self, ids: np.ndarray) -> Prefix | None:
-        """What is kept of the instruction, if all rows begin with it."""
-        shared = self._shared
+        """Returns the kept part of the instruction if all rows begin with it, else None."""
+        shared = np.array(self.tokenizer.encode(self.instruction)[:-BOUNDARY], np.int32)
         if not len(shared) or (ids[:, : len(shared)] != shared[None]).any():
             return None
+        if self._prefix is None:
+            self._prefix = jax.jit(self.gemma.prefix_cache)(self.params, shared)
         return self._prefix
-
-    @functools.cached_property
-    def _shared(self) -> np.ndarray:
-        return np.array(self.tokenizer.encode(self.instruction)[:-BOUNDARY], np.int32)
-
-    @functools.cached_property
-    def _prefix(self) -> Prefix:
-        return jax.jit(self.gemma.prefix_cache)(self.params, self._shared)
 
     def _features(self, params, ids: Array, mask: Array, kept: Array, prefix: Prefix | None):
         if prefix is None:

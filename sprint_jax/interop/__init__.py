@@ -1,1 +1,1 @@
-"""Other libraries' weights: one total name table for each network, both directions."""
+"""Other libraries' weights, read and written by one complete table of names for each network."""

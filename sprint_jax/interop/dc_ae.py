@@ -1,4 +1,4 @@
-"""Names and layouts of DC-AE's tensors in diffusers' AutoencoderDC."""
+"""The table of DC-AE: names and layouts of its tensors in diffusers' AutoencoderDC."""
 
 import re
 
@@ -9,7 +9,7 @@ from .tables import CONV, DEPTHWISE, LINEAR, POINTWISE, SAME, Entry, Layout, gro
 
 
 def dc_ae_table(autoencoder: AutoencoderDC) -> dict[str, Entry]:
-    """The table of an autoencoder, encoder and decoder."""
+    """Returns the table of an autoencoder, encoder and decoder."""
     shapes = jax.eval_shape(autoencoder.init, jax.random.key(0))
     return make_table(shapes, _name, _layout)
 

@@ -1,4 +1,4 @@
-"""Folders as diffusers writes and reads them: ``config.json`` beside safetensors files."""
+"""Folders of diffusers, written and read: ``config.json`` beside safetensors files."""
 
 import dataclasses
 from collections.abc import Callable
@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from ..core.errors import UserError
 from ..core.files import read_json, write_json_atomic
 from ..models.dc_ae import AutoencoderDC
+from ..models.sana import from_fields
 from .dc_ae import dc_ae_table
 from .files import load_params, open_safetensors, save_safetensors, write_safetensors
 from .sana import config_from_fields, fields_from_config, sana_table
@@ -27,7 +28,7 @@ def load_transformer(
     fields: dict[str, Any] | None = None,
     shardings: Callable | None = None,
 ) -> tuple[dict[str, Any], Any]:
-    """The transformer of a diffusers folder (``transformer/`` of a pipeline), or of one safetensors file.
+    """Loads the transformer of a diffusers folder (``transformer/`` of a pipeline) or one safetensors file.
 
     Args:
       path: a folder with ``config.json`` and weights, in one file or by an index; or one file.
@@ -36,8 +37,8 @@ def load_transformer(
       shardings: see `files.load_params`.
 
     Returns:
-      ``(fields, params)``: fields for ``SanaTransformer(**fields)``. A logvar head that
-      `save_transformer` wrote comes with them, as field ``logvar``.
+      ``(fields, params)``: fields for ``SanaTransformer(**fields)``, with ``logvar`` where
+      `save_transformer` wrote a logvar head.
 
     Raises:
       UserError: a file is missing, cut short or of another class; a config key or a tensor is unknown,
@@ -49,12 +50,10 @@ def load_transformer(
         config = read_config(folder, "SanaTransformer2DModel")
         fields = fields_from_config(config, f"{folder}/config.json")
     fields = {key: value for key, value in fields.items() if key != "logvar"}
-    tensors = open_safetensors(path, STEM)
-    params = load_params(sana_table(fields), tensors, dtype, shardings)
+    params = load_params(sana_table(fields), open_safetensors(path, STEM), dtype, shardings)
     if (folder / LOGVAR).is_file():
-        width = params["scale_shift_table"].shape[-1]
         side = open_safetensors(folder / LOGVAR)
-        params |= load_params(logvar_table(width), side, dtype, shardings)
+        params |= load_params(logvar_table(fields), side, dtype, shardings)
         fields["logvar"] = True
     return fields, params
 
@@ -64,9 +63,9 @@ def save_transformer(
 ) -> None:
     """Writes a folder that diffusers' ``SanaTransformer2DModel.from_pretrained`` loads.
 
-    Weights come first and the config last, so that a folder with a config is whole; an old config goes
-    before them. The logvar head, if there is one, goes into a file of its own, in float32: training can
-    go on from the folder.
+    An old config is removed first and the new one written last, so that a folder with a config is whole.
+    The logvar head, if there is one, goes into a file of its own, in float32: training can go on from the
+    folder.
 
     Args:
       folder: made if missing.
@@ -78,15 +77,14 @@ def save_transformer(
         (folder / old).unlink(missing_ok=True)
     save_safetensors(folder, STEM, sana_table(fields), params, dtype)
     if "logvar_linear" in params:
-        width = params["scale_shift_table"].shape[-1]
-        write_safetensors(folder / LOGVAR, logvar_table(width), params, jnp.float32)
+        write_safetensors(folder / LOGVAR, logvar_table(fields), params, jnp.float32)
     config = {"_class_name": "SanaTransformer2DModel"} | config_from_fields(fields)
     write_json_atomic(folder / "config.json", config)
 
 
-def logvar_table(width: int) -> dict[str, Entry]:
-    """The table of the file of a logvar head."""
-    path = ("logvar_linear", "kernel")
+def logvar_table(fields: dict[str, Any]) -> dict[str, Entry]:
+    """Returns the table of the logvar head of a transformer with these fields."""
+    path, width = ("logvar_linear", "kernel"), from_fields(fields).features
     return {
         "logvar_linear.weight": Entry(path, None, LINEAR, (1, width)),
         "logvar_linear.bias": Entry(("logvar_linear", "bias"), None, SAME, (1,)),
@@ -96,19 +94,12 @@ def logvar_table(width: int) -> dict[str, Entry]:
 def load_autoencoder(
     folder: str | Path, dtype: Any = jnp.float32, *, shardings: Callable | None = None
 ) -> tuple[AutoencoderDC, Any]:
-    """The autoencoder of a diffusers folder (``vae/`` of a pipeline).
+    """Loads the autoencoder of a diffusers folder (``vae/`` of a pipeline).
 
-    Args:
-      folder: has ``config.json`` of an AutoencoderDC and its weights, in one file or by an index.
-      dtype: of the parameters returned.
-      shardings: see `files.load_params`.
+    Arguments and errors are those of `load_transformer`.
 
     Returns:
       ``(autoencoder, params)``; ``autoencoder.dtype`` is float32 whatever the parameters are in.
-
-    Raises:
-      UserError: a file is missing, cut short or of another class; a config key or a tensor is unknown,
-        missing or misshapen.
     """
     folder = Path(folder)
     config = read_config(folder, "AutoencoderDC")
@@ -124,8 +115,7 @@ def load_autoencoder(
 def save_autoencoder(
     folder: str | Path, autoencoder: AutoencoderDC, params: Any, dtype: Any = jnp.float32
 ) -> None:
-    """Writes a folder that diffusers' ``AutoencoderDC.from_pretrained`` loads. Weights come first and
-    the config last, so that a folder with a config is whole."""
+    """Writes a folder that diffusers' ``AutoencoderDC.from_pretrained`` loads; the config comes last."""
     folder = Path(folder)
     (folder / "config.json").unlink(missing_ok=True)
     save_safetensors(folder, STEM, dc_ae_table(autoencoder), params, dtype)
@@ -135,10 +125,10 @@ def save_autoencoder(
 
 
 def read_config(folder: Path, class_name: str) -> dict[str, Any]:
-    """``config.json`` without the keys that diffusers keeps for itself.
+    """Reads ``config.json`` without diffusers' private keys.
 
     Raises:
-      UserError: it is missing, damaged, or of another class.
+      UserError: the file is missing, damaged, or of another class.
     """
     config = read_json(folder / "config.json")
     found = config.get("_class_name")

@@ -1,4 +1,4 @@
-"""Files of LADD heads: NVlabs/Sana's, ``disc_heads.pt`` of diffusers' training script, and our own.
+"""Files of LADD heads: those of NVlabs/Sana, of diffusers' training script (``disc_heads.pt``), and ours.
 
 All hold the same tensors: convolutions as torch's spectral norm keeps them (``weight_orig`` and its two
 singular vectors) and norms. NVlabs' names begin with ``heads.``, the script's do not.
@@ -20,16 +20,16 @@ CONV1D = Layout(lambda a: a.transpose(2, 1, 0), lambda a: a.transpose(2, 1, 0))
 
 
 def heads_table(width: int, heads: int) -> dict[str, Entry]:
-    """The table of ``{'params', 'spectral'}`` of heads on feature maps of ``width`` channels."""
+    """Returns the table of ``{'params', 'spectral'}`` of heads on feature maps of ``width`` channels."""
     features = (jax.ShapeDtypeStruct((1, 1, 1, width), jnp.float32),) * heads
     return make_table(jax.eval_shape(init_heads, features, jax.random.key(0)), _name, _layout)
 
 
 def load_heads(path: str | Path, *, shardings: Callable | None = None) -> dict:
-    """``{'params', 'spectral'}`` of `models.discriminator.DiscriminatorHeads`, float32.
+    """Loads ``{'params', 'spectral'}`` of `models.discriminator.DiscriminatorHeads`, float32.
 
     Args:
-      path: a ``.safetensors`` file; any other is taken for one of torch, which must be installed.
+      path: a ``.safetensors`` file; any other is read by torch, which must be installed.
       shardings: see `files.load_params`.
 
     Raises:

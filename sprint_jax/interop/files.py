@@ -1,10 +1,11 @@
-"""Tensors in files: safetensors, one file or several by an index, and torch's own behind a safe loader.
+"""Files of tensors: safetensors, in one file or several with an index, and torch's by its safe loader.
 
-Parameters go from the file to their devices leaf by leaf: the host never holds more than one leaf
-beside what stays on it.
+Parameters go from the file to their devices leaf by leaf: beside its own share, the host never holds
+more than one leaf.
 """
 
 import json
+import math
 import re
 import zipfile
 from collections.abc import Callable, Iterable
@@ -14,6 +15,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax.traverse_util import flatten_dict, unflatten_dict
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
@@ -41,8 +43,9 @@ class Tensors(NamedTuple):
 
 
 def open_safetensors(path: Path, stem: str = "model") -> Tensors:
-    """The tensors of a safetensors file, or of a folder with ``stem``.safetensors, or with an index of
-    several files, ``stem``.safetensors.index.json; else of its ``bf16`` or ``fp16`` variant.
+    """Opens a safetensors file, or a folder's ``stem``.safetensors or ``stem``.safetensors.index.json.
+
+    A folder without these may have the ``bf16`` or ``fp16`` variant alone, as some hub repositories do.
 
     Raises:
       UserError: a file is missing, cut short or no safetensors, a name is in two files, or a tensor is
@@ -61,7 +64,7 @@ def open_safetensors(path: Path, stem: str = "model") -> Tensors:
                 where[name], shapes[name] = file, tuple(tensor.get_shape())
 
     def read(name):
-        # Opened anew each time: pages of a mapped file count as this process's until it is closed.
+        # Opened each time: pages of a mapped file count as this process's memory until it is closed.
         with _open(where[name]) as opened:
             return opened.get_tensor(name)
 
@@ -78,33 +81,30 @@ def _open(file: Path):
 
 
 def _weight_files(folder: Path, stem: str) -> list[Path]:
-    # Hub repositories may hold weights as a variant alone, named by its dtype.
     for variant in ("", ".bf16", ".fp16"):
         single = folder / f"{stem}{variant}.safetensors"
         index = folder / f"{stem}.safetensors.index{variant}.json"
-        if single.exists() or index.exists():
-            break
-    else:
-        return [folder / f"{stem}.safetensors"]
-    if single.exists():
-        return [single]
-    try:
-        names = json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()
-        return [folder / name for name in sorted(set(names))]
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise UserError(f"{index} cannot be read: {error!r}") from error
+        if single.exists():
+            return [single]
+        if index.exists():
+            try:
+                names = json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()
+                return [folder / name for name in sorted(set(names))]
+            except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+                raise UserError(f"{index} cannot be read: {error!r}") from error
+    return [folder / f"{stem}.safetensors"]
 
 
 def open_torch(path: Path, key: str | None = None) -> Tensors:
-    """The tensors of a ``.pth`` or ``.pt`` file, by torch's weights-only loader, which runs no code.
+    """Opens a ``.pth`` or ``.pt`` file by torch's weights-only loader, which runs no code.
 
     Args:
       path: the file; mapped, not read at once.
-      key: the entry that holds them, e.g. 'state_dict', in files that are not that dict themselves.
+      key: the entry that holds the tensors, e.g. 'state_dict', unless the file is that dict itself.
 
     Raises:
-      UserError: torch is not installed, or the file is missing, damaged or not of tensors alone, or a
-        tensor is not of floating point.
+      UserError: torch is not installed; the file is missing, damaged or holds more than tensors; a tensor
+        is not of floating point.
     """
     torch = import_torch(path)
     if not path.is_file():
@@ -123,7 +123,7 @@ def open_torch(path: Path, key: str | None = None) -> Tensors:
     def read(name):
         nonlocal found, seen
         if seen > limit:
-            # Pages that were read count as this process's memory until the file is mapped anew.
+            # Pages that were read count as this process's memory until the file is mapped again.
             found, seen = _map_torch(torch, path, key), 0
         tensor = found[name].detach()
         seen += tensor.nbytes
@@ -135,18 +135,18 @@ def open_torch(path: Path, key: str | None = None) -> Tensors:
 
 
 def _map_torch(torch, path: Path, key: str | None) -> dict[str, Any]:
-    """What a file of torch holds, mapped into memory; UserError unless that is a dict of plain things."""
+    """Maps a file of torch into memory; raises UserError unless it is a dict of tensors and plain values."""
     try:
         found = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except Exception as error:  # torch, pickle and zip raise a dozen classes
-        # Torch's own text advises to load without this protection.
+        # Torch's own message advises to load without this protection.
         code = re.search(r"GLOBAL (\S+)", str(error))
         reason = str(error).rpartition("WeightsUnpickler error: ")[2].strip().partition("\n")[0]
         if code:
             reason = f"it holds {code[1]}, and such files can run code"
         raise UserError(
-            f"{path} was not loaded, since it is no file of tensors alone: {reason}. If you trust it, save "
-            "its tensors anew without the rest"
+            f"{path} was not loaded, since it holds more than tensors: {reason}. If you trust it, save its "
+            "tensors alone to another file"
         ) from error
     if isinstance(found, dict) and key in found:
         found = found[key]
@@ -156,11 +156,7 @@ def _map_torch(torch, path: Path, key: str | None) -> dict[str, Any]:
 
 
 def import_torch(path: Path):
-    """Torch, which only ``.pth`` and ``.pt`` files need.
-
-    Raises:
-      UserError: it is not installed.
-    """
+    """Returns torch, which only ``.pth`` and ``.pt`` files need; raises UserError if it is not installed."""
     try:
         import torch
     except ImportError:
@@ -176,14 +172,14 @@ def load_params(
     dtype: Any,
     shardings: Callable[[Tree], Tree] | None = None,
 ) -> Tree:
-    """Our parameters, each leaf straight to its devices.
+    """Loads our parameters, each leaf straight to its devices.
 
     Args:
       table: of the model.
       tensors: names and shapes must be those of the table.
       dtype: of the result.
-      shardings: from the tree of `jax.ShapeDtypeStruct` to that of shardings, e.g. a partial
-        `parallel.sharding.state_shardings`; by default all goes to the default device.
+      shardings: a function of the tree of `jax.ShapeDtypeStruct` that returns the tree of shardings, e.g. a
+        partial `parallel.sharding.state_shardings`; None puts all on the default device.
 
     Raises:
       UserError: see `tables.check_names`.
@@ -195,47 +191,32 @@ def load_params(
 
     def struct(entries):
         entry = entries[0][1]
-        one = jax.ShapeDtypeStruct(entry.shape, dtype)
-        shape = jax.eval_shape(entry.layout.read, one).shape
-        return jax.ShapeDtypeStruct(
-            shape if entry.layer is None else (len(entries), *shape), jnp.dtype(dtype)
-        )
+        shape = entry.layout.read(np.broadcast_to(np.float32(0), entry.shape)).shape
+        layers = () if entry.layer is None else (len(entries),)
+        return jax.ShapeDtypeStruct(layers + shape, jnp.dtype(dtype))
 
     structs = {path: struct(entries) for path, entries in parts.items()}
-    places = shardings(_nest(structs)) if shardings else None
+    places = flatten_dict(shardings(unflatten_dict(structs))) if shardings else {}
     leaves = {}
-    # The largest first: its buffer on the host is gone before the others' memory is needed.
+    # The largest first: its buffer on the host is free before the others are read.
     for path in sorted(structs, key=lambda path: -structs[path].size):
         buffer = np.empty(structs[path].shape, structs[path].dtype)
         for name, entry in parts[path]:
             place = buffer if entry.layer is None else buffer[entry.layer]
             place[...] = entry.layout.read(tensors.read(name))
-        # Transfers run beside this thread, and each holds its buffer until it is done.
-        leaves[path] = jax.block_until_ready(_put(buffer, places, path))
+        if shardings:
+            piece = buffer.__getitem__
+            leaf = jax.make_array_from_callback(buffer.shape, places[path], piece)
+        else:
+            leaf = jax.device_put(buffer)
+        # A transfer runs beside this thread and holds its buffer until it is done.
+        leaves[path] = jax.block_until_ready(leaf)
         del buffer
-    return _nest(leaves)
-
-
-def _put(buffer: np.ndarray, places: Tree | None, path: tuple[str, ...]) -> jax.Array:
-    if places is None:
-        return jax.device_put(buffer)
-    for key in path:
-        places = places[key]
-    return jax.make_array_from_callback(buffer.shape, places, lambda index: buffer[index])
-
-
-def _nest(leaves: dict[tuple, Any]) -> Tree:
-    tree: dict = {}
-    for path, leaf in leaves.items():
-        node = tree
-        for key in path[:-1]:
-            node = node.setdefault(key, {})
-        node[path[-1]] = leaf
-    return tree
+    return unflatten_dict(leaves)
 
 
 def to_torch(params: Tree, entry: Entry, dtype: Any = None) -> np.ndarray:
-    """The tensor of one entry, contiguous and in torch's layout, from our parameters."""
+    """Returns the tensor of one entry from our parameters, contiguous and in torch's layout."""
     leaf = params
     for key in entry.path:
         leaf = leaf[key]
@@ -251,31 +232,24 @@ def save_safetensors(
     dtype: Any,
     shard_bytes: int = SHARD_BYTES,
 ) -> None:
-    """Writes ``stem``.safetensors, or numbered files and their index if it would be larger than
-    ``shard_bytes``; file by file, each of which appears when it is whole."""
+    """Writes ``stem``.safetensors, or numbered files of at most ``shard_bytes`` and their index.
+
+    Each file appears under its name when it is whole.
+    """
+    from huggingface_hub import split_state_dict_into_shards_factory
+
     folder.mkdir(parents=True, exist_ok=True)
-    shards: list[list[str]] = [[]]
-    size = 0
-    width = jnp.dtype(dtype).itemsize
-    for name, entry in table.items():
-        nbytes = int(np.prod(entry.shape)) * width
-        if shards[-1] and size + nbytes > shard_bytes:
-            shards.append([])
-            size = 0
-        shards[-1].append(name)
-        size += nbytes
-    count = len(shards)
-    names = [f"{stem}-{i:05d}-of-{count:05d}.safetensors" for i in range(1, count + 1)]
-    files = names if count > 1 else [f"{stem}.safetensors"]
-    _remove_old(folder, stem, keep=files)
-    for file, shard in zip(files, shards, strict=True):
-        write_safetensors(folder / file, {name: table[name] for name in shard}, params, dtype)
-    if count > 1:
-        weight_map = {
-            name: file for file, shard in zip(files, shards, strict=True) for name in shard
-        }
-        total = sum(int(np.prod(entry.shape)) for entry in table.values()) * width
-        index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+    split = split_state_dict_into_shards_factory(
+        table,
+        get_storage_size=lambda entry: math.prod(entry.shape) * jnp.dtype(dtype).itemsize,
+        filename_pattern=stem + "{suffix}.safetensors",
+        max_shard_size=shard_bytes,
+    )
+    _remove_old(folder, stem, keep=split.filename_to_tensors)
+    for file, names in split.filename_to_tensors.items():
+        write_safetensors(folder / file, {name: table[name] for name in names}, params, dtype)
+    if split.is_sharded:
+        index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
         write_json_atomic(folder / f"{stem}.safetensors.index.json", index)
 
 
@@ -288,7 +262,7 @@ def write_safetensors(path: Path, table: dict[str, Entry], params: Tree, dtype: 
 
 
 def _remove_old(folder: Path, stem: str, keep: Iterable[str]) -> None:
-    """Files of an earlier save that a loader would take for part of this one."""
+    """Removes files of an earlier save that a loader would read as part of this one."""
     part = re.compile(rf"{re.escape(stem)}(-\d+-of-\d+)?\.safetensors(\.index\.json|\.partial)?")
     for path in folder.iterdir():
         if part.fullmatch(path.name) and path.name not in keep:

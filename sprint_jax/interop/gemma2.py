@@ -1,4 +1,4 @@
-"""Names, config and folders of Gemma-2 as transformers writes and reads them."""
+"""Folders of Gemma-2 in transformers, written and read: names, config and weights."""
 
 import dataclasses
 from collections.abc import Callable
@@ -17,8 +17,8 @@ from .tables import LINEAR, SAME, Entry, make_table
 STEM = "model"
 CLASSES = ("Gemma2Model", "Gemma2ForCausalLM")
 
-# What the network always does, as the config says it, and transformers' default where it does not.
-# Keys that are neither here nor fields of Gemma2 are about training, generation or storage.
+# Config keys with the values that the network supports, transformers' default first. Keys that are neither
+# here nor fields of Gemma2 are about training, generation or storage.
 _FIXED = {
     "model_type": ("gemma2",),
     "hidden_activation": ("gelu_pytorch_tanh",),
@@ -28,38 +28,32 @@ _FIXED = {
     "quantization_config": (None,),
 }
 
+_PLAIN_ROPE = {"rope_type": "default", "rope_theta": 0}  # whatever the theta
+
 
 def gemma2_table(gemma: Gemma2) -> dict[str, Entry]:
-    """The table of a text encoder, in the names of transformers' Gemma2Model."""
-    shapes = jax.eval_shape(gemma.init, jax.random.key(0))
-    return make_table(shapes, _name, _layout, stacked="layers")
-
-
-def _name(path: tuple[str, ...]) -> str:
-    return ".".join(path).replace("kernel", "weight")
-
-
-def _layout(path: tuple[str, ...], shape: tuple[int, ...]):
-    return LINEAR if path[-1] == "kernel" else SAME
+    """Returns the table of a text encoder, with the names of transformers' Gemma2Model."""
+    return make_table(
+        jax.eval_shape(gemma.init, jax.random.key(0)),
+        lambda path: ".".join(path).replace("kernel", "weight"),
+        lambda path, _: LINEAR if path[-1] == "kernel" else SAME,
+        stacked="layers",
+    )
 
 
 def load_text_encoder(
     folder: str | Path, dtype: Any = jnp.float32, *, shardings: Callable | None = None
 ) -> tuple[Gemma2, Any]:
-    """The Gemma-2 of a transformers folder (``text_encoder/`` of a pipeline).
+    """Loads the Gemma-2 of a transformers folder (``text_encoder/`` of a pipeline).
 
     Args:
-      folder: has ``config.json`` of a Gemma2Model or a Gemma2ForCausalLM, whose head is ignored, and its
-        weights, in one file or by an index.
+      folder: of a Gemma2Model or a Gemma2ForCausalLM, whose head is ignored.
       dtype: of the parameters and of the network's matmuls.
       shardings: see `files.load_params`.
 
-    Returns:
-      ``(gemma, params)``.
-
     Raises:
-      UserError: a file is missing, cut short or of another class; the config asks for something that
-        `Gemma2` does not do; a tensor is unknown, missing or misshapen.
+      UserError: a file is missing, cut short or of another class; `Gemma2` does not support the config; a
+        tensor is unknown, missing or misshapen.
     """
     folder = Path(folder)
     gemma = _from_config(_read_config(folder), f"{folder}/config.json", dtype)
@@ -70,9 +64,9 @@ def load_text_encoder(
 def save_text_encoder(
     folder: str | Path, gemma: Gemma2, params: Any, dtype: Any = jnp.float32
 ) -> None:
-    """Writes a folder that transformers' ``Gemma2Model.from_pretrained`` loads. Weights come first and
-    the config last, so that a folder with a config is whole."""
+    """Writes a folder that transformers' ``Gemma2Model.from_pretrained`` loads; the config comes last."""
     folder = Path(folder)
+    (folder / "config.json").unlink(missing_ok=True)
     save_safetensors(folder, STEM, gemma2_table(gemma), params, dtype)
     config = {"architectures": ["Gemma2Model"], "model_type": "gemma2"}
     config |= {"torch_dtype": jnp.dtype(dtype).name, "hidden_activation": "gelu_pytorch_tanh"}
@@ -101,12 +95,10 @@ def _from_config(config: dict[str, Any], origin: str, dtype: Any) -> Gemma2:
             )
     defaults = {field.name: field.default for field in dataclasses.fields(Gemma2)}
     fields = {key: config[key] for key in defaults.keys() & config.keys() - {"dtype"}}
-    rope = config.get("rope_parameters")  # where transformers 5 keeps rope_theta
+    rope = config.get("rope_parameters")  # transformers 5 keeps rope_theta here
     if rope is not None:
-        if not isinstance(rope, dict) or rope.keys() - {"rope_theta"} != {"rope_type"}:
+        if not isinstance(rope, dict) or rope | {"rope_theta": 0} != _PLAIN_ROPE:
             raise UserError(f"{origin}: rope_parameters {rope!r} are not supported")
-        if rope["rope_type"] != "default":
-            raise UserError(f"{origin}: rope_type {rope['rope_type']!r} is not supported")
         fields["rope_theta"] = rope.get("rope_theta", defaults["rope_theta"])
     types = fields.pop("layer_types", None)
     for key, value in fields.items():
@@ -115,14 +107,14 @@ def _from_config(config: dict[str, Any], origin: str, dtype: Any) -> Gemma2:
         if not absent and (not isinstance(value, kinds) or value <= 0):
             kind = "whole number" if kinds is int else "number"
             raise UserError(f"{origin}: {key} {value!r} must be a {kind} above 0")
-    if types is not None and not isinstance(types, list):
+    if not isinstance(types, list | None):
         raise UserError(f"{origin}: layer_types {types!r} must be a list")
-    types = None if types is None else tuple(types)
+    types = tuple(types) if types else None
     return Gemma2(**fields, layer_types=types, dtype=jnp.dtype(dtype))
 
 
 def _without_head(tensors: Tensors) -> Tensors:
-    """The tensors of the bare model in a file of one with a head, which is tied to the embedding."""
+    """Returns the bare model's tensors of a file that has a head, which is tied to the embedding."""
     head, model = "lm_head.weight", "model."
     if not any(name.startswith(model) for name in tensors.shapes):
         return tensors

@@ -1,8 +1,8 @@
 """Checkpoints of NVlabs/Sana, the authors' code: transformers in ``.pth`` files.
 
-Names are translated to diffusers', which `sana_table` knows; queries, keys and values that lie in one
-tensor there are parts of it along the first axis. The files are read by torch's weights-only loader,
-which runs no code that a file might hold. All of this needs torch.
+Names are translated to those of diffusers (`sana_table`); queries, keys and values that share a tensor are
+parts of it along the first axis. Files are read by torch's weights-only loader, which runs no code that a
+file might hold. Reading and writing needs torch.
 """
 
 import re
@@ -20,11 +20,10 @@ from .sana import sana_table
 from .tables import SAME, Entry, check_names
 
 KEY = "state_dict"  # the entry of a file that holds the tensors
-NULL_TEXT = "y_embedder.y_embedding"
-# What NVlabs' modules keep beside their parameters: the text features of no prompt, and positions.
-_BUFFERS = (NULL_TEXT, "pos_embed")
+# NVlabs' modules save these beside their parameters: text features of the empty prompt, and positions.
+_BUFFERS = ("y_embedder.y_embedding", "pos_embed")
 
-# Diffusers' modules and NVlabs'. Modules of one NVlabs name lie one after another in its tensor.
+# Diffusers' modules and NVlabs'. Modules of the same NVlabs name follow one another in its tensor.
 _OUTER = {
     "patch_embed.proj": "x_embedder.proj",
     "time_embed.timestep_embedder.linear_1": "t_embedder.mlp.0",
@@ -67,11 +66,11 @@ def load_transformer(
     *,
     shardings: Callable | None = None,
 ) -> tuple[dict[str, Any], Any]:
-    """The transformer of a ``.pth`` file of NVlabs/Sana.
+    """Loads the transformer of a ``.pth`` file of NVlabs/Sana.
 
     Args:
-      path: the file; its entry 'state_dict' is read, other entries are not.
-      fields: of SanaTransformer, since the file does not say them: one of ``SIZES``, for a Sprint model
+      path: the file; only its entry 'state_dict' is read.
+      fields: of SanaTransformer, which the file does not hold: one of ``SIZES``, for a Sprint model
         '600m' or '1600m', for its teacher '600m-teacher' or '1600m-teacher'.
       dtype: of the parameters returned.
       shardings: see `files.load_params`.
@@ -85,17 +84,14 @@ def load_transformer(
         missing, of another shape or not of floating point.
     """
     found = open_torch(Path(path), KEY)
-    width = fields["num_attention_heads"] * fields.get("attention_head_dim", 32)
-    head = {
-        name: shape for name, shape in found.shapes.items() if name.startswith("logvar_linear.")
-    }
+    head = {n: s for n, s in found.shapes.items() if n.startswith("logvar_linear.")}
     body = {n: s for n, s in found.shapes.items() if n not in head and n not in _BUFFERS}
     fields = {key: value for key, value in fields.items() if key != "logvar"}
     tensors = _under_diffusers_names(found._replace(shapes=body), fields)
     params = load_params(sana_table(fields), tensors, dtype, shardings)
     if head:
         side = found._replace(shapes=head)
-        params |= load_params(logvar_table(width), side, dtype, shardings)
+        params |= load_params(logvar_table(fields), side, dtype, shardings)
         fields["logvar"] = True
     return fields, params
 
@@ -105,10 +101,10 @@ def save_transformer(
 ) -> None:
     """Writes a ``.pth`` file for NVlabs' code, without the buffers, which that code makes itself.
 
-    The whole model is on the host once more while it is written.
+    The host holds a second copy of the model while it is written.
 
     Args:
-      path: the file; appears when it is whole.
+      path: the file, which appears when it is whole.
       fields: of SanaTransformer; params: its parameters.
       dtype: of the weights written, float32 or bfloat16.
 
@@ -132,20 +128,20 @@ def save_transformer(
 def to_nvlabs(
     params: Any, fields: dict[str, Any], dtype: Any = jnp.float32
 ) -> dict[str, np.ndarray]:
-    """Arrays under NVlabs' names, the logvar head included if there is one."""
+    """Returns arrays under NVlabs' names, with the logvar head if there is one."""
     table = sana_table(fields)
     arrays = {
         name: np.concatenate([to_torch(params, table[part], dtype) for part in parts])
         for name, parts in nvlabs_names(fields).items()
     }
     if "logvar_linear" in params:
-        head = logvar_table(params["scale_shift_table"].shape[-1])
-        arrays |= {name: to_torch(params, entry, dtype) for name, entry in head.items()}
+        head = logvar_table(fields).items()
+        arrays |= {name: to_torch(params, entry, dtype) for name, entry in head}
     return arrays
 
 
 def read_fields(path: str | Path, like: dict[str, Any]) -> dict[str, Any]:
-    """``like`` with what a file's tensors say of its network: depth, QK norm, guidance embedding.
+    """Returns ``like`` with the depth, QK norm and guidance embedding that a file's tensors have.
 
     Raises:
       UserError: the file cannot be read, as in `load_transformer`, or has no blocks.
@@ -161,20 +157,8 @@ def read_fields(path: str | Path, like: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def load_null_text(path: str | Path) -> np.ndarray:
-    """Text features of the empty prompt that a file was trained with, float32 [tokens, caption_channels].
-
-    Raises:
-      UserError: the file cannot be read, as in `load_transformer`, or does not have them.
-    """
-    found = open_torch(Path(path), KEY)
-    if NULL_TEXT not in found.shapes:
-        raise UserError(f"{path} has no tensor {NULL_TEXT}: it was saved without that buffer")
-    return found.read(NULL_TEXT).astype(np.float32)
-
-
 def nvlabs_names(fields: dict[str, Any]) -> dict[str, tuple[str, ...]]:
-    """NVlabs' name of each tensor -> diffusers' names of what it holds, in order along the first axis."""
+    """Maps each NVlabs name to diffusers' names of its parts, in order along the first axis."""
     names: dict[str, tuple[str, ...]] = {}
     rank = {module: i for i, module in enumerate((*_OUTER, *_BLOCK))}
     for name in sorted(sana_table(fields), key=lambda name: rank[_split(name)[1]]):
@@ -191,10 +175,10 @@ def _split(name: str) -> tuple[str | None, str, str]:
 
 
 def _under_diffusers_names(found: Tensors, fields: dict[str, Any]) -> Tensors:
-    """The tensors of an NVlabs file as diffusers would hold them.
+    """Returns the tensors of an NVlabs file under diffusers' names.
 
     Raises:
-      UserError: a tensor is unknown, missing, or of another shape; by its NVlabs name.
+      UserError: a tensor is unknown, missing, or of another shape; the message has its NVlabs name.
     """
     table, names = sana_table(fields), nvlabs_names(fields)
     whole = {}

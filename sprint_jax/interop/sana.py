@@ -1,4 +1,4 @@
-"""Names, layouts and config of SanaTransformer in diffusers' SanaTransformer2DModel."""
+"""The table of SanaTransformer: names, layouts and config of diffusers' SanaTransformer2DModel."""
 
 import re
 from typing import Any
@@ -10,45 +10,43 @@ from ..core.errors import UserError
 from ..models.sana import SanaTransformer, from_fields
 from .tables import DEPTHWISE, LINEAR, POINTWISE, SAME, Entry, Layout, make_table
 
-# Fields that are a config key of the same name and meaning.
+# Fields that are config keys of the same name and meaning.
 _SHARED = (
     "in_channels",
     "out_channels",
+    "caption_channels",
+    "sample_size",
+    "patch_size",
+    "num_layers",
+    "mlp_ratio",
     "num_attention_heads",
     "attention_head_dim",
-    "num_layers",
     "num_cross_attention_heads",
     "cross_attention_head_dim",
-    "caption_channels",
-    "mlp_ratio",
-    "patch_size",
-    "sample_size",
     "attention_bias",
     "guidance_embeds",
     "timestep_scale",
     "interpolation_scale",
 )
-# What the network always does, as the config says it; diffusers' defaults where it does not.
+# Config keys with the one value that the network supports, which is also diffusers' default.
 _FIXED = {"norm_elementwise_affine": False, "norm_eps": 1e-6, "guidance_embeds_scale": 0.1}
 _QK_NORM = "rms_norm_across_heads"
 
 
 def sana_table(fields: dict[str, Any]) -> dict[str, Entry]:
-    """The table of a transformer, by its fields; the logvar head, which diffusers lacks, is not in it."""
+    """Returns the table of a transformer by its fields, without the logvar head, which diffusers lacks."""
     model = from_fields(fields, logvar=False)
     shapes = jax.eval_shape(model.init, jax.random.key(0), *example_inputs(model))["params"]
-
-    def name(path):
-        return _name(path, model.guidance_embeds)
-
-    def layout(path, shape):
-        return _layout(path, model)
-
-    return make_table(shapes, name, layout, stacked="transformer_blocks")
+    return make_table(
+        shapes,
+        lambda path: _name(path, model.guidance_embeds),
+        lambda path, _: _layout(path, model),
+        stacked="transformer_blocks",
+    )
 
 
 def example_inputs(model: SanaTransformer) -> tuple:
-    """The smallest inputs of a transformer, zeros; for `jax.eval_shape` and ``init``."""
+    """Returns the smallest inputs of a transformer, zeros, for `jax.eval_shape` and ``init``."""
     p = model.patch_size
     inputs = (
         jnp.zeros((1, p, p, model.in_channels)),
@@ -60,13 +58,13 @@ def example_inputs(model: SanaTransformer) -> tuple:
 
 
 def fields_from_config(config: dict[str, Any], origin: str) -> dict[str, Any]:
-    """Fields of SanaTransformer from a diffusers config without its private keys.
+    """Returns fields of SanaTransformer from a diffusers config without its private keys.
 
-    Diffusers' Sprint pipelines show a network with guidance the flow time in [0, 1], whatever its
-    ``timestep_scale`` says; in our terms that is 0.001.
+    Diffusers' Sprint pipelines give a network with guidance the flow time in [0, 1], whatever its
+    ``timestep_scale`` is; our field is then 0.001.
 
     Raises:
-      UserError: a key is unknown, or says something that the network does not do.
+      UserError: a key is unknown, or has a value that the network does not support.
     """
     known = {*_SHARED, *_FIXED, "qk_norm", "cross_attention_dim", "dropout"}
     unknown = sorted(set(config) - known)
@@ -93,7 +91,7 @@ def fields_from_config(config: dict[str, Any], origin: str) -> dict[str, Any]:
 
 
 def config_from_fields(fields: dict[str, Any]) -> dict[str, Any]:
-    """The config of diffusers' SanaTransformer2DModel for fields of SanaTransformer."""
+    """Returns the config of diffusers' SanaTransformer2DModel for fields of SanaTransformer."""
     model = from_fields(fields)
     config = {key: getattr(model, key) for key in _SHARED}
     config["qk_norm"] = _QK_NORM if model.qk_norm else None

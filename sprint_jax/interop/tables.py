@@ -1,14 +1,14 @@
-"""Name tables: where each tensor of a torch model lies in our parameters, and in which layout.
+"""Tables of names: the place and the layout of each tensor of a torch model in our parameters.
 
-A table is a dict from torch's name to an `Entry`, made from the shapes of our parameters, so that it
-is total: every tensor and every leaf is in it once. It serves both directions. Reading and writing
-files by a table is in `files`.
+A table is a dict from torch's name to an `Entry`. It is made from the shapes of our parameters and so
+holds every leaf once. It serves both directions; `files` reads and writes by it.
 """
 
 from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
 import jax
+import numpy as np
 
 from ..core.errors import UserError
 
@@ -16,7 +16,7 @@ Tree = Any
 
 
 class Layout(NamedTuple):
-    """``read`` turns torch's array into ours, ``write`` ours into torch's; transposes and reshapes only."""
+    """``read`` turns torch's array into ours and ``write`` ours into torch's, by transposes and reshapes."""
 
     read: Callable
     write: Callable
@@ -67,14 +67,14 @@ def make_table(
     layout: Callable[..., Layout],
     stacked: str | None = None,
 ) -> dict[str, Entry]:
-    """The table of a model.
+    """Makes the table of a model.
 
     Args:
       shapes: our parameters, or their `jax.eval_shape`.
-      name: torch's name of the leaf at a path of keys. Under the key ``stacked`` it gets the layer's number
-        as the path's second key.
-      layout: ``layout(path, shape)`` of it; under ``stacked``, of one layer.
-      stacked: first key of leaves [layers, ...], each of which is one tensor per layer.
+      name: ``name(path)``, torch's name of the leaf at a path of keys; below ``stacked``, the second key is
+        the layer's number.
+      layout: ``layout(path, shape)`` of the leaf; below ``stacked``, of one layer.
+      stacked: first key of leaves [layers, ...], which are one tensor per layer in torch.
 
     Raises:
       ValueError: two leaves have one name.
@@ -86,7 +86,7 @@ def make_table(
         if path[0] == stacked:
             shape, layers = leaf.shape[1:], range(leaf.shape[0])
         between = layout(path, shape)
-        torch_shape = jax.eval_shape(between.write, jax.ShapeDtypeStruct(shape, leaf.dtype)).shape
+        torch_shape = between.write(np.broadcast_to(np.float32(0), shape)).shape
         for layer in layers:
             torch_name = name(path if layer is None else (path[0], str(layer), *path[1:]))
             if torch_name in table:
@@ -96,14 +96,11 @@ def make_table(
 
 
 def check_names(table: dict[str, Entry], shapes: dict[str, Iterable[int]], origin: str) -> None:
-    """Refuses tensors other than those of the table, before any of them is read.
+    """Raises UserError if a tensor is unknown, missing, or of another shape than in the table.
 
     Args:
       shapes: of the tensors found, by name.
       origin: file or folder, for the message.
-
-    Raises:
-      UserError: a tensor is unknown, missing, or of another shape.
     """
     unknown, missing = sorted(set(shapes) - set(table)), sorted(set(table) - set(shapes))
     if unknown:

@@ -1,7 +1,8 @@
-"""The flow-matching loss, with which teachers are trained."""
+"""The flow-matching loss, which trains teachers."""
 
 from collections.abc import Callable
 
+import chex
 import jax
 import jax.numpy as jnp
 
@@ -20,8 +21,10 @@ def flow_matching_loss(velocity: Callable, latents: Array, noise: Array, t_fm: A
       t_fm: flow times [B], as from `trigflow.sample_flow_time`.
 
     Returns:
-      ``(mean loss, {'loss': [B], 't': angle-free flow time [B]})``.
+      ``(mean loss, {'loss': [B], 't': flow time [B]})``.
     """
+    chex.assert_shape([noise, t_fm], [latents.shape, latents.shape[:1]])
     v = velocity(flow_add_noise(latents, noise, t_fm), t_fm)
+    chex.assert_equal_shape([v, latents])
     loss = per_sample_mean(jnp.square(v - (noise - latents)))
     return loss.mean(), {"loss": loss, "t": t_fm}

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 
+import chex
 import jax
 import jax.numpy as jnp
 
@@ -22,7 +23,9 @@ def ladd_generator_loss(discriminate: Callable, x0: Array, z: Array, t: Array, s
     Returns:
       ``(mean loss, {'logits': [B]})``.
     """
+    chex.assert_shape([z, t], [x0.shape, x0.shape[:1]])
     logits = discriminate(add_noise(x0, z, t) / sigma_d, t)
+    chex.assert_shape(logits, (len(x0), None))
     return -logits.mean(), {"logits": logits.mean(-1)}
 
 
@@ -53,14 +56,16 @@ def ladd_discriminator_loss(
     """
 
     def noisy_features(x0, z, t):
+        chex.assert_shape([z, t], [x0.shape, x0.shape[:1]])
         return jax.lax.stop_gradient(features(add_noise(x0, z, t) / sigma_d, t))
 
-    # Each kind has a batch of its own. Published code puts fakes and misaligned pairs into one; its batch
-    # norm works in groups of 8, and so gives the same wherever 8 divides the batch.
+    # Each kind has its own batch. Published code joins fakes and misaligned pairs; its batch norm works in
+    # groups of 8, so the result is the same wherever 8 divides the batch.
     kinds = {"fake": fake} | ({"misaligned": misaligned} if misaligned is not None else {})
     negative = {name: heads(noisy_features(*triple)) for name, triple in kinds.items()}
     positive = noisy_features(*real)
     real_logits = heads(positive)
+    chex.assert_rank([real_logits, *negative.values()], 2)
     fake_loss = sum(jax.nn.relu(1 + logits).mean() for logits in negative.values()) / len(negative)
     loss = (jax.nn.relu(1 - real_logits).mean() + fake_loss) / 2
 

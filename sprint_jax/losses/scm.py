@@ -1,7 +1,8 @@
-"""Continuous-time consistency distillation: the loss that makes a student out of a teacher."""
+"""The loss of continuous-time consistency distillation (sCM), which turns a teacher into a student."""
 
 from collections.abc import Callable
 
+import chex
 import jax
 import jax.numpy as jnp
 
@@ -52,6 +53,7 @@ def scm_loss(
       normalisation), 'teacher_gap' (``|F - F_teacher|`` root mean square), 'error' (mean ``g^2``
       after normalisation, weighted) and 'logvar'.
     """
+    chex.assert_shape([z, t], [x0.shape, x0.shape[:1]])
     x_t = add_noise(x0, z, t)
     dx_t = jax.lax.stop_gradient(sigma_d * teacher(x_t / sigma_d, t))
     cos, sin = jnp.cos(expand(t, x_t)), jnp.sin(expand(t, x_t))
@@ -64,6 +66,7 @@ def scm_loss(
         fixed = jax.lax.stop_gradient(params)
         _, (dF, _) = jax.jvp(lambda x, t: student(fixed, x, t), primals, tangents)
         F, logvar = student(params, *primals)
+    chex.assert_shape([F, logvar, dx_t], [x0.shape, t.shape, x0.shape])
     F_minus, dF = jax.lax.stop_gradient((F, dF))
 
     g = -(cos**2) * (sigma_d * F_minus - dx_t) - warmup * (cos * sin * x_t + sigma_d * dF)

@@ -1,1 +1,1 @@
-"""Numbers about pictures, whoever drew them."""
+"""Numbers about pictures of any model."""

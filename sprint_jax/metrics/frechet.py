@@ -1,10 +1,10 @@
-"""The Frechet distance between two sets of features, whatever the features are."""
+"""The Frechet distance between two sets of features."""
 
 import numpy as np
 
 
 def frechet(a: np.ndarray, b: np.ndarray) -> float:
-    """|mu_a - mu_b|^2 + tr(A + B - 2 (A^1/2 B A^1/2)^1/2) of features [N,D] and [M,D], float64.
+    """Computes |mu_a - mu_b|^2 + tr(A + B - 2 (A^1/2 B A^1/2)^1/2) of features [N,D] and [M,D], float64.
 
     A and B are the covariances (N - 1 in the denominator). Source: Heusel et al., arXiv 1706.08500.
     """

@@ -1,4 +1,4 @@
-"""A transformer's blocks as one stack: scanned in segments or unrolled, rematerialized, cast, taken apart."""
+"""The stack of a transformer's blocks: scanned in segments or unrolled, rematerialized, cast, unstacked."""
 
 from collections.abc import Callable
 
@@ -28,12 +28,11 @@ def remat(step: Callable, policy: str, scan: bool, split: bool = False) -> Calla
     """Wraps ``step`` in `jax.checkpoint` under a named policy.
 
     Names: 'none' keeps everything; 'full' keeps block inputs only; 'dots' keeps matmul outputs;
-    'dots_no_batch' keeps the outputs of matmuls with weights; 'offload' keeps block inputs, in the host's
-    memory, where the backend has a way there (TPU, GPU).
+    'dots_no_batch' keeps the outputs of matmuls with weights; 'offload' keeps block inputs in the host's
+    memory (TPU, GPU).
 
     Args:
-      split: the step gathers its weights; whatever the policy, gathered ones are not kept for the
-        backward pass, which gathers them anew.
+      split: the step gathers its weights; the backward pass then gathers them again, whatever the policy.
 
     Raises:
       ValueError: for any other name.
@@ -75,12 +74,12 @@ def run_blocks(step, blocks, x: Array, num_layers: int, taps: tuple[int, ...], s
 
 
 def unstack(blocks) -> tuple:
-    """The parameters of every block on their own, from leaves [num_layers, ...] or such a tuple itself."""
+    """Splits leaves [num_layers, ...] into one tree for each block; a tuple of these is returned as it is."""
     if isinstance(blocks, tuple):
         return blocks
     leaves, tree = jax.tree.flatten(blocks)
-    # The transpose of a split is one concatenation. That of indices, a sum of padded gradients, was a
-    # quarter of the backward pass of 7 blocks on CPU.
+    # The transpose of a split is one concatenation; that of indexing is a sum of padded gradients, which
+    # took a quarter of the backward pass of 7 blocks on CPU.
     parts = [jax.lax.split(leaf, (1,) * leaf.shape[0], axis=0) for leaf in leaves]
     parts = [[jax.lax.squeeze(each, (0,)) for each in part] for part in parts]
     return tuple(jax.tree.unflatten(tree, layer) for layer in zip(*parts, strict=True))
@@ -92,20 +91,19 @@ def stack(blocks):
 
 
 def unstack_blocks(params: dict) -> dict:
-    """Parameters of a SanaTransformer with its blocks apart, which ``apply`` takes as well.
+    """Returns parameters of a SanaTransformer with unstacked blocks, which ``apply`` takes as well.
 
-    Blocks are then unrolled whatever ``scan`` says. On CPU this saves copying every block's weights out
-    of the stack in each call, a tenth of a forward pass at width 1152; elsewhere it gains nothing and
-    compiles more slowly.
+    Blocks are then unrolled whatever ``scan`` says. On CPU this saves copying every block's weights out of
+    the stack, a tenth of a forward pass at width 1152; elsewhere it only slows compilation.
     """
     return params | {"transformer_blocks": unstack(params["transformer_blocks"])}
 
 
 def compute_params(params, dtype):
-    """Parameters with the weights of matmuls and convolutions as the network uses them, in ``dtype``.
+    """Casts the weights of matmuls and convolutions to ``dtype``, as the network itself does.
 
-    The result of a network does not change by it. Norms, modulation tables, the time embedding and the
-    logvar head compute in float32 and stay as they are.
+    The network's result stays the same. Norms, modulation tables, the time embedding and the logvar head
+    compute in float32 and are not cast.
     """
 
     def cast(path, leaf):

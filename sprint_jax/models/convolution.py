@@ -1,4 +1,4 @@
-"""Convolutions of the autoencoder, and the moves between pixels and channels; channels-last."""
+"""Convolutions of the autoencoder, and rearrangements of pixels into channels; channels-last."""
 
 from typing import Any
 
@@ -28,8 +28,8 @@ def group_mean(x: Array, channels: int) -> Array:
 def upsampled_conv3x3(x: Array, kernel: Array) -> Array:
     """Nearest upsampling by 2, then a 3x3 convolution with zero padding 1, in 4/9 of the multiplications.
 
-    Of the three rows that a kernel reads from an upsampled picture two are one row of ``x``: each of the
-    four output phases is a 2x2 convolution of ``x`` whose taps are sums of the kernel's.
+    Two of the three rows that a kernel reads from an upsampled picture are the same row of ``x``, so each
+    of the four output phases is a 2x2 convolution of ``x`` whose weights are sums of the kernel's.
 
     Args:
       x: [B, h, w, C]; kernel: [3, 3, C, D].
@@ -37,63 +37,43 @@ def upsampled_conv3x3(x: Array, kernel: Array) -> Array:
     Returns:
       [B, 2h, 2w, D].
     """
-    return jax.lax.platform_dependent(
-        x, kernel, cpu=_upsampled_by_phases, default=_upsampled_at_once
-    )
-
-
-def _upsampled_at_once(x, kernel):
-    """One convolution to all four phases, whose first starts one source row earlier than the second."""
-    height, width = x.shape[1:3]
-    # Output row 2h + phase reads kernel rows 0, 1, 2 at source rows (h-1, h, h), (h, h, h+1).
-    taps = jnp.asarray([[[1, 0, 0], [0, 1, 1]], [[1, 1, 0], [0, 0, 1]]], kernel.dtype)
-    phases = jnp.einsum("ypi,xqj,ijcd->pqcdyx", taps, taps, kernel, precision="highest")
-    out = convolve(x, phases.reshape(*phases.shape[:3], -1).astype(x.dtype))
-    out = rearrange(out, "b h w (d y x) -> y x b h w d", y=2, x=2)
-    rows = [[out[y, x, :, y : y + height, x : x + width] for x in (0, 1)] for y in (0, 1)]
-    return rearrange(jnp.stack([jnp.stack(row) for row in rows]), "y x b h w d -> b (h y) (w x) d")
-
-
-def _upsampled_by_phases(x, kernel):
-    """One convolution per phase: XLA's CPU backend is twice as fast at outputs of the size of ``x``."""
 
     def halves(kernel, axis):
         first, middle, last = jnp.split(kernel, 3, axis)
-        yield jnp.concatenate([first, middle + last], axis)
-        yield jnp.concatenate([first + middle, last], axis)
-
-    out = [
-        jnp.stack(
-            [
-                _convolve(x, phase.astype(x.dtype), (1 - dy, dy), (1 - dx, dx))
-                for dx, phase in enumerate(halves(row, 1))
-            ],
-            3,
+        return enumerate(
+            (
+                jnp.concatenate([first, middle + last], axis),
+                jnp.concatenate([first + middle, last], axis),
+            )
         )
-        for dy, row in enumerate(halves(kernel, 0))
-    ]
-    return rearrange(jnp.stack(out, 2), "b h y w x d -> b (h y) (w x) d")
+
+    rows = []
+    for dy, row in halves(kernel, 0):
+        phases = [
+            convolve(x, phase.astype(x.dtype), pads=((1 - dy, dy), (1 - dx, dx)))
+            for dx, phase in halves(row, 1)
+        ]
+        rows.append(jnp.stack(phases, 3))
+    return rearrange(jnp.stack(rows, 2), "b h y w x d -> b (h y) (w x) d")
 
 
-def convolve(x: Array, kernel: Array, stride: int = 1, groups: int = 1) -> Array:
-    """2-D cross-correlation of [B, H, W, C] with zero padding 1 (k // 2 for odd kernels)."""
-    pad = max(1, kernel.shape[0] // 2)
-    return _convolve(x, kernel, (pad, pad), (pad, pad), stride, groups)
-
-
-def _convolve(x, kernel, rows, columns, stride=1, groups=1):
-    return jax.lax.conv_general_dilated(
-        x,
-        kernel,
-        (stride, stride),
-        (rows, columns),
-        dimension_numbers=("NHWC", "HWIO", "NHWC"),
-        feature_group_count=groups,
-    )
+def convolve(
+    x: Array,
+    kernel: Array,
+    stride: int = 1,
+    groups: int = 1,
+    pads: Any = None,
+    precision: Any = None,
+) -> Array:
+    """2-D cross-correlation of [B, H, W, C]; ``pads`` of rows and columns are k // 2 by default."""
+    pads = pads or ((kernel.shape[0] // 2,) * 2,) * 2
+    how = dict(dimension_numbers=("NHWC", "HWIO", "NHWC"), precision=precision)
+    how |= dict(window_strides=(stride, stride), padding=pads, feature_group_count=groups)
+    return jax.lax.conv_general_dilated(x, kernel, **how)
 
 
 def depthwise_conv(x: Array, kernel: Array) -> Array:
-    """Depthwise k x k convolution, zero-padded; kernel [k, k, C]. Forward only is fast on CPU."""
+    """Depthwise k x k convolution, zero-padded; kernel [k, k, C]. On CPU only the forward pass is fast."""
     size, pad = kernel.shape[0], kernel.shape[0] // 2
     height, width = x.shape[1:3]
 

@@ -1,16 +1,14 @@
 """DC-AE: the deep-compression autoencoder of SANA; pixels [B,H,W,3] to latents [B,H/32,W/32,32] and back.
 
-Convolutional stages at high resolution, stages of linear attention at low, and shortcuts that only
-move pixels into channels and back (arXiv 2410.10733). Checked against the forward pass of diffusers'
-AutoencoderDC, whose config fields and weight names these are (`interop.dc_ae`). Both networks are
-deterministic.
+Stages at high resolution are convolutional, those at low resolution have linear attention, and
+shortcuts only move pixels into channels and back (arXiv 2410.10733). Config fields and weight names are
+those of diffusers' AutoencoderDC (`interop.dc_ae`), with which the forward pass is compared.
 """
 
 import dataclasses
-import functools
-from collections.abc import Callable
 from typing import Any
 
+import chex
 import jax
 import jax.numpy as jnp
 from einops import rearrange
@@ -44,8 +42,8 @@ class MultiscaleLinearAttention(nn.Module):
     """``x + norm(attention(x))``: ReLU linear attention over q, k, v and over blurred copies of them.
 
     ``to_q, to_k, to_v`` are thirds of one projection to 3C channels, of which each ``3 head_dim``
-    consecutive ones are the q, k and v of a head. (Diffusers switches to a quadratic form for pictures of
-    few tokens; it is the same function, and small.)
+    consecutive ones are the q, k and v of a head. (For few tokens, diffusers computes the same function in
+    quadratic form.)
     """
 
     head_dim: int
@@ -54,17 +52,18 @@ class MultiscaleLinearAttention(nn.Module):
 
     @nn.compact
     def __call__(self, x: Array) -> Array:
-        d = x.shape[-1]
 
-        def project(name, features=d):
-            return Linear(features, use_bias=False, dtype=self.dtype, name=name)
+        def project(name):
+            return Linear(x.shape[-1], use_bias=False, dtype=self.dtype, name=name)
 
         qkv = jnp.concatenate([project(name)(x) for name in ("to_q", "to_k", "to_v")], axis=-1)
-        maps = [qkv]
-        for i, size in enumerate(self.scales):
-            name = f"to_qkv_multiscale_{i}"
-            maps.append(MultiscaleProjection(size, self.head_dim, self.dtype, name=name)(qkv))
-        qkv = jnp.concatenate(maps, axis=-1)
+        blurred = (
+            MultiscaleProjection(size, self.head_dim, self.dtype, name=f"to_qkv_multiscale_{i}")(
+                qkv
+            )
+            for i, size in enumerate(self.scales)
+        )
+        qkv = jnp.concatenate([qkv, *blurred], axis=-1)
         heads = rearrange(qkv, "b h w (n s c) -> s b (h w) n c", s=3, c=self.head_dim)
         out = linear_attention(*heads).astype(self.dtype)
         out = project("to_out")(out.reshape(*x.shape[:-1], -1))
@@ -140,18 +139,6 @@ class UpBlock(nn.Module):
         return y + pixel_shuffle(jnp.repeat(x, 4 * self.features // x.shape[-1], axis=-1))
 
 
-def per_stage(value, i: int):
-    """The entry of stage ``i`` in a config field that may be one value for all stages."""
-    return value if isinstance(value, str) else value[i]
-
-
-def make_block(c: "AutoencoderDC", block_types, scales, i: int, activation: str) -> Callable:
-    """The block class of stage ``i``, bound to its fields: ``block(dtype, name=...)``."""
-    if per_stage(block_types, i) == "ResBlock":
-        return functools.partial(ResBlock, activation)
-    return functools.partial(EfficientViTBlock, c.attention_head_dim, tuple(scales[i]))
-
-
 class Encoder(nn.Module):
     """Pixels [B, H, W, 3] to latents [B, H/f, W/f, latent_channels], not scaled."""
 
@@ -162,9 +149,9 @@ class Encoder(nn.Module):
     def __call__(self, x: Array) -> Array:
         c = self.config
         widths, layers = c.encoder_block_out_channels, c.encoder_layers_per_block
-        unshuffle = c.downsample_block_type == "pixel_unshuffle"
 
         def down(features, shortcut, name):
+            unshuffle = c.downsample_block_type == "pixel_unshuffle"
             return DownBlock(features, unshuffle, shortcut, self.dtype, name=name)
 
         x = x.astype(self.dtype)
@@ -173,9 +160,8 @@ class Encoder(nn.Module):
         else:
             x = down(widths[1], False, "conv_in")(x)
         for i, count in enumerate(layers):
-            block = make_block(c, c.encoder_block_types, c.encoder_qkv_multiscales, i, "silu")
             for j in range(count):
-                x = block(self.dtype, name=f"down_blocks_{i}_{j}")(x)
+                x = c.block("encoder", i, self.dtype, f"down_blocks_{i}_{j}")(x)
             if i + 1 < len(widths) and count:
                 x = down(widths[i + 1], True, f"down_blocks_{i}_{count}")(x)
         out = Conv3x3(c.latent_channels, self.dtype, name="conv_out")(x)
@@ -192,9 +178,9 @@ class Decoder(nn.Module):
     def __call__(self, z: Array) -> Array:
         c = self.config
         widths, layers = c.decoder_block_out_channels, c.decoder_layers_per_block
-        interpolate = c.upsample_block_type == "interpolate"
 
         def up(features, shortcut, name):
+            interpolate = c.upsample_block_type == "interpolate"
             return UpBlock(features, interpolate, shortcut, self.dtype, name=name)
 
         z = z.astype(self.dtype)
@@ -205,10 +191,8 @@ class Decoder(nn.Module):
             first = int(i + 1 < len(widths) and count > 0)
             if first:
                 x = up(widths[i], True, f"up_blocks_{i}_0")(x)
-            act = per_stage(c.decoder_act_fns, i)
-            block = make_block(c, c.decoder_block_types, c.decoder_qkv_multiscales, i, act)
             for j in range(first, first + count):
-                x = block(self.dtype, name=f"up_blocks_{i}_{j}")(x)
+                x = c.block("decoder", i, self.dtype, f"up_blocks_{i}_{j}")(x)
         x = RMSNorm(self.dtype, use_bias=True, name="norm_out")(x)
         x = ACTIVATIONS[c.decoder_conv_act_fn](x)
         if layers[0]:
@@ -249,20 +233,27 @@ class AutoencoderDC:
     dtype: Any = jnp.float32
 
     def __post_init__(self):
-        known = {
-            "encoder_block_types": ("ResBlock", "EfficientViTBlock"),
-            "decoder_block_types": ("ResBlock", "EfficientViTBlock"),
-            "decoder_norm_types": ("rms_norm",),
-            "decoder_act_fns": tuple(ACTIVATIONS),
-            "decoder_conv_act_fn": tuple(ACTIVATIONS),
-        }
+        blocks = ("ResBlock", "EfficientViTBlock")
+        known = {"encoder_block_types": blocks, "decoder_block_types": blocks}
+        known |= dict.fromkeys(("decoder_act_fns", "decoder_conv_act_fn"), tuple(ACTIVATIONS))
+        known["decoder_norm_types"] = ("rms_norm",)
         for field, allowed in known.items():
             value = getattr(self, field)
             for entry in (value,) if isinstance(value, str) else value:
                 if entry not in allowed:
-                    raise UserError(
-                        f"autoencoder config: {field} '{entry}' is not one of {', '.join(allowed)}"
-                    )
+                    one = f"'{entry}' is not one of {', '.join(allowed)}"
+                    raise UserError(f"autoencoder config: {field} {one}")
+
+    def block(self, half: str, i: int, dtype: Any, name: str) -> nn.Module:
+        """Returns a block of stage ``i`` of the encoder or the decoder."""
+        kind, act = getattr(self, f"{half}_block_types"), "silu"
+        if half == "decoder":
+            act = self.decoder_act_fns
+        kind, act = (value if isinstance(value, str) else value[i] for value in (kind, act))
+        if kind == "ResBlock":
+            return ResBlock(act, dtype, name=name)
+        scales = tuple(getattr(self, f"{half}_qkv_multiscales")[i])
+        return EfficientViTBlock(self.attention_head_dim, scales, dtype, name=name)
 
     @property
     def factor(self) -> int:
@@ -286,6 +277,7 @@ class AutoencoderDC:
           UserError: height or width is not a multiple of the factor.
         """
         f = self.factor
+        chex.assert_shape(pixels, (None, None, None, self.in_channels))
         if pixels.shape[1] % f or pixels.shape[2] % f:
             raise UserError(
                 f"pixels are {pixels.shape[1]}x{pixels.shape[2]}: sides must be multiples of {f}"
@@ -299,6 +291,7 @@ class AutoencoderDC:
 
     def decode(self, params, latents: Array, tile: Tiling | None = None) -> Array:
         """Scaled latents [B, h, w, latent_channels] to pixels [B, f h, f w, 3], not clamped, float32."""
+        chex.assert_shape(latents, (None, None, None, self.latent_channels))
         decoder = Decoder(self, self.dtype)
 
         def apply(z):

@@ -1,14 +1,15 @@
-"""LADD heads: small convolutional critics on tokens of the frozen teacher's blocks.
+"""LADD heads: small convolutional critics on the tokens of the frozen teacher's blocks.
 
 One head per tapped block: a spectrally normalised 1x1 convolution, local batch norm and leaky ReLU;
 a residual stage with a circular kernel-9 convolution along the flattened raster of tokens; and a
 1x1 convolution to one logit per token (LADD, arXiv 2403.12015; layout and names of the published
-heads). The vectors of the spectral norm are explicit arguments, updated by `update_spectral` in
-discriminator steps only, so that a generator step cannot move the critic in any way.
+heads). The vectors of the spectral norm are explicit arguments, which `update_spectral` moves in
+discriminator steps only: a generator step leaves the critic as it is.
 """
 
 from typing import Any
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -77,16 +78,13 @@ def init_spectral(params, key: Array, iterations: int = 15):
 
     Torch starts from random vectors; the first updates would then divide by a far too small norm.
     """
-    kernels = [
-        (head, name, conv["kernel"])
-        for head, convs in sorted(params.items())
-        for name, conv in sorted(convs.items())
-        if "kernel" in conv
-    ]
-    spectral = {head: {} for head, _, _ in kernels}
-    for i, (head, name, kernel) in enumerate(kernels):
+    spectral: dict = {head: {} for head in params}
+    kernels = (
+        (h, c) for h in sorted(params) for c in sorted(params[h]) if "kernel" in params[h][c]
+    )
+    for i, (head, name) in enumerate(kernels):
         u, v = jax.random.split(jax.random.fold_in(key, i))
-        k, inputs, outputs = kernel.shape
+        k, inputs, outputs = params[head][name]["kernel"].shape
         spectral[head][name] = {
             "u": jax.random.normal(u, (outputs,)) / outputs**0.5,
             "v": jax.random.normal(v, (k, inputs)) / (k * inputs) ** 0.5,
@@ -110,6 +108,10 @@ class LocalBatchNorm(nn.Module):
     def __call__(self, x: Array) -> Array:
         weight = self.param("weight", nn.initializers.ones, (x.shape[-1],))
         bias = self.param("bias", nn.initializers.zeros, (x.shape[-1],))
+        return (self.normalize(x) * weight[None, None] + bias[None, None]).astype(x.dtype)
+
+    def normalize(self, x: Array) -> Array:
+        """Tokens [B, N, d] of mean 0 and variance 1 within each group, float32."""
         batch = x.shape[0]
         groups = -(-batch // self.group)
         member = np.arange(batch) * groups // batch
@@ -120,21 +122,16 @@ class LocalBatchNorm(nn.Module):
             means = jnp.einsum("gb,bd->gd", average, a.mean(1), precision=jax.lax.Precision.HIGHEST)
             return means[member][:, None]
 
-        normed = wide(x)
-        normed = normed - group_mean(normed)
-        normed = normed * jax.lax.rsqrt(group_mean(jnp.square(normed)) + self.epsilon)
-        return (normed * weight[None, None] + bias[None, None]).astype(x.dtype)
+        x = wide(x)
+        x = x - group_mean(x)
+        return x * jax.lax.rsqrt(group_mean(jnp.square(x)) + self.epsilon)
 
 
-class TokenNorm(nn.Module):
+class TokenNorm(LocalBatchNorm):
     """Layer norm of each token, with the parameters of `LocalBatchNorm`."""
 
-    @nn.compact
-    def __call__(self, x: Array) -> Array:
-        weight = self.param("weight", nn.initializers.ones, (x.shape[-1],))
-        bias = self.param("bias", nn.initializers.zeros, (x.shape[-1],))
-        normed = layer_norm(x, epsilon=1e-5)
-        return (normed * weight[None, None] + bias[None, None]).astype(x.dtype)
+    def normalize(self, x: Array) -> Array:
+        return layer_norm(x, self.epsilon)
 
 
 class DiscriminatorHead(nn.Module):
@@ -148,11 +145,9 @@ class DiscriminatorHead(nn.Module):
         d = x.shape[-1]
 
         def stage(x, name, kernel_size):
-            x = SpectralConv1d(d, kernel_size, self.dtype, name=f"{name}_conv")(
-                x, spectral[f"{name}_conv"]
-            )
+            conv = SpectralConv1d(d, kernel_size, self.dtype, name=f"{name}_conv")
             norm = (TokenNorm if self.token_norm else LocalBatchNorm)(name=f"{name}_norm")
-            return nn.leaky_relu(norm(x), 0.2)
+            return nn.leaky_relu(norm(conv(x, spectral[f"{name}_conv"])), 0.2)
 
         x = stage(x, "main_0", 1)
         x = (stage(x, "main_1", 9) + x) / np.sqrt(2)
@@ -163,9 +158,9 @@ class DiscriminatorHeads(nn.Module):
     """One head per feature map; logits of all heads side by side.
 
     Fields:
-      token_norm: layer norm per token in place of the published local batch norm. That one sees real
-        and generated images in batches of their own, and so takes from the logits what all images of
-        a kind have in common; with few tokens per image little else is left.
+      token_norm: layer norm per token in place of the published local batch norm. Real and generated
+        images are normalised in separate batches, so the batch norm removes from the logits what all
+        images of a kind share; with few tokens per image little else is left.
 
     Args of the call:
       features: tuple of token maps [B, h, w, d], one per tapped block.
@@ -180,8 +175,9 @@ class DiscriminatorHeads(nn.Module):
 
     @nn.compact
     def __call__(self, features: tuple[Array, ...], spectral: dict) -> Array:
-        # A backward pass keeps the convolutions' outputs and makes the cheap rest anew: nine rolled copies
-        # of the tokens and float32 norms would take half a gigabyte for an image of 1024 pixels.
+        chex.assert_rank(features, 4)
+        # The backward pass keeps the convolutions' outputs and recomputes the rest, which is cheap: nine
+        # rolled copies of the tokens and float32 norms would take half a gigabyte at 1024 pixels.
         keep = jax.checkpoint_policies.save_only_these_names("convolution")
         remat_head = nn.remat(DiscriminatorHead, policy=keep)
         logits = []
@@ -193,7 +189,7 @@ class DiscriminatorHeads(nn.Module):
 
 
 def init_heads(features: tuple[Array, ...], key: Array) -> dict:
-    """``{'params', 'spectral'}`` of fresh `DiscriminatorHeads` for feature maps of these shapes."""
+    """Returns ``{'params', 'spectral'}`` of new `DiscriminatorHeads` for feature maps of these shapes."""
 
     # Parameter shapes do not depend on the values of the vectors, so ones do for `init`.
     def placeholder(width):

@@ -2,15 +2,16 @@
 
 A causal transformer (arXiv 2408.00118) with grouped queries, soft-capped scores and norms on both
 sides of attention and MLP; layers of even index see a sliding window. Layers are stacked on a leading
-axis and run by `jax.lax.scan`. Nothing is generated, so there is no logit head and no growing cache;
-`Gemma2.prefix_cache` keeps what never changes of prompts that all begin with the same tokens.
-Checked against the forward pass of transformers' Gemma2Model, whose config fields and weight names
-these are (`interop.gemma2`).
+axis and run by `jax.lax.scan`. There is no logit head and no growing cache, since nothing is generated;
+`Gemma2.prefix_cache` keeps keys and values of the tokens with which all prompts begin. Config fields and
+weight names are those of transformers' Gemma2Model (`interop.gemma2`), with which the forward pass is
+compared.
 """
 
 import dataclasses
 from typing import Any, NamedTuple
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -24,7 +25,7 @@ Array = jax.Array
 
 
 class Prefix(NamedTuple):
-    """What the tokens after a constant prefix of P tokens, and its reader, need of it.
+    """The cached part of a constant prefix of P tokens.
 
     Attributes:
       keys, values: of every layer, keys rotated; [layers, P, kv heads, head_dim].
@@ -41,7 +42,7 @@ class Gemma2:
     """A Gemma-2 by its config; fields are those of transformers' Gemma2Config, defaults those of
     gemma-2-2b, which is SANA's text encoder.
 
-    Fields that are not transformers':
+    Fields of our own:
       dtype: of matmul inputs and of the residual stream. Norms, rotations, scores and softmax are
         float32. Parameters may be stored in it or in float32.
 
@@ -66,21 +67,20 @@ class Gemma2:
     dtype: Any = jnp.float32
 
     def __post_init__(self):
-        if self.num_attention_heads % self.num_key_value_heads:
-            raise UserError(
-                f"text encoder config: num_attention_heads {self.num_attention_heads} is not a "
-                f"multiple of num_key_value_heads {self.num_key_value_heads}"
-            )
-        if self.head_dim % 2:
-            raise UserError(f"text encoder config: head_dim {self.head_dim} must be even")
-        types = self.layer_types or ()
+        heads, groups = self.num_attention_heads, self.num_key_value_heads
+        layers, types = self.num_hidden_layers, self.layer_types or ()
         unknown = sorted(set(types) - {"sliding_attention", "full_attention"})
-        if unknown:
-            raise UserError(f"text encoder config: layer type '{unknown[0]}' is unknown")
-        if types and len(types) != self.num_hidden_layers:
-            raise UserError(
-                f"text encoder config: {len(types)} layer_types for {self.num_hidden_layers} layers"
-            )
+        problem = None
+        if heads % groups:
+            problem = f"num_attention_heads {heads} is no multiple of num_key_value_heads {groups}"
+        elif self.head_dim % 2:
+            problem = f"head_dim {self.head_dim} must be even"
+        elif unknown:
+            problem = f"layer_types has the unknown type '{unknown[0]}'"
+        elif types and len(types) != layers:
+            problem = f"{len(types)} layer_types for {layers} layers"
+        if problem:
+            raise UserError(f"text encoder config: {problem}")
 
     def init(self, key: Array) -> dict:
         """Fresh parameters, float32; under `jax.eval_shape`, the shapes of all of them."""
@@ -102,23 +102,26 @@ class Gemma2:
           params: as of `init`.
           ids: tokens [B, T]; with a prefix of P tokens, those at positions P and on.
           mask: [B, T]; 1 for tokens, 0 for padding, which must be on the right.
-          prefix: of `prefix_cache`, the tokens before ``ids`` in every row; the result is then the
-            same as if they had been given, without their states.
+          prefix: of `prefix_cache`, the tokens before ``ids`` in every row; the result is the same as with
+            these tokens in ``ids``, without their states.
 
         Returns:
-          [B, T, hidden_size] float32. States of padding mean nothing, but are the reference's too.
+          [B, T, hidden_size] float32. States of padding have no use, but equal the reference's.
         """
+        chex.assert_rank(ids, 2)
+        chex.assert_equal_shape([ids, mask])
+        chex.assert_type(ids, int)
         return self._run(params, ids, mask, prefix, keep=False)[0]
 
     def prefix_cache(self, params, ids: Array) -> Prefix:
-        """The `Prefix` of tokens [P] with which every row begins, the begin token first."""
+        """Returns the `Prefix` of tokens [P] with which every row begins, the begin token first."""
         hidden, (keys, values) = self._run(
             params, ids[None], jnp.ones((1, len(ids)), jnp.int32), None, keep=True
         )
         return Prefix(keys[:, 0], values[:, 0], hidden[0])
 
     def _run(self, params, ids, mask, prefix, keep):
-        """Hidden states, and if ``keep`` all layers' keys and values [layers, B, T, heads, c]."""
+        """Returns hidden states, and if ``keep`` all layers' keys and values [layers, B, T, heads, c]."""
         past = 0 if prefix is None else prefix.keys.shape[1]
         length = ids.shape[1]
         mask = jnp.pad(mask.astype(bool), ((0, 0), (past, 0)), constant_values=True)
@@ -142,11 +145,9 @@ class Gemma2:
         return _norm(final).apply({"params": params["norm"]}, x), kept
 
     def _windows(self, length: int) -> np.ndarray:
-        """How many tokens each layer sees of a sequence, the current one included; int32 [layers]."""
-        types = self.layer_types
-        if types is None:
-            pairs = ("sliding_attention", "full_attention")
-            types = [pairs[i % 2] for i in range(self.num_hidden_layers)]
+        """The number of tokens that each layer sees, the current one included; int32 [layers]."""
+        layers, pair = self.num_hidden_layers, ("sliding_attention", "full_attention")
+        types = self.layer_types or [pair[i % 2] for i in range(layers)]
         window = length if self.sliding_window is None else self.sliding_window
         return np.array([length if t == "full_attention" else window for t in types], np.int32)
 
@@ -176,9 +177,9 @@ def _linear(c: Gemma2, features: int, name: str) -> Linear:
 
 def _rotation(c: Gemma2, start: int, length: int) -> tuple[Array, Array]:
     """Cosines and sines [length, head_dim / 2] of positions ``start`` and on, float32."""
-    # In float32 at every step, as the reference: at position 500 an angle rounds by 3e-5.
+    # In float32 at every step, as the reference: at position 500 an angle rounds by 3e-5. Only the power is
+    # taken in float64, since the last bit of NumPy's in float32 depends on the processor.
     exponents = np.arange(0, c.head_dim, 2, dtype=np.float32) / np.float32(c.head_dim)
-    # But for the power: NumPy's in float32 differs by the processor in the last bit.
     powers = np.float64(np.float32(c.rope_theta)) ** exponents.astype(np.float64)
     frequencies = np.float32(1) / powers.astype(np.float32)
     angles = np.arange(start, start + length, dtype=np.float32)[:, None] * frequencies[None]
@@ -202,8 +203,8 @@ class Attention(nn.Module):
         """Args:
           x: [B, T, hidden].
           rotation: of `_rotation`, for the T positions.
-          visible: [B or 1, T, P + T]; True where a query may look.
-          past: keys and values [P, kv heads, head_dim] that come before, or None.
+          visible: [B or 1, T, P + T]; True where a query sees a key.
+          past: keys and values [P, kv heads, head_dim] of the prefix, or None.
 
         Returns:
           ``(output [B, T, hidden], (keys, values) [B, T, kv heads, head_dim] of x)``.
@@ -219,10 +220,8 @@ class Attention(nn.Module):
         v = project(c.num_key_value_heads, "v_proj")
         new = (k, v)
         if past is not None:
-            k, v = (
-                jnp.concatenate([_repeat(a, len(x)), b], axis=1)
-                for a, b in zip(past, new, strict=True)
-            )
+            past = (jnp.broadcast_to(a[None], (len(x), *a.shape)) for a in past)
+            k, v = (jnp.concatenate(pair, axis=1) for pair in zip(past, new, strict=True))
         # Each key serves a group of adjacent queries.
         q = rearrange(q, "b t (n g) c -> b t n g c", n=c.num_key_value_heads)
         scores = jnp.einsum("btngc,bsnc->bngts", q, k, preferred_element_type=wide(q).dtype)
@@ -233,10 +232,6 @@ class Attention(nn.Module):
         weights = jax.nn.softmax(scores, axis=-1).astype(c.dtype)
         out = jnp.einsum("bngts,bsnc->btngc", weights, v).reshape(*x.shape[:2], -1)
         return _linear(c, c.hidden_size, "o_proj")(out), new
-
-
-def _repeat(a: Array, batch: int) -> Array:
-    return jnp.broadcast_to(a[None], (batch, *a.shape))
 
 
 class MLP(nn.Module):

@@ -6,6 +6,7 @@ embedding, softmax and the linear-attention core are float32 (or wider, if the i
 ``dtype`` says. Module names are the weight names of diffusers' SanaTransformer2DModel.
 """
 
+import functools
 import math
 from typing import Any
 
@@ -118,9 +119,9 @@ class ScalarEmbedder(nn.Module):
 class TimeEmbedding(nn.Module):
     """AdaLN-single conditioning: flow time and optional guidance to ``(e [B, d], t6 [B, 6, d])``.
 
-    A new guidance embedder starts with a zero last layer only, so that the student begins as the
-    teacher and yet can learn to depend on guidance (zeroing both layers, as one reference does,
-    leaves every gradient but the last bias at exactly 0).
+    Only the last layer of a new guidance embedder is zero: the student begins as the teacher and can
+    learn to depend on guidance. With both layers zero, as in one reference, every gradient but that of
+    the last bias is exactly 0.
     """
 
     features: int
@@ -130,13 +131,10 @@ class TimeEmbedding(nn.Module):
     def __call__(self, t: Array, guidance: Array | None) -> tuple[Array, Array]:
         embedding = ScalarEmbedder(self.features, name="timestep_embedder")(t)
         if self.guidance_embeds:
-            embedding += ScalarEmbedder(self.features, zero_init=True, name="guidance_embedder")(
-                guidance
-            )
-        rows = Linear(6 * self.features, kernel_init=small_normal, name="linear")(
-            nn.silu(embedding)
-        )
-        return embedding, rearrange(rows, "b (r d) -> b r d", r=6)
+            embedder = ScalarEmbedder(self.features, zero_init=True, name="guidance_embedder")
+            embedding += embedder(guidance)
+        linear = Linear(6 * self.features, kernel_init=small_normal, name="linear")
+        return embedding, rearrange(linear(nn.silu(embedding)), "b (r d) -> b r d", r=6)
 
 
 class CaptionProjection(nn.Module):
@@ -183,18 +181,16 @@ class LinearAttention(nn.Module):
 
     @nn.compact
     def __call__(self, x: Array) -> Array:
-        def project(name):
-            return Linear(
-                self.features, self.use_bias, dtype=self.dtype, kernel_init=xavier, name=name
-            )
-
-        q, k, v = (project(name)(x) for name in ("to_q", "to_k", "to_v"))
+        linear = functools.partial(Linear, self.features, dtype=self.dtype, kernel_init=xavier)
+        q, k, v = (
+            linear(use_bias=self.use_bias, name=name)(x) for name in ("to_q", "to_k", "to_v")
+        )
         if self.qk_norm:
             q = RMSNorm(self.dtype, name="norm_q")(q)
             k = RMSNorm(self.dtype, name="norm_k")(k)
         q, k, v = (rearrange(a, "b h w (n c) -> b (h w) n c", n=self.heads) for a in (q, k, v))
         out = linear_attention(q, k, v).reshape(x.shape).astype(self.dtype)
-        return Linear(self.features, dtype=self.dtype, kernel_init=xavier, name="to_out_0")(out)
+        return linear(name="to_out_0")(out)
 
 
 class CrossAttention(nn.Module):
@@ -238,17 +234,15 @@ class GLUMBConv(nn.Module):
 
     @nn.compact
     def __call__(self, x: Array) -> Array:
-        x = Linear(2 * self.hidden, dtype=self.dtype, kernel_init=xavier, name="conv_inverted")(x)
+        linear = functools.partial(Linear, dtype=self.dtype, kernel_init=xavier)
+        x = linear(2 * self.hidden, name="conv_inverted")(x)
         x = DepthwiseConv(2 * self.hidden, self.dtype, name="conv_depth")(nn.silu(x))
         if self.groups == 1:
             value, gate = jnp.split(x, 2, axis=-1)
         else:
             x = rearrange(x, "b h w (n two c) -> two b h w (n c)", n=self.groups, two=2)
             value, gate = x[0], x[1]
-        out = Linear(
-            self.features, use_bias=False, dtype=self.dtype, kernel_init=xavier, name="conv_point"
-        )
-        return out(value * nn.silu(gate))
+        return linear(self.features, use_bias=False, name="conv_point")(value * nn.silu(gate))
 
 
 class DepthwiseConv(nn.Module):
@@ -260,9 +254,8 @@ class DepthwiseConv(nn.Module):
     @nn.compact
     def __call__(self, x: Array) -> Array:
         # A uniform bound of 1/sqrt(fan_in) with fan_in 9: torch's default for this layer.
-        init = nn.initializers.variance_scaling(
-            1 / 3, "fan_in", "uniform", in_axis=(0, 1), out_axis=2
-        )
+        scaling = nn.initializers.variance_scaling
+        init = scaling(1 / 3, "fan_in", "uniform", in_axis=(0, 1), out_axis=2)
         kernel = self.param("kernel", init, (3, 3, self.features))
         bias = self.param("bias", nn.initializers.zeros, (self.features,))
         return depthwise_conv3x3(x, kernel.astype(self.dtype), bias.astype(self.dtype))

@@ -2,14 +2,15 @@
 
 One definition serves student, teacher, EMA and feature extractor: a pure function of
 ``(params, inputs)``. Blocks are stacked on a leading axis and run by `jax.lax.scan`, in segments that
-end at the blocks whose output is asked for, so that a frozen teacher keeps tapped features only and
-computes nothing after the last of them. Checked against the forward pass of diffusers'
-SanaTransformer2DModel, whose weight names the modules carry.
+end at the tapped blocks: a frozen teacher keeps only tapped features and computes nothing after the
+last of them. Weight names are those of diffusers' SanaTransformer2DModel, with which the forward pass is
+compared.
 """
 
 from collections.abc import Callable
 from typing import Any
 
+import chex
 import jax
 import jax.numpy as jnp
 from einops import rearrange
@@ -30,6 +31,7 @@ from .layers import (
     modulate,
     sincos_positions,
     wide,
+    xavier,
 )
 
 Array = jax.Array
@@ -76,13 +78,13 @@ class SanaTransformerBlock(nn.Module):
 class SanaTransformer(nn.Module):
     """The SANA linear DiT; fields are named as in diffusers' config. See `SIZES`.
 
-    Fields that are not diffusers':
+    Fields of our own:
       logvar: adds the head that predicts the sCM loss's log variance per sample (training only).
       dtype: of matmuls and of the residual stream; parameters are always float32.
       remat: what the backward pass recomputes, a name that `remat` accepts.
       scan: run the stacked blocks by `lax.scan`; False unrolls them (slower to compile).
-      partition: where weights in use and activations lie on a mesh of several devices, as
-        `parallel.sharding.Partition`; None leaves it to the compiler.
+      partition: a `parallel.sharding.Partition`, which places weights in use and activations on a mesh of
+        several devices; None leaves that to the compiler.
     """
 
     in_channels: int = 32
@@ -129,7 +131,7 @@ class SanaTransformer(nn.Module):
         taps: tuple[int, ...] = (),
         with_logvar: bool = False,
     ):
-        """Flow-matching velocity of noisy latents.
+        """Computes the flow-matching velocity of noisy latents.
 
         Args:
           x: ``x_fm`` [B, h, w, in_channels]; h and w multiples of ``patch_size``.
@@ -146,10 +148,11 @@ class SanaTransformer(nn.Module):
           velocity [B, h, w, out_channels] in float32; or ``(velocity, logvar [B])``; or features.
 
         Raises:
-          ValueError: if guidance is missing or not expected, taps are out of range, or the latent
-            size is not a multiple of the patch size.
+          ValueError: guidance is missing or not expected, taps are out of range, or the latent size is not
+            a multiple of the patch size.
+          AssertionError: of chex, for other shapes and dtypes.
         """
-        self._check(x, guidance, taps, with_logvar)
+        self._check(x, t, text, mask, guidance, taps, with_logvar)
         p, d = self.patch_size, self.features
         patches = rearrange(x, "b (h p) (w q) c -> b h w (p q c)", p=p, q=p)
         tokens = _PatchEmbed(d, self.dtype, name="patch_embed")(patches)
@@ -171,27 +174,28 @@ class SanaTransformer(nn.Module):
         init = nn.initializers.normal(d**-0.5)
         rows = self.param("scale_shift_table", init, (2, d))[None] + embedding[:, None]
         tokens = modulate(layer_norm(tokens), rows[:, 0], rows[:, 1]).astype(self.dtype)
-        out = Linear(
-            p * p * self.out_channels,
-            dtype=self.dtype,
-            kernel_init=nn.initializers.zeros,
-            name="proj_out",
-        )(tokens)
+        width, zeros = p * p * self.out_channels, nn.initializers.zeros
+        out = Linear(width, dtype=self.dtype, kernel_init=zeros, name="proj_out")(tokens)
         velocity = rearrange(wide(out), "b h w (p q c) -> b (h p) (w q) c", p=p, q=p)
         if not self.logvar:
             return velocity
-        logvar = Linear(1, kernel_init=nn.initializers.xavier_uniform(), name="logvar_linear")(
-            embedding
-        )[:, 0]
+        logvar = Linear(1, kernel_init=xavier, name="logvar_linear")(embedding)[:, 0]
         return (velocity, logvar) if with_logvar else velocity
 
-    def _check(self, x, guidance, taps, with_logvar):
+    def _check(self, x, t, text, mask, guidance, taps, with_logvar):
+        batch = x.shape[0]
+        chex.assert_shape(x, (None, None, None, self.in_channels))
+        chex.assert_shape(text, (batch, None, self.caption_channels))
+        chex.assert_shape([t, mask], [(batch,), text.shape[:2]])
+        chex.assert_type([x, t, text], float)
         if self.guidance_embeds and guidance is None:
             raise ValueError(
                 "this model embeds guidance: pass guidance = CFG scale * 0.1, shape [B]"
             )
-        if not self.guidance_embeds and guidance is not None:
-            raise ValueError("this model has no guidance embedding: pass guidance=None")
+        if guidance is not None:
+            if not self.guidance_embeds:
+                raise ValueError("this model has no guidance embedding: pass guidance=None")
+            chex.assert_shape(guidance, (batch,))
         if any(size % self.patch_size for size in x.shape[1:3]):
             raise ValueError(
                 f"latent size {x.shape[1:3]} is not a multiple of patch_size {self.patch_size}"
@@ -243,26 +247,21 @@ class SanaTransformer(nn.Module):
 
 
 def from_fields(fields: dict, **changes) -> SanaTransformer:
-    """A `SanaTransformer` from plain config values, where dtypes are names and no positions is 0.
+    """Returns a `SanaTransformer` of plain config values: dtypes by name, interpolation_scale 0 for None.
 
     Args:
       fields: SanaTransformer's fields, e.g. the ``model`` part of a run's config.json.
       **changes: fields that override them.
 
     Raises:
-      UserError: if the two head counts do not give the same width, or a name is not known.
+      UserError: the two head counts do not give the same width, or a name is not known.
     """
-    fields = dict(fields) | changes
-    if fields.get("dtype", "float32") not in ("float32", "bfloat16"):
-        raise UserError(
-            f"model.dtype '{fields['dtype']}' is not one of float32, bfloat16", exit_code=2
-        )
-    if fields.get("remat", "none") not in ("none", *POLICIES):
-        raise UserError(
-            f"model.remat '{fields['remat']}' is not one of none, {', '.join(POLICIES)}",
-            exit_code=2,
-        )
-    fields["dtype"] = jnp.dtype(fields.get("dtype", "float32"))
+    fields = {"dtype": "float32", "remat": "none"} | dict(fields) | changes
+    names = {"dtype": ("float32", "bfloat16"), "remat": ("none", *POLICIES)}
+    for key, known in names.items():
+        if fields[key] not in known:
+            raise UserError(f"model.{key} '{fields[key]}' is not one of {', '.join(known)}", 2)
+    fields["dtype"] = jnp.dtype(fields["dtype"])
     fields["interpolation_scale"] = fields.get("interpolation_scale") or None
     model = SanaTransformer(**fields)
     cross = model.num_cross_attention_heads * model.cross_attention_head_dim
@@ -283,24 +282,15 @@ class _PatchEmbed(nn.Module):
 
     @nn.compact
     def __call__(self, patches: Array) -> Array:
-        dense = Linear(
-            self.features,
-            dtype=self.dtype,
-            kernel_init=nn.initializers.xavier_uniform(),
-            name="proj",
-        )
-        return dense(patches)
+        return Linear(self.features, dtype=self.dtype, kernel_init=xavier, name="proj")(patches)
 
 
-_SMALL = dict(
-    num_attention_heads=36, num_layers=28, num_cross_attention_heads=16, cross_attention_head_dim=72
-)
-_LARGE = dict(
-    num_attention_heads=70,
-    num_layers=20,
-    num_cross_attention_heads=20,
-    cross_attention_head_dim=112,
-)
+_SMALL = dict(num_attention_heads=36, num_layers=28)
+_SMALL |= dict(num_cross_attention_heads=16, cross_attention_head_dim=72)
+_LARGE = dict(num_attention_heads=70, num_layers=20)
+_LARGE |= dict(num_cross_attention_heads=20, cross_attention_head_dim=112)
+_DIGITS = dict(in_channels=12, out_channels=12, caption_channels=64, sample_size=8, num_layers=6)
+_DIGITS |= dict(num_attention_heads=4, num_cross_attention_heads=4, cross_attention_head_dim=32)
 _TEACHER = dict(qk_norm=True, timestep_scale=0.001)
 _STUDENT = dict(qk_norm=True, timestep_scale=0.001, guidance_embeds=True)
 
@@ -314,15 +304,5 @@ SIZES = {
     "sana-1600m": _LARGE,
     "sana1.5-1600m": _LARGE | dict(qk_norm=True),
     "4800m": _LARGE | dict(qk_norm=True, num_layers=60),
-    "digits": dict(
-        in_channels=12,
-        out_channels=12,
-        num_attention_heads=4,
-        num_layers=6,
-        num_cross_attention_heads=4,
-        cross_attention_head_dim=32,
-        caption_channels=64,
-        sample_size=8,
-        **_TEACHER,
-    ),
+    "digits": _DIGITS | _TEACHER,
 }

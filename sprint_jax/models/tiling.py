@@ -1,4 +1,4 @@
-"""Encoding and decoding by overlapping tiles, for pictures whose activations do not fit into memory."""
+"""Encoding and decoding by overlapping tiles, for pictures whose activations exceed the memory."""
 
 import dataclasses
 from collections.abc import Callable
@@ -11,13 +11,13 @@ Array = jax.Array
 
 @dataclasses.dataclass(frozen=True)
 class Tiling:
-    """Overlapping tiles, blended as diffusers does, for pictures that do not fit into memory.
+    """Overlapping tiles, blended as diffusers does.
 
-    Attention sees a tile only, so that the result differs from that of the whole picture.
+    Attention sees only one tile, so the result differs from that of the whole picture.
 
     Attributes:
-      size: side of a tile in pixels; pictures within it are not cut.
-      stride: distance of tiles in pixels; what they overlap is blended linearly.
+      size: side of a tile in pixels; smaller pictures are not cut.
+      stride: distance of tiles in pixels; overlaps are blended linearly.
     """
 
     size: int = 512

@@ -1,4 +1,4 @@
-"""Tests of loading and interop.hub: pipeline folders, and what can be wrong with them."""
+"""Pipeline folders and hub ids, loaded and drawn from, and folders that are wrong."""
 
 import json
 import shutil
@@ -9,33 +9,18 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from helpers.tiny_sana import STUDENT
+from helpers.workdirs import random_params
 
 from sprint_jax import SprintPipeline, sample
 from sprint_jax.core.errors import UserError
 from sprint_jax.interop import hub
 from sprint_jax.interop.diffusers import WEIGHTS, save_transformer
-from sprint_jax.interop.sana import example_inputs
-from sprint_jax.models.sana import from_fields
 
 STORED = Path(__file__).parents[1] / "parity" / "stored"
-FIELDS = dict(
-    in_channels=4,
-    out_channels=4,
-    num_attention_heads=2,
-    attention_head_dim=8,
-    num_layers=2,
-    num_cross_attention_heads=2,
-    cross_attention_head_dim=8,
-    sample_size=4,
-    qk_norm=True,
-    timestep_scale=0.001,
-)
+FIELDS = STUDENT | dict(in_channels=4, out_channels=4, sample_size=4, num_layers=2, logvar=False)
 PROMPTS = ["a red cat", "a wall"]
-
-
-def write_json(path: Path, value) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(value))
+INDEX = "model_index.json"
 
 
 def write_pipeline(folder: Path, student: bool = True) -> Path:
@@ -45,15 +30,12 @@ def write_pipeline(folder: Path, student: bool = True) -> Path:
         shutil.copytree(STORED / "gemma2" / part, folder / part)
     width = json.loads((folder / "text_encoder" / "config.json").read_text())["hidden_size"]
     fields = FIELDS | dict(guidance_embeds=student, caption_channels=width)
-    model = from_fields(fields)
-    shapes = jax.eval_shape(model.init, jax.random.key(0), *example_inputs(model))["params"]
-    random = np.random.default_rng(0)
-    params = jax.tree.map(lambda a: 0.2 * random.normal(size=a.shape).astype("float32"), shapes)
-    save_transformer(folder / "transformer", fields, params)
+    save_transformer(folder / "transformer", fields, random_params(fields, 0))
     scheduler = {"sigma_data": 0.5} if student else {"flow_shift": 2.5}
-    write_json(folder / "scheduler" / "scheduler_config.json", scheduler)
+    (folder / "scheduler").mkdir()
+    (folder / "scheduler" / "scheduler_config.json").write_text(json.dumps(scheduler))
     name = "SanaSprintPipeline" if student else "SanaPipeline"
-    write_json(folder / "model_index.json", {"_class_name": name})
+    (folder / INDEX).write_text(json.dumps({"_class_name": name}))
     return folder
 
 
@@ -73,7 +55,7 @@ def test_a_student_draws_in_one_to_four_steps(written):
     drawn = [np.stack(pipe(PROMPTS, steps=n)) for n in (1, 2, 3, 4)]
     assert all(pictures.shape == (2, 16, 16, 3) for pictures in drawn)
     assert np.stack(pipe(PROMPTS[:1], height=24, width=8)).shape == (1, 24, 8, 3)
-    with pytest.raises(UserError, match="size 18x16: both must be multiples of 4"):
+    with pytest.raises(UserError, match=r"18x16.* 4"):
         pipe(PROMPTS, height=18)
 
 
@@ -93,11 +75,6 @@ def test_bfloat16_reaches_every_part(written):
     assert {leaf.dtype for leaf in jax.tree.leaves(parts)} == {jnp.dtype("bfloat16")}
     dtypes = pipe.model.dtype, pipe.autoencoder.config.dtype, pipe.text_encoder.gemma.dtype
     assert all(dtype == jnp.bfloat16 for dtype in dtypes)
-    exact = SprintPipeline.from_pretrained(written)
-    text, mask = exact.encode_text(PROMPTS)
-    gap = np.abs(pipe.encode_text(PROMPTS)[0] - text)[mask == 1].max() / np.abs(text).max()
-    # Eight bits of mantissa through a few layers.
-    assert 0 < gap < 0.1
 
 
 def test_the_command_draws_from_a_folder(written, tmp_path):
@@ -107,38 +84,33 @@ def test_the_command_draws_from_a_folder(written, tmp_path):
 
 
 def change(path: Path, **changes) -> None:
-    write_json(path, json.loads(path.read_text()) | changes)
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
 
 
 @pytest.mark.parametrize(
-    "damage, message",
+    ("damage", "names"),
     [
-        (lambda f: change(f / "model_index.json", _class_name="FluxPipeline"), "'FluxPipeline'"),
-        (lambda f: (f / "model_index.json").write_text("{"), r"model_index\.json cannot be read"),
-        (lambda f: (f / "model_index.json").write_text("[]"), "holds list, not a dict"),
-        (lambda f: change(f / "model_index.json", _class_name="SanaPipeline"), "guidance_embeds"),
-        (lambda f: shutil.rmtree(f / "scheduler"), r"scheduler_config\.json is missing"),
-        (lambda f: shutil.rmtree(f / "transformer"), r"transformer.config\.json is missing"),
-        (lambda f: shutil.rmtree(f / "vae"), r"vae.config\.json is missing"),
-        (lambda f: shutil.rmtree(f / "text_encoder"), r"text_encoder.config\.json is missing"),
-        (lambda f: shutil.rmtree(f / "tokenizer"), r"tokenizer.*is missing"),
-        (lambda f: (f / "transformer" / WEIGHTS).write_bytes(b"12"), "no whole safetensors file"),
-        (lambda f: change(f / "transformer" / "config.json", num_layers=3), r"blocks\.2.* missing"),
-        (lambda f: change(f / "transformer" / "config.json", norm_eps=1e-5), "norm_eps 1e-05"),
+        (lambda f: change(f / INDEX, _class_name="FluxPipeline"), [INDEX, "'FluxPipeline'"]),
+        (lambda f: (f / INDEX).write_text("{"), [INDEX]),
+        (lambda f: (f / INDEX).write_text("[]"), [INDEX, "list"]),
+        (lambda f: change(f / INDEX, _class_name="SanaPipeline"), ["guidance_embeds", INDEX]),
+        (lambda f: shutil.rmtree(f / "scheduler"), ["scheduler/scheduler_config.json"]),
+        (lambda f: shutil.rmtree(f / "transformer"), ["transformer/config.json"]),
+        (lambda f: shutil.rmtree(f / "vae"), ["vae/config.json"]),
+        (lambda f: shutil.rmtree(f / "text_encoder"), ["text_encoder/config.json"]),
+        (lambda f: shutil.rmtree(f / "tokenizer"), ["tokenizer/tokenizer.json"]),
+        (lambda f: (f / "transformer" / WEIGHTS).write_bytes(b"12"), [f"transformer/{WEIGHTS}"]),
+        (lambda f: change(f / "vae" / "config.json", latent_channels=8), ["vae: tensor "]),
     ],
 )
-def test_damaged_folders_end_in_one_line(folder, tmp_path, damage, message):
+def test_damaged_folders_end_in_one_line(folder, tmp_path, damage, names):
     damage(folder)
     out = tmp_path / "out"
-    with pytest.raises(UserError, match=message) as raised:
+    with pytest.raises(UserError) as raised:
         sample.main(["--model", str(folder), "--prompt", "a cat", "--out", str(out)])
-    assert "\n" not in str(raised.value) and not out.exists()
-
-
-def test_parts_of_different_models(folder):
-    change(folder / "vae" / "config.json", latent_channels=8)
-    with pytest.raises(UserError, match="vae: tensor"):
-        SprintPipeline.from_pretrained(folder)
+    message = str(raised.value)
+    assert all(name in message for name in [str(folder), *names]), message
+    assert "\n" not in message and not out.exists()
 
 
 def test_hub_ids(written, tmp_path, monkeypatch):
@@ -146,7 +118,7 @@ def test_hub_ids(written, tmp_path, monkeypatch):
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
     assert hub.is_hub_id("Efficient-Large-Model/Sana_Sprint_0.6B_1024px_diffusers")
     assert not any(map(hub.is_hub_id, ["student", "./runs/x", "/a/b", "a/b/c", str(written)]))
-    with pytest.raises(UserError, match="org/model is no folder here and could not be had from"):
+    with pytest.raises(UserError, match="org/model"):
         SprintPipeline.from_pretrained("org/model")
     # As the hub's library keeps what it once downloaded.
     cache = tmp_path / "models--org--model"

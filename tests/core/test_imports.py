@@ -29,8 +29,8 @@ MAY_IMPORT = {
     "metrics": "core",
     "digits": "core metrics",
     "interop": "core models",
-    "encoders": "core models parallel.sharding digits interop",
     "checkpoints": "core parallel.sharding interop",
+    "encoders": "core models parallel.sharding digits interop checkpoints.locate",
     # The version is written into exported files.
     "artifacts": f"core models parallel.sharding interop encoders checkpoints {METHOD} __version__",
     "data": "core parallel.sharding digits encoders",

@@ -19,7 +19,7 @@ from sprint_jax.data import feed
 from sprint_jax.data.loader import prefetch
 from sprint_jax.data.sources.image_records import write_image_records
 from sprint_jax.data.sources.records import Rejected
-from sprint_jax.digits.scenes import open_digits
+from sprint_jax.digits.dataset import open_digits
 from sprint_jax.training import setup
 
 TEACHER = "configs/digits.py:teacher,small"

@@ -9,50 +9,24 @@ import torch
 from diffusers import AutoencoderDC, SanaTransformer2DModel
 from transformers import Gemma2Config, Gemma2Model, GemmaTokenizer
 
+BLOCKS = ("ResBlock", "ResBlock", "EfficientViTBlock")
 TINY_DC_AE = dict(
-    in_channels=3,
-    latent_channels=4,
-    attention_head_dim=4,
-    encoder_block_types=("ResBlock", "ResBlock", "EfficientViTBlock"),
-    decoder_block_types=("ResBlock", "ResBlock", "EfficientViTBlock"),
-    encoder_block_out_channels=(8, 8, 16),
-    decoder_block_out_channels=(8, 8, 16),
-    encoder_layers_per_block=(1, 2, 1),
-    decoder_layers_per_block=(2, 1, 1),
-    encoder_qkv_multiscales=((), (), (5,)),
-    decoder_qkv_multiscales=((), (), (5,)),
-    upsample_block_type="interpolate",
-    downsample_block_type="Conv",
-    scaling_factor=0.41407,
+    in_channels=3, latent_channels=4, attention_head_dim=4, upsample_block_type="interpolate"
 )
+for half in ("encoder", "decoder"):
+    TINY_DC_AE |= {f"{half}_block_types": BLOCKS, f"{half}_block_out_channels": (8, 8, 16)}
+    TINY_DC_AE[f"{half}_qkv_multiscales"] = ((), (), (5,))
+TINY_DC_AE |= dict(encoder_layers_per_block=(1, 2, 1), decoder_layers_per_block=(2, 1, 1))
+TINY_DC_AE |= dict(downsample_block_type="Conv", scaling_factor=0.41407)
 
-TINY_SANA = dict(
-    in_channels=4,
-    out_channels=4,
-    num_attention_heads=3,
-    attention_head_dim=8,
-    num_layers=3,
-    num_cross_attention_heads=2,
-    cross_attention_head_dim=12,
-    cross_attention_dim=24,
-    caption_channels=10,
-    sample_size=8,
-    qk_norm="rms_norm_across_heads",
-    timestep_scale=0.001,
-)
+TINY_SANA = dict(in_channels=4, out_channels=4, caption_channels=10, sample_size=8, num_layers=3)
+TINY_SANA |= dict(num_attention_heads=3, attention_head_dim=8, cross_attention_dim=24)
+TINY_SANA |= dict(num_cross_attention_heads=2, cross_attention_head_dim=12)
+TINY_SANA |= dict(qk_norm="rms_norm_across_heads", timestep_scale=0.001)
 
-TINY_GEMMA2 = dict(
-    vocab_size=600,
-    hidden_size=32,
-    intermediate_size=48,
-    num_hidden_layers=4,
-    num_attention_heads=4,
-    num_key_value_heads=2,
-    head_dim=8,
-    query_pre_attn_scalar=8,
-    attn_logit_softcapping=5.0,
-    rope_theta=500.0,
-)
+TINY_GEMMA2 = dict(vocab_size=600, hidden_size=32, intermediate_size=48, num_hidden_layers=4)
+TINY_GEMMA2 |= dict(num_attention_heads=4, num_key_value_heads=2, head_dim=8, rope_theta=500.0)
+TINY_GEMMA2 |= dict(query_pre_attn_scalar=8, attn_logit_softcapping=5.0)
 
 
 def randomize(model: torch.nn.Module, seed: int = 0, std: float = 0.3) -> torch.nn.Module:
@@ -62,10 +36,6 @@ def randomize(model: torch.nn.Module, seed: int = 0, std: float = 0.3) -> torch.
         for parameter in model.parameters():
             parameter.copy_(torch.randn(parameter.shape, generator=generator) * std + 0.2)
     return model.eval()
-
-
-def tiny_dc_ae(**changes) -> AutoencoderDC:
-    return randomize(AutoencoderDC(**(TINY_DC_AE | changes)))
 
 
 def randomize_scaled(model: torch.nn.Module, seed: int = 0) -> torch.nn.Module:
@@ -81,6 +51,10 @@ def randomize_scaled(model: torch.nn.Module, seed: int = 0) -> torch.nn.Module:
                 size = torch.rand(parameter.shape, generator=generator) * 1.2 + 0.4
                 parameter.copy_(size * new.sign())
     return model.eval()
+
+
+def tiny_dc_ae(**changes) -> AutoencoderDC:
+    return randomize(AutoencoderDC(**(TINY_DC_AE | changes)))
 
 
 def tiny_sana(seed: int = 0, **changes) -> SanaTransformer2DModel:
@@ -116,6 +90,14 @@ def tiny_tokenizer(texts: Iterable[str], vocab_size: int = TINY_GEMMA2["vocab_si
         add_bos_token=True,
         add_eos_token=False,
     )
+
+
+def same_weights(model: torch.nn.Module, other: torch.nn.Module) -> None:
+    """Both models have the same tensors, bit for bit."""
+    one, two = model.state_dict(), other.state_dict()
+    assert one.keys() == two.keys()
+    assert all(torch.equal(one[name], two[name]) for name in one)
+    assert all(one[name].dtype == two[name].dtype for name in one)
 
 
 def channels_first(array) -> torch.Tensor:

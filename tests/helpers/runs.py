@@ -25,7 +25,8 @@ from sprint_jax.core import cli
 from sprint_jax.core.config import Config, load_config
 from sprint_jax.core.fingerprint import leaf_table
 from sprint_jax.data import feed
-from sprint_jax.digits.scenes import Digits, DigitsConfig, World, get_world, open_digits
+from sprint_jax.digits.dataset import Digits, DigitsConfig, open_digits
+from sprint_jax.digits.worlds import World, get_world
 from sprint_jax.parallel import sharding
 from sprint_jax.training import setup
 from sprint_jax.training.stages import lower_updates

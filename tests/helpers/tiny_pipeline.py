@@ -4,34 +4,17 @@ from pathlib import Path
 
 import diffusers
 import torch
-from helpers.reference import randomize, tiny_dc_ae, tiny_gemma2, tiny_tokenizer
+from helpers.reference import TINY_SANA, randomize, tiny_dc_ae, tiny_gemma2, tiny_tokenizer
 
 from sprint_jax.encoders.text import INSTRUCTION
 
 PROMPTS = ["A red cat on a wall", "", "two dogs, in oil"]
-TINY_SANA = dict(
-    in_channels=4,
-    out_channels=4,
-    num_attention_heads=3,
-    attention_head_dim=8,
-    num_layers=2,
-    num_cross_attention_heads=2,
-    cross_attention_head_dim=12,
-    cross_attention_dim=24,
-    sample_size=8,
-    qk_norm="rms_norm_across_heads",
-)
 # One pixel in 32 x 32 is a latent, as in the published autoencoder.
-SIX_STAGES = dict(
-    encoder_block_types="ResBlock",
-    decoder_block_types="ResBlock",
-    encoder_block_out_channels=(8,) * 6,
-    decoder_block_out_channels=(8,) * 6,
-    encoder_layers_per_block=(1,) * 6,
-    decoder_layers_per_block=(1,) * 6,
-    encoder_qkv_multiscales=((),) * 6,
-    decoder_qkv_multiscales=((),) * 6,
-)
+STAGES = dict(block_types="ResBlock", block_out_channels=(8,) * 6)
+STAGES |= dict(layers_per_block=(1,) * 6, qkv_multiscales=((),) * 6)
+SIX_STAGES = {
+    f"{half}_{key}": value for half in ("encoder", "decoder") for key, value in STAGES.items()
+}
 
 
 def centered(model: torch.nn.Module) -> torch.nn.Module:
@@ -50,9 +33,10 @@ def tiny_pipeline(student: bool, full_size: bool = False):
     tokenizer = tiny_tokenizer([INSTRUCTION, *PROMPTS])
     text_encoder = tiny_gemma2(vocab_size=len(tokenizer))
     width = text_encoder.config.hidden_size
-    how = dict(guidance_embeds=True) if student else dict(timestep_scale=0.001)
-    fields = TINY_SANA | dict(caption_channels=width, sample_size=32 if full_size else 8)
-    transformer = diffusers.SanaTransformer2DModel(**fields, **how)
+    fields = TINY_SANA | dict(caption_channels=width, num_layers=2)
+    fields |= dict(guidance_embeds=True, timestep_scale=1.0) if student else {}
+    fields |= dict(sample_size=32) if full_size else {}
+    transformer = diffusers.SanaTransformer2DModel(**fields)
     kind = diffusers.SanaSprintPipeline if student else diffusers.SanaPipeline
     if student:
         scheduler = diffusers.SCMScheduler(prediction_type="trigflow", sigma_data=0.5)

@@ -6,10 +6,10 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import numpy as np
+from helpers.tiny_sana import abstract_params
 
 from configs import default
 from sprint_jax.checkpoints.checkpoint import Checkpoints
-from sprint_jax.models.sana import from_fields
 
 STEP = 7
 
@@ -29,16 +29,12 @@ def tiny_config(stage: str, world: str = "small"):
 
 def random_params(fields: dict, seed: int):
     """Parameters none of which is zero: fresh ones would give the velocity 0."""
-    model = from_fields(fields)
-    guidance = jnp.zeros(1) if model.guidance_embeds else None
-    inputs = jnp.zeros((1, 4, 4, 12)), jnp.zeros(1), jnp.zeros((1, 12, 64)), jnp.ones((1, 12))
-    shapes = jax.eval_shape(model.init, jax.random.key(0), *inputs, guidance)["params"]
     generator = np.random.default_rng(seed)
 
     def draw(leaf):
         return jnp.asarray(0.2 * generator.standard_normal(leaf.shape), leaf.dtype)
 
-    return jax.tree.map(draw, shapes)
+    return jax.tree.map(draw, abstract_params(fields))
 
 
 def slow_time_params(fields: dict, seed: int):

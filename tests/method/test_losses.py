@@ -6,7 +6,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from helpers.sana_derivation import assert_close, cast, fast_jit, setup
+from helpers.compare import assert_close
+from helpers.tiny_sana import cast, fast_jit, setup
 
 from sprint_jax import losses, trigflow
 from sprint_jax.models.sana import SIZES, SanaTransformer
@@ -148,7 +149,7 @@ def real_student(fields, inputs):
     ],
 )
 def test_shared_and_separate_jvp_have_the_same_gradient(remat, scan):
-    fields, params, inputs = setup("student")
+    fields, params, inputs = setup()
     blocks = jax.tree.map(lambda leaf: leaf[:2], params["transformer_blocks"])
     params = cast(params | {"transformer_blocks": blocks}, jnp.float32)
     fields = fields | dict(num_layers=2, remat=remat, scan=scan, out_channels=3)

@@ -1,4 +1,4 @@
-"""The depthwise convolution against XLA's grouped one: values, derivatives, batching, programs."""
+"""The depthwise convolution and its derivatives against XLA's grouped one."""
 
 import re
 
@@ -7,23 +7,19 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from helpers.compare import assert_close
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from sprint_jax.models.depthwise import depthwise_conv3x3
 
-SHAPES = [(2, 5, 7, 6), (3, 8, 8, 4), (2, 4, 12, 5), (1, 1, 9, 3), (2, 6, 1, 4), (1, 1, 1, 1)]
+SHAPES = [(2, 5, 7, 6), (2, 4, 12, 5), (1, 1, 9, 3), (2, 6, 1, 4), (1, 1, 1, 1)]
 
 
 def grouped_convolution(x, kernel, bias):
-    return bias.reshape(1, 1, 1, -1) + jax.lax.conv_general_dilated(
-        x,
-        kernel[:, :, None],
-        (1, 1),
-        ((1, 1), (1, 1)),
-        dimension_numbers=("NHWC", "HWIO", "NHWC"),
-        feature_group_count=x.shape[-1],
-        precision="highest",
-    )
+    how = dict(dimension_numbers=("NHWC", "HWIO", "NHWC"), precision="highest")
+    how |= dict(window_strides=(1, 1), padding="SAME", feature_group_count=x.shape[-1])
+    y = jax.lax.conv_general_dilated(x, kernel[:, :, None], **how)
+    return bias.reshape(1, 1, 1, -1) + y
 
 
 def make_arguments(shape, dtype=np.float32, seed=0):
@@ -32,12 +28,9 @@ def make_arguments(shape, dtype=np.float32, seed=0):
     return tuple(jnp.asarray(random.normal(size=each), dtype) for each in shapes)
 
 
-def assert_close(actual, expected, tolerance):
-    """Compares trees; errors are relative to the largest entry of each leaf."""
-    chex.assert_trees_all_equal_shapes_and_dtypes(actual, expected)
-    scales = jax.tree.map(lambda leaf: jnp.abs(leaf).max(), expected)
-    actual, expected = (jax.tree.map(jnp.divide, tree, scales) for tree in (actual, expected))
-    chex.assert_trees_all_close(actual, expected, rtol=0, atol=tolerance)
+def agree(actual, expected, limit=1e-6):
+    chex.assert_trees_all_equal_dtypes(actual, expected)
+    assert_close(actual, expected, limit)
 
 
 def gradients(convolution, arguments, cotangent):
@@ -75,93 +68,69 @@ DERIVATIVES = {
 }
 
 
+@pytest.mark.parametrize(("dtype", "limit"), [(np.float32, 1e-6), (np.float64, 1e-12)])
 @pytest.mark.parametrize("derivative", DERIVATIVES.values(), ids=DERIVATIVES)
-def test_agrees_with_grouped_convolution(derivative):
-    with jax.enable_x64(True):
-        for shape in SHAPES:
-            inputs = [make_arguments(shape, np.float64, seed) for seed in (0, 1)]
-            compute = jax.jit(derivative, static_argnums=0)
-            expected = compute(grouped_convolution, *inputs)
-            assert_close(compute(depthwise_conv3x3, *inputs), expected, 1e-12)
+def test_agrees_with_grouped_convolution(derivative, dtype, limit):
+    with jax.enable_x64(dtype == np.float64):
+        compute = jax.jit(derivative, static_argnums=0)
+        for shape in SHAPES if dtype == np.float32 else SHAPES[:2]:
+            both = make_arguments(shape, dtype), make_arguments(shape, dtype, seed=1)
+            agree(compute(depthwise_conv3x3, *both), compute(grouped_convolution, *both), limit)
 
 
 def test_bfloat16_is_rounded_once():
-    shape = (4, 8, 8, 6)
-    arguments = make_arguments(shape, jnp.bfloat16)
+    arguments = make_arguments((4, 8, 8, 6), jnp.bfloat16)
     exact = [np.asarray(each, np.float32) for each in arguments]
-    cotangent = make_arguments(shape, jnp.bfloat16, seed=1)[0]
+    cotangent = make_arguments((4, 8, 8, 6), jnp.bfloat16, seed=1)[0]
     actual = gradients(depthwise_conv3x3, arguments, cotangent)[:2]
     expected = gradients(grouped_convolution, exact, np.asarray(cotangent, np.float32))[:2]
     actual += (depthwise_conv3x3(*arguments[:2], jnp.zeros(6)),)
     expected += (grouped_convolution(*exact[:2], np.zeros(6, np.float32)),)
-    assert {each.dtype for each in actual} == {jnp.dtype(jnp.bfloat16)}
+    assert {leaf.dtype for leaf in actual} == {jnp.dtype("bfloat16")}
     # bfloat16 keeps 8 bits: one rounding is at most 2^-9 of the entry, sums in bfloat16 lose more.
-    for one, other in zip(actual, expected, strict=True):
-        np.testing.assert_allclose(np.asarray(one, np.float32), other, rtol=2**-8, atol=1e-6)
-
-
-@pytest.mark.parametrize("derivative", ["gradient", "reverse over forward"])
-def test_stack_under_scan_and_checkpoint(derivative):
-    """Three blocks that share a shape, each convolving twice, under scan and checkpoint."""
-    _, kernel, bias = make_arguments((3, 1, 1, 5))
-    kernels, biases = jnp.stack([kernel, -kernel, 2 * kernel]) / 3, jnp.stack([bias] * 3)
-
-    def stack(convolution, wrap):
-        def block(x, weights):
-            x = x + jnp.tanh(convolution(x, *weights))
-            return convolution(x, *weights) / 4, None
-
-        return lambda x, kernels, biases: jax.lax.scan(wrap(block), x, (kernels, biases))[0]
-
-    x, dx = (make_arguments((2, 4, 6, 5), seed=seed)[0] for seed in (2, 3))
-    arguments, tangents = (x, kernels, biases), (dx, kernels, biases)
-    compute = jax.jit(DERIVATIVES[derivative], static_argnums=0)
-    actual = compute(stack(depthwise_conv3x3, jax.checkpoint), arguments, tangents)
-    expected = compute(stack(grouped_convolution, lambda block: block), arguments, tangents)
-    assert_close(actual, expected, 5e-6)
+    actual = tuple(leaf.astype(jnp.float32) for leaf in actual)
+    chex.assert_trees_all_close(actual, expected, rtol=2**-8, atol=1e-6)
 
 
 @pytest.mark.parametrize("axes", [(0, None, None), (None, 2, 1), (3, 0, 0), (4, 3, None)], ids=str)
-def test_vmap(axes):
-    stacked = [make_arguments((2, 4, 5, 6), seed=seed) for seed in range(3)]
+@pytest.mark.parametrize("derivative", ["value", "jvp", "gradient"])
+def test_vmap(axes, derivative):
+    stacked = zip(*(make_arguments((2, 4, 5, 6), seed=seed) for seed in range(3)), strict=True)
     arguments = tuple(
         leaves[0] if axis is None else jnp.stack(leaves, axis)
-        for leaves, axis in zip(zip(*stacked, strict=True), axes, strict=True)
+        for leaves, axis in zip(stacked, axes, strict=True)
     )
     tangents = make_arguments((2, 4, 5, 6), seed=9)
 
     def compute(convolution):
-        names = ("jvp", "gradient")
-        each = lambda *args: [DERIVATIVES[n](convolution, args, tangents) for n in names]  # noqa: E731
-        return jax.vmap(each, in_axes=axes)(*arguments)
+        one = lambda *args: DERIVATIVES[derivative](convolution, args, tangents)  # noqa: E731
+        return jax.vmap(one, in_axes=axes)(*arguments)
 
-    assert_close(compute(depthwise_conv3x3), compute(grouped_convolution), 1e-6)
+    agree(compute(depthwise_conv3x3), compute(grouped_convolution))
 
 
 def test_batch_sharded_over_eight_devices():
     mesh = Mesh(np.array(jax.devices()[:8]), ("data",))
-    arguments = make_arguments((16, 4, 4, 6))
-    cotangent = make_arguments((16, 4, 4, 6), seed=1)[0]
+    arguments = (*make_arguments((16, 4, 4, 6)), make_arguments((16, 4, 4, 6), seed=1)[0])
     compute = jax.jit(lambda *args: gradients(depthwise_conv3x3, args[:3], args[3]))
-    rows = NamedSharding(mesh, PartitionSpec("data"))
-    whole = NamedSharding(mesh, PartitionSpec())
-    sharded = jax.device_put((*arguments, cotangent), (rows, whole, whole, rows))
+    rows, whole = (NamedSharding(mesh, PartitionSpec(*axes)) for axes in (("data",), ()))
+    sharded = jax.device_put(arguments, (rows, whole, whole, rows))
     actual = compute(*sharded)
     assert actual[0].sharding.is_equivalent_to(rows, 4)
-    assert_close(jax.device_get(actual), jax.device_get(compute(*arguments, cotangent)), 1e-6)
+    agree(actual, compute(*arguments))
     program = compute.lower(*sharded).compile().as_text()
-    assert "all-reduce" in program
-    assert "all-gather" not in program and "all-to-all" not in program
+    found = [name for name in ("all-reduce", "all-gather", "all-to-all") if name in program]
+    assert found == ["all-reduce"]
 
 
 @pytest.mark.parametrize("derivative", ["value", "jvp", "gradient"])
-def test_only_the_cpu_runs_shifts(derivative):
+def test_accelerators_run_convolutions(derivative):
     arguments = make_arguments((2, 4, 4, 6))
     compute = jax.jit(lambda *args: DERIVATIVES[derivative](depthwise_conv3x3, args, args))
     for platform in ("tpu", "cuda", "rocm", "cpu"):
         program = compute.trace(*arguments).lower(lowering_platforms=(platform,)).as_text()
         assert ("stablehlo.convolution" in program) == (platform != "cpu")
-        assert (program.count("stablehlo.multiply") >= 9) == (platform == "cpu")
+        assert (program.count("stablehlo.multiply") < 9) == (platform != "cpu")
 
 
 def test_weight_gradient_on_cpu_is_one_reduction():
@@ -172,14 +141,6 @@ def test_weight_gradient_on_cpu_is_one_reduction():
     assert len(re.findall(r" reduce\(.*dimensions=\{(?:0,)?1,2\}", program)) == 1
 
 
-def test_export_holds_every_platform():
-    arguments = make_arguments((2, 4, 4, 6))
-    compute = jax.jit(lambda *args: gradients(depthwise_conv3x3, args, args[0]))
-    exported = jax.export.export(compute, platforms=("cpu", "cuda", "tpu"))(*arguments)
-    assert exported.platforms == ("cpu", "cuda", "tpu")
-    assert_close(exported.call(*arguments), compute(*arguments), 1e-6)
-
-
 def test_saves_only_its_arguments_for_the_backward_pass():
     x, kernel, bias = make_arguments((2, 4, 4, 6))
     _, backward = jax.vjp(depthwise_conv3x3, x, kernel, bias)
@@ -187,7 +148,9 @@ def test_saves_only_its_arguments_for_the_backward_pass():
     assert shapes == sorted([x.shape, kernel.shape])
 
 
-@pytest.mark.parametrize("shapes", [[(2, 4, 6), (3, 3, 6), (6,)], [(1, 2, 4, 6), (3, 3, 5), (6,)]])
-def test_wrong_shapes_are_refused(shapes):
-    with pytest.raises((ValueError, AssertionError)):
+@pytest.mark.parametrize("wrong", [0, 1, 2])
+def test_wrong_shapes_are_refused(wrong):
+    shapes = [(1, 2, 4, 6), (3, 3, 6), (6,)]
+    shapes[wrong] = shapes[wrong][1:] if wrong == 0 else (*shapes[wrong][:-1], 5)
+    with pytest.raises(AssertionError, match=re.escape(str(shapes[wrong]).rstrip(",)"))):
         depthwise_conv3x3(*map(jnp.zeros, shapes))

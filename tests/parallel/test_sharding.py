@@ -6,7 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from helpers.runs import ROOT
-from helpers.sana_derivation import abstract_params
+from helpers.tiny_sana import abstract_params
 from jax.sharding import AxisType, PartitionSpec
 
 from sprint_jax.core.config import load_config

@@ -2,10 +2,12 @@
 
 import importlib.util
 import warnings
+from pathlib import Path
+
+import pytest
 
 if importlib.util.find_spec("diffusers") and importlib.util.find_spec("torch"):
     with warnings.catch_warnings():
-        # Their imports warn about one another; ours must not (pyproject.toml).
         warnings.simplefilter("ignore")
         import diffusers  # noqa: F401
         import torch
@@ -13,3 +15,10 @@ if importlib.util.find_spec("diffusers") and importlib.util.find_spec("torch"):
         torch.set_num_threads(1)
 else:
     collect_ignore_glob = ["test_*.py"]
+
+
+def pytest_collection_modifyitems(items):
+    # These libraries warn about one another; ours must not (pyproject.toml).
+    for item in items:
+        if item.path.parent == Path(__file__).parent:
+            item.add_marker(pytest.mark.filterwarnings("ignore"))

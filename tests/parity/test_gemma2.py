@@ -3,26 +3,27 @@
 Errors are max|a - b| / max|b|. Observed in float32: at most 1.4e-6.
 """
 
-import json
-
 import numpy as np
 import pytest
 import torch
-from helpers.reference import tiny_gemma2
+from helpers.compare import relative_error
+from helpers.reference import same_weights, tiny_gemma2
 from transformers import Gemma2Config, Gemma2ForCausalLM, Gemma2Model
 
 from sprint_jax.interop.gemma2 import gemma2_table, load_text_encoder, save_text_encoder
 from sprint_jax.models.gemma2 import Gemma2
 
-pytestmark = pytest.mark.filterwarnings("ignore")
-
 LENGTH = 24
 FULL, SLIDING = "full_attention", "sliding_attention"
-
-
-def relative_error(ours, theirs) -> float:
-    assert ours.shape == theirs.shape
-    return float(np.abs(np.asarray(ours) - theirs).max() / np.abs(theirs).max())
+CASES = {
+    "2 a group": {},
+    "1 a group": {"num_key_value_heads": 4},
+    "4 a group": {"num_key_value_heads": 1, "head_dim": 6},
+    "no cap": {"attn_logit_softcapping": None, "query_pre_attn_scalar": 30},
+    "window": {"sliding_window": 5},
+    "layer types": {"sliding_window": 1, "layer_types": [FULL, SLIDING, SLIDING, FULL]},
+    "3 layers": {"num_hidden_layers": 3, "rms_norm_eps": 0.1, "hidden_size": 40},
+}
 
 
 def inputs(lengths) -> tuple[np.ndarray, np.ndarray]:
@@ -38,19 +39,7 @@ def forward(model, ids, mask) -> np.ndarray:
 
 
 @pytest.mark.parametrize("lengths", [[1], [LENGTH, LENGTH], [1, 7, LENGTH, 23]])
-@pytest.mark.parametrize(
-    "changes",
-    [
-        {},
-        {"num_key_value_heads": 4},
-        {"num_key_value_heads": 1, "head_dim": 6},
-        {"attn_logit_softcapping": None, "query_pre_attn_scalar": 30},
-        {"sliding_window": 5},
-        {"sliding_window": 1, "layer_types": [FULL, SLIDING, SLIDING, FULL]},
-        {"num_hidden_layers": 3, "rms_norm_eps": 0.1, "hidden_size": 40},
-    ],
-    ids=["2 a group", "1 a group", "4 a group", "no cap", "window", "layer types", "3 layers"],
-)
+@pytest.mark.parametrize("changes", CASES.values(), ids=CASES)
 def test_hidden_states(tmp_path, changes, lengths):
     model = tiny_gemma2(**changes)
     model.save_pretrained(tmp_path)
@@ -58,24 +47,6 @@ def test_hidden_states(tmp_path, changes, lengths):
     ids, mask = inputs(lengths)
     # States of padding as well: padding on the right sees the tokens before it.
     assert relative_error(gemma.encode(params, ids, mask), forward(model, ids, mask)) < 2e-5
-
-
-@pytest.mark.parametrize(
-    "changes",
-    [
-        {"num_key_value_heads": 4, "head_dim": 4},
-        {"attn_logit_softcapping": None},
-        {"sliding_window": 5},
-        {"rope_theta": 10000.0},
-        {"query_pre_attn_scalar": 30},
-        {"rms_norm_eps": 0.1},
-    ],
-)
-def test_every_option_matters(changes):
-    # The tests above could pass without one that did not.
-    ids, mask = inputs([LENGTH])
-    theirs = forward(tiny_gemma2(), ids, mask)
-    assert relative_error(forward(tiny_gemma2(**changes), ids, mask), theirs) > 1e-2
 
 
 @pytest.mark.parametrize("past", [1, 9, 23])
@@ -113,9 +84,6 @@ def test_true_names_and_shapes():
         theirs = Gemma2Model(Gemma2Config()).state_dict()
     ours = {name: entry.shape for name, entry in gemma2_table(Gemma2()).items()}
     assert ours == {name: tuple(tensor.shape) for name, tensor in theirs.items()}
-
-
-def test_defaults_are_transformers():
     config = Gemma2Config().to_dict()
     for field in Gemma2.__dataclass_fields__.keys() - {"dtype", "layer_types", "rope_theta"}:
         assert getattr(Gemma2(), field) == config[field]
@@ -128,41 +96,23 @@ def test_round_trip_is_bit_equal(tmp_path, dtype, changes):
     model = tiny_gemma2(attn_logit_softcapping=None, **changes).to(getattr(torch, dtype))
     model.save_pretrained(tmp_path / "theirs")
     save_text_encoder(tmp_path / "ours", *load_text_encoder(tmp_path / "theirs", dtype), dtype)
-    again, info = Gemma2Model.from_pretrained(
-        tmp_path / "ours", dtype="auto", output_loading_info=True
-    )
+    how = dict(dtype="auto", output_loading_info=True)
+    again, info = Gemma2Model.from_pretrained(tmp_path / "ours", **how)
     assert not any(info.values())
     for field in Gemma2.__dataclass_fields__.keys() - {"dtype", "rope_theta"}:
         assert getattr(again.config, field) == getattr(model.config, field)
     assert again.config.rope_parameters == model.config.rope_parameters
-    theirs, ours = model.state_dict(), again.state_dict()
-    assert theirs.keys() == ours.keys()
-    assert all(torch.equal(theirs[name], ours[name]) for name in theirs)
-    assert all(theirs[name].dtype == ours[name].dtype for name in theirs)
+    same_weights(model, again)
 
 
 @pytest.mark.parametrize("shard", ["1GB", "50kB"])
-@pytest.mark.parametrize("head", [False, True])
-def test_folders_of_transformers(tmp_path, head, shard):
+def test_folders_with_a_head(tmp_path, shard):
     model = tiny_gemma2()
-    whole = model
-    if head:
-        whole = Gemma2ForCausalLM(model.config)
-        whole.model.load_state_dict(model.state_dict())
-        whole.tie_weights()
+    whole = Gemma2ForCausalLM(model.config)
+    whole.model.load_state_dict(model.state_dict())
+    whole.tie_weights()
     whole.save_pretrained(tmp_path, max_shard_size=shard)
     assert (tmp_path / "model.safetensors.index.json").exists() == (shard == "50kB")
     gemma, params = load_text_encoder(tmp_path)
     ids, mask = inputs([LENGTH])
     assert relative_error(gemma.encode(params, ids, mask), forward(model, ids, mask)) < 2e-5
-
-
-def test_config_of_transformers_4(tmp_path):
-    tiny_gemma2().save_pretrained(tmp_path)
-    expected, _ = load_text_encoder(tmp_path)
-    path = tmp_path / "config.json"
-    config = json.loads(path.read_text())
-    config["rope_theta"] = config.pop("rope_parameters")["rope_theta"]
-    config |= {"torch_dtype": "float32", "cache_implementation": "hybrid", "hidden_act": "gelu"}
-    path.write_text(json.dumps(config))
-    assert load_text_encoder(tmp_path)[0] == expected

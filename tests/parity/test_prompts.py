@@ -10,11 +10,11 @@ import numpy as np
 import pytest
 import torch
 from diffusers import SanaPipeline, SanaSprintPipeline
+from helpers.compare import relative_error
 from helpers.reference import tiny_gemma2, tiny_tokenizer
 from transformers import Gemma2Model, GemmaTokenizer
 
 from sprint_jax.encoders.text import (
-    BOUNDARY,
     INSTRUCTION,
     INSTRUCTION_NVLABS,
     TextEncoder,
@@ -22,8 +22,6 @@ from sprint_jax.encoders.text import (
     tokenize,
 )
 from sprint_jax.interop.gemma2 import load_text_encoder
-
-pytestmark = pytest.mark.filterwarnings("ignore")
 
 SENTENCE = "a red cat sits on the 3 old walls of Paris, painted in oil; un chat à l'ombre"
 SPECIAL = [
@@ -78,23 +76,24 @@ def folder(tmp_path_factory):
     return folder
 
 
-def reference(folder, text_encoder, kind=SanaSprintPipeline):
-    tokenizer = GemmaTokenizer.from_pretrained(folder / "tokenizer")
-    parts = dict(vae=None, transformer=None, scheduler=None)
-    return kind(tokenizer=tokenizer, text_encoder=text_encoder, **parts)
+@pytest.fixture(scope="module")
+def loaded(folder):
+    return *load_text_encoder(folder / "text_encoder"), load_tokenizer(folder / "tokenizer")
 
 
 def published_instruction(kind=SanaSprintPipeline) -> list[str]:
     return inspect.signature(kind.__call__).parameters["complex_human_instruction"].default
 
 
-def numpy(*tensors):
-    return [tensor.numpy() for tensor in tensors]
-
-
-def relative_error(ours, theirs) -> float:
-    assert ours.shape == theirs.shape
-    return float(np.abs(np.asarray(ours) - theirs).max() / np.abs(theirs).max())
+def reference(folder, prompts, instruction, *, kind=SanaSprintPipeline, encoder=None, **how):
+    """Features and mask of the prompts, then of the negative ones, from a pipeline of diffusers."""
+    tokenizer = GemmaTokenizer.from_pretrained(folder / "tokenizer")
+    encoder = encoder or Gemma2Model.from_pretrained(folder / "text_encoder")
+    parts = dict(vae=None, transformer=None, scheduler=None)
+    pipe = kind(tokenizer=tokenizer, text_encoder=encoder, **parts)
+    how |= dict(device="cpu", complex_human_instruction=instruction)
+    with torch.no_grad():
+        return [tensor.numpy() for tensor in pipe.encode_prompt(prompts, **how)]
 
 
 def test_the_instruction_is_the_published_one():
@@ -103,68 +102,25 @@ def test_the_instruction_is_the_published_one():
 
 
 @pytest.mark.parametrize("instruction", [INSTRUCTION, INSTRUCTION_NVLABS, "short: ", None])
-def test_tokens_of_200_prompts(folder, instruction):
+def test_tokens_of_200_prompts(folder, loaded, instruction):
     prompts = varied_prompts()
-    assert len(prompts) == 200
     lines = instruction.split("\n") if instruction else None
-    ids, mask = numpy(
-        *reference(folder, Echo()).encode_prompt(
-            prompts, device="cpu", complex_human_instruction=lines
-        )
-    )
-    ours = tokenize(load_tokenizer(folder / "tokenizer"), prompts, instruction)
+    ids, mask = reference(folder, prompts, lines, encoder=Echo())
+    ours = tokenize(loaded[2], prompts, instruction)
     np.testing.assert_array_equal(ours.ids[:, ours.kept], ids[..., 0])
     np.testing.assert_array_equal(ours.mask[:, ours.kept], mask)
+    assert len(prompts) == 200
     assert mask.min() == 0 and mask.all(1).any(), "no prompt was padded, or none was cut"
 
 
-def test_the_end_of_the_instruction_depends_on_the_prompt(folder):
-    # Otherwise the tests above and below would not show what `BOUNDARY` is for.
-    tokenizer = load_tokenizer(folder / "tokenizer")
-    alone = np.array(tokenizer.encode(INSTRUCTION))
-    ids = tokenize(tokenizer, varied_prompts(), INSTRUCTION).ids[:, : len(alone)]
-    differs = (ids != alone[None]).any(0)
-    assert differs[-1] and not differs[:-BOUNDARY].any()
-
-
 @pytest.mark.parametrize("length", [300, 20])
-def test_features_of_the_pipeline(folder, length):
-    text_encoder = Gemma2Model.from_pretrained(folder / "text_encoder")
-    gemma, params = load_text_encoder(folder / "text_encoder")
-    tokenizer = load_tokenizer(folder / "tokenizer")
-    prompts = SPECIAL[:8] + SPECIAL[-2:]
-    with torch.no_grad():
-        text, mask = numpy(
-            *reference(folder, text_encoder).encode_prompt(
-                prompts,
-                device="cpu",
-                complex_human_instruction=published_instruction(),
-                max_sequence_length=length,
-            )
-        )
-    encoder = TextEncoder(gemma, params, tokenizer, length=length, batch_size=4)
-    ours, ours_mask = encoder.encode(prompts)
+def test_features_of_the_pipeline(folder, loaded, length):
+    prompts, how = SPECIAL[:8] + SPECIAL[-2:], dict(max_sequence_length=length)
+    text, mask = reference(folder, prompts, published_instruction(), **how)
+    ours, ours_mask = TextEncoder(*loaded, length=length, batch_size=4).encode(prompts)
     np.testing.assert_array_equal(ours_mask, mask)
     assert relative_error(ours, text) < 2e-5
 
-    tokens = tokenize(tokenizer, prompts, INSTRUCTION, length)
-    uncached = gemma.encode(params, tokens.ids, tokens.mask)[:, tokens.kept]
+    tokens = tokenize(loaded[2], prompts, INSTRUCTION, length)
+    uncached = loaded[0].encode(loaded[1], tokens.ids, tokens.mask)[:, tokens.kept]
     assert relative_error(uncached, text) < 2e-5
-
-
-def test_negative_prompts_have_no_instruction(folder):
-    text_encoder = Gemma2Model.from_pretrained(folder / "text_encoder")
-    negative = ["", "Blurry, ugly", "low quality"]
-    with torch.no_grad():
-        _, _, text, mask = reference(folder, text_encoder, SanaPipeline).encode_prompt(
-            ["a cat"] * 3,
-            device="cpu",
-            negative_prompt=negative,
-            complex_human_instruction=published_instruction(),
-        )
-    encoder = TextEncoder(
-        *load_text_encoder(folder / "text_encoder"), load_tokenizer(folder / "tokenizer")
-    )
-    ours, ours_mask = encoder.encode_plain(negative)
-    np.testing.assert_array_equal(ours_mask, mask.numpy())
-    assert relative_error(ours, text.numpy()) < 2e-5

@@ -4,20 +4,21 @@ Errors are max|a - b| / max|b|. Observed in float32: at most 2e-6. In bfloat16 o
 float32 is 0.54 to 0.72 of diffusers', whose time embedding and norms round more often.
 """
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
 from diffusers import SanaTransformer2DModel
-from helpers.reference import sana_inputs, sana_velocity, tiny_sana
+from helpers.compare import assert_same, relative_error
+from helpers.reference import same_weights, sana_inputs, sana_velocity, tiny_sana
 
 from sprint_jax.interop.diffusers import load_transformer, save_transformer
 from sprint_jax.interop.files import save_safetensors
 from sprint_jax.interop.sana import config_from_fields, sana_table
 from sprint_jax.models.sana import SIZES, SanaTransformer
-
-pytestmark = pytest.mark.filterwarnings("ignore")
 
 
 def ours(fields, **changes):
@@ -25,12 +26,10 @@ def ours(fields, **changes):
     return lambda params, *inputs: np.asarray(run({"params": params}, *inputs))
 
 
-def relative_error(actual, expected) -> float:
-    assert actual.shape == expected.shape
-    return float(np.abs(actual - expected).max() / np.abs(expected).max())
-
-
 PATCHES = {"patch_size": 2, "interpolation_scale": 1.0}
+ONE_HEAD = {"num_attention_heads": 1, "attention_head_dim": 20, "mlp_ratio": 1.7, "num_layers": 1}
+ONE_HEAD |= {"num_cross_attention_heads": 5, "cross_attention_head_dim": 4}
+ONE_HEAD |= {"cross_attention_dim": 20}
 CASES = {
     "student": ({"guidance_embeds": True}, (3, 5)),
     "student with any timestep_scale": ({"guidance_embeds": True, "timestep_scale": 1.0}, (4, 4)),
@@ -41,18 +40,7 @@ CASES = {
     "patches, student": (PATCHES | {"guidance_embeds": True, "out_channels": 6}, (8, 4)),
     "biases, more channels out": ({"attention_bias": True, "out_channels": 7}, (4, 6)),
     "channels out not said": ({"in_channels": 5, "out_channels": None}, (3, 3)),
-    "one head": (
-        {
-            "num_attention_heads": 1,
-            "attention_head_dim": 20,
-            "num_cross_attention_heads": 5,
-            "cross_attention_head_dim": 4,
-            "cross_attention_dim": 20,
-            "mlp_ratio": 1.7,
-            "num_layers": 1,
-        },
-        (1, 9),
-    ),
+    "one head": (ONE_HEAD, (1, 9)),
 }
 
 
@@ -63,9 +51,18 @@ def test_velocity(tmp_path, case):
     model.save_pretrained(tmp_path)
     fields, params = load_transformer(tmp_path)
     x, t, text, mask, guidance = sana_inputs(fields, size)
+    blocks = []
+    for block in model.transformer_blocks:
+        block.register_forward_hook(lambda *call: blocks.append(call[2].numpy()))
     expected = sana_velocity(model, x, t, text, mask, guidance)
     run = ours(fields)
     assert relative_error(run(params, x, t, text, mask, guidance), expected) < 2e-5
+    # The tapped features are the outputs of their blocks.
+    taps = dict(taps=tuple(range(len(blocks))))
+    apply = jax.jit(functools.partial(SanaTransformer(**fields).apply, **taps))
+    features = apply({"params": params}, x, t, text, mask, guidance)
+    for feature, block in zip(features, blocks, strict=True):
+        assert relative_error(feature.reshape(block.shape), block) < 2e-5
     # Nothing drowns the conditions: another mask or time changes the result.
     assert relative_error(run(params, x, t, text, mask[::-1], guidance), expected) > 0.01
     assert relative_error(run(params, x, t / 2, text, mask, guidance), expected) > 0.01
@@ -104,12 +101,6 @@ def test_true_names_and_shapes(size):
     assert shapes == {name: tuple(tensor.shape) for name, tensor in state.items()}
 
 
-def assert_same_weights(model, again):
-    one, other = model.state_dict(), again.state_dict()
-    assert one.keys() == other.keys()
-    assert all(torch.equal(one[name], other[name]) for name in one)
-
-
 @pytest.mark.parametrize("guidance", [True, False])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_round_trip_is_bit_equal(tmp_path, dtype, guidance):
@@ -119,30 +110,19 @@ def test_round_trip_is_bit_equal(tmp_path, dtype, guidance):
     fields, params = load_transformer(tmp_path / "theirs", dtype)
     save_transformer(tmp_path / "ours", fields, params, dtype)
     again = SanaTransformer2DModel.from_pretrained(tmp_path / "ours", torch_dtype=torch_dtype)
-    assert_same_weights(model, again)
-    configs = [
-        {key: value for key, value in each.config.items() if not key.startswith("_")}
-        for each in (model, again)
-    ]
-    assert configs[0] == configs[1]
+    same_weights(model, again)
+    public = lambda model: {k: v for k, v in model.config.items() if k[0] != "_"}  # noqa: E731
+    assert public(model) == public(again)
 
 
-def test_their_sharded_folder(tmp_path):
+def test_sharded_folders(tmp_path):
     model = tiny_sana()
     model.save_pretrained(tmp_path / "whole")
     model.save_pretrained(tmp_path / "sharded", max_shard_size="40KB")
-    assert len(list((tmp_path / "sharded").glob("*.safetensors"))) > 2
-    _, whole = load_transformer(tmp_path / "whole")
-    _, sharded = load_transformer(tmp_path / "sharded")
-    jax.tree.map(np.testing.assert_array_equal, whole, sharded)
-
-
-def test_our_sharded_folder(tmp_path):
-    model = tiny_sana()
-    model.save_pretrained(tmp_path / "theirs")
-    fields, params = load_transformer(tmp_path / "theirs")
+    fields, params = load_transformer(tmp_path / "whole")
+    assert_same(load_transformer(tmp_path / "sharded")[1], params)
     folder, stem = tmp_path / "ours", "diffusion_pytorch_model"
     save_transformer(folder, fields, params)
     save_safetensors(folder, stem, sana_table(fields), params, jnp.float32, shard_bytes=40_000)
     assert len(list(folder.glob("*.safetensors"))) > 2
-    assert_same_weights(model, SanaTransformer2DModel.from_pretrained(folder))
+    same_weights(model, SanaTransformer2DModel.from_pretrained(folder))

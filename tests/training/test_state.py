@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from helpers.sana_derivation import apply, cast, setup
+from helpers.tiny_sana import apply, cast, setup
 
 from sprint_jax.core.errors import UserError
 from sprint_jax.training import accumulate, diagnostics, state
@@ -17,7 +17,7 @@ from sprint_jax.training import accumulate, diagnostics, state
 
 def test_student_starts_as_its_teacher():
     """What the teacher has comes from it; the guidance embedder and the logvar head stay fresh."""
-    fields, params, inputs = setup("student")
+    fields, params, inputs = setup()
     fresh = jax.tree.map(lambda leaf: jnp.asarray(0.5 * leaf, jnp.float32), params)
     embedder = fresh["time_embed"]["guidance_embedder"]
     embedder["linear_2"] = jax.tree.map(jnp.zeros_like, embedder["linear_2"])
