@@ -1,5 +1,6 @@
 """The command `train` on the shipped configs, shrunk: outputs, exact resume, signals, NaN."""
 
+import functools
 import json
 import math
 import signal
@@ -40,9 +41,14 @@ def options(folder):
 
 @pytest.fixture(scope="module")
 def whole(folder, data, options):
-    """Runs that nothing interrupts: stage -> (config, workdir)."""
-    configs = {s: runs.tiny(SPECS[s], data, **options(s, log__sample_every=8)) for s in SPECS}
-    return {stage: (c, runs.train_here(c, folder / stage)) for stage, c in configs.items()}
+    """``whole(stage) -> (config, workdir)``: a run that nothing interrupts, trained when it is first asked for."""
+
+    @functools.cache
+    def whole(stage):
+        c = runs.tiny(SPECS[stage], data, **options(stage, log__sample_every=8))
+        return c, runs.train_here(c, folder / stage)
+
+    return whole
 
 
 @pytest.fixture
@@ -98,11 +104,11 @@ def test_stopped_run_goes_on_bit_for_bit(
         assert ended.code == 128 + number and "Traceback" not in ended.err
         assert saved == [reached] and f"step {reached}" in ended.out
     assert runs.run_here(arguments, monkeypatch, capfd).code == 0
-    assert_same_run(workdir, whole[stage][1])
+    assert_same_run(workdir, whole(stage)[1])
 
 
 def test_finished_run_changes_nothing(whole, command, monkeypatch, capfd):
-    workdir = whole["flow"][1]
+    workdir = whole("flow")[1]
     before = (workdir / "metrics.jsonl").read_bytes()
     again = command("flow", workdir, log__sample_every=8)
     assert runs.run_here(again, monkeypatch, capfd).code == 0
@@ -110,9 +116,9 @@ def test_finished_run_changes_nothing(whole, command, monkeypatch, capfd):
     assert runs.checkpoint_steps(workdir)[-1] == STEPS
 
 
-@pytest.mark.parametrize("stage", SPECS)
+@pytest.mark.parametrize("stage", ["flow", pytest.param("distill", marks=pytest.mark.slow)])
 def test_workdir_holds_what_the_readme_names(stage, whole):
-    config, workdir = whole[stage]
+    config, workdir = whole(stage)
     assert Config(json.loads((workdir / "config.json").read_text())) == config
     rows = 1 if stage == "flow" else 3
     pictures = sorted(path.name for path in (workdir / "samples").glob("*.png"))
@@ -140,9 +146,11 @@ DISTILL = DISTILL.union(*map(bins, ("tangent_norm", "teacher_gap", "error", "log
 CHECKS = {"check/jvp", "check/bfloat16_tangent"}
 
 
-@pytest.mark.parametrize("stage, expected", [("flow", FLOW), ("distill", DISTILL)])
+@pytest.mark.parametrize(
+    "stage, expected", [("flow", FLOW), pytest.param("distill", DISTILL, marks=pytest.mark.slow)]
+)
 def test_metrics_hold_the_diagnostics(stage, expected, whole):
-    found = runs.records(whole[stage][1])
+    found = runs.records(whole(stage)[1])
     binned = {name for name in expected if name[-3:-1] == "/t"}
     for step, record in found.items():
         checked = CHECKS if stage == "distill" and step % 4 == 0 else set()
@@ -153,7 +161,7 @@ def test_metrics_hold_the_diagnostics(stage, expected, whole):
     for name in binned:
         assert any(record[name] is not None for record in found.values()) or stage == "flow", name
     if stage == "distill":
-        config, _ = whole[stage]
+        config, _ = whole(stage)
         for step, record in found.items():
             total = config.scm.weight * record["loss/scm"]
             total += config.ladd.weight * record["loss/ladd_generator"]
@@ -207,7 +215,7 @@ def test_bad_batches_up_to_the_last_step_fail_the_run(run, monkeypatch):
 
 
 def test_warm_start_takes_the_average_of_another_run(whole, run, tmp_path):
-    source = whole["flow"][1]
+    source = whole("flow")[1]
     assert run(init=str(source), steps=2, log__checkpoint_every=1).code == 0
     average = jax.device_get(load_params(source, "ema")[0])
     # The learning rate of the first update is zero.

@@ -228,6 +228,7 @@ def trained(tmp_path_factory):
     return c, folder / "whole"
 
 
+@pytest.mark.slow
 def test_a_run_over_buckets_resumes_exactly(trained, tmp_path):
     c, whole = trained
     run(c, tmp_path / "parts", steps=4)
@@ -236,6 +237,7 @@ def test_a_run_over_buckets_resumes_exactly(trained, tmp_path):
     assert len(records(whole)) == 8
 
 
+@pytest.mark.slow
 def test_a_run_on_latents_draws_samples_with_encoders_and_needs_them_to_be_loaded(
     trained, tmp_path
 ):
