@@ -41,7 +41,7 @@ def options(folder):
 
 @pytest.fixture(scope="module")
 def whole(folder, data, options):
-    """``whole(stage) -> (config, workdir)``: a run that nothing interrupts, trained when it is first asked for."""
+    """``whole(stage) -> (config, workdir)``: a run that nothing interrupts, made when first asked for."""
 
     @functools.cache
     def whole(stage):
