@@ -242,109 +242,87 @@ def test_generator_loss():
 
     with jax.enable_x64(True):
         (value, aux), gradient = jax.value_and_grad(run, has_aux=True)(jnp.asarray(x0))
-        x = (np.cos(expand(t)) * x0 + np.sin(expand(t)) * z) / SIGMA_D
-        projection = (x * w).sum((1, 2, 3))
+        projection = (noisy(x0, z, t) * w).sum((1, 2, 3))
         assert value == pytest.approx(-(3 * projection + t).mean() / 2, rel=1e-12)
         assert_close(aux, {"logits": (3 * projection + t) / 2}, 1e-12)
         expected = -np.cos(expand(t)) * w * 3 / (SIGMA_D * 2 * len(x0))
         assert_close(gradient, expected, 1e-12)
 
 
-@pytest.fixture
-def critic():
-    """Two feature maps and heads with parameters, in jax and written out in numpy."""
-    images = [tuple(draw(SHAPE, SHAPE, seed=seed)) for seed in (1, 2, 3)]
-    times = [np.array(t) for t in ([0.1, 0.7, 1.2], [1.5, 0.3, 0.4], [0.5, 0.8, 1.1])]
-    triples = [(x0, z, t) for (x0, z), t in zip(images, times, strict=True)]
-    params = {"w": draw((4,), seed=4)[0] / 4, "q": np.float64(0.05)}
-
-    def features(x, t):
-        return x, x**2 + t[:, None, None, None]
-
-    def heads(params, maps):  # the second head sees the whole batch, as batch norm does
-        first = (maps[0] @ params["w"]).reshape(len(maps[0]), -1)
-        second = params["q"] * (maps[1] ** 2).sum((1, 2, 3))[:, None]
-        return (first, second - second.mean(0, keepdims=True))
-
-    def written(triple_list):
-        """Logits of the concatenated noisy images."""
-        noisy = [
-            (np.cos(expand(t)) * x0 + np.sin(expand(t)) * z) / SIGMA_D for x0, z, t in triple_list
-        ]
-        times = np.concatenate([t for *_, t in triple_list])
-        return np.concatenate(heads(params, features(np.concatenate(noisy), times)), axis=1)
-
-    return params, features, heads, triples, written
+TIMES = ([0.1, 0.7, 1.2], [1.5, 0.3, 0.4], [0.5, 0.8, 1.1])
+REAL, FAKE, ROLLED = ((*draw(SHAPE, SHAPE, seed=i + 1), np.array(t)) for i, t in enumerate(TIMES))
+HEADS = {"w": draw((4,), seed=4)[0] / 4, "q": np.float64(0.05)}
 
 
-def discriminator_loss(critic, misaligned, **options):
-    params, features, heads, triples, _ = critic
-    triples = jax.tree.map(jnp.asarray, triples)
-    join = lambda parts: jnp.concatenate(parts, axis=1)  # noqa: E731
+def features(x, t):
+    """Two feature maps of a noisy image."""
+    return x, x**2 + t[:, None, None, None]
+
+
+def heads(params, maps):
+    """The second head sees the whole batch, as batch norm does."""
+    second = params["q"] * (maps[1] ** 2).sum((1, 2, 3))[:, None]
+    return (maps[0] @ params["w"]).reshape(len(maps[0]), -1), second - second.mean(0, keepdims=True)
+
+
+def noisy(x0, z, t):
+    return (np.cos(expand(t)) * x0 + np.sin(expand(t)) * z) / SIGMA_D
+
+
+def discriminator_loss(rolled, heads=heads, **options):
+    """((loss, aux), (gradient by the heads, gradient by the real images)), in float64."""
+    real, fake, rolled = jax.tree.map(jnp.asarray, (REAL, FAKE, rolled))
 
     def run(params, real):
-        return losses.ladd_discriminator_loss(
-            features,
-            lambda maps: join(heads(params, maps)),
-            real,
-            triples[1],
-            triples[2] if misaligned else None,
-            sigma_d=SIGMA_D,
-            **options,
-        )
+        join = lambda maps: jnp.concatenate(heads(params, maps), axis=1)  # noqa: E731
+        kinds = real, fake, rolled
+        return losses.ladd_discriminator_loss(features, join, *kinds, sigma_d=SIGMA_D, **options)
 
-    return jax.jit(jax.value_and_grad(run, argnums=(0, 1), has_aux=True))(
-        jax.tree.map(jnp.asarray, params), triples[0]
-    )
+    gradient = jax.jit(jax.value_and_grad(run, argnums=(0, 1), has_aux=True))
+    return gradient(jax.tree.map(jnp.asarray, HEADS), real)
 
 
-@pytest.mark.parametrize("misaligned", [False, True])
-def test_discriminator_hinge(critic, misaligned):
-    *_, triples, written = critic
-    real = written(triples[:1])
-    # Fakes and misaligned pairs are batches of their own.
-    fake = np.concatenate([written([one]) for one in (triples[1:] if misaligned else triples[1:2])])
-    assert 0 < (real > 1).mean() < 1  # both sides of both hinges
-    assert 0 < (fake < -1).mean() < 1
+@pytest.mark.parametrize("rolled", [None, ROLLED], ids=["two kinds", "misaligned pairs"])
+def test_discriminator_hinge(rolled):
+    """Fakes and misaligned pairs are batches of their own."""
+    kinds = dict(real=REAL, fake=FAKE) | ({} if rolled is None else dict(misaligned=rolled))
+    logits = {
+        name: np.concatenate(heads(HEADS, features(noisy(*each), each[2])), axis=1)
+        for name, each in kinds.items()
+    }
+    aux_expected = {name: each.mean(1) for name, each in logits.items()}
+    real, fake = logits.pop("real"), np.concatenate(list(logits.values()))
+    assert 0 < (real > 1).mean() < 1 and 0 < (fake < -1).mean() < 1  # both sides of both hinges
     expected = (np.maximum(0, 1 - real).mean() + np.maximum(0, 1 + fake).mean()) / 2
     with jax.enable_x64(True):
-        (value, aux), (gradient, to_images) = discriminator_loss(critic, misaligned)
+        (value, aux), (gradient, to_images) = discriminator_loss(rolled)
         assert value == pytest.approx(expected, rel=1e-12)
-        names = ("real", "fake", "misaligned")[: 3 if misaligned else 2]
-        parts = real, *np.split(fake, len(names) - 1)
-        assert_close(
-            aux, {name: part.mean(1) for name, part in zip(names, parts, strict=True)}, 1e-12
-        )
+        assert_close(aux, aux_expected, 1e-12)
         assert all(jnp.abs(leaf).max() > 0 for leaf in jax.tree.leaves(gradient))
         # The frozen teacher's features are constants.
         assert all(not leaf.any() for leaf in jax.tree.leaves(to_images))
 
 
-def test_gradient_penalty(critic):
+def test_gradient_penalty():
     """The penalty itself is float32 whatever its inputs are, hence 1e-6."""
-    params, features, _, triples, written = critic
-    x0, z, t = triples[0]
-    x = (np.cos(expand(t)) * x0 + np.sin(expand(t)) * z) / SIGMA_D
-    # Sums over a batch: the first head's gradient is w everywhere; the second's batch mean
-    # cancels its own sum, so that only the first is left.
-    first = (params["w"] ** 2).sum() * 6
     with jax.enable_x64(True):
-        plain, without = discriminator_loss(critic, True)
-        (value, aux), (gradient, _) = discriminator_loss(critic, True, r1_weight=0.3)
+        # Sums over a batch: the first head's gradient is w everywhere; the second's batch mean
+        # cancels its own sum, so that only the first is left.
+        first = (HEADS["w"] ** 2).sum() * 6
+        plain, without = discriminator_loss(ROLLED)
+        (value, aux), (gradient, _) = discriminator_loss(ROLLED, r1_weight=0.3)
         assert "r1" not in plain[1]
         assert aux["r1"] == pytest.approx(first / 2, rel=1e-6)  # two heads
         assert value == pytest.approx(float(plain[0]) + 0.3 * first / 2, rel=1e-6)
-        expected = without[0]["w"] + 0.3 * params["w"] * 6
-        assert_close(gradient["w"], expected, 1e-6)
+        assert_close(gradient["w"], without[0]["w"] + 0.3 * HEADS["w"] * 6, 1e-6)
 
         # And where it depends on features and samples: D = q sum f^2 has the gradient 2 q f.
         square = lambda p, maps: (maps[0][:, :, 0, 0] * 0, p["q"] * (maps[1] ** 2).sum((2, 3)))  # noqa: E731
-        changed = (params, features, square, triples, written)
-        _, without = discriminator_loss(changed, False)
-        (_, aux), (gradient, _) = discriminator_loss(changed, False, r1_weight=0.3)
-        energy = ((x**2 + expand(t)) ** 2).sum((1, 2, 3)).mean()
-        assert aux["r1"] == pytest.approx(4 * params["q"] ** 2 * energy / 2, rel=1e-6)
-        expected = without[0]["q"] + 0.3 * 8 * params["q"] * energy / 2
+        _, without = discriminator_loss(None, square)
+        (_, aux), (gradient, _) = discriminator_loss(None, square, r1_weight=0.3)
+        energy = ((noisy(*REAL) ** 2 + expand(REAL[2])) ** 2).sum((1, 2, 3)).mean()
+        assert aux["r1"] == pytest.approx(4 * HEADS["q"] ** 2 * energy / 2, rel=1e-6)
+        expected = without[0]["q"] + 0.3 * 8 * HEADS["q"] * energy / 2
         assert float(gradient["q"]) == pytest.approx(float(expected), rel=1e-6)
 
 
