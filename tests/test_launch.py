@@ -129,10 +129,9 @@ def test_supervisor_restarts_crashes_only(code, starts, tmp_path):
     assert (tmp_path / "starts").read_text() == "x\n" * starts
 
 
-def test_supervisor_goes_on_after_a_crash(tmp_path):
+def test_supervisor_ends_well_after_a_crash(tmp_path):
     script = f"echo x >>{tmp_path}/starts; [ $(wc -l <{tmp_path}/starts) -gt 2 ] || kill -9 $$"
-    result = subprocess.run(supervise(script=script), capture_output=True, text=True, timeout=60)
-    assert result.returncode == 0 and "137" in result.stderr
+    assert subprocess.run(supervise(script=script), timeout=60).returncode == 0
 
 
 @pytest.mark.parametrize("waiting", [False, True])
