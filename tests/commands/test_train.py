@@ -1,5 +1,6 @@
 """The command `train` on the shipped configs, shrunk: outputs, exact resume, signals, NaN."""
 
+import dataclasses
 import functools
 import json
 import math
@@ -185,7 +186,7 @@ def poison(monkeypatch, bad):
                 batch["latents"][2, 0, 0, 0] = math.nan
             return batch
 
-        return data._replace(batches=batches)
+        return dataclasses.replace(data, batches=batches)
 
     monkeypatch.setattr(feed, "open_data", open_data)
 
