@@ -5,6 +5,7 @@ The environment is set before JAX is imported, and the commands that tests start
 
 import os
 import platform
+import shutil
 import time
 from pathlib import Path
 
@@ -59,6 +60,20 @@ def data(tmp_path_factory):
     from helpers.runs import write_digits
 
     return write_digits(tmp_path_factory.getbasetemp() / "digits")
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    """A workdir with checkpoints of steps 10 and 20, and their states; copy it, do not change it."""
+    from helpers.checkpoints import save_two
+
+    return save_two(tmp_path_factory.mktemp("saved"))
+
+
+@pytest.fixture
+def copied(saved, tmp_path):
+    """A copy of `saved` that a test may change."""
+    return shutil.copytree(saved[0], tmp_path / "run"), saved[1]
 
 
 # Files that take longest, the longest first: else a worker would be left alone with one at the end.

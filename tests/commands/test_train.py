@@ -10,6 +10,7 @@ import jax
 import numpy as np
 import pytest
 from helpers import runs
+from helpers.compare import assert_same_bits
 from helpers.workdirs import make_workdir
 from PIL import Image
 
@@ -71,7 +72,7 @@ def run(command, tmp_path, monkeypatch, capfd):
 def assert_same_run(workdir, other):
     """Every array of the last state is bit for bit the same, and so is every metric of every step."""
     assert runs.checkpoint_steps(workdir)[-1] == STEPS
-    runs.assert_same_bits(runs.read_state(workdir, STEPS), runs.read_state(other, STEPS))
+    assert_same_bits(runs.read_state(workdir, STEPS), runs.read_state(other, STEPS))
     assert runs.records(workdir) == runs.records(other)
     assert list(runs.records(workdir)) == list(range(1, STEPS + 1))
 
@@ -203,9 +204,9 @@ def test_too_many_bad_batches_end_the_run(run, tmp_path, monkeypatch):
     before, second = runs.read_state(workdir, 5), runs.read_state(workdir, 2)
     for name in ("params", "ema", "opt_state"):
         for step in runs.checkpoint_steps(workdir)[5:]:
-            runs.assert_same_bits(before[name], runs.read_state(workdir, step)[name])
+            assert_same_bits(before[name], runs.read_state(workdir, step)[name])
         with pytest.raises(AssertionError):
-            runs.assert_same_bits(before[name], second[name])
+            assert_same_bits(before[name], second[name])
     assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(before))
 
 
@@ -223,9 +224,9 @@ def test_warm_start_takes_the_average_of_another_run(whole, run, tmp_path):
     state, last = runs.read_state(tmp_path / "run", 1), runs.read_state(source, STEPS)
     assert state["step"] == 1
     for name in ("params", "ema"):
-        runs.assert_same_bits(state[name], average)
+        assert_same_bits(state[name], average)
     with pytest.raises(AssertionError):
-        runs.assert_same_bits(last["params"], average)
+        assert_same_bits(last["params"], average)
 
 
 @pytest.mark.slow

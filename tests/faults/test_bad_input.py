@@ -6,15 +6,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from helpers.runs import (
-    BATCH,
-    checkpoint_steps,
-    finish,
-    records,
-    run_here,
-    start,
-    words,
-)
+from helpers import runs
 from helpers.workdirs import STEP, make_workdir, random_params, tiny_config
 
 from sprint_jax import train
@@ -44,7 +36,7 @@ def run(data, monkeypatch, capfd):
         )
         monkeypatch.setattr(train, "make_preview", lambda *_: None)
         changes = {"steps": 6, "log__checkpoint_every": 2} | changes
-        return run_here(words(spec, data, workdir, **changes), monkeypatch, capfd)
+        return runs.run_here(runs.words(spec, data, workdir, **changes), monkeypatch, capfd)
 
     return run
 
@@ -74,7 +66,7 @@ COUNTS += ["log.every", "log.sample_every", "log.checkpoint_every", "log.keep"]
         *((f"{key}=0", [f"{key.removeprefix('mesh.')}=0"]) for key in COUNTS),
         ("steps=many", ["steps=many", "1800"]),
         ("data.batch_size=12", ["batch_size=12", "8 devices"]),
-        ("accumulate=3", ["accumulate=3", f"batch_size={BATCH}"]),
+        ("accumulate=3", ["accumulate=3", f"batch_size={runs.BATCH}"]),
         ("mesh.data=3", ["data=3", "8 devices"]),
         ("data.world=tiny", ["'tiny'", "small, full, large"]),
         ("stage=distil", ["'distil'", "flow, distill"]),
@@ -131,7 +123,7 @@ def test_workdir_of_another_config(run, tmp_path):
     assert (workdir / "config.json").read_bytes() == before
     # Keys that do not decide the numbers of a step may change.
     ended = run(TEACHER, workdir, steps=8, log__every=2, data__prefetch=1, mesh__fsdp=2)
-    assert ended.code == 0 and list(records(workdir)) == [1, 2, 3, 4, 5, 6, 8]
+    assert ended.code == 0 and list(runs.records(workdir)) == [1, 2, 3, 4, 5, 6, 8]
     assert json.loads((workdir / "config.json").read_text())["steps"] == 8
 
 
@@ -145,7 +137,7 @@ def test_teacher_that_changed_under_its_student(run, models, tmp_path):
     with Checkpoints(teacher / "checkpoints", keep=1) as checkpoints:
         checkpoints.save(STEP + 1, {"ema": params, "params": params}, {"stage": "flow"})
     check(run(STUDENT, workdir, teacher=str(teacher), steps=9), 1, "teacher_hash")
-    assert max(records(workdir)) == 7 and checkpoint_steps(workdir)[-1] == 7
+    assert max(runs.records(workdir)) == 7 and runs.checkpoint_steps(workdir)[-1] == 7
 
 
 def damage(workdir, step):
@@ -163,8 +155,8 @@ def test_damaged_checkpoints(run, tmp_path):
     damage(workdir, 6)
     ended = run(TEACHER, workdir, steps=8)
     assert ended.code == 0 and "warning: " in ended.err and "checkpoints/6 " in ended.err
-    assert list(records(workdir)) == [1, 2, 3, 4, 5, 6, 7, 8]
-    assert checkpoint_steps(workdir) == [4, 6, 8]
+    assert list(runs.records(workdir)) == [1, 2, 3, 4, 5, 6, 7, 8]
+    assert runs.checkpoint_steps(workdir) == [4, 6, 8]
     assert (workdir / "checkpoints" / "6.damaged").is_dir()
     before = (workdir / "metrics.jsonl").read_bytes()
     for step in (4, 6, 8):
@@ -172,27 +164,27 @@ def test_damaged_checkpoints(run, tmp_path):
     ended = run(TEACHER, workdir, steps=10)
     check(ended, 1, str(workdir), "[4, 6, 8]")
     assert (workdir / "metrics.jsonl").read_bytes() == before
-    assert checkpoint_steps(workdir) == [4, 6, 8]
+    assert runs.checkpoint_steps(workdir) == [4, 6, 8]
 
 
 def test_commands_in_their_own_process(data, models, tmp_path):
     """The same through ``python -m``: nothing but the line on stderr, and the code of the process."""
     (tmp_path / "foreign").mkdir()
     (tmp_path / "foreign" / "x").write_text("")
-    train_run = words(TEACHER, data, tmp_path / "run")
+    train_run = runs.words(TEACHER, data, tmp_path / "run")
     model = ["--model", str(models["distill"]), "--out", str(tmp_path / "out")]
     cases = [
         (
             2,
-            start([*train_run, "--config.optimizer.learning_rat", "1"]),
+            runs.start([*train_run, "--config.optimizer.learning_rat", "1"]),
             "'optimizer.learning_rate'",
         ),
-        (2, start([*train_run, "--workdr=x"]), "--workdir"),
-        (1, start(words(TEACHER, data, tmp_path / "foreign")), "config.json"),
-        (2, start([*model, "--prompt", "a 3", "--steps", "7"], "sample"), "7"),
+        (2, runs.start([*train_run, "--workdr=x"]), "--workdir"),
+        (1, runs.start(runs.words(TEACHER, data, tmp_path / "foreign")), "config.json"),
+        (2, runs.start([*model, "--prompt", "a 3", "--steps", "7"], "sample"), "7"),
     ]
     for code, process, part in cases:
-        ended = finish(process)
+        ended = runs.finish(process)
         check(ended, code, part)
         assert ended.err == f"{ended.error}\n" and ended.out == ""
     assert not (tmp_path / "run").exists()

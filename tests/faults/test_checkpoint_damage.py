@@ -5,16 +5,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from helpers.checkpoints import (
-    META,
-    assert_same,
-    copied,
-    data_file,
-    flip_bit,
-    make_state,
-    restore,
-    saved,
-)
+from helpers.checkpoints import META, data_file, flip_bit, make_state, restore
+from helpers.compare import assert_same_bits
 
 from sprint_jax.checkpoints.checkpoint import Checkpoints
 from sprint_jax.core.errors import UserError
@@ -72,7 +64,7 @@ def test_damaged_newest_is_named_and_the_one_before_is_used(copied, capfd, damag
     newest = workdir / "checkpoints" / "20"
     DAMAGES[damage](newest, states[20])
     state, meta = restore(workdir)
-    assert_same(state, states[10])
+    assert_same_bits(state, states[10])
     assert meta["step"] == 10
     warning = capfd.readouterr().err
     assert warning.startswith("warning: ") and str(newest) in warning and warning.count("\n") == 1
@@ -93,7 +85,7 @@ def test_truncated_at_a_random_place(copied, capfd, seed):
     path.write_bytes(path.read_bytes()[: random.integers(path.stat().st_size)])
     state, meta = restore(workdir)
     warning = capfd.readouterr().err
-    assert_same(state, states[meta["step"]])
+    assert_same_bits(state, states[meta["step"]])
     # Only a file that is not needed may go unnoticed.
     assert (meta["step"] == 10) == (str(newest) in warning) == (not newest.exists())
 
@@ -118,8 +110,8 @@ def test_a_run_goes_on_after_a_damaged_checkpoint(copied, capfd):
         flip(folder / "20", states[20])
         with Checkpoints(folder, keep=2) as checkpoints:
             state, _ = checkpoints.restore_latest(make_state(), META)
-            assert_same(state, states[10])
+            assert_same_bits(state, states[10])
             assert checkpoints.steps() == [10]
             assert checkpoints.save(20, states[20], META)
         assert (folder / ("20.damaged" + (".1" if attempt else ""))).is_dir()
-    assert_same(restore(workdir)[0], states[20])
+    assert_same_bits(restore(workdir)[0], states[20])

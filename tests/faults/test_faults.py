@@ -11,18 +11,9 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import pytest
+from helpers import runs
+from helpers.compare import assert_same_bits
 from helpers.pods import start_one
-from helpers.runs import (
-    assert_same_bits,
-    checkpoint_steps,
-    finish,
-    read_state,
-    records,
-    run_here,
-    tiny,
-    train_here,
-    words,
-)
 
 from sprint_jax.training import updates
 
@@ -38,14 +29,16 @@ SHORT = {"steps": STEPS, "log__checkpoint_every": EVERY, "log__sample_every": 10
 @pytest.fixture(scope="module")
 def whole(data, tmp_path_factory):
     """A run that nothing disturbs."""
-    return train_here(tiny(SPEC, data, **SHORT), tmp_path_factory.mktemp("faults") / "whole")
+    return runs.train_here(
+        runs.tiny(SPEC, data, **SHORT), tmp_path_factory.mktemp("faults") / "whole"
+    )
 
 
 @pytest.fixture
 def run(data, monkeypatch, capfd):
     """``run(workdir, **changes)``: trains in this process."""
-    return lambda workdir, **changes: run_here(
-        words(SPEC, data, workdir, **SHORT | changes), monkeypatch, capfd
+    return lambda workdir, **changes: runs.run_here(
+        runs.words(SPEC, data, workdir, **SHORT | changes), monkeypatch, capfd
     )
 
 
@@ -77,18 +70,18 @@ def break_and_go_on(data, whole, run):
     helper = str(Path(__file__).parents[1] / "helpers" / "broken_disk.py")
 
     def break_and_go_on(workdir, damage, mend, named):
-        line = [helper, str(BROKEN), shlex.join(damage), *words(SPEC, data, workdir, **SHORT)]
+        line = [helper, str(BROKEN), shlex.join(damage), *runs.words(SPEC, data, workdir, **SHORT)]
         begun = time.monotonic()
-        ended = finish(start_one(line, devices=8))
+        ended = runs.finish(start_one(line, devices=8))
         assert time.monotonic() - begun < 120
         last = ended.err.splitlines()[-1]
         assert ended.code == 1 and last.startswith("error: "), ended.err
         assert f"{workdir}/checkpoints" in last and named in last
-        assert checkpoint_steps(workdir) == [EVERY]
+        assert runs.checkpoint_steps(workdir) == [EVERY]
         mend()
         assert run(workdir).code == 0
-        assert records(workdir) == records(whole)
-        assert_same_bits(read_state(workdir, STEPS), read_state(whole, STEPS))
+        assert runs.records(workdir) == runs.records(whole)
+        assert_same_bits(runs.read_state(workdir, STEPS), runs.read_state(whole, STEPS))
 
     return break_and_go_on
 
@@ -104,7 +97,7 @@ def test_checkpoints_made_read_only(data, break_and_go_on, tmp_path):
     """By a mount, since root may write whatever the mode bits say."""
     folder = tmp_path / "run" / "checkpoints"
     folder.mkdir(parents=True)
-    config = tiny(SPEC, data, **SHORT).to_dict()
+    config = runs.tiny(SPEC, data, **SHORT).to_dict()
     (tmp_path / "run" / "config.json").write_text(json.dumps(config))
     remount = ["mount", "-o", "remount,bind", "-o"]
     with mounted(folder, "--bind", str(folder)):
@@ -116,7 +109,7 @@ def test_checkpoints_made_read_only(data, break_and_go_on, tmp_path):
 def test_one_bad_gradient_is_skipped_and_counted(run, tmp_path, monkeypatch):
     """One NaN in one leaf of the gradients of step 4, behind a loss that is finite."""
     gradients = updates.gradients
-    seed = tiny(SPEC, tmp_path).seed
+    seed = runs.tiny(SPEC, tmp_path).seed
 
     def poisoned(loss, params, batch, key, parts):
         value, aux, grads = gradients(loss, params, batch, key, parts)
@@ -129,11 +122,11 @@ def test_one_bad_gradient_is_skipped_and_counted(run, tmp_path, monkeypatch):
     monkeypatch.setattr(updates, "gradients", poisoned)
     workdir = tmp_path / "run"
     assert run(workdir, steps=6, log__checkpoint_every=1, log__keep=10).code == 0
-    found = records(workdir)
+    found = runs.records(workdir)
     assert [record["health/skipped"] for record in found.values()] == [0, 0, 0, 1, 1, 1]
     assert [record["health/in_a_row"] for record in found.values()] == [0, 0, 0, 1, 0, 0]
     assert found[4]["loss/flow"] is not None and found[4]["grad/student"] is None
-    third, fourth, fifth = (read_state(workdir, step) for step in (3, 4, 5))
+    third, fourth, fifth = (runs.read_state(workdir, step) for step in (3, 4, 5))
     for name in ("params", "ema", "opt_state"):
         assert_same_bits(third[name], fourth[name])
         with pytest.raises(AssertionError):

@@ -23,7 +23,6 @@ from sprint_jax import train
 from sprint_jax.checkpoints.workdir import read_metrics
 from sprint_jax.core import cli
 from sprint_jax.core.config import Config, load_config
-from sprint_jax.core.fingerprint import leaf_table
 from sprint_jax.data import feed
 from sprint_jax.digits.dataset import Digits, DigitsConfig, open_digits
 from sprint_jax.digits.worlds import World, get_world
@@ -183,13 +182,6 @@ def read_state(workdir: Path, step: int) -> dict:
         shapes = reader.metadata(path).item_metadata.tree
         numpy = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), shapes)
         return reader.restore(path, args=ocp.args.PyTreeRestore(restore_args=numpy))
-
-
-def assert_same_bits(mine: Any, other: Any) -> None:
-    """Two trees have the same leaves, bit for bit."""
-    table, others = leaf_table(mine), leaf_table(other)
-    assert table.keys() == others.keys()
-    assert not [name for name in table if table[name] != others[name]]
 
 
 class Built(NamedTuple):

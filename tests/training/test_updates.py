@@ -8,7 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from helpers.runs import assert_same_bits, build, copy, tiny
+from helpers.compare import assert_same_bits
+from helpers.runs import build, copy, tiny
 from helpers.workdirs import make_workdir
 
 from sprint_jax.core.fingerprint import leaf_table
