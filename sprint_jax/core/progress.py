@@ -1,5 +1,6 @@
 """Progress of long work: a bar on a terminal, else plain lines with rate and ETA."""
 
+import contextlib
 import math
 import sys
 import time
@@ -17,7 +18,7 @@ def format_duration(seconds: float) -> str:
     return f"{hours}:{minutes:02d}:{seconds:02d}"
 
 
-class Progress:
+class Progress(contextlib.AbstractContextManager):
     """A tqdm bar on a terminal, else a plain line every ``interval`` seconds; silent but on process 0.
 
     Plain lines look like ``step 1200/20000  loss/scm 0.93  3.1 steps/s  ETA 1:41:03``. The rate leaves out
@@ -51,9 +52,6 @@ class Progress:
         self._bar = None
         if self._active and self._stream.isatty():
             self._bar = tqdm(total=total, initial=start, file=self._stream, unit=unit)
-
-    def __enter__(self) -> "Progress":
-        return self
 
     def __exit__(self, *exception) -> None:
         self.close()

@@ -40,7 +40,7 @@ def _writing(path: Path) -> Iterator[None]:
         raise UserError(f"cannot write {path}: {error.strerror or error}") from error
 
 
-class MetricLog:
+class MetricLog(contextlib.AbstractContextManager):
     """Writes the metrics, pictures and curves of one run; does nothing on processes other than 0.
 
     Use as a context manager or call `close`.
@@ -78,9 +78,6 @@ class MetricLog:
             suffix = f".{os.getpid()}.{time.monotonic_ns()}"
             self._board = Board(self.workdir / "tensorboard", kept + 1, suffix)
         self._synced = time.monotonic()
-
-    def __enter__(self) -> "MetricLog":
-        return self
 
     def __exit__(self, *exception) -> None:
         self.close()

@@ -1,5 +1,6 @@
 """A window of steps, traced on chosen hosts, for TensorBoard's or Perfetto's viewers."""
 
+import contextlib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -9,7 +10,7 @@ import jax
 from ..core.errors import UserError
 
 
-class Profile:
+class Profile(contextlib.AbstractContextManager):
     """Traces some steps into ``folder/host_K``, K the process index.
 
     Use as a context manager, and call `at` before every step. A run that is resumed inside the
@@ -42,9 +43,6 @@ class Profile:
         self._start, self._stop = start, start + steps
         self._mine = bool(start) and jax.process_index() in hosts
         self._running = False
-
-    def __enter__(self) -> "Profile":
-        return self
 
     def __exit__(self, *exception) -> None:
         self._end()
