@@ -10,9 +10,6 @@ from pathlib import Path
 
 import pytest
 
-from sprint_jax.core import cli
-from sprint_jax.train import main as train_main
-
 ROOT = Path(__file__).parent.parent
 LAUNCH = ROOT / "launch"
 SCRIPTS = [*sorted(LAUNCH.glob("*.sh")), LAUNCH / "slurm.sbatch", ROOT / ".ci" / "run"]
@@ -50,26 +47,22 @@ def test_every_script_that_starts_processes_has_a_dry_run():
     assert all(os.access(LAUNCH / name, os.X_OK) for name in DRY)
 
 
+@pytest.mark.parametrize("backend", ["", "cpu", "cuda", "tpu"])
 @pytest.mark.parametrize("name", sorted(DRY))
-def test_dry_run_prints_the_training(name):
-    result = run(name, *DRY[name], "--dry_run", "--", "--x=1", *WORDS)
+def test_dry_run_prints_the_training_for_a_backend(name, backend):
+    local = name in ("local_pod.sh", "supervise.sh")
+    more = ["--backend", backend] if backend and not local else []
+    result = run(name, *DRY[name], *more, "--dry_run", "--", "--x=1", *WORDS)
     assert result.returncode == 0 and not result.stderr, result.stderr
     plain = result.stdout.replace("\\", "").replace('"', "").replace("'", "").replace(",", "")
     assert "--config configs/digits.py:teacher --workdir runs/a b" in plain
-    if name not in ("local_pod.sh", "supervise.sh"):
+    if not local:
         assert "sprint_jax.train" in plain and "supervise.sh --max_restarts 10" in plain
         assert ("--distributed" in plain) == (name != "gpu_node.sh")
-
-
-@pytest.mark.parametrize("name", ["gpu_node.sh", "slurm.sbatch", "tpu_pod.sh", "gke.sh"])
-def test_backends_choose_platform_and_flags_that_exist(name):
-    for backend in ("cpu", "cuda", "tpu"):
-        result = run(name, *DRY[name], "--backend", backend, "--dry_run", "--", *WORDS)
-        assert result.returncode == 0, result.stderr
-        text = result.stdout.replace("\\", "")
-        assert "JAX_PLATFORMS" in text and backend in text
-        flags = {word.strip("'\",}") for word in text.replace("XLA_FLAGS=", " ").split()}
-        flags = sorted(flag for flag in flags if flag.startswith("--xla_gpu"))
+    if more:
+        assert "JAX_PLATFORMS" in plain and backend in plain
+        words = plain.replace("XLA_FLAGS=", " ").replace("}", " ").split()
+        flags = sorted(word for word in words if word.startswith("--xla_gpu"))
         assert len(flags) >= 3 if backend == "cuda" else not flags
         if flags and name == "gpu_node.sh":
             # XLA ends a process that is given an unknown flag, whatever its platform.
@@ -106,6 +99,7 @@ def test_local_pod_runs_processes_and_returns_a_failure():
     assert lines == [f"[{i}] {i} of 3 at localhost:12345" for i in range(3)]
 
 
+@pytest.mark.slow
 def test_local_pod_connects_two_processes(tmp_path):
     worker = ROOT / "tests" / "helpers" / "pod_worker.py"
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
@@ -150,12 +144,3 @@ def test_supervisor_passes_sigterm_on_and_stops(waiting, tmp_path):
     assert process.wait(timeout=30) == 143
     process.stderr.close()
     assert (tmp_path / "starts").read_text() == "x\n"
-
-
-def test_several_tasks_without_the_flag_are_refused(monkeypatch, capsys, tmp_path):
-    monkeypatch.setenv("SLURM_NTASKS", "4")
-    monkeypatch.setattr(sys, "argv", ["train", *WORDS[:3], str(tmp_path / "run")])
-    with pytest.raises(SystemExit) as stop:
-        cli.run_command(train_main)
-    assert stop.value.code == 2 and "SLURM_NTASKS=4" in capsys.readouterr().err
-    assert not (tmp_path / "run").exists()

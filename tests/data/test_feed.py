@@ -106,6 +106,8 @@ def test_data_without_files_of_the_user(tmp_path, source):
         assert data.null_text.shape == (12, 64) and data.null_mask.tolist() == [1] + [0] * 11
     assert data.next_of_first(7) == 7
     chex.assert_trees_all_equal(data.held_out(3), held_out)
+    drawn = {row.tobytes() for i in range(13) for row in data.batches(i)["latents"]}
+    assert not drawn & {row.tobytes() for row in held_out["latents"]}
     if source == "digits":
         assert data.decode(held_out["latents"]).shape == (3, 8, 8, 3)
         assert data.prompts(5)[0].shape == (5, 12, 64)

@@ -172,18 +172,20 @@ def test_commands_in_their_own_process(data, models, tmp_path):
     (tmp_path / "foreign").mkdir()
     (tmp_path / "foreign" / "x").write_text("")
     train_run = runs.words(TEACHER, data, tmp_path / "run")
-    model = ["--model", str(models["distill"]), "--out", str(tmp_path / "out")]
+    foreign = runs.words(TEACHER, data, tmp_path / "foreign")
+    sample = ["--model", str(models["distill"]), "--out", str(tmp_path / "out"), "--prompt", "a 3"]
     cases = [
         (
             2,
-            runs.start([*train_run, "--config.optimizer.learning_rat", "1"]),
+            "train",
+            [*train_run, "--config.optimizer.learning_rat", "1"],
             "'optimizer.learning_rate'",
         ),
-        (2, runs.start([*train_run, "--workdr=x"]), "--workdir"),
-        (1, runs.start(runs.words(TEACHER, data, tmp_path / "foreign")), "config.json"),
-        (2, runs.start([*model, "--prompt", "a 3", "--steps", "7"], "sample"), "7"),
+        (2, "train", [*train_run, "--workdr=x"], "--workdir"),
+        (1, "train", foreign, "config.json"),
+        (2, "sample", [*sample, "--steps", "7"], "7"),
     ]
-    for code, process, part in cases:
+    for code, part, process in [(c[0], c[3], runs.start(c[2], c[1])) for c in cases]:
         ended = runs.finish(process)
         check(ended, code, part)
         assert ended.err == f"{ended.error}\n" and ended.out == ""
