@@ -9,6 +9,7 @@ import time
 from pathlib import Path
 
 import pytest
+from helpers.runs import wait_for
 
 ROOT = Path(__file__).parent.parent
 LAUNCH = ROOT / "launch"
@@ -135,10 +136,7 @@ def test_supervisor_passes_sigterm_on_and_stops(waiting, tmp_path):
     script = f"echo x >>{tmp_path}/starts; {script}"
     command = [LAUNCH / "supervise.sh", "--backoff", "100", "--", "bash", "-c", script]
     process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
-    deadline = time.monotonic() + 60
-    while not (tmp_path / "starts").exists():
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
+    wait_for((tmp_path / "starts").exists, process)
     time.sleep(0.5)
     process.send_signal(signal.SIGTERM)
     assert process.wait(timeout=30) == 143

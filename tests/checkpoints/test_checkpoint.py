@@ -173,14 +173,9 @@ def test_load_params_reads_nothing_else(copied, capfd):
 
 def test_load_params_shardings(saved):
     workdir, states = saved
-    on = mesh(8)
-    everywhere = NamedSharding(on, PartitionSpec())
-    split = NamedSharding(on, PartitionSpec(None, "data"))
-
-    def by_rank(tree):
-        assert jax.tree.structure(tree) == jax.tree.structure(states[20].ema)
-        return jax.tree.map(lambda x: split if len(x.shape) == 3 else everywhere, tree)
-
+    everywhere = NamedSharding(mesh(8), PartitionSpec())
+    split = NamedSharding(mesh(8), PartitionSpec(None, "data"))
+    by_rank = lambda tree: jax.tree.map(lambda x: split if len(x.shape) == 3 else everywhere, tree)  # noqa: E731
     for shardings in (everywhere, by_rank):
         params, _ = load_params(workdir, shardings=shardings)
         assert_same_bits(params, states[20].ema)

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from helpers import runs
 from helpers.compare import assert_same_bits
-from helpers.pods import HOST, TRAIN, errors, finish_pod, start_pod, survivor_of, until
+from helpers.pods import HOST, TRAIN, errors, finish_pod, start_pod, survivor_of
 from helpers.workdirs import make_workdir
 
 from sprint_jax.parallel.peers import LOST_PEER
@@ -92,7 +92,9 @@ def test_death_of_a_process_is_named_and_resumed_exactly(line, folder, alone, pa
     workdir = folder / "killed"
     words = command(line, "flow", workdir)
     pod = start_pod([*words, "--peer_timeout", "10"])
-    until(lambda: runs.checkpoint_steps(workdir) and max(runs.records(workdir)) > EVERY, pod)
+    runs.wait_for(
+        lambda: runs.checkpoint_steps(workdir) and max(runs.records(workdir)) > EVERY, *pod
+    )
     survivor, seconds = survivor_of(pod, 1, signal.SIGKILL)
     assert seconds < 30 and survivor.code == LOST_PEER
     (error,) = errors(survivor)
@@ -114,7 +116,7 @@ def test_sigterm_to_one_process_stops_all_at_the_same_step(line, folder, pair):
     workdir = folder / "stopped"
     words = command(line, "flow", workdir, log__checkpoint_every=1000)
     pod = start_pod(words)
-    until(lambda: len(runs.records(workdir)) >= 3, pod)
+    runs.wait_for(lambda: len(runs.records(workdir)) >= 3, *pod)
     pod[1].send_signal(signal.SIGTERM)
     both = finish_pod(pod)
     assert [ended.code for ended in both] == [128 + signal.SIGTERM] * 2, both

@@ -7,8 +7,8 @@ import sys
 import time
 
 import pytest
-from helpers.runs import ROOT
-from helpers.toy_sweep import FAKE, ToySweep, meanwhile, wait_for
+from helpers.runs import ROOT, wait_for
+from helpers.toy_sweep import FAKE, ToySweep, meanwhile
 from PIL import Image
 
 from launch import sweep as command

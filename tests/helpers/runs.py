@@ -150,13 +150,18 @@ def finish(process: subprocess.Popen) -> Ended:
     return Ended(process.returncode, out, err)
 
 
-def signal_when(process: subprocess.Popen, number: int, ready: Callable[[], bool]) -> Ended:
-    """Sends a signal as soon as ``ready()``; the process must still be running then."""
-    deadline = time.monotonic() + 300
+def wait_for(ready: Callable[[], Any], *processes: subprocess.Popen, timeout: float = 300) -> None:
+    """Waits for ``ready()``, with all these processes still running; else ends them."""
+    deadline = time.monotonic() + timeout
     while not ready():
-        assert process.poll() is None, finish(process)
-        assert time.monotonic() < deadline
+        if time.monotonic() > deadline or any(each.poll() is not None for each in processes):
+            raise AssertionError([each.kill() or each.communicate() for each in processes])
         time.sleep(0.002)
+
+
+def signal_when(process: subprocess.Popen, number: int, ready: Callable[[], Any]) -> Ended:
+    """Sends a signal as soon as ``ready()``; the process must still be running then."""
+    wait_for(ready, process)
     process.send_signal(number)
     return finish(process)
 
