@@ -1,10 +1,11 @@
-"""How every test runs: 8 virtual CPU devices, strict ranks, warnings as errors (pyproject.toml).
+"""The setting of every test: 8 virtual CPU devices, strict ranks, warnings as errors (pyproject.toml).
 
 The environment is set before JAX is imported, and the commands that tests start inherit it.
 """
 
 import os
 import platform
+import shutil
 import time
 from pathlib import Path
 
@@ -39,8 +40,41 @@ def use_compilation_cache(folder: Path) -> None:
 use_compilation_cache(Path(__file__).parent.parent / ".cache" / "jax")
 
 import jax  # noqa: E402
+import pytest  # noqa: E402
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
+
+
+@pytest.fixture(scope="module")
+def quick():
+    """Most of XLA's optimizations are off, also in the commands that a test starts."""
+    from helpers.runs import quick_compilation
+
+    with quick_compilation():
+        yield
+
+
+@pytest.fixture(scope="session")
+def data(tmp_path_factory):
+    """A folder with a few scenes of the small world of digits."""
+    from helpers.runs import write_digits
+
+    return write_digits(tmp_path_factory.getbasetemp() / "digits")
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    """A workdir with checkpoints of steps 10 and 20, and their states; copy it, do not change it."""
+    from helpers.checkpoints import save_two
+
+    return save_two(tmp_path_factory.mktemp("saved"))
+
+
+@pytest.fixture
+def copied(saved, tmp_path):
+    """A copy of `saved` that a test may change."""
+    return shutil.copytree(saved[0], tmp_path / "run"), saved[1]
+
 
 # Files that take longest, the longest first: else a worker would be left alone with one at the end.
 SLOW = ("test_pod", "test_updates", "test_compiled", "test_train", "test_sweep_backends")

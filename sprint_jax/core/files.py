@@ -13,7 +13,7 @@ from .errors import UserError
 
 
 def write_atomic(path: Path, content: bytes) -> None:
-    """Writes a file so that a reader finds the old one or the new one, whole.
+    """Writes a file; a reader finds the old one or the new one, whole.
 
     Raises:
       UserError: naming the file, when it cannot be written.
@@ -30,9 +30,7 @@ def write_atomic(path: Path, content: bytes) -> None:
 
 
 def write_json_atomic(path: str | Path, value: Any) -> None:
-    """Writes ``value`` as indented JSON so that a reader finds the old file or the new one, whole.
-
-    Only process 0 writes.
+    """Writes ``value`` as indented JSON by `write_atomic`, on process 0 only.
 
     Raises:
       UserError: naming the file, when it cannot be written.
@@ -44,7 +42,7 @@ def write_json_atomic(path: str | Path, value: Any) -> None:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """A JSON file that holds a dict.
+    """Reads a JSON file that holds a dict.
 
     Raises:
       UserError: naming the file, when it is missing, cannot be read or holds something else.

@@ -1,8 +1,7 @@
 """Fingerprints of trees of arrays: to recognise a frozen network and to find damaged checkpoints.
 
-A leaf's bits are hashed on the devices where they lie, as two sums over words modulo 2**32. Sums of
-integers do not depend on their order, so neither does the fingerprint depend on sharding, mesh or
-backend.
+A leaf's bits are hashed on the devices where they lie, as two sums over words modulo 2**32. Sums of integers
+do not depend on their order, so the fingerprint does not depend on sharding, mesh or backend.
 """
 
 import hashlib
@@ -26,32 +25,31 @@ def _mix(x: jax.Array) -> jax.Array:
 
 @jax.jit
 def _word_sums(leaf: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Two uint32 hashes of the bits and positions of an array.
+    """Computes two uint32 hashes of the bits and positions of an array.
 
-    A plain weighted sum of words would not do: the top bits of two words cancel under any weights,
-    so that an array of negated numbers could pass. Each (word, position) is mixed before the sum;
-    mixing is one to one, so that a change of a single word is always found.
+    In a weighted sum of words the top bits of two words cancel under any odd weights, so that an array of
+    negated numbers could pass. Each (word, position) is mixed before the sum; mixing is one to one, so that a
+    change of a single word is always found.
     """
     if leaf.dtype == jnp.bool_:
         leaf = leaf.astype(jnp.uint8)
     words = jax.lax.bitcast_convert_type(leaf, UNSIGNED[leaf.dtype.itemsize]).astype(jnp.uint32)
     position = jnp.zeros(words.shape, jnp.uint32)
     for axis, size in enumerate(words.shape):
-        position = position * jnp.uint32(size) + jax.lax.broadcasted_iota(
-            jnp.uint32, words.shape, axis
-        )
+        index = jax.lax.broadcasted_iota(jnp.uint32, words.shape, axis)
+        position = position * jnp.uint32(size) + index
     first = _mix(words + _mix(position + jnp.uint32(0x9E3779B9)))
     second = _mix(words ^ _mix(position ^ jnp.uint32(0x7F4A7C15)))
     return jnp.sum(first, dtype=jnp.uint32), jnp.sum(second, dtype=jnp.uint32)
 
 
 def leaf_name(key_path: tuple) -> str:
-    """Path of a leaf with slashes, such as ``params/transformer_blocks/attn/kernel``."""
+    """Returns the path of a leaf with slashes, such as ``params/transformer_blocks/attn/kernel``."""
     return jax.tree_util.keystr(key_path, simple=True, separator="/")
 
 
 def describe(tree: Tree) -> dict[str, dict[str, Any]]:
-    """Shape and dtype of every leaf (array or ShapeDtypeStruct) by its name; JSON-able.
+    """Returns shape and dtype of every leaf (array or ShapeDtypeStruct) by its name; JSON-able.
 
     Raises:
       ValueError: when two leaves have the same name (keys that contain slashes).
@@ -67,7 +65,7 @@ def describe(tree: Tree) -> dict[str, dict[str, Any]]:
 
 
 def leaf_table(tree: Tree) -> dict[str, dict[str, Any]]:
-    """`describe` with the hash of each leaf's bits (16 hex digits) as ``bits``.
+    """Returns `describe` with the hash of each leaf's bits (16 hex digits) as ``bits``.
 
     On several hosts every process must call it, and gets the same table.
     """
@@ -75,11 +73,8 @@ def leaf_table(tree: Tree) -> dict[str, dict[str, Any]]:
 
     def as_words(leaf):
         # Without x64, jit would round 64-bit numpy arrays to 32 bits before they are hashed.
-        if isinstance(leaf, np.ndarray | np.generic) and leaf.dtype.itemsize == 8:
-            return np.frombuffer(np.ascontiguousarray(leaf).tobytes(), np.uint32).reshape(
-                (*leaf.shape, 2)
-            )
-        return leaf
+        wide = isinstance(leaf, np.ndarray | np.generic) and leaf.dtype.itemsize == 8
+        return np.frombuffer(leaf.tobytes(), np.uint32) if wide else leaf
 
     # One at a time: many small programs with collectives in flight can starve one another of the
     # CPU backend's threads when there are more devices than cores.
@@ -90,15 +85,15 @@ def leaf_table(tree: Tree) -> dict[str, dict[str, Any]]:
 
 
 def digest(value: Any) -> str:
-    """sha256 of a JSON-able value, 64 hex digits."""
+    """Returns the sha256 of a JSON-able value, 64 hex digits."""
     text = json.dumps(value, sort_keys=True, separators=(",", ":"))
     return hashlib.sha256(text.encode()).hexdigest()
 
 
 def fingerprint(tree: Tree) -> str:
-    """Hash of all leaves of a tree: names, shapes, dtypes and bits; 64 hex digits.
+    """Returns the hash of all leaves of a tree: names, shapes, dtypes and bits; 64 hex digits.
 
-    Independent of sharding, of the order of leaves and of the kind of container (dict or struct).
-    The hash is made against accidents, not against an adversary.
+    Independent of sharding, of the order of leaves and of the kind of container (dict or struct). It finds
+    accidents, and does not withstand an adversary.
     """
     return digest(leaf_table(tree))

@@ -1,4 +1,4 @@
-"""Pictures between files and networks: bytes, sizes that 1024-pixel models know, resizing."""
+"""Pictures between files and networks: bytes, the sizes of 1024-pixel models, resizing."""
 
 from collections.abc import Sequence
 
@@ -23,17 +23,17 @@ SIZES_1024 = (
 
 
 def to_bytes(pixels: np.ndarray) -> np.ndarray:
-    """Pixels in [-1, 1] of any shape as uint8 0..255, rounded."""
+    """Returns pixels in [-1, 1] of any shape as uint8 0..255, rounded."""
     return np.rint((np.clip(pixels, -1, 1) + 1) * 127.5).astype(np.uint8)
 
 
 def nearest_size(height: int, width: int, sizes: Sequence[tuple[int, int]] = SIZES_1024):
-    """The (height, width) of ``sizes`` whose aspect ratio, to two decimals, is nearest."""
+    """Returns the (height, width) of ``sizes`` whose aspect ratio, to two decimals, is nearest."""
     return min(sizes, key=lambda size: abs(round(size[0] / size[1], 2) - height / width))
 
 
 def resize_and_crop(pixels: Array, height: int, width: int) -> Array:
-    """[B, H, W, C] scaled bilinearly to cover height x width, and its middle cut out; unchanged if it fits."""
+    """Scales [B, H, W, C] bilinearly to cover height x width and cuts out the middle."""
     old = pixels.shape[1:3]
     if old == (height, width):
         return pixels
@@ -48,7 +48,7 @@ def resize_and_crop(pixels: Array, height: int, width: int) -> Array:
 def to_pixels(
     images: Image.Image | np.ndarray | Sequence, count: int, height: int, width: int
 ) -> Array:
-    """Images to start from as float32 pixels [count, height, width, 3] in [-1, 1].
+    """Returns images to start from as float32 pixels [count, height, width, 3] in [-1, 1].
 
     Args:
       images: one image for all, or one for each of ``count`` pictures. PIL images of any size and mode are

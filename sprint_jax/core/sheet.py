@@ -15,7 +15,7 @@ GREEN, RED, BLACK, WHITE = (0, 150, 0), (205, 0, 0), (0, 0, 0), (255, 255, 255)
 
 
 class Cell(NamedTuple):
-    """One place of a sheet: uint8 picture [H, W, 3], caption, and a tick, a cross or nothing."""
+    """A place of a sheet: uint8 picture [H, W, 3], caption, and a tick, a cross or nothing."""
 
     picture: np.ndarray
     caption: str = ""
@@ -23,7 +23,7 @@ class Cell(NamedTuple):
 
 
 def enlarge(picture: np.ndarray, factor: int) -> np.ndarray:
-    """[H, W, C] to [factor H, factor W, C], each pixel a square: nothing is smoothed."""
+    """Enlarges [H, W, C] to [factor H, factor W, C], each pixel a square."""
     return picture.repeat(factor, 0).repeat(factor, 1)
 
 
@@ -98,9 +98,7 @@ def write_pictures(
 
 
 def _mark(draw: ImageDraw.ImageDraw, right: bool, x: int, y: int) -> None:
-    """A tick or a cross in the square of 16 whose lower right corner is (x, y)."""
-    if right:
-        draw.line([(x - 14, y - 9), (x - 10, y - 4), (x - 4, y - 14)], GREEN, 3)
-    else:
-        draw.line([(x - 14, y - 14), (x - 4, y - 4)], RED, 3)
-        draw.line([(x - 14, y - 4), (x - 4, y - 14)], RED, 3)
+    """Draws a tick or a cross in the square of 16 whose lower right corner is (x, y)."""
+    tick, cross = [[(14, 9), (10, 4), (4, 14)]], [[(14, 14), (4, 4)], [(14, 4), (4, 14)]]
+    for line in tick if right else cross:
+        draw.line([(x - dx, y - dy) for dx, dy in line], GREEN if right else RED, 3)

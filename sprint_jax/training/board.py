@@ -1,7 +1,7 @@
-"""TensorBoard events, written by the thread that has them.
+"""TensorBoard files, written at once.
 
-tensorboardX's own `SummaryWriter` writes from a thread of its own, which a full disk ends in silence; its
-queue then fills, and the training waits there for ever.
+tensorboardX's `SummaryWriter` writes from a thread of its own. A full disk ends that thread without a word;
+then its queue fills, and the training waits for ever.
 """
 
 import time
@@ -15,12 +15,11 @@ from tensorboardX.proto.summary_pb2 import Summary
 
 
 class Board:
-    """One event file in a folder, made if missing; whatever cannot be written raises OSError.
+    """One event file in a folder, which is made if missing; raises OSError when it cannot be written.
 
     Args:
-      folder: where TensorBoard looks.
-      purge_step: events of earlier files from this step on are not shown: they come again.
-      suffix: of the file's name, which has the time in whole seconds.
+      purge_step: TensorBoard hides events of earlier files from this step on: they come again.
+      suffix: of the file's name.
     """
 
     def __init__(self, folder: Path, purge_step: int, suffix: str):
@@ -30,12 +29,12 @@ class Board:
         self._write(Event(step=purge_step, session_log=SessionLog(status=SessionLog.START)))
 
     def scalars(self, step: int, values: dict[str, float]) -> None:
-        """Numbers of one step by name."""
+        """Writes the numbers of one step, by name."""
         values = [Summary.Value(tag=name, simple_value=value) for name, value in values.items()]
         self._write(Event(step=step, summary=Summary(value=values)))
 
     def image(self, step: int, name: str, pixels: np.ndarray) -> None:
-        """A picture [H, W, 3] or [H, W], uint8."""
+        """Writes a picture [H, W, 3] or [H, W], uint8."""
         layout = "HW" if pixels.ndim == 2 else "HWC"
         self._write(Event(step=step, summary=summary.image(name, pixels, dataformats=layout)))
 
@@ -44,7 +43,7 @@ class Board:
         self._events.write_event(event)
 
     def flush(self) -> None:
-        """Hands over to the disk what was written."""
+        """Hands over to the system what was written."""
         self._events.flush()
 
     def close(self) -> None:

@@ -1,4 +1,4 @@
-"""Checks before anything is computed: another run's workdir, counts and batches that cannot be."""
+"""Checks of a run before anything is computed: its workdir, its counts and its batch."""
 
 from pathlib import Path
 
@@ -11,14 +11,16 @@ from ..parallel.sharding import batch_ways
 from .setup import PREPARED
 from .stages import stage_of
 
+FREE = ("steps", "teacher", "mesh.", "log.", "sampler.", "encode.threads")
+FREE += ("data.dir", "data.prefetch", "data.latents", "data.encoders")
+
 
 def check_workdir(workdir: Path, c: Config) -> None:
-    """Refuses a workdir that is not this run's, before anything is computed.
+    """Refuses a workdir that is not this run's.
 
-    `LOG_FILE`, into which a sweep or a batch system writes, what `prepare_teacher` left and the list of
-    rejected images may be there before the run is. A run may go on with other values of ``steps``, ``mesh``,
-    ``log``, ``sampler`` and of where data and teacher lie (the teacher's hash is compared); every other key
-    decides its numbers.
+    Some files may be there before the run: `LOG_FILE`, which sweeps and batch systems write, the weights of
+    `prepare_teacher` and the list of rejected images. A run may go on with other values of the `FREE` keys
+    (the teacher's hash is compared); every other key decides its numbers.
 
     Raises:
       UserError: for a file in its place, a directory of something else, or another config.
@@ -26,24 +28,11 @@ def check_workdir(workdir: Path, c: Config) -> None:
     if workdir.exists() and not workdir.is_dir():
         raise UserError(f"--workdir {workdir} is a file; name a directory")
     early = {LOG_FILE, PREPARED, f"{PREPARED}.partial"}
-    if not workdir.is_dir() or all(
-        path.name in early or path.match("rejected*.jsonl*") for path in workdir.iterdir()
-    ):
+    found = list(workdir.iterdir()) if workdir.is_dir() else []
+    if all(path.name in early or path.match("rejected*.jsonl*") for path in found):
         return
     old = read_workdir_config(workdir).to_dict()
-    free = (
-        "steps",
-        "teacher",
-        "mesh.",
-        "log.",
-        "sampler.",
-        "data.dir",
-        "data.prefetch",
-        "data.latents",
-        "data.encoders",
-        "encode.threads",
-    )
-    changed = [key for key in diff(old, c.to_dict()) if not key.startswith(free)]
+    changed = [key for key in diff(old, c.to_dict()) if not key.startswith(FREE)]
     if changed:
         more = f" and {len(changed) - 1} more" if changed[1:] else ""
         raise UserError(

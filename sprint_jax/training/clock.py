@@ -1,4 +1,4 @@
-"""Where the wall clock of a training loop goes: waiting for data, steps, logs, checkpoints.
+"""A clock of the training loop: shares of the wall clock for data, steps, logs and checkpoints.
 
     clock = Clock(step=0, images=64)
     with clock("data_wait"):
@@ -6,10 +6,8 @@
     ...
     metrics |= clock.lap(step=20)
 
-It measures the host. A device works on behind the host's back, so the time that the host waits for
-a step's numbers counts as ``step``; what is written meanwhile is hidden behind the device's work and
-still counts under its own name. The shares therefore say what the *host* did, and ``data_wait`` near
-0 says that batches were always ready.
+It measures the host, while a device works on by itself: the time that the host waits for a step's numbers
+counts as ``step``. A share of ``data_wait`` near 0 says that batches were always ready.
 """
 
 import contextlib
@@ -47,14 +45,14 @@ class Clock:
             self._spent[part] += self._now() - began
 
     def lap(self, step: int) -> dict[str, float]:
-        """Metrics of the time since the last call, or since the clock was made, and starts anew.
+        """Returns metrics of the time since the last call, or since the clock was made, and starts anew.
 
         Args:
           step: the step that is done now, later than that of the last call.
 
         Returns:
-          ``time/PART``: fractions of the wall clock, whose sum is below 1 by what the loop itself
-          took; ``time/step_seconds`` and ``time/images_per_second``.
+          ``time/PART``: fractions of the wall clock, less than 1 in sum; ``time/step_seconds`` and
+          ``time/images_per_second``.
         """
         wall, steps = self._now() - self._began, step - self._step
         metrics = {f"time/{part}": spent / wall for part, spent in self._spent.items()}

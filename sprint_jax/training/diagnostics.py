@@ -1,4 +1,4 @@
-"""What a run logs so that one that goes wrong says where."""
+"""Diagnostics of a run: metrics by time, and checks of the student's tangent."""
 
 import math
 from collections.abc import Callable
@@ -13,7 +13,7 @@ BINS = 8
 
 
 def time_bins(t: Array, values: Array, limit: float = math.pi / 2) -> Array:
-    """Means of ``values`` [B] over 8 equal bins of ``t`` [B] in [0, limit]; NaN where a bin is empty."""
+    """Returns means of ``values`` [B] in 8 equal bins of ``t`` [B] in [0, limit]; NaN where a bin is empty."""
     index = jnp.clip((t / limit * BINS).astype(jnp.int32), 0, BINS - 1)
     member = index[None] == jnp.arange(BINS)[:, None]
     # Chosen, not multiplied by 0: a sample that is not finite must show in its own bin alone.
@@ -22,14 +22,14 @@ def time_bins(t: Array, values: Array, limit: float = math.pi / 2) -> Array:
 
 
 def binned(name: str, t: Array, values: Array, limit: float = math.pi / 2) -> dict[str, Array]:
-    """`time_bins` as metrics ``name/t0 ... name/t7``."""
+    """Returns `time_bins` as metrics ``name/t0 ... name/t7``."""
     return {f"{name}/t{i}": value for i, value in enumerate(time_bins(t, values, limit))}
 
 
 def tangent_checks(
     F: Callable, F_bfloat16: Callable, x: Array, t: Array, dx: Array, dt: Array, step=5e-3
 ):
-    """How far the student's tangent can be trusted.
+    """Computes how far the student's tangent can be trusted.
 
     Args:
       F, F_bfloat16: the same TrigFlow network ``F(x, t)`` in float32 and with bfloat16 matmuls.

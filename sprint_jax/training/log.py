@@ -1,15 +1,16 @@
-"""What a run tells: metrics.jsonl, TensorBoard, sample pictures, curves and a progress line.
+"""The log of a run: metrics.jsonl, TensorBoard, sample pictures, curves and a progress line.
 
-metrics.jsonl is the record: one JSON object per logged step, key ``step`` first. The rest is made
-from it or beside it. Metric names are ``group/name`` (``loss/scm``, ``grad/norm``,
-``time/step_seconds``), and curves are grouped by what stands before the slash.
+metrics.jsonl is the record: one JSON object per logged step, key ``step`` first. Curves are made from it,
+and TensorBoard's files are written beside it. Metrics are named ``group/name`` (``loss/scm``,
+``time/step_seconds``), with one panel of the curves for each group.
 """
 
+import contextlib
 import json
 import math
 import os
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -30,20 +31,28 @@ def _line(record: dict[str, Any]) -> bytes:
     return json.dumps(record, allow_nan=False).encode() + b"\n"
 
 
-class MetricLog:
-    """Metrics, pictures and curves of one run; does nothing on processes other than 0.
+@contextlib.contextmanager
+def _writing(path: Path) -> Iterator[None]:
+    """Turns what the system says of a full or read-only disk into a `UserError` that names the path."""
+    try:
+        yield
+    except OSError as error:
+        raise UserError(f"cannot write {path}: {error.strerror or error}") from error
+
+
+class MetricLog(contextlib.AbstractContextManager):
+    """Writes the metrics, pictures and curves of one run; does nothing on processes other than 0.
 
     Use as a context manager or call `close`.
 
     Args:
       workdir: the run's directory; made if missing.
-      resume_step: the step that was restored: logged steps after it will come again and are dropped
-        (as is a torn last line), here and in TensorBoard, so that each appears once. None for a
-        fresh start, which drops all of them.
+      resume_step: the step that was restored, or None for a fresh start. Later steps will come again: their
+        lines are dropped, as is a torn last line, and TensorBoard hides its own.
       progress: shows the losses of the lines that were deferred.
 
     Raises:
-      UserError: when a file cannot be written.
+      UserError: when a file cannot be written; so do all methods.
     """
 
     def __init__(
@@ -60,52 +69,36 @@ class MetricLog:
         from .board import Board
 
         kept = -1 if resume_step is None else resume_step
-        try:
+        with _writing(self.workdir):
             (self.workdir / "samples").mkdir(parents=True, exist_ok=True)
             records = [record for record in read_metrics(self.path) if record["step"] <= kept]
             write_atomic(self.path, b"".join(map(_line, records)))
             self._file = self.path.open("ab")
             # File names hold the time in whole seconds: a quick restart would overwrite the first.
-            self._board = Board(
-                self.workdir / "tensorboard", kept + 1, f".{os.getpid()}.{time.monotonic_ns()}"
-            )
-        except OSError as error:
-            raise UserError(f"cannot write in workdir {self.workdir}: {error}") from error
+            suffix = f".{os.getpid()}.{time.monotonic_ns()}"
+            self._board = Board(self.workdir / "tensorboard", kept + 1, suffix)
         self._synced = time.monotonic()
-
-    def __enter__(self) -> "MetricLog":
-        return self
 
     def __exit__(self, *exception) -> None:
         self.close()
 
     def write(self, step: int, metrics: Mapping[str, float]) -> None:
-        """Appends one line for ``step``; a second call for the same step would be a second line.
+        """Appends one line.
 
-        Values are Python, numpy or jax scalars (a jax scalar is waited for). JSON has no numbers
-        that are not finite, so NaN and infinities become null: any parser reads the file, and null
-        shows as a gap.
-        The line is handed to the system at once, which is enough to outlive a killed process, and
-        forced to disk every few seconds.
-
-        Raises:
-          UserError: when the file cannot be written, for example because the disk is full.
+        Values are Python, numpy or jax scalars (a jax scalar is waited for). NaN and infinities become null,
+        since JSON has no such numbers. The system has the line at once, so that it outlives a killed process;
+        it is forced to disk every few seconds.
         """
         if not self._active:
             return
         values = {name: float(value) for name, value in metrics.items() if name != "step"}
-        record = {"step": int(step)} | {
-            name: value if math.isfinite(value) else None for name, value in values.items()
-        }
-        try:
-            self._file.write(_line(record))
+        finite = {name: value for name, value in values.items() if math.isfinite(value)}
+        with _writing(self.path):
+            self._file.write(_line({"step": int(step)} | dict.fromkeys(values) | finite))
             self._file.flush()
-            finite = {name: value for name, value in values.items() if math.isfinite(value)}
             self._board.scalars(int(step), finite)
-            if time.monotonic() - self._synced > SYNC_SECONDS:
-                self.sync()
-        except OSError as error:
-            raise UserError(f"cannot write {self.path}: {error.strerror}") from error
+        if time.monotonic() - self._synced > SYNC_SECONDS:
+            self.sync()
 
     def defer(self, step: int, metrics: Mapping[str, Any]) -> None:
         """Takes a line whose values may still be on a device; `flush` writes it.
@@ -121,11 +114,7 @@ class MetricLog:
         self._deferred = (step, dict(metrics))
 
     def flush(self) -> None:
-        """Writes the deferred line, if there is one, and waits for its values if need be.
-
-        Raises:
-          UserError: when the file cannot be written.
-        """
+        """Writes the deferred line, if there is one, and waits for its values if need be."""
         if self._deferred is None:
             return
         (step, metrics), self._deferred = self._deferred, None
@@ -139,37 +128,30 @@ class MetricLog:
         """Forces the lines so far to disk, so that they outlive a failure of the machine."""
         self.flush()
         if self._active:
-            try:
+            with _writing(self.workdir):
                 os.fsync(self._file.fileno())
                 self._board.flush()
-            except OSError as error:
-                raise UserError(f"cannot write in {self.workdir}: {error.strerror}") from error
             self._synced = time.monotonic()
 
     def image(self, step: int, name: str, pixels: np.ndarray) -> None:
         """Writes a picture as samples/STEP_NAME.png (step in 8 digits) and to TensorBoard.
 
         Args:
-          step: the step it belongs to.
           name: slashes become dashes in the file name.
           pixels: [H, W, 3] or [H, W], uint8.
 
         Raises:
           ValueError: for another dtype or shape.
-          UserError: when the file cannot be written.
         """
         if not self._active:
             return
         pixels = np.asarray(pixels)
-        gray = pixels.ndim == 2
-        if pixels.dtype != np.uint8 or not (gray or (pixels.ndim == 3 and pixels.shape[2] == 3)):
+        if pixels.dtype != np.uint8 or pixels.shape[2:] not in ((), (3,)) or pixels.ndim < 2:
             raise ValueError(f"{name}: need uint8 [H, W, 3], got {pixels.dtype} {pixels.shape}")
         path = self.workdir / "samples" / f"{step:08d}_{name.replace('/', '-')}.png"
-        try:
+        with _writing(path):
             Image.fromarray(pixels).save(path)
             self._board.image(int(step), name, pixels)
-        except OSError as error:
-            raise UserError(f"cannot write {path}: {error.strerror}") from error
 
     def curves(self) -> None:
         """Draws curves.png from metrics.jsonl: one panel per metric group."""
@@ -178,6 +160,7 @@ class MetricLog:
             draw_curves(self.path, self.workdir / "curves.png")
 
     def close(self) -> None:
+        """Writes what is deferred and closes the files."""
         if not self._active:
             return
         try:

@@ -13,6 +13,7 @@ from PIL import Image
 from .. import sampling
 from ..core.config import Config
 from ..core.pixels import to_bytes
+from ..core.sheet import enlarge
 from ..data.feed import Data
 from ..models import functions
 from ..parallel.sharding import batch_ways, replicated
@@ -27,14 +28,11 @@ DECODED = 4  # pictures at once: at 1024 pixels a decoder needs some GB for them
 def make_preview(
     c: Config, nets: Nets, data: Data, mesh: jax.sharding.Mesh, count: int = 16
 ) -> Callable[[Tree, dict], np.ndarray] | None:
-    """A function of (params, frozen) to a picture: always the same prompts from the same noise.
-
-    Columns are prompts. Rows are 1, 2 and 4 steps for a student; for a teacher, DPM-Solver++ with 20
-    steps and CFG. Every process must call it.
+    """Makes the function that draws the sample grids of a run; every process must call it.
 
     Returns:
-      ``preview(params, frozen) -> uint8 [rows * H, columns * W, 3]``, pictures of 64 to 256 pixels;
-      None for data without pictures.
+      ``preview(params, frozen) -> uint8 [rows * H, columns * W, 3]``, pictures of 64 to 256 pixels: a column
+      for each prompt, a row for each number of steps of the stage. None for data without pictures.
     """
     if data.decode is None:
         return None
@@ -47,29 +45,24 @@ def make_preview(
         key = jax.random.fold_in(jax.random.key(c.seed), number)
         return sampling.noise_for(key, np.arange(batch), shape)
 
-    guidance, settings = c.log.sample_guidance, {"sigma_d": c.sigma_d}
+    guidance, stage = c.log.sample_guidance, stage_of(c)
 
-    def student(params, steps):
-        F = functions.trigflow(nets.model, params, text, mask, jnp.full(batch, guidance))
+    def student(network, frozen, steps):
+        F = functions.trigflow(*network, jnp.full(batch, guidance))
         later = jnp.stack([noise(i) for i in range(1, steps)]) if steps > 1 else None
-        how = settings | {"midpoint": c.sampler.midpoint, "step_noise": later}
-        return sampling.draw_student(F, noise(0), steps=steps, **how)
+        how = dict(steps=steps, sigma_d=c.sigma_d, midpoint=c.sampler.midpoint, step_noise=later)
+        return sampling.draw_student(F, noise(0), **how)
 
-    def teacher(params, frozen, steps):
+    def teacher(network, frozen, steps):
         null = frozen["null_text"][None], frozen["null_mask"][None]
-        form = functions.velocity
-        velocity = functions.guided(form, nets.model, params, text, mask, guidance, null)
-        how = settings | {"shift": c.flow.shift}
-        return sampling.draw_teacher(velocity, noise(0), steps=steps, **how)
+        velocity = functions.guided(functions.velocity, *network, guidance, null)
+        how = dict(steps=steps, sigma_d=c.sigma_d, shift=c.flow.shift)
+        return sampling.draw_teacher(velocity, noise(0), **how)
 
     @functools.partial(jax.jit, out_shardings=replicated(mesh))
     def sample(params, frozen):
-        stage = stage_of(c)
-        rows = [
-            student(params, steps) if stage.distills else teacher(params, frozen, steps)
-            for steps in stage.preview_steps
-        ]
-        return jnp.stack([row[:count] for row in rows])
+        draw, network = student if stage.distills else teacher, (nets.model, params, text, mask)
+        return jnp.stack([draw(network, frozen, n)[:count] for n in stage.preview_steps])
 
     def preview(params, frozen):
         rows = jax.device_get(sample(params, frozen))
@@ -81,12 +74,9 @@ def make_preview(
 
 
 def _strip(decode: Callable[[Any], Any], latents: np.ndarray) -> np.ndarray:
-    """Pictures of latents [n, h, w, C] side by side: uint8 [H, W, 3], each 64 to 256 pixels high."""
+    """Decodes latents [n, h, w, C] into pictures side by side: uint8 [H, W, 3], each 64 to 256 pixels high."""
     parts = [latents[i : i + DECODED] for i in range(0, len(latents), DECODED)]
     pixels = np.concatenate([np.asarray(decode(part)) for part in parts])
     strip = rearrange(to_bytes(pixels), "n h w c -> h (n w) c")
-    height = pixels.shape[1]
-    scale = max(1, 64 // height)
-    shrink = max(1, height // 256)
-    picture = Image.fromarray(strip.repeat(scale, 0).repeat(scale, 1))
-    return np.asarray(picture.reduce(shrink) if shrink > 1 else picture)
+    picture = Image.fromarray(enlarge(strip, max(1, 64 // pixels.shape[1])))
+    return np.asarray(picture.reduce(max(1, pixels.shape[1] // 256)))

@@ -1,5 +1,6 @@
 """A window of steps, traced on chosen hosts, for TensorBoard's or Perfetto's viewers."""
 
+import contextlib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -9,7 +10,7 @@ import jax
 from ..core.errors import UserError
 
 
-class Profile:
+class Profile(contextlib.AbstractContextManager):
     """Traces some steps into ``folder/host_K``, K the process index.
 
     Use as a context manager, and call `at` before every step. A run that is resumed inside the
@@ -32,20 +33,16 @@ class Profile:
                 f"config.log.profile_steps={steps} at least 1",
                 exit_code=2,
             )
-        wrong = [host for host in hosts if not 0 <= host < jax.process_count()]
-        if start and (wrong or not hosts):
+        last = jax.process_count() - 1
+        if start and not (hosts and all(0 <= host <= last for host in hosts)):
             raise UserError(
-                f"config.log.profile_hosts={hosts}: name some of the processes 0 to "
-                f"{jax.process_count() - 1}",
+                f"config.log.profile_hosts={hosts}: name some of the processes 0 to {last}",
                 exit_code=2,
             )
         self._folder = folder / f"host_{jax.process_index()}"
         self._start, self._stop = start, start + steps
         self._mine = bool(start) and jax.process_index() in hosts
         self._running = False
-
-    def __enter__(self) -> "Profile":
-        return self
 
     def __exit__(self, *exception) -> None:
         self._end()

@@ -46,7 +46,11 @@ def pipeline(tmp_path_factory):
 
 @pytest.mark.parametrize(
     ("kind", "dtype", "tolerance"),
-    [("digits", "float32", 1e-6), ("real", "float32", 1e-5), ("real", "bfloat16", 0.05)],
+    [
+        ("digits", "float32", 1e-6),
+        pytest.param("real", "float32", 1e-5, marks=pytest.mark.slow),
+        pytest.param("real", "bfloat16", 0.05, marks=pytest.mark.slow),
+    ],
 )
 def test_every_record_is_its_picture_and_its_captions_encoded(
     pipeline, tmp_path, kind, dtype, tolerance
@@ -112,6 +116,7 @@ def test_the_manifest_says_whether_sigma_d_fits(std, words):
     assert re.search(words, told["in_words"])
 
 
+@pytest.mark.slow
 def test_a_changed_text_encoder_is_not_mixed_with_the_old(pipeline, tmp_path):
     out, other = tmp_path / "latents", shutil.copytree(pipeline, tmp_path / "other")
     encode_small(out, Pictures(8), data__encoders=str(pipeline), data__sizes=TWO)

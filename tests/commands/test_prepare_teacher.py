@@ -6,7 +6,7 @@ import shutil
 import jax
 import numpy as np
 import pytest
-from helpers.runs import quick_compilation, read_state, run_here, tiny, words, write_digits
+from helpers.runs import read_state, run_here, tiny, words
 from helpers.workdirs import make_workdir, slow_time_params, tiny_config
 
 from sprint_jax import prepare_teacher
@@ -18,20 +18,11 @@ from sprint_jax.models.sana import from_fields
 from sprint_jax.teacher import surgery
 from sprint_jax.training import setup
 
+pytestmark = pytest.mark.usefixtures("quick")
+
 DENSE = tiny_config("flow")["model"]
 OLD = DENSE | {"qk_norm": False, "timestep_scale": 1.0}
 SPEC = "configs/digits.py:teacher,small"
-
-
-@pytest.fixture(scope="module", autouse=True)
-def quick():
-    with quick_compilation():
-        yield
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory):
-    return write_digits(tmp_path_factory.getbasetemp() / "digits")
 
 
 @pytest.fixture(scope="module")
@@ -57,6 +48,7 @@ def prepare(folder, data, tmp_path, monkeypatch, capfd):
     return run
 
 
+@pytest.mark.slow
 def test_command_prepares_trains_and_resumes(prepare, folder, data, tmp_path):
     """From a diffusers folder to a workdir whose first step starts from the operated weights."""
     workdir = tmp_path / "run"

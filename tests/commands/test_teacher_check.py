@@ -1,27 +1,21 @@
-"""The command teacher_check, and the records that it measures on."""
+"""The command teacher_check."""
 
 import json
 
 import jax
 import numpy as np
 import pytest
-from helpers.runs import quick_compilation, run_here, tiny, write_digits
+from helpers.runs import run_here
 from helpers.workdirs import make_workdir, random_params, tiny_config
 from PIL import Image
 
 from sprint_jax import teacher_check
-from sprint_jax.core.errors import UserError
-from sprint_jax.data import feed
 from sprint_jax.interop import diffusers
 from sprint_jax.interop.sana import config_from_fields
 from sprint_jax.parallel.sharding import make_mesh
 from sprint_jax.training import setup
 
-
-@pytest.fixture(scope="module", autouse=True)
-def quick():
-    with quick_compilation():
-        yield
+pytestmark = pytest.mark.usefixtures("quick")
 
 
 @pytest.fixture(autouse=True)
@@ -29,11 +23,6 @@ def two_devices(monkeypatch):
     """The command's mesh; programs for all eight would take a minute to compile."""
     mesh = make_mesh(devices=jax.devices()[:2])
     monkeypatch.setattr(setup, "mesh_from", lambda c: mesh)
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory):
-    return write_digits(tmp_path_factory.getbasetemp() / "digits")
 
 
 @pytest.fixture(scope="module")
@@ -50,10 +39,12 @@ def folder(tmp_path_factory):
     return folder
 
 
-def run(folder, data, words, monkeypatch, capfd):
+@pytest.fixture
+def run(folder, data, monkeypatch, capfd):
+    """``run(*words)`` runs the command in the folder."""
     monkeypatch.chdir(folder)
-    line = [f"--config.data.dir={data}", "--count", "8", "--batch", "8", "--out", "report", *words]
-    return run_here(line, monkeypatch, capfd, main=teacher_check.main)
+    line = [f"--config.data.dir={data}", "--count", "8", "--batch", "8", "--out", "report"]
+    return lambda *words: run_here([*line, *words], monkeypatch, capfd, main=teacher_check.main)
 
 
 @pytest.mark.parametrize(
@@ -68,17 +59,15 @@ def run(folder, data, words, monkeypatch, capfd):
         (["--model", "teacher", "--config.data.source=tape"], 2, "tape"),
     ],
 )
-def test_command_refuses_what_it_cannot_measure(
-    folder, data, monkeypatch, capfd, words, code, message
-):
-    ended = run(folder, data, words, monkeypatch, capfd)
+def test_command_refuses_what_it_cannot_measure(folder, run, words, code, message):
+    ended = run(*words)
     assert ended.code == code and message in ended.error
     assert not (folder / "report").exists()
 
 
-def test_command_reports_curves_pictures_and_exit_code(folder, data, monkeypatch, capfd):
-    words = ["--model", "teacher", "--before", "before"]
-    ended = run(folder, data, words, monkeypatch, capfd)
+@pytest.mark.slow
+def test_command_reports_curves_pictures_and_exit_code(folder, run):
+    ended = run("--model", "teacher", "--before", "before")
     report = json.loads((folder / "report" / "report.json").read_text())
     assert ended.code == teacher_check.NOT_READY == 4 and report["ready"] is False  # never trained
     passed = {each["name"]: each["passed"] for each in report["checks"]}
@@ -89,18 +78,3 @@ def test_command_reports_curves_pictures_and_exit_code(folder, data, monkeypatch
     for name in ("curves.png", "samples.png"):
         with Image.open(folder / "report" / name) as picture:
             assert min(picture.size) > 100
-
-
-def test_held_out_records_are_the_same_each_time_and_not_trained_on(data):
-    noise = dict(data__source="synthetic", data__latent_size=(2, 2), data__text_length=3)
-    for c in (
-        tiny("configs/teacher.py:600m", "", **noise, mesh__fsdp=1),
-        tiny("configs/digits.py:teacher,small", data),
-    ):
-        opened = feed.open_data(c, setup.mesh_from(c))
-        held = opened.held_out(8)["latents"]
-        np.testing.assert_array_equal(held, opened.held_out(8)["latents"])
-        seen = {row.tobytes() for i in range(13) for row in opened.batches(i)["latents"]}
-        assert not seen & {row.tobytes() for row in held}
-    with pytest.raises(UserError, match=r"21 .* 20"):
-        opened.held_out(21)

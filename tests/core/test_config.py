@@ -46,7 +46,7 @@ def config_file(tmp_path):
     return path
 
 
-def test_reads_like_a_mapping_and_cannot_be_changed():
+def test_reads_like_a_mapping_cannot_be_changed_and_survives_json_and_pickle():
     assert CONFIG.model.norm.eps == CONFIG["model"]["norm"]["eps"] == 1e-6
     assert dict(**CONFIG.model.norm) == {"eps": 1e-6}
     assert "depth" in CONFIG.model and sorted(CONFIG) == sorted(VALUES)
@@ -54,9 +54,6 @@ def test_reads_like_a_mapping_and_cannot_be_changed():
         _ = CONFIG.model.depht
     with pytest.raises(AttributeError):
         CONFIG.steps = 3
-
-
-def test_survives_json_and_pickle():
     for again in (json.loads(json.dumps(CONFIG.to_dict())), ConfigDict(VALUES)):
         assert Config(again) == CONFIG and diff(again, CONFIG) == []
         assert Config(again).mesh == (1, -1)

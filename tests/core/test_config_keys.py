@@ -45,6 +45,7 @@ def write_images(folder):
     return folder
 
 
+@pytest.mark.slow
 def test_every_key_is_read(tmp_path, monkeypatch):
     read = set()
     monkeypatch.setattr(cli, "load_config", lambda *how: Recording(load_config(*how), read))

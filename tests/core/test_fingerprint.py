@@ -8,30 +8,23 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from helpers.checkpoints import (
-    make_state,
-    mesh,
-)
+from helpers.checkpoints import make_state, mesh
 from jax.sharding import NamedSharding, PartitionSpec
 
 from sprint_jax.core.fingerprint import fingerprint, leaf_table
 
 
 def test_fingerprint_does_not_depend_on_placement_or_container():
-    tree = make_state(1).params
-    want = fingerprint(tree)
-    on = mesh(4, 2)
-    assert want == fingerprint(jax.device_get(tree))
-    assert want == fingerprint(jax.device_put(tree, NamedSharding(on, PartitionSpec())))
-    split = dict(
-        tree,
-        transformer_blocks=jax.device_put(
-            tree["transformer_blocks"], NamedSharding(on, PartitionSpec("fsdp", "data"))
-        ),
-    )
-    assert want == fingerprint(split)
-    assert want == fingerprint(flax.core.freeze(tree))
-    assert want == fingerprint(dict(reversed(tree.items())))
+    tree, on = make_state(1).params, mesh(4, 2)
+    split = NamedSharding(on, PartitionSpec("fsdp", "data"))
+    others = [
+        jax.device_get(tree),
+        jax.device_put(tree, NamedSharding(on, PartitionSpec())),
+        tree | {"transformer_blocks": jax.device_put(tree["transformer_blocks"], split)},
+        flax.core.freeze(tree),
+        dict(reversed(tree.items())),
+    ]
+    assert {fingerprint(other) for other in others} == {fingerprint(tree)}
 
 
 def test_fingerprint_formula_never_changes():
@@ -57,33 +50,23 @@ def test_fingerprint_formula_never_changes():
 )
 def test_fingerprint_sees_every_bit(dtype):
     array = np.zeros((3, 5), jnp.dtype(dtype))
+    places = range(0, array.nbytes, max(1, array.dtype.itemsize // 2))
     seen = {fingerprint({"x": array})}
-    size = array.dtype.itemsize
-    for at in range(0, array.nbytes, max(1, size // 2)):
+    for at in places:
         content = bytearray(array.tobytes())
         content[at] ^= 1
         seen.add(fingerprint({"x": np.frombuffer(content, array.dtype).reshape(3, 5)}))
-    assert len(seen) == 1 + len(range(0, array.nbytes, max(1, size // 2)))
+    assert len(seen) == 1 + len(places)
 
 
 def test_fingerprint_sees_names_shapes_dtypes_and_order():
-    base = jnp.arange(6, dtype=jnp.int32)
-    trees = [
-        {"x": base},
-        {"y": base},
-        {"x": base.reshape(2, 3)},
-        {"x": base.reshape(3, 2)},
-        {"x": base.astype(jnp.uint32)},
-        {"x": base[::-1]},
-        {"x": -base},
-        {"x": {"x": base}},
-        {"x": base, "y": base},
-        {"x": jnp.zeros(6, jnp.int32)},
-        {"x": jnp.zeros(5, jnp.int32)},
-        {"x": jnp.zeros(6), "nan": jnp.nan},
-        {"x": -jnp.zeros(6), "nan": jnp.nan},
-        {},
-    ]
-    trees[-2:-2] = [{"x": jnp.float32([1, -1])}, {"x": jnp.float32([-1, 1])}]
+    base, nan = jnp.arange(6, dtype=jnp.int32), {"nan": jnp.nan}
+    arrays = [base, base.reshape(2, 3), base.reshape(3, 2), base.astype(jnp.uint32), base[::-1]]
+    arrays += [-base, jnp.zeros(6, jnp.int32), jnp.zeros(5, jnp.int32)]
+    # Sign bits of two words cancel in any sum of words times odd weights.
+    arrays += [jnp.float32([1, -1]), jnp.float32([-1, 1]), jnp.float32([1, 1])]
+    trees = [{"x": array} for array in arrays]
+    trees += [{"y": base}, {"x": {"x": base}}, {"x": base, "y": base}, {}]
+    trees += [{"x": jnp.zeros(6)} | nan, {"x": -jnp.zeros(6)} | nan]
     prints = [fingerprint(jax.tree.map(jnp.asarray, tree)) for tree in trees]
     assert len(set(prints)) == len(prints)

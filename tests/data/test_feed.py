@@ -106,6 +106,8 @@ def test_data_without_files_of_the_user(tmp_path, source):
         assert data.null_text.shape == (12, 64) and data.null_mask.tolist() == [1] + [0] * 11
     assert data.next_of_first(7) == 7
     chex.assert_trees_all_equal(data.held_out(3), held_out)
+    drawn = {row.tobytes() for i in range(13) for row in data.batches(i)["latents"]}
+    assert not drawn & {row.tobytes() for row in held_out["latents"]}
     if source == "digits":
         assert data.decode(held_out["latents"]).shape == (3, 8, 8, 3)
         assert data.prompts(5)[0].shape == (5, 12, 64)
@@ -228,6 +230,7 @@ def trained(tmp_path_factory):
     return c, folder / "whole"
 
 
+@pytest.mark.slow
 def test_a_run_over_buckets_resumes_exactly(trained, tmp_path):
     c, whole = trained
     run(c, tmp_path / "parts", steps=4)
@@ -236,6 +239,7 @@ def test_a_run_over_buckets_resumes_exactly(trained, tmp_path):
     assert len(records(whole)) == 8
 
 
+@pytest.mark.slow
 def test_a_run_on_latents_draws_samples_with_encoders_and_needs_them_to_be_loaded(
     trained, tmp_path
 ):

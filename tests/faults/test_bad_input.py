@@ -6,30 +6,15 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from helpers.runs import (
-    BATCH,
-    checkpoint_steps,
-    finish,
-    quick_compilation,
-    records,
-    run_here,
-    start,
-    words,
-    write_digits,
-)
+from helpers import runs
 from helpers.workdirs import STEP, make_workdir, random_params, tiny_config
 
-from sprint_jax import sample, train
+from sprint_jax import train
 from sprint_jax.checkpoints.checkpoint import Checkpoints
 
 TEACHER = "configs/digits.py:teacher,small"
 STUDENT = "configs/digits.py:student,small"
-
-
-@pytest.fixture(scope="module", autouse=True)
-def data(tmp_path_factory):
-    with quick_compilation():
-        yield write_digits(tmp_path_factory.getbasetemp() / "digits")
+pytestmark = pytest.mark.usefixtures("quick")
 
 
 @pytest.fixture(scope="module")
@@ -51,7 +36,7 @@ def run(data, monkeypatch, capfd):
         )
         monkeypatch.setattr(train, "make_preview", lambda *_: None)
         changes = {"steps": 6, "log__checkpoint_every": 2} | changes
-        return run_here(words(spec, data, workdir, **changes), monkeypatch, capfd)
+        return runs.run_here(runs.words(spec, data, workdir, **changes), monkeypatch, capfd)
 
     return run
 
@@ -81,7 +66,7 @@ COUNTS += ["log.every", "log.sample_every", "log.checkpoint_every", "log.keep"]
         *((f"{key}=0", [f"{key.removeprefix('mesh.')}=0"]) for key in COUNTS),
         ("steps=many", ["steps=many", "1800"]),
         ("data.batch_size=12", ["batch_size=12", "8 devices"]),
-        ("accumulate=3", ["accumulate=3", f"batch_size={BATCH}"]),
+        ("accumulate=3", ["accumulate=3", f"batch_size={runs.BATCH}"]),
         ("mesh.data=3", ["data=3", "8 devices"]),
         ("data.world=tiny", ["'tiny'", "small, full, large"]),
         ("stage=distil", ["'distil'", "flow, distill"]),
@@ -138,7 +123,7 @@ def test_workdir_of_another_config(run, tmp_path):
     assert (workdir / "config.json").read_bytes() == before
     # Keys that do not decide the numbers of a step may change.
     ended = run(TEACHER, workdir, steps=8, log__every=2, data__prefetch=1, mesh__fsdp=2)
-    assert ended.code == 0 and list(records(workdir)) == [1, 2, 3, 4, 5, 6, 8]
+    assert ended.code == 0 and list(runs.records(workdir)) == [1, 2, 3, 4, 5, 6, 8]
     assert json.loads((workdir / "config.json").read_text())["steps"] == 8
 
 
@@ -152,7 +137,7 @@ def test_teacher_that_changed_under_its_student(run, models, tmp_path):
     with Checkpoints(teacher / "checkpoints", keep=1) as checkpoints:
         checkpoints.save(STEP + 1, {"ema": params, "params": params}, {"stage": "flow"})
     check(run(STUDENT, workdir, teacher=str(teacher), steps=9), 1, "teacher_hash")
-    assert max(records(workdir)) == 7 and checkpoint_steps(workdir)[-1] == 7
+    assert max(runs.records(workdir)) == 7 and runs.checkpoint_steps(workdir)[-1] == 7
 
 
 def damage(workdir, step):
@@ -170,8 +155,8 @@ def test_damaged_checkpoints(run, tmp_path):
     damage(workdir, 6)
     ended = run(TEACHER, workdir, steps=8)
     assert ended.code == 0 and "warning: " in ended.err and "checkpoints/6 " in ended.err
-    assert list(records(workdir)) == [1, 2, 3, 4, 5, 6, 7, 8]
-    assert checkpoint_steps(workdir) == [4, 6, 8]
+    assert list(runs.records(workdir)) == [1, 2, 3, 4, 5, 6, 7, 8]
+    assert runs.checkpoint_steps(workdir) == [4, 6, 8]
     assert (workdir / "checkpoints" / "6.damaged").is_dir()
     before = (workdir / "metrics.jsonl").read_bytes()
     for step in (4, 6, 8):
@@ -179,50 +164,29 @@ def test_damaged_checkpoints(run, tmp_path):
     ended = run(TEACHER, workdir, steps=10)
     check(ended, 1, str(workdir), "[4, 6, 8]")
     assert (workdir / "metrics.jsonl").read_bytes() == before
-    assert checkpoint_steps(workdir) == [4, 6, 8]
-
-
-@pytest.mark.parametrize(
-    "flags, code, parts",
-    [
-        (["--prompt", "a 3", "--steps", "5"], 2, ["steps", "5"]),
-        (["--prompt", "a 3", "--steps", "0"], 2, ["steps", "0"]),
-        (["--prompt", "a 3", "--steps", "two"], 2, ["--steps", "'two'"]),
-        ([], 2, ["--prompt"]),
-        (["--prompts", "{folder}/empty.txt"], 1, ["empty.txt"]),
-        (["--prompts", "{folder}/missing.txt"], 1, ["missing.txt"]),
-        (["--prompt", "a rad 3"], 1, ["'rad'", "'red'"]),
-        (["--prompt", "a 3", "--size", "8"], 2, ["--size 8"]),
-        (["--prompt", "a 3", "--params", "emma"], 2, ["emma"]),
-        (["--prompt", "a 3", "--model", "{folder}"], 1, ["{folder}"]),
-    ],
-)
-def test_sample(flags, code, parts, models, tmp_path, monkeypatch, capfd):
-    (tmp_path / "empty.txt").write_text("\n  \n")
-    flags, parts = ([word.format(folder=tmp_path) for word in each] for each in (flags, parts))
-    base = ["--model", str(models["distill"]), "--out", str(tmp_path / "out")]
-    check(run_here([*base, *flags], monkeypatch, capfd, sample.main), code, *parts)
-    assert not list(tmp_path.glob("out/*"))
+    assert runs.checkpoint_steps(workdir) == [4, 6, 8]
 
 
 def test_commands_in_their_own_process(data, models, tmp_path):
     """The same through ``python -m``: nothing but the line on stderr, and the code of the process."""
     (tmp_path / "foreign").mkdir()
     (tmp_path / "foreign" / "x").write_text("")
-    train_run = words(TEACHER, data, tmp_path / "run")
-    model = ["--model", str(models["distill"]), "--out", str(tmp_path / "out")]
+    train_run = runs.words(TEACHER, data, tmp_path / "run")
+    foreign = runs.words(TEACHER, data, tmp_path / "foreign")
+    sample = ["--model", str(models["distill"]), "--out", str(tmp_path / "out"), "--prompt", "a 3"]
     cases = [
         (
             2,
-            start([*train_run, "--config.optimizer.learning_rat", "1"]),
+            "train",
+            [*train_run, "--config.optimizer.learning_rat", "1"],
             "'optimizer.learning_rate'",
         ),
-        (2, start([*train_run, "--workdr=x"]), "--workdir"),
-        (1, start(words(TEACHER, data, tmp_path / "foreign")), "config.json"),
-        (2, start([*model, "--prompt", "a 3", "--steps", "7"], "sample"), "7"),
+        (2, "train", [*train_run, "--workdr=x"], "--workdir"),
+        (1, "train", foreign, "config.json"),
+        (2, "sample", [*sample, "--steps", "7"], "7"),
     ]
-    for code, process, part in cases:
-        ended = finish(process)
+    for code, part, process in [(c[0], c[3], runs.start(c[2], c[1])) for c in cases]:
+        ended = runs.finish(process)
         check(ended, code, part)
         assert ended.err == f"{ended.error}\n" and ended.out == ""
     assert not (tmp_path / "run").exists()

@@ -15,7 +15,7 @@ from helpers.pods import finish_pod, start_pod
 from helpers.runs import ROOT
 
 from sprint_jax.core.errors import UserError
-from sprint_jax.data.latents import cache, encoding, manifest, units
+from sprint_jax.data.latents import cache, encoding
 
 
 @pytest.fixture(scope="module")
@@ -33,45 +33,6 @@ def test_a_full_disk_ends_in_one_line_and_commits_nothing(tmp_path, monkeypatch)
     with pytest.raises(UserError, match=r"00000-0\.array_record.*No space left"):
         encode_small(tmp_path / "a", Pictures(8))
     assert not list((tmp_path / "a" / "units").iterdir())
-
-
-def test_an_error_at_any_step_of_writing_leaves_what_the_next_run_makes_whole(
-    written, tmp_path, monkeypatch
-):
-    """As a kill between any two steps: the process gives up at the n-th file operation, for every n."""
-    calls, limit = 0, 0
-
-    def counted(function):
-        def call(*arguments, **keywords):
-            nonlocal calls
-            calls += 1
-            if calls == limit:
-                raise KeyboardInterrupt
-            return function(*arguments, **keywords)
-
-        return call
-
-    for module, names in {
-        cache: ("pack", "describe_end", "_sync"),
-        units: ("write_shard", "write_atomic", "unit_path"),
-        manifest: ("write_atomic", "write_json_atomic", "hash_file"),
-        encoding: ("draw_latents",),
-    }.items():
-        for name in names:
-            monkeypatch.setattr(module, name, counted(getattr(module, name)))
-    stopped = 0
-    for limit in range(1, 90, 3):
-        calls = 0
-        try:
-            encode_small(tmp_path / "a", Pictures(16, (5,)))
-            if calls < limit:
-                break
-        except KeyboardInterrupt:
-            stopped += 1
-    assert stopped > 5
-    limit = 0
-    whole = encode_small(tmp_path / "whole", Pictures(16, (5,)))
-    assert hashes(tmp_path / "a") == hashes(whole)
 
 
 def test_killed_at_ten_random_moments_the_content_is_that_of_the_undisturbed_run(

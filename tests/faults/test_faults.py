@@ -11,54 +11,35 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import pytest
+from helpers import runs
+from helpers.compare import assert_same_bits
 from helpers.pods import start_one
-from helpers.runs import (
-    assert_same_bits,
-    checkpoint_steps,
-    finish,
-    quick_compilation,
-    read_state,
-    records,
-    run_here,
-    tiny,
-    words,
-    write_digits,
-)
 
-from sprint_jax import train
 from sprint_jax.training import updates
+
+pytestmark = pytest.mark.usefixtures("quick")
 
 STEPS, EVERY, BROKEN = 12, 4, 8  # the disk breaks when this step is to be saved
 
 
-@pytest.fixture(scope="module", autouse=True)
-def quick():
-    with quick_compilation():
-        yield
+SPEC = "configs/digits.py:teacher,small"
+SHORT = {"steps": STEPS, "log__checkpoint_every": EVERY, "log__sample_every": 1000}
 
 
 @pytest.fixture(scope="module")
-def line(tmp_path_factory):
-    """``line(workdir) -> words`` of a short training of a teacher."""
-    data = write_digits(tmp_path_factory.getbasetemp() / "digits")
-    options = {"steps": STEPS, "log__checkpoint_every": EVERY, "log__sample_every": 1000}
-    spec = "configs/digits.py:teacher,small"
-
-    def arguments(workdir, **changes):
-        return words(spec, data, workdir, **options | changes)
-
-    arguments.config = lambda workdir: tiny(spec, data, **options).to_dict()
-    return arguments
-
-
-@pytest.fixture(scope="module")
-def whole(line, tmp_path_factory):
+def whole(data, tmp_path_factory):
     """A run that nothing disturbs."""
-    workdir = tmp_path_factory.mktemp("faults") / "whole"
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("signal.signal", lambda *arguments: None)
-        train.main(line(workdir))
-    return workdir
+    return runs.train_here(
+        runs.tiny(SPEC, data, **SHORT), tmp_path_factory.mktemp("faults") / "whole"
+    )
+
+
+@pytest.fixture
+def run(data, monkeypatch, capfd):
+    """``run(workdir, **changes)``: trains in this process."""
+    return lambda workdir, **changes: runs.run_here(
+        runs.words(SPEC, data, workdir, **SHORT | changes), monkeypatch, capfd
+    )
 
 
 def sudo():
@@ -82,50 +63,53 @@ def mounted(folder, *options):
         privileged("umount", "--lazy", str(folder))
 
 
-def break_and_go_on(arguments, workdir, whole, damage, mend, named, run):
-    """Runs ``damage``, a command, just before the checkpoint of step `BROKEN`; then the same line goes on."""
-    helper = Path(__file__).parents[1] / "helpers" / "broken_disk.py"
-    begun = time.monotonic()
-    ended = finish(start_one([str(helper), str(BROKEN), shlex.join(damage), *arguments], devices=8))
-    assert time.monotonic() - begun < 120
-    line = ended.err.splitlines()[-1]
-    assert ended.code == 1 and line.startswith("error: "), ended.err
-    assert f"{workdir}/checkpoints" in line and named in line
-    assert checkpoint_steps(workdir) == [EVERY]
-    mend()
-    assert run_here(arguments, *run).code == 0
-    assert records(workdir) == records(whole)
-    assert_same_bits(read_state(workdir, STEPS), read_state(whole, STEPS))
+@pytest.fixture
+def break_and_go_on(data, whole, run):
+    """``(workdir, damage, mend, named)``: runs ``damage``, a command, just before the checkpoint of step
+    `BROKEN`; then ``mend()``, and the same line goes on."""
+    helper = str(Path(__file__).parents[1] / "helpers" / "broken_disk.py")
+
+    def break_and_go_on(workdir, damage, mend, named):
+        line = [helper, str(BROKEN), shlex.join(damage), *runs.words(SPEC, data, workdir, **SHORT)]
+        begun = time.monotonic()
+        ended = runs.finish(start_one(line, devices=8))
+        assert time.monotonic() - begun < 120
+        last = ended.err.splitlines()[-1]
+        assert ended.code == 1 and last.startswith("error: "), ended.err
+        assert f"{workdir}/checkpoints" in last and named in last
+        assert runs.checkpoint_steps(workdir) == [EVERY]
+        mend()
+        assert run(workdir).code == 0
+        assert runs.records(workdir) == runs.records(whole)
+        assert_same_bits(runs.read_state(workdir, STEPS), runs.read_state(whole, STEPS))
+
+    return break_and_go_on
 
 
-def test_full_disk(line, whole, tmp_path, monkeypatch, capfd):
+def test_full_disk(break_and_go_on, tmp_path):
     with mounted(tmp_path / "disk", "-t", "tmpfs", "-o", "size=32m,mode=1777", "tmpfs") as disk:
-        workdir, ballast = disk / "run", disk / "ballast"
+        ballast = disk / "ballast"
         damage = ["sh", "-c", f"cat /dev/zero >{ballast} || true"]
-        run = monkeypatch, capfd
-        break_and_go_on(
-            line(workdir), workdir, whole, damage, ballast.unlink, "No space left on device", run
-        )
+        break_and_go_on(disk / "run", damage, ballast.unlink, "No space left on device")
 
 
-def test_checkpoints_made_read_only(line, whole, tmp_path, monkeypatch, capfd):
+def test_checkpoints_made_read_only(data, break_and_go_on, tmp_path):
     """By a mount, since root may write whatever the mode bits say."""
-    workdir = tmp_path / "run"
-    folder = workdir / "checkpoints"
+    folder = tmp_path / "run" / "checkpoints"
     folder.mkdir(parents=True)
-    (workdir / "config.json").write_text(json.dumps(line.config(workdir)))
+    config = runs.tiny(SPEC, data, **SHORT).to_dict()
+    (tmp_path / "run" / "config.json").write_text(json.dumps(config))
+    remount = ["mount", "-o", "remount,bind", "-o"]
     with mounted(folder, "--bind", str(folder)):
-        remount = ["mount", "-o", "remount,bind"]
-        damage = [*sudo(), *remount, "-o", "ro", str(folder)]
-        mend = lambda: privileged(*remount, "-o", "rw", str(folder))  # noqa: E731
-        run = monkeypatch, capfd
-        break_and_go_on(line(workdir), workdir, whole, damage, mend, "Read-only file system", run)
+        damage = [*sudo(), *remount, "ro", str(folder)]
+        mend = lambda: privileged(*remount, "rw", str(folder))  # noqa: E731
+        break_and_go_on(tmp_path / "run", damage, mend, "Read-only file system")
 
 
-def test_one_bad_gradient_is_skipped_and_counted(line, tmp_path, monkeypatch, capfd):
+def test_one_bad_gradient_is_skipped_and_counted(run, tmp_path, monkeypatch):
     """One NaN in one leaf of the gradients of step 4, behind a loss that is finite."""
     gradients = updates.gradients
-    seed = tiny("configs/digits.py:teacher,small", tmp_path).seed
+    seed = runs.tiny(SPEC, tmp_path).seed
 
     def poisoned(loss, params, batch, key, parts):
         value, aux, grads = gradients(loss, params, batch, key, parts)
@@ -137,14 +121,12 @@ def test_one_bad_gradient_is_skipped_and_counted(line, tmp_path, monkeypatch, ca
 
     monkeypatch.setattr(updates, "gradients", poisoned)
     workdir = tmp_path / "run"
-    changes = {"steps": 6, "log__checkpoint_every": 1, "log__keep": 10}
-    ended = run_here(line(workdir, **changes), monkeypatch, capfd)
-    assert ended.code == 0
-    found = records(workdir)
+    assert run(workdir, steps=6, log__checkpoint_every=1, log__keep=10).code == 0
+    found = runs.records(workdir)
     assert [record["health/skipped"] for record in found.values()] == [0, 0, 0, 1, 1, 1]
     assert [record["health/in_a_row"] for record in found.values()] == [0, 0, 0, 1, 0, 0]
     assert found[4]["loss/flow"] is not None and found[4]["grad/student"] is None
-    third, fourth, fifth = (read_state(workdir, step) for step in (3, 4, 5))
+    third, fourth, fifth = (runs.read_state(workdir, step) for step in (3, 4, 5))
     for name in ("params", "ema", "opt_state"):
         assert_same_bits(third[name], fourth[name])
         with pytest.raises(AssertionError):

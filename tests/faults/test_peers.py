@@ -6,7 +6,8 @@ import types
 
 import pytest
 from helpers import pods
-from helpers.pods import HOST, WORKER, finish_pod, start_one, until
+from helpers.pods import HOST, WORKER, finish_pod, start_one
+from helpers.runs import wait_for
 
 from sprint_jax.core.errors import UserError
 from sprint_jax.parallel import distributed, peers
@@ -137,7 +138,7 @@ def work(tmp_path, *words):
 )
 def test_a_lost_process_ends_the_others(victim, number, tmp_path):
     pod = work(tmp_path)
-    until(lambda: len(list(tmp_path.iterdir())) == 2, pod)
+    wait_for(lambda: len(list(tmp_path.iterdir())) == 2, *pod)
     survivor, seconds = pods.survivor_of(pod, victim, number)
     assert seconds < 30
     if survivor.code == LOST_PEER:
@@ -154,7 +155,7 @@ def test_a_process_that_comes_back_too_early_ends_the_others_and_waits_for_them(
     words = [*WORKER, "--distributed", "--mark", str(tmp_path), "--steps", "40"]
     start = lambda index: start_one(words, 1, JAX_PROCESS_ID=str(index), **where)  # noqa: E731
     pod = [start(0), start(1)]
-    until(lambda: len(list(tmp_path.iterdir())) == 2, pod)
+    wait_for(lambda: len(list(tmp_path.iterdir())) == 2, *pod)
     pod[1].kill()
     back = start(1)
     assert all(ended.code for ended in finish_pod(pod, timeout=60))

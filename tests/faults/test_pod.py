@@ -5,30 +5,17 @@ import signal
 import jax
 import numpy as np
 import pytest
-from helpers.pods import HOST, TRAIN, errors, finish_pod, start_pod, survivor_of, until
-from helpers.runs import (
-    assert_same_bits,
-    checkpoint_steps,
-    quick_compilation,
-    read_state,
-    records,
-    tiny,
-    words,
-    write_digits,
-)
+from helpers import runs
+from helpers.compare import assert_same_bits
+from helpers.pods import HOST, TRAIN, errors, finish_pod, start_pod, survivor_of
 from helpers.workdirs import make_workdir
 
-from sprint_jax import train
 from sprint_jax.parallel.peers import LOST_PEER
+
+pytestmark = pytest.mark.usefixtures("quick")
 
 STAGES = ("flow", "distill")
 STEPS, LONGER, EVERY = 20, 24, 5
-
-
-@pytest.fixture(scope="module", autouse=True)
-def quick():
-    with quick_compilation():
-        yield
 
 
 @pytest.fixture(scope="module")
@@ -37,23 +24,22 @@ def folder(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def line(folder, tmp_path_factory):
+def line(folder, data):
     """``line(stage, **changes) -> (spec, data, changes)`` for `tiny` and `words`."""
-    data = write_digits(tmp_path_factory.getbasetemp() / "digits")
-    teacher = make_workdir(folder / "teacher", "flow")
     every = {"steps": STEPS, "log__checkpoint_every": EVERY, "log__sample_every": 1000}
-    students = {"teacher": str(teacher), "log__diagnostics_every": 10}
-
-    def arguments(stage, **changes):
-        spec, more = ("teacher", {}) if stage == "flow" else ("student", students)
-        return f"configs/digits.py:{spec},small", data, every | more | changes
-
-    return arguments
+    teacher = str(make_workdir(folder / "teacher", "flow"))
+    more = {"flow": {}, "distill": {"teacher": teacher, "log__diagnostics_every": 10}}
+    spec = {"flow": "teacher", "distill": "student"}
+    return lambda stage, **changes: (
+        f"configs/digits.py:{spec[stage]},small",
+        data,
+        every | more[stage] | changes,
+    )
 
 
 def command(line, stage, workdir, **changes):
     spec, data, options = line(stage, **changes)
-    return [*TRAIN, *words(spec, data, workdir, **options)]
+    return [*TRAIN, *runs.words(spec, data, workdir, **options)]
 
 
 def succeed(pod):
@@ -64,11 +50,9 @@ def succeed(pod):
 @pytest.fixture(scope="module")
 def alone(folder, line):
     """Runs of one process with 8 devices, some steps longer: stage -> workdir."""
-    handler = signal.getsignal(signal.SIGTERM)
     for stage in STAGES:
         spec, data, options = line(stage, steps=LONGER, log__keep=10)
-        train.train(tiny(spec, data, **options), folder / f"alone_{stage}")
-    signal.signal(signal.SIGTERM, handler)
+        runs.train_here(runs.tiny(spec, data, **options), folder / f"alone_{stage}")
     return {stage: folder / f"alone_{stage}" for stage in STAGES}
 
 
@@ -83,7 +67,7 @@ def pair(folder, line):
 def losses(workdir):
     return {
         step: {name: value for name, value in record.items() if name.startswith("loss/")}
-        for step, record in records(workdir).items()
+        for step, record in runs.records(workdir).items()
     }
 
 
@@ -98,7 +82,7 @@ def test_two_processes_equal_one(stage, alone, pair):
     mine, other = losses(pair[stage]), losses(alone[stage])
     assert list(mine) == list(range(1, STEPS + 1))
     assert_losses_agree(mine, other, mine)
-    states = [read_state(workdir[stage], STEPS)["params"] for workdir in (pair, alone)]
+    states = [runs.read_state(workdir[stage], STEPS)["params"] for workdir in (pair, alone)]
     for a, b in zip(*map(jax.tree.leaves, states), strict=True):
         assert a.dtype == np.float32
         assert np.linalg.norm(a - b) <= 1e-4 * np.linalg.norm(b)
@@ -108,16 +92,18 @@ def test_death_of_a_process_is_named_and_resumed_exactly(line, folder, alone, pa
     workdir = folder / "killed"
     words = command(line, "flow", workdir)
     pod = start_pod([*words, "--peer_timeout", "10"])
-    until(lambda: checkpoint_steps(workdir) and max(records(workdir)) > EVERY, pod)
+    runs.wait_for(
+        lambda: runs.checkpoint_steps(workdir) and max(runs.records(workdir)) > EVERY, *pod
+    )
     survivor, seconds = survivor_of(pod, 1, signal.SIGKILL)
     assert seconds < 30 and survivor.code == LOST_PEER
     (error,) = errors(survivor)
     assert f"process 1 of 2 on host {HOST}" in error
-    assert EVERY <= checkpoint_steps(workdir)[-1] < STEPS
+    assert EVERY <= runs.checkpoint_steps(workdir)[-1] < STEPS
     # The same command line resumes; the result is that of the run which nobody disturbed, bit for bit.
     succeed(start_pod(words))
     assert losses(workdir) == losses(pair["flow"])
-    assert_same_bits(read_state(workdir, STEPS), read_state(pair["flow"], STEPS))
+    assert_same_bits(runs.read_state(workdir, STEPS), runs.read_state(pair["flow"], STEPS))
     # Elastic: goes on with one process and two devices.
     longer = command(line, "flow", workdir, steps=LONGER)
     (ended,) = finish_pod(start_pod(longer, count=1, devices=2))
@@ -130,12 +116,12 @@ def test_sigterm_to_one_process_stops_all_at_the_same_step(line, folder, pair):
     workdir = folder / "stopped"
     words = command(line, "flow", workdir, log__checkpoint_every=1000)
     pod = start_pod(words)
-    until(lambda: len(records(workdir)) >= 3, pod)
+    runs.wait_for(lambda: len(runs.records(workdir)) >= 3, *pod)
     pod[1].send_signal(signal.SIGTERM)
     both = finish_pod(pod)
     assert [ended.code for ended in both] == [128 + signal.SIGTERM] * 2, both
-    (step,) = checkpoint_steps(workdir)
-    assert max(records(workdir)) == step < STEPS
+    (step,) = runs.checkpoint_steps(workdir)
+    assert max(runs.records(workdir)) == step < STEPS
     assert all(str(step) in ended.out and "Traceback" not in ended.err for ended in both)
     succeed(start_pod(words))
-    assert_same_bits(read_state(workdir, STEPS), read_state(pair["flow"], STEPS))
+    assert_same_bits(runs.read_state(workdir, STEPS), runs.read_state(pair["flow"], STEPS))

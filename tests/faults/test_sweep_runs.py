@@ -7,8 +7,8 @@ import sys
 import time
 
 import pytest
-from helpers.runs import ROOT
-from helpers.toy_sweep import FAKE, ToySweep, meanwhile, wait_for
+from helpers.runs import ROOT, wait_for
+from helpers.toy_sweep import FAKE, ToySweep, meanwhile
 from PIL import Image
 
 from launch import sweep as command
@@ -29,14 +29,9 @@ def test_the_best_row_is_on_top(sweep):
     best = results["2"]
     assert float(best["loss/flow"]) == pytest.approx((1 / 5 + 1 / 6) / 2, rel=1e-5)
     assert float(best["grad/student"]) == pytest.approx(5.5)
-    assert (best["rank"], best["status"], best["exit_code"], best["error"]) == (
-        "1",
-        "done",
-        "0",
-        "",
-    )
-    assert (best["steps"], best["seconds"], best["config.seed"]) == ("6", "3.0", "2")
-    assert best["workdir"] == str(sweep.workdir / "seed=2")
+    expected = {"rank": "1", "status": "done", "exit_code": "0", "error": "", "steps": "6"}
+    expected |= {"seconds": "3.0", "config.seed": "2", "workdir": str(sweep.workdir / "seed=2")}
+    assert expected.items() <= best.items()
     with Image.open(sweep.workdir / "results.png") as image:
         assert image.size[0] > 1000 and image.size[1] > 500
     sweep.run("--goal", "max", "--last", "1")

@@ -1,6 +1,5 @@
 """A small state with every kind of leaf, saved checkpoints of it, and ways to look at them."""
 
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +8,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-import pytest
 from jax.sharding import AxisType
 
 from sprint_jax.checkpoints.checkpoint import Checkpoints
@@ -49,15 +47,6 @@ def make_state(seed=0):
     return State(jnp.int32(seed), params, ema, opt_state)
 
 
-def bits(tree):
-    return [(x.dtype, x.shape, np.asarray(x).tobytes()) for x in jax.tree.leaves(tree)]
-
-
-def assert_same(got, want):
-    assert jax.tree.structure(got) == jax.tree.structure(want)
-    assert bits(got) == bits(want)
-
-
 def data_file(checkpoint: Path, content) -> tuple[Path, int]:
     """The file of a checkpoint that holds the bytes of an array, and where."""
     content = np.asarray(content).tobytes()
@@ -79,20 +68,13 @@ def mesh(*sizes):
     )
 
 
-@pytest.fixture(scope="module")
-def saved(tmp_path_factory):
-    """A workdir with checkpoints of steps 10 and 20, and the states; copy it, do not change it."""
-    workdir, states = tmp_path_factory.mktemp("saved"), {10: make_state(10), 20: make_state(20)}
+def save_two(workdir: Path) -> tuple[Path, dict[int, State]]:
+    """Writes checkpoints of steps 10 and 20 into a workdir; returns it and the states by step."""
+    states = {10: make_state(10), 20: make_state(20)}
     with Checkpoints(workdir / "checkpoints", keep=3) as checkpoints:
         for step, state in states.items():
             assert checkpoints.save(step, state, META)
     return workdir, states
-
-
-@pytest.fixture
-def copied(saved, tmp_path):
-    shutil.copytree(saved[0], tmp_path / "run")
-    return tmp_path / "run", saved[1]
 
 
 def restore(workdir, expect=META, abstract=None):

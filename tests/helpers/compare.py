@@ -4,6 +4,8 @@ import chex
 import jax
 import numpy as np
 
+from sprint_jax.core.fingerprint import leaf_table
+
 
 def relative_error(ours, theirs) -> float:
     ours, theirs = np.asarray(ours, np.float64), np.asarray(theirs, np.float64)
@@ -26,3 +28,10 @@ def assert_same(one, other) -> None:
     """Two trees have the same shapes, dtypes and values."""
     chex.assert_trees_all_equal_dtypes(one, other)
     chex.assert_trees_all_equal(one, other)
+
+
+def assert_same_bits(mine, other) -> None:
+    """Two trees have the same leaves by name, bit for bit, NaN included."""
+    table, others = leaf_table(mine), leaf_table(other)
+    assert table.keys() == others.keys()
+    assert not [name for name in table if table[name] != others[name]]

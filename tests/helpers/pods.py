@@ -6,7 +6,6 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
 
 from helpers.runs import ROOT, Ended
@@ -50,15 +49,6 @@ def finish_pod(pod: list[subprocess.Popen], timeout: float = 300) -> list[Ended]
                 process.kill()
     codes = [process.returncode for process in pod]
     return [Ended(code, *output) for code, output in zip(codes, outputs, strict=True)]
-
-
-def until(ready: Callable[[], bool], pod: list[subprocess.Popen], timeout: float = 300) -> None:
-    """Waits for ``ready()``, with every process of the pod still running."""
-    deadline = time.monotonic() + timeout
-    while not ready():
-        if time.monotonic() > deadline or any(process.poll() is not None for process in pod):
-            raise AssertionError([process.kill() or process.communicate() for process in pod])
-        time.sleep(0.01)
 
 
 def survivor_of(pod: list[subprocess.Popen], victim: int, number: int) -> tuple[Ended, float]:

@@ -23,7 +23,6 @@ from sprint_jax import train
 from sprint_jax.checkpoints.workdir import read_metrics
 from sprint_jax.core import cli
 from sprint_jax.core.config import Config, load_config
-from sprint_jax.core.fingerprint import leaf_table
 from sprint_jax.data import feed
 from sprint_jax.digits.dataset import Digits, DigitsConfig, open_digits
 from sprint_jax.digits.worlds import World, get_world
@@ -125,6 +124,16 @@ def run_here(arguments: list[str], monkeypatch, capfd, main=train.main) -> Ended
     return Ended(code, *capfd.readouterr())
 
 
+def train_here(c: Config, workdir: Path) -> Path:
+    """Runs `train.train` without what it does to the process; returns the workdir."""
+    handler = signal.getsignal(signal.SIGTERM)
+    try:
+        train.train(c, workdir)
+    finally:
+        signal.signal(signal.SIGTERM, handler)
+    return workdir
+
+
 def start(arguments: list[str], module: str = "train") -> subprocess.Popen:
     """Starts a command in a process of its own."""
     return subprocess.Popen(
@@ -141,13 +150,18 @@ def finish(process: subprocess.Popen) -> Ended:
     return Ended(process.returncode, out, err)
 
 
-def signal_when(process: subprocess.Popen, number: int, ready: Callable[[], bool]) -> Ended:
-    """Sends a signal as soon as ``ready()``; the process must still be running then."""
-    deadline = time.monotonic() + 300
+def wait_for(ready: Callable[[], Any], *processes: subprocess.Popen, timeout: float = 300) -> None:
+    """Waits for ``ready()``, with all these processes still running; else ends them."""
+    deadline = time.monotonic() + timeout
     while not ready():
-        assert process.poll() is None, finish(process)
-        assert time.monotonic() < deadline
+        if time.monotonic() > deadline or any(each.poll() is not None for each in processes):
+            raise AssertionError([each.kill() or each.communicate() for each in processes])
         time.sleep(0.002)
+
+
+def signal_when(process: subprocess.Popen, number: int, ready: Callable[[], Any]) -> Ended:
+    """Sends a signal as soon as ``ready()``; the process must still be running then."""
+    wait_for(ready, process)
     process.send_signal(number)
     return finish(process)
 
@@ -173,13 +187,6 @@ def read_state(workdir: Path, step: int) -> dict:
         shapes = reader.metadata(path).item_metadata.tree
         numpy = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), shapes)
         return reader.restore(path, args=ocp.args.PyTreeRestore(restore_args=numpy))
-
-
-def assert_same_bits(mine: Any, other: Any) -> None:
-    """Two trees have the same leaves, bit for bit."""
-    table, others = leaf_table(mine), leaf_table(other)
-    assert table.keys() == others.keys()
-    assert not [name for name in table if table[name] != others[name]]
 
 
 class Built(NamedTuple):

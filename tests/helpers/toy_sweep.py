@@ -5,7 +5,6 @@ import csv
 import json
 import sys
 import threading
-import time
 from collections import Counter
 from pathlib import Path
 
@@ -79,13 +78,6 @@ class ToySweep:
 
     def checkpoint(self, seed: int, step: int) -> bool:
         return (self.workdir / f"seed={seed}" / "checkpoints" / str(step)).exists()
-
-
-def wait_for(condition):
-    deadline = time.monotonic() + 60
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.02)
 
 
 @contextlib.contextmanager

@@ -88,24 +88,11 @@ def test_scm_equals_the_hand_derivation(shared_primal, mean_norm, warmup, consta
         params, T, x0, z, t, warmup=warmup, constant=constant, mean_norm=mean_norm
     )
     options = dict(tangent_constant=constant, mean_norm=mean_norm, shared_primal=shared_primal)
-
-    @jax.jit
-    def run(params, warmup):
-        def loss(params):
-            return losses.scm_loss(
-                linear_student,
-                lambda x, t: x @ T,
-                params,
-                *map(jnp.asarray, (x0, z, t)),
-                sigma_d=SIGMA_D,
-                warmup=warmup,
-                **options,
-            )
-
-        return jax.value_and_grad(loss, has_aux=True)(params)
-
+    options |= dict(sigma_d=SIGMA_D, warmup=warmup)
+    loss = functools.partial(losses.scm_loss, linear_student, lambda x, t: x @ T, **options)
     with jax.enable_x64(True):
-        (value, actual_aux), actual = run(jax.tree.map(jnp.asarray, params), warmup)
+        run = jax.jit(jax.value_and_grad(loss, has_aux=True))
+        (value, actual_aux), actual = run(*jax.tree.map(jnp.asarray, (params, x0, z, t)))
         assert value.dtype == jnp.float64
         assert value == pytest.approx(expected, rel=1e-12)
         assert_close(dict(actual), gradient, 1e-12)
@@ -151,7 +138,16 @@ def real_student(fields, inputs):
     return student
 
 
-@pytest.mark.parametrize(("remat", "scan"), [("none", True), ("full", True), ("none", False)])
+@pytest.mark.parametrize(
+    ("remat", "scan"),
+    [
+        ("none", True),
+        *(
+            pytest.param(*case, marks=pytest.mark.slow)
+            for case in [("full", True), ("none", False)]
+        ),
+    ],
+)
 def test_shared_and_separate_jvp_have_the_same_gradient(remat, scan):
     fields, params, inputs = setup()
     blocks = jax.tree.map(lambda leaf: leaf[:2], params["transformer_blocks"])
@@ -195,47 +191,38 @@ def test_shared_and_separate_jvp_have_the_same_gradient(remat, scan):
     assert {leaf.shape for leaf in jax.tree.leaves(aux)} == {(2,)}
 
 
-def costs(fields, size=32, length=300):
-    """FLOPs of programs of one image of 1024 px and a text of 300 tokens, compiled, not run."""
-    float32 = lambda *shape: jax.ShapeDtypeStruct(shape, jnp.float32)  # noqa: E731
-    x, t = float32(1, size, size, 32), float32(1)
-    inputs = float32(1, length, 2304), float32(1, length), float32(1)
-    model = SanaTransformer(**fields)
-    params = jax.eval_shape(model.init, jax.random.key(0), x, t, *inputs)["params"]
-
-    def forward(params, x, t, inputs):
-        return real_student(fields, inputs)(params, x, t)
-
-    def tangent(params, x, t, inputs):
-        return jax.jvp(lambda x, t: forward(params, x, t, inputs), (x, t), (x, t))
-
-    def scm(params, x, t, inputs, shared):
-        def loss(params):
-            student = real_student(fields, inputs)
-            frozen = lambda x, t: x  # noqa: E731
-            options = dict(sigma_d=SIGMA_D, warmup=0.5, shared_primal=shared)
-            return losses.scm_loss(student, frozen, params, x, x, t, **options)
-
-        return jax.value_and_grad(loss, has_aux=True)(params)
-
-    def flops(function):
-        return fast_jit(function).lower(params, x, t, inputs).compile().cost_analysis()["flops"]
-
-    shared, separate = (functools.partial(scm, shared=choice) for choice in (True, False))
-    return forward, tangent, shared, separate, flops
-
-
+@pytest.mark.slow
 def test_forward_equivalents():
-    """At the width of the 0.6B model; unrolled, since the body of a loop is counted once."""
-    fields = SIZES["600m"] | dict(logvar=True, scan=False)
-    forward, tangent, shared, separate, flops = costs(fields | dict(num_layers=2))
-    one = flops(forward)
-    assert 1.9 < flops(tangent) / one <= 2.05
-    assert 3.8 < flops(shared) / one <= 4.1
-    assert 4.6 < flops(separate) / one <= 5.1
+    """At the width of the 0.6B model, one image of 1024 px; unrolled, as the body of a loop is counted once."""
+    float32 = lambda *shape: jax.ShapeDtypeStruct(shape, jnp.float32)  # noqa: E731
+    x, t = float32(1, 32, 32, 32), float32(1)
+    inputs = float32(1, 300, 2304), float32(1, 300), float32(1)
+
+    def flops(layers, make):
+        fields = SIZES["600m"] | dict(logvar=True, scan=False, num_layers=layers)
+        params = jax.eval_shape(SanaTransformer(**fields).init, jax.random.key(0), x, t, *inputs)
+        run = fast_jit(
+            lambda params, x, t, inputs: make(real_student(fields, inputs), params, x, t)
+        )
+        return run.lower(params["params"], x, t, inputs).compile().cost_analysis()["flops"]
+
+    def forward(student, params, x, t):
+        return student(params, x, t)
+
+    def tangent(student, params, x, t):
+        return jax.jvp(lambda x, t: student(params, x, t), (x, t), (x, t))
+
+    def scm(shared, student, params, x, t):
+        options = dict(sigma_d=SIGMA_D, warmup=0.5, shared_primal=shared)
+        loss = functools.partial(losses.scm_loss, student, lambda x, t: x, **options)
+        return jax.value_and_grad(loss, has_aux=True)(params, x, x, t)
+
+    one = flops(2, forward)
+    assert 1.9 < flops(2, tangent) / one <= 2.05
+    assert 3.8 < flops(2, functools.partial(scm, True)) / one <= 4.1
+    assert 4.6 < flops(2, functools.partial(scm, False)) / one <= 5.1
     # The published count of a whole forward, from its first block and each further one.
-    shallow, *_, flops = costs(fields | dict(num_layers=1))
-    first = flops(shallow)
+    first = flops(1, forward)
     assert first + 27 * (one - first) == pytest.approx(1121.5e9, rel=0.01)
 
 
@@ -255,110 +242,91 @@ def test_generator_loss():
 
     with jax.enable_x64(True):
         (value, aux), gradient = jax.value_and_grad(run, has_aux=True)(jnp.asarray(x0))
-        x = (np.cos(expand(t)) * x0 + np.sin(expand(t)) * z) / SIGMA_D
-        projection = (x * w).sum((1, 2, 3))
+        projection = (noisy(x0, z, t) * w).sum((1, 2, 3))
         assert value == pytest.approx(-(3 * projection + t).mean() / 2, rel=1e-12)
         assert_close(aux, {"logits": (3 * projection + t) / 2}, 1e-12)
         expected = -np.cos(expand(t)) * w * 3 / (SIGMA_D * 2 * len(x0))
         assert_close(gradient, expected, 1e-12)
 
 
-@pytest.fixture
-def critic():
-    """Two feature maps and heads with parameters, in jax and written out in numpy."""
-    images = [tuple(draw(SHAPE, SHAPE, seed=seed)) for seed in (1, 2, 3)]
-    times = [np.array(t) for t in ([0.1, 0.7, 1.2], [1.5, 0.3, 0.4], [0.5, 0.8, 1.1])]
-    triples = [(x0, z, t) for (x0, z), t in zip(images, times, strict=True)]
-    params = {"w": draw((4,), seed=4)[0] / 4, "q": np.float64(0.05)}
-
-    def features(x, t):
-        return x, x**2 + t[:, None, None, None]
-
-    def heads(params, maps):  # the second head sees the whole batch, as batch norm does
-        first = (maps[0] @ params["w"]).reshape(len(maps[0]), -1)
-        second = params["q"] * (maps[1] ** 2).sum((1, 2, 3))[:, None]
-        return (first, second - second.mean(0, keepdims=True))
-
-    def written(triple_list):
-        """Logits of the concatenated noisy images."""
-        noisy = [
-            (np.cos(expand(t)) * x0 + np.sin(expand(t)) * z) / SIGMA_D for x0, z, t in triple_list
-        ]
-        times = np.concatenate([t for *_, t in triple_list])
-        return np.concatenate(heads(params, features(np.concatenate(noisy), times)), axis=1)
-
-    return params, features, heads, triples, written
+TIMES = ([0.1, 0.7, 1.2], [1.5, 0.3, 0.4], [0.5, 0.8, 1.1])
+REAL, FAKE, ROLLED = ((*draw(SHAPE, SHAPE, seed=i + 1), np.array(t)) for i, t in enumerate(TIMES))
+HEADS = {"w": draw((4,), seed=4)[0] / 4, "q": np.float64(0.05)}
 
 
-def discriminator_loss(critic, misaligned, **options):
-    params, features, heads, triples, _ = critic
-    triples = jax.tree.map(jnp.asarray, triples)
-    join = lambda parts: jnp.concatenate(parts, axis=1)  # noqa: E731
+def features(x, t):
+    """Two feature maps of a noisy image."""
+    return x, x**2 + t[:, None, None, None]
+
+
+def heads(params, maps):
+    """The second head sees the whole batch, as batch norm does."""
+    second = params["q"] * (maps[1] ** 2).sum((1, 2, 3))[:, None]
+    return (maps[0] @ params["w"]).reshape(len(maps[0]), -1), second - second.mean(0, keepdims=True)
+
+
+def noisy(x0, z, t):
+    return (np.cos(expand(t)) * x0 + np.sin(expand(t)) * z) / SIGMA_D
+
+
+def discriminator_loss(rolled, heads=heads, **options):
+    """((loss, aux), (gradient by the heads, gradient by the real images)), in float64."""
+    real, fake, rolled = jax.tree.map(jnp.asarray, (REAL, FAKE, rolled))
 
     def run(params, real):
-        return losses.ladd_discriminator_loss(
-            features,
-            lambda maps: join(heads(params, maps)),
-            real,
-            triples[1],
-            triples[2] if misaligned else None,
-            sigma_d=SIGMA_D,
-            **options,
-        )
+        join = lambda maps: jnp.concatenate(heads(params, maps), axis=1)  # noqa: E731
+        kinds = real, fake, rolled
+        return losses.ladd_discriminator_loss(features, join, *kinds, sigma_d=SIGMA_D, **options)
 
-    return jax.jit(jax.value_and_grad(run, argnums=(0, 1), has_aux=True))(
-        jax.tree.map(jnp.asarray, params), triples[0]
-    )
+    gradient = jax.jit(jax.value_and_grad(run, argnums=(0, 1), has_aux=True))
+    return gradient(jax.tree.map(jnp.asarray, HEADS), real)
 
 
-@pytest.mark.parametrize("misaligned", [False, True])
-def test_discriminator_hinge(critic, misaligned):
-    *_, triples, written = critic
-    real = written(triples[:1])
-    # Fakes and misaligned pairs are batches of their own.
-    fake = np.concatenate([written([one]) for one in (triples[1:] if misaligned else triples[1:2])])
-    assert 0 < (real > 1).mean() < 1  # both sides of both hinges
-    assert 0 < (fake < -1).mean() < 1
+@pytest.mark.parametrize("rolled", [None, ROLLED], ids=["two kinds", "misaligned pairs"])
+def test_discriminator_hinge(rolled):
+    """Fakes and misaligned pairs are batches of their own."""
+    kinds = dict(real=REAL, fake=FAKE) | ({} if rolled is None else dict(misaligned=rolled))
+    logits = {
+        name: np.concatenate(heads(HEADS, features(noisy(*each), each[2])), axis=1)
+        for name, each in kinds.items()
+    }
+    aux_expected = {name: each.mean(1) for name, each in logits.items()}
+    real, fake = logits.pop("real"), np.concatenate(list(logits.values()))
+    assert 0 < (real > 1).mean() < 1 and 0 < (fake < -1).mean() < 1  # both sides of both hinges
     expected = (np.maximum(0, 1 - real).mean() + np.maximum(0, 1 + fake).mean()) / 2
     with jax.enable_x64(True):
-        (value, aux), (gradient, to_images) = discriminator_loss(critic, misaligned)
+        (value, aux), (gradient, to_images) = discriminator_loss(rolled)
         assert value == pytest.approx(expected, rel=1e-12)
-        names = {"real": real.mean(1), "fake": fake[:3].mean(1)}
-        assert_close(aux, names | ({"misaligned": fake[3:].mean(1)} if misaligned else {}), 1e-12)
+        assert_close(aux, aux_expected, 1e-12)
         assert all(jnp.abs(leaf).max() > 0 for leaf in jax.tree.leaves(gradient))
         # The frozen teacher's features are constants.
         assert all(not leaf.any() for leaf in jax.tree.leaves(to_images))
 
 
-def test_gradient_penalty(critic):
+def test_gradient_penalty():
     """The penalty itself is float32 whatever its inputs are, hence 1e-6."""
-    params, features, _, triples, written = critic
-    x0, z, t = triples[0]
-    x = (np.cos(expand(t)) * x0 + np.sin(expand(t)) * z) / SIGMA_D
-    # Sums over a batch: the first head's gradient is w everywhere; the second's batch mean
-    # cancels its own sum, so that only the first is left.
-    first = (params["w"] ** 2).sum() * 6
     with jax.enable_x64(True):
-        plain, without = discriminator_loss(critic, True)
-        (value, aux), (gradient, _) = discriminator_loss(critic, True, r1_weight=0.3)
+        # Sums over a batch: the first head's gradient is w everywhere; the second's batch mean
+        # cancels its own sum, so that only the first is left.
+        first = (HEADS["w"] ** 2).sum() * 6
+        plain, without = discriminator_loss(ROLLED)
+        (value, aux), (gradient, _) = discriminator_loss(ROLLED, r1_weight=0.3)
         assert "r1" not in plain[1]
         assert aux["r1"] == pytest.approx(first / 2, rel=1e-6)  # two heads
         assert value == pytest.approx(float(plain[0]) + 0.3 * first / 2, rel=1e-6)
-        expected = without[0]["w"] + 0.3 * params["w"] * 6
-        assert_close(gradient["w"], expected, 1e-6)
+        assert_close(gradient["w"], without[0]["w"] + 0.3 * HEADS["w"] * 6, 1e-6)
 
         # And where it depends on features and samples: D = q sum f^2 has the gradient 2 q f.
         square = lambda p, maps: (maps[0][:, :, 0, 0] * 0, p["q"] * (maps[1] ** 2).sum((2, 3)))  # noqa: E731
-        changed = (params, features, square, triples, written)
-        _, without = discriminator_loss(changed, False)
-        (_, aux), (gradient, _) = discriminator_loss(changed, False, r1_weight=0.3)
-        energy = ((x**2 + expand(t)) ** 2).sum((1, 2, 3)).mean()
-        assert aux["r1"] == pytest.approx(4 * params["q"] ** 2 * energy / 2, rel=1e-6)
-        expected = without[0]["q"] + 0.3 * 8 * params["q"] * energy / 2
+        _, without = discriminator_loss(None, square)
+        (_, aux), (gradient, _) = discriminator_loss(None, square, r1_weight=0.3)
+        energy = ((noisy(*REAL) ** 2 + expand(REAL[2])) ** 2).sum((1, 2, 3)).mean()
+        assert aux["r1"] == pytest.approx(4 * HEADS["q"] ** 2 * energy / 2, rel=1e-6)
+        expected = without[0]["q"] + 0.3 * 8 * HEADS["q"] * energy / 2
         assert float(gradient["q"]) == pytest.approx(float(expected), rel=1e-6)
 
 
-# --- Flow matching and helpers
+# --- Flow matching
 
 
 def test_flow_matching_loss():
@@ -377,11 +345,3 @@ def test_flow_matching_loss():
         assert_close(aux, {"loss": (residual**2).mean((1, 2, 3)), "t": t}, 1e-12)
         expected = 2 * np.einsum("bhwi,bhwo->io", x, residual) / x.size
         assert_close(gradient, expected, 1e-12)
-
-
-def test_per_sample_reductions():
-    x = draw(SHAPE)[0]
-    with jax.enable_x64(True):
-        norm, mean = losses.per_sample_norm(jnp.asarray(x)), losses.per_sample_mean(jnp.asarray(x))
-        np.testing.assert_allclose(norm, np.linalg.norm(x.reshape(3, -1), axis=1), rtol=1e-14)
-        np.testing.assert_allclose(mean, x.mean((1, 2, 3)), rtol=1e-12)

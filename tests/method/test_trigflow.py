@@ -2,6 +2,7 @@
 
 import math
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -20,6 +21,10 @@ TIMES = np.concatenate([np.linspace(0, math.pi / 2, 41), [trigflow.MAX_TIME, 1e-
 def float64():
     with jax.enable_x64(True):
         yield
+
+
+def close(got, want, atol):
+    np.testing.assert_allclose(got, want, rtol=0, atol=atol)
 
 
 def flow_optimum(x_fm, t_fm):
@@ -44,58 +49,39 @@ def samples(seed=0):
     return [jnp.asarray(random.standard_normal(shape)) for _ in range(3)]
 
 
-def test_optimal_flow_becomes_the_optimal_trigflow(float64):
-    x = samples()[0]
-    F = jax.jit(trigflow.to_trigflow(flow_optimum))(x, jnp.asarray(TIMES))
-    assert F.dtype == jnp.float64
-    np.testing.assert_allclose(F, trigflow_optimum(x, jnp.asarray(TIMES)), rtol=0, atol=1e-10)
+def test_optimal_flow_becomes_the_optimal_trigflow_in_float32_too(float64):
+    for dtype, error in ((jnp.float64, 1e-10), (jnp.float32, 5e-6)):
+        x, t = samples()[0].astype(dtype), jnp.asarray(TIMES, dtype)
+        F = jax.jit(trigflow.to_trigflow(flow_optimum))(x, t)
+        assert F.dtype == dtype
+        close(F, trigflow_optimum(x, t), error)
 
 
-def test_float32_is_lossless_too():
-    x, t = samples()[0], jnp.asarray(TIMES, jnp.float32)
-    F = trigflow.to_trigflow(flow_optimum)(x, t)
-    assert F.dtype == jnp.float32
-    np.testing.assert_allclose(F, trigflow_optimum(x, t), rtol=0, atol=5e-6)
-
-
-def test_jvp_through_the_transform(float64):
-    x, dx, _ = samples()
+def test_derivatives_through_the_transform(float64):
+    x, dx, cotangent = samples()
     t, dt = jnp.asarray(TIMES), jnp.cos(3 * jnp.asarray(TIMES))
-    transformed = jax.jit(trigflow.to_trigflow(flow_optimum))
-    tangent = jax.jit(lambda *a: jax.jvp(transformed, a[:2], a[2:])[1])(x, t, dx, dt)
-    h = 1e-5
+    transformed, h = trigflow.to_trigflow(flow_optimum), 1e-5
+
+    def derivatives(F):
+        back = jax.grad(lambda *a: jnp.vdot(F(*a), cotangent), argnums=(0, 1))(x, t)
+        return jax.jvp(F, (x, t), (dx, dt))[1], *back
+
+    ours = jax.jit(derivatives, static_argnums=0)(transformed)
+    chex.assert_trees_all_close(ours, derivatives(trigflow_optimum), rtol=0, atol=1e-10)
     difference = transformed(x + h * dx, t + h * dt) - transformed(x - h * dx, t - h * dt)
-    np.testing.assert_allclose(tangent, difference / (2 * h), rtol=0, atol=1e-6)
-    exact = jax.jvp(trigflow_optimum, (x, t), (dx, dt))[1]
-    np.testing.assert_allclose(tangent, exact, rtol=0, atol=1e-10)
-
-
-def test_reverse_mode_through_the_transform(float64):
-    x, cotangent, _ = samples()
-    t = jnp.asarray(TIMES)
-
-    def gradients(F):
-        return jax.grad(lambda *a: jnp.vdot(F(*a), cotangent), argnums=(0, 1))(x, t)
-
-    ours, exact = gradients(trigflow.to_trigflow(flow_optimum)), gradients(trigflow_optimum)
-    for one, other in zip(ours, exact, strict=True):
-        np.testing.assert_allclose(one, other, rtol=0, atol=1e-10)
+    close(ours[0], difference / (2 * h), 1e-6)
 
 
 def test_to_velocity_inverts(float64):
-    x = samples()[0]
-    t_fm = trigflow.flow_time(jnp.asarray(TIMES))
-    velocity = trigflow.to_velocity(trigflow.to_trigflow(flow_optimum))
-    np.testing.assert_allclose(velocity(x, t_fm), flow_optimum(x, t_fm), rtol=0, atol=1e-10)
-    direct = trigflow.to_velocity(trigflow_optimum)
-    np.testing.assert_allclose(direct(x, t_fm), flow_optimum(x, t_fm), rtol=0, atol=1e-10)
+    x, t_fm = samples()[0], trigflow.flow_time(jnp.asarray(TIMES))
+    for F in (trigflow.to_trigflow(flow_optimum), trigflow_optimum):
+        close(trigflow.to_velocity(F)(x, t_fm), flow_optimum(x, t_fm), 1e-10)
 
 
 def test_arguments_and_further_outputs_pass_through():
     def velocity(x, t, text, mask):
-        return x * text + expand(t, x), mask, t
+        return x * text + trigflow.expand(t, x), mask, t
 
-    expand = trigflow.expand
     x, t, text, mask = jnp.ones((2, 2, 2, 1)), jnp.array([0.2, 1.0]), jnp.float32(3), jnp.arange(2)
     F, other, t_fm = trigflow.to_trigflow(velocity)(x, t, text, mask)
     alone = trigflow.to_trigflow(lambda *a: velocity(*a)[0])(x, t, text, mask)
@@ -106,9 +92,9 @@ def test_arguments_and_further_outputs_pass_through():
 
 def test_times_invert_each_other(float64):
     t = jnp.asarray(TIMES)
-    np.testing.assert_allclose(trigflow.trig_time(trigflow.flow_time(t)), t, rtol=0, atol=1e-14)
+    close(trigflow.trig_time(trigflow.flow_time(t)), t, 1e-14)
     s = jnp.linspace(0, 1, 33)
-    np.testing.assert_allclose(trigflow.flow_time(trigflow.trig_time(s)), s, rtol=0, atol=1e-14)
+    close(trigflow.flow_time(trigflow.trig_time(s)), s, 1e-14)
 
 
 def test_flow_inputs_are_the_flow_noising_of_the_same_noise(float64):
@@ -117,9 +103,9 @@ def test_flow_inputs_are_the_flow_noising_of_the_same_noise(float64):
     x_t = trigflow.add_noise(SIGMA_D * latents, SIGMA_D * noise, t)
     x_fm, t_fm = trigflow.flow_inputs(x_t / SIGMA_D, t)
     expected = trigflow.flow_add_noise(latents, noise, t_fm)
-    np.testing.assert_allclose(x_fm, expected, rtol=0, atol=1e-14)
+    close(x_fm, expected, 1e-14)
     s = np.asarray(t_fm).reshape(-1, 1, 1, 1)
-    np.testing.assert_allclose(expected, (1 - s) * latents + s * noise, rtol=0, atol=1e-14)
+    close(expected, (1 - s) * latents + s * noise, 1e-14)
 
 
 def test_noising_and_predictions_are_consistent(float64):
@@ -127,17 +113,17 @@ def test_noising_and_predictions_are_consistent(float64):
     t = jnp.asarray(TIMES)
     cos, sin = (np.reshape(f(TIMES), (-1, 1, 1, 1)) for f in (np.cos, np.sin))
     x_t = trigflow.add_noise(x0, z, t)
-    np.testing.assert_allclose(x_t, cos * x0 + sin * z, rtol=0, atol=1e-15)
+    close(x_t, cos * x0 + sin * z, 1e-15)
     F = (cos * z - sin * x0) / SIGMA_D  # the true velocity of this line
-    np.testing.assert_allclose(trigflow.predict_x0(x_t, F, t, SIGMA_D), x0, rtol=0, atol=1e-14)
+    close(trigflow.predict_x0(x_t, F, t, SIGMA_D), x0, 1e-14)
     inside = TIMES > 0
     velocity = trigflow.predict_velocity(x_t[inside], x0[inside], t[inside])
-    np.testing.assert_allclose(velocity, (SIGMA_D * F)[inside], rtol=0, atol=1e-9)
+    close(velocity, (SIGMA_D * F)[inside], 1e-9)
     t_fm = trigflow.flow_time(t)
     x_fm = trigflow.flow_add_noise(x0, z, t_fm)
-    np.testing.assert_allclose(trigflow.flow_predict_x0(x_fm, z - x0, t_fm), x0, rtol=0, atol=1e-14)
+    close(trigflow.flow_predict_x0(x_fm, z - x0, t_fm), x0, 1e-14)
     scalar = trigflow.add_noise(x0, z, 1.3)
-    np.testing.assert_allclose(scalar, math.cos(1.3) * x0 + math.sin(1.3) * z, rtol=0, atol=1e-15)
+    close(scalar, math.cos(1.3) * x0 + math.sin(1.3) * z, 1e-15)
 
 
 @pytest.mark.parametrize(
@@ -151,60 +137,41 @@ def test_noising_and_predictions_are_consistent(float64):
 )
 def test_published_schedules(steps, angles, flow_times):
     schedule = trigflow.step_schedule(steps)
-    np.testing.assert_allclose(schedule, angles, rtol=0, atol=1e-12)
+    close(schedule, angles, 1e-12)
     actual = np.asarray(trigflow.flow_time(jnp.asarray(schedule[:-1], jnp.float32)))
-    np.testing.assert_allclose(actual, flow_times, rtol=0, atol=6e-7)
+    close(actual, flow_times, 6e-7)
     assert abs(float(actual[0]) - 1.0000036) < 1.2e-7  # one float32 spacing
-
-
-def test_schedule_options_and_errors():
-    assert trigflow.step_schedule(2, midpoint=1.0) == (trigflow.MAX_TIME, 1.0, 0.0)
-    assert trigflow.step_schedule(1, max_time=1.5) == (1.5, 0.0)
-    for steps in (0, 5, -1):
-        with pytest.raises(ValueError, match=f"got {steps}"):
-            trigflow.step_schedule(steps)
 
 
 def test_max_time_is_not_clamped():
     t = jnp.float32(trigflow.MAX_TIME)
-    assert trigflow.MAX_TIME == 1.57080
-    assert float(t) > math.pi / 2
-    assert float(trigflow.flow_time(t)) > 1
+    assert trigflow.MAX_TIME == 1.57080 and float(t) > math.pi / 2
     assert float(jnp.cos(t)) == pytest.approx(-3.62e-6, abs=5e-8)
     # Both the input scale and the step back to angles keep what is above 1.
     x_fm, t_fm = trigflow.flow_inputs(jnp.ones((1, 1, 1, 1)), t[None])
-    assert float(t_fm[0]) > 1
-    assert float(x_fm[0, 0, 0, 0]) > 1
+    assert t_fm[0] == trigflow.flow_time(t) > 1 and x_fm[0, 0, 0, 0] > 1
     assert float(trigflow.trig_time(t_fm)[0]) > math.pi / 2
 
 
 def assert_normal(values, mean, std):
-    """Mean, deviation and the largest distance of distribution functions, each within 5 sigma."""
-    values = np.sort(np.asarray(values, np.float64))
-    count = len(values)
-    assert abs(values.mean() - mean) < 5 * std / math.sqrt(count)
-    assert abs(values.std() - std) < 5 * std / math.sqrt(2 * count)
+    """The largest distance of distribution functions, which knows the mean to 0.04 deviations."""
+    values = np.sort(np.asarray(values))
     cdf = np.array([0.5 * math.erfc(-(v - mean) / std / math.sqrt(2)) for v in values])
-    assert np.abs(cdf - (np.arange(count) + 0.5) / count).max() < 2 / math.sqrt(count)
+    assert np.abs(cdf - (np.arange(len(cdf)) + 0.5) / len(cdf)).max() < 2 / math.sqrt(len(cdf))
 
 
-@pytest.mark.parametrize(("mean", "std"), [(0.2, 1.6), (-0.6, 1.0)])
-def test_angles_are_log_normal(mean, std):
-    t = trigflow.sample_time(jax.random.key(0), (20_000,), mean, std, SIGMA_D)
-    assert t.dtype == jnp.float32
-    assert 0 < t.min() < t.max() < math.pi / 2
-    assert_normal(np.log(SIGMA_D * np.tan(np.asarray(t, np.float64))), mean, std)
-
-
-@pytest.mark.parametrize("shift", [1.0, 3.0])
-def test_flow_times_are_shifted_logit_normal(shift):
-    s = trigflow.sample_flow_time(jax.random.key(1), (20_000,), 0.1, 0.9, shift)
-    assert s.dtype == jnp.float32
-    assert 0 < s.min() < s.max() < 1
-    s = np.asarray(s, np.float64)
-    unshifted = s / (shift - (shift - 1) * s)
-    assert_normal(np.log(unshifted / (1 - unshifted)), 0.1, 0.9)
-    assert len(np.unique(s)) > 19_000  # continuous, not the reference's 733 values
+def test_times_have_the_distributions_of_the_paper():
+    for mean, std in ((0.2, 1.6), (-0.6, 1.0)):
+        t = trigflow.sample_time(jax.random.key(0), (20_000,), mean, std, SIGMA_D)
+        assert t.dtype == jnp.float32 and 0 < t.min() < t.max() < math.pi / 2
+        assert_normal(np.log(SIGMA_D * np.tan(np.asarray(t, np.float64))), mean, std)
+    for shift in (1.0, 3.0):
+        s = trigflow.sample_flow_time(jax.random.key(1), (20_000,), 0.1, 0.9, shift)
+        assert s.dtype == jnp.float32 and 0 < s.min() < s.max() < 1
+        s = np.asarray(s, np.float64)
+        unshifted = s / (shift - (shift - 1) * s)
+        assert_normal(np.log(unshifted / (1 - unshifted)), 0.1, 0.9)
+        assert len(np.unique(s)) > 19_000  # continuous, not the reference's 733 values
     assert trigflow.shift_flow_time(0.5, 3.0) == 0.75
 
 
@@ -225,8 +192,8 @@ def test_truncated_flow_times_are_those_of_the_reference():
     sigmas = shift * sigmas / (1 + (shift - 1) * sigmas)
     assert len(np.unique((1000 * sigmas).astype(int))) == 733
     index = np.abs(sigmas[None] - t[:500, None]).argmin(1)
-    np.testing.assert_allclose(t[:500], sigmas[index], atol=1e-7)
-    np.testing.assert_allclose(shown[:500], np.floor(1000 * sigmas[index]) / 1000, atol=1e-7)
+    close(t[:500], sigmas[index], 2e-7)
+    close(shown[:500], np.floor(1000 * sigmas[index]) / 1000, 2e-7)
     assert len(np.unique(shown)) <= 733
     assert (shown <= t + 1e-7).all() and (t - shown).max() < 0.001
 
@@ -267,16 +234,21 @@ def test_max_time_replaces_with_its_probability():
     assert bool((trigflow.with_max_time(jax.random.key(2), t, 1.0, max_time=1.2) == 1.2).all())
 
 
-def test_image_schedules():
-    two, four = trigflow.step_schedule(2), trigflow.step_schedule(4)
-    # Diffusers' own, where it uses the image.
+def test_schedule_options_and_errors():
+    one, two, four = (trigflow.step_schedule(steps) for steps in (1, 2, 4))
+    assert trigflow.step_schedule(2, midpoint=1.0) == (trigflow.MAX_TIME, 1.0, 0.0)
+    assert trigflow.step_schedule(1, max_time=1.5) == (1.5, 0.0)
+    # From an image: diffusers' own, where it uses the image.
     assert trigflow.image_schedule(two, 0.5) == (1.3, 0.0)
-    assert trigflow.image_schedule(four, 0.5) == four[2:]
-    assert trigflow.image_schedule(four, 0.1) == four[3:]
-    assert trigflow.image_schedule(four, 1.0) == four
+    for strength, first in ((0.1, 3), (0.5, 2), (1.0, 0)):
+        assert trigflow.image_schedule(four, strength) == four[first:]
     # Where it would start from noise alone, with two steps at its default strength.
-    np.testing.assert_allclose(trigflow.image_schedule(two, 0.6), (0.6 * 1.5708, 0.78, 0))
-    np.testing.assert_allclose(trigflow.image_schedule(trigflow.step_schedule(1), 0.3)[0], 0.47124)
-    for strength in (0, -0.1, 1.01, float("nan")):
-        with pytest.raises(ValueError, match="strength must be above 0 and at most 1"):
-            trigflow.image_schedule(two, strength)
+    close(trigflow.image_schedule(two, 0.6), (0.6 * 1.5708, 0.78, 0), 1e-12)
+    close(trigflow.image_schedule(one, 0.3)[0], 0.47124, 1e-12)
+    for call, values in {
+        trigflow.step_schedule: (0, 5, -1),
+        lambda strength: trigflow.image_schedule(two, strength): (0, -0.1, 1.01, float("nan")),
+    }.items():
+        for value in values:
+            with pytest.raises(ValueError, match=f"got {value}"):
+                call(value)

@@ -59,6 +59,7 @@ def gathered(tree, ways, dtype=None) -> float:
     return held * (ways - 1) / ways
 
 
+@pytest.mark.slow
 def test_weights_are_gathered_once_for_each_use_and_nothing_else_crosses_devices(step):
     """The student's blocks four times (two passes, forward and backward), the teacher's three times."""
     mesh, state, frozen, programs, works = step
@@ -81,6 +82,7 @@ def test_weights_are_gathered_once_for_each_use_and_nothing_else_crosses_devices
     assert moved(works[0], "all-gather") > 4 * of_student + 3 * of_teacher
 
 
+@pytest.mark.slow
 def test_flops_are_those_of_the_algorithm_and_of_remat(step, topology):
     """Forward-equivalents of both updates: counted by hand for blocks alone.
 

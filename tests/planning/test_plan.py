@@ -186,6 +186,7 @@ def test_words_of_the_compiler_about_memory(text, size):
 
 
 @needs_libtpu
+@pytest.mark.slow
 def test_tpu_plan_is_what_the_whole_compilation_gives(teacher):
     c, tpu = teacher.override({"mesh.fsdp": 2}), open_topology("v5e:2x2")
     early = compile_update(c, tpu, 0, full=False)
@@ -199,6 +200,7 @@ def test_tpu_plan_is_what_the_whole_compilation_gives(teacher):
 
 
 @needs_libtpu
+@pytest.mark.slow
 def test_a_tpu_program_that_is_too_large(teacher):
     c = teacher.override({"data.batch_size": 400000})
     found = plan_layout(c, open_topology("v5e:2x2"), FLOPS)

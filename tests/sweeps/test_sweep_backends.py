@@ -5,7 +5,7 @@ import os
 import subprocess
 
 import pytest
-from helpers.runs import ROOT, quick_compilation, run_here, words, write_digits
+from helpers.runs import ROOT, run_here, words
 from helpers.toy_sweep import FAKE, ToySweep
 
 from launch import sweep as command
@@ -76,9 +76,10 @@ def test_pod_runs_one_after_the_other_through_its_script(sweep, monkeypatch):
     assert sweep.column("status") == ["done", "failed", "done", "done"]
 
 
-def test_real_trainings_one_of_which_is_refused(tmp_path, tmp_path_factory, monkeypatch, capfd):
+@pytest.mark.slow
+@pytest.mark.usefixtures("quick")
+def test_real_trainings_one_of_which_is_refused(data, tmp_path, monkeypatch, capfd):
     """The shrunk teacher; a batch of 16 cannot be split into three microbatches."""
-    data = write_digits(tmp_path_factory.getbasetemp() / "digits")
     config, workdir = tmp_path / "small.py", tmp_path / "sweep"
     config.write_text(
         "from configs.digits import get_config\n"
@@ -87,8 +88,7 @@ def test_real_trainings_one_of_which_is_refused(tmp_path, tmp_path_factory, monk
     line = words("configs/digits.py:teacher,small", data, workdir, steps=3)[2:]
     line += ["--config", f"{config}:teacher,small", "--sweep", "parts", "--parallel", "2"]
     monkeypatch.chdir(ROOT)
-    with quick_compilation():
-        ended = run_here(line, monkeypatch, capfd, main=command.main)
+    ended = run_here(line, monkeypatch, capfd, main=command.main)
     assert ended.code == 1 and "accumulate=3" in ended.error
     with (workdir / "results.csv").open(newline="") as file:
         done, refused = csv.DictReader(file)

@@ -3,13 +3,11 @@
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from helpers.runs import quick_compilation
 
 
 @pytest.fixture(scope="module", autouse=True)
-def quick():
-    with quick_compilation():
-        yield
+def always_quick(quick):
+    """All tests of this folder compile quickly."""
 
 
 @pytest.fixture(scope="module")

@@ -18,21 +18,34 @@ def params():
     return random_params(FIELDS, 3)
 
 
+def without_effect(params, block: int):
+    """Parameters whose block adds nothing: its output projections are zero."""
+
+    def silence(path, leaf):
+        name = jax.tree_util.keystr(path)
+        outputs = ("to_out_0", "conv_point")
+        return leaf.at[block].set(0) if any(each in name for each in outputs) else leaf
+
+    blocks = jax.tree_util.tree_map_with_path(silence, params["transformer_blocks"])
+    return params | {"transformer_blocks": blocks}
+
+
 def test_importance_is_one_minus_the_cosine_of_a_blocks_input_and_output(params, batches):
-    """Against the network's own taps, whose last value of block i is the input of block i + 1."""
-    model = from_fields(FIELDS)
-    found = pruning.block_importance(model, params, batches, times=1)
-    expected = []
+    """Against the network's own taps, whose last value of block i is the input of block i + 1; block 2 of
+    four changes nothing."""
+    model, silent, expected = from_fields(FIELDS), without_effect(params, 2), []
     for number, batch in enumerate(batches):
         key = jax.random.fold_in(jax.random.key(0), number)
         x = 0.5 * batch["latents"] + 0.5 * jax.random.normal(key, batch["latents"].shape)
         inputs = x, jnp.full(4, 0.5), batch["text"], batch["mask"]
-        taps = model.apply({"params": params}, *inputs, taps=(0, 1, 2, 3))
+        taps = model.apply({"params": silent}, *inputs, taps=(0, 1, 2, 3))
         taps = [np.asarray(tap, np.float64) for tap in taps]
         sizes = [np.linalg.norm(tap, axis=-1) for tap in taps]
         dots = [(taps[i - 1] * taps[i]).sum(-1) / (sizes[i - 1] * sizes[i]) for i in (1, 2, 3)]
         expected.append([1 - cosine.mean() for cosine in dots])
+    found = pruning.block_importance(model, silent, batches, times=1)
     np.testing.assert_allclose(found[1:], np.mean(expected, 0), atol=1e-5)
+    assert found.shape == (4,) and abs(found[2]) < 1e-6 and min(found[[0, 1, 3]]) > 1e-3
 
 
 @pytest.mark.parametrize(
