@@ -98,6 +98,7 @@ def small(monkeypatch):
     monkeypatch.setitem(workloads.STUDENTS, "tiny", SMALL)
 
 
+@pytest.mark.slow
 def test_train_writes_a_line_per_workload(small, tmp_path, capsys):
     out = tmp_path / "out.jsonl"
     words = ["train", "--image=64x96", "--batch=2", "--rounds=1", f"--out={out}"]
@@ -144,6 +145,7 @@ def test_sample_times_transformer_and_decoder(small, tmp_path, monkeypatch):
         assert ("pictures_per_s" in line) == (line["rounds"] == 1)
 
 
+@pytest.mark.slow
 def test_blocks_apart_compute_what_the_stack_does():
     fields = SMALL | dict(num_layers=2)
     inputs = workloads.network_inputs(fields, 1, 32, 64)

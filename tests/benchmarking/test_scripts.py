@@ -64,6 +64,7 @@ def arms_of(lines):
     return {line["arm"]: line for line in lines if "ms" in line}
 
 
+@pytest.mark.slow
 def test_train_step_times_and_counts_an_update_and_its_parts(train_step):
     script, (header, *lines) = train_step
     assert header["command"] == " ".join(["python benchmarks/train_step.py", *TINY])
@@ -84,6 +85,7 @@ def test_train_step_times_and_counts_an_update_and_its_parts(train_step):
         script.main(["--rounds=0"])
 
 
+@pytest.mark.slow
 def test_one_pass_saves_a_forward(train_step):
     found = {
         line["separate_over_shared"]: line

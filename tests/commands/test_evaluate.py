@@ -12,6 +12,7 @@ from sprint_jax.core.pixels import to_bytes
 from sprint_jax.digits import report
 from sprint_jax.digits.scenes import draw_images
 
+pytestmark = pytest.mark.usefixtures("quick")
 KINDS = {"student": ("distill", "small"), "teacher": ("flow", "small"), "other": ("flow", "full")}
 
 

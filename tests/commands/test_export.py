@@ -10,8 +10,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from helpers.compare import relative_error
-from helpers.runs import assert_same_bits, quick_compilation, run_here
+from helpers.compare import assert_same_bits, relative_error
+from helpers.runs import quick_compilation, run_here
 from helpers.workdirs import STEP, make_workdir
 from jax import export as jax_export
 from safetensors.numpy import load_file, save_file

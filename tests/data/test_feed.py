@@ -256,6 +256,7 @@ def test_a_run_on_latents_draws_samples_with_encoders_and_needs_them_to_be_loade
     assert pipe(["a red 3"], steps=2)[0].size == (16, 16)
 
 
+@pytest.mark.slow
 def test_a_run_does_not_go_on_with_other_data(trained, tmp_path):
     c, whole = trained
     shutil.copytree(whole, tmp_path / "run")

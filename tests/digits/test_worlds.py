@@ -145,7 +145,7 @@ def test_held_out_prompts_are_balanced_and_repeatable(world):
     assert prompts != scenes.held_out_prompts(world, 60, seed=2)
 
 
-@pytest.mark.parametrize("world", ["small", "full"])
+@pytest.mark.parametrize("world", ["small", pytest.param("full", marks=pytest.mark.slow)])
 def test_records_are_rendered_scenes_of_their_split(data_dir, world):
     sizes, seen = get_world(world), {}
     for split in ("train", "test"):

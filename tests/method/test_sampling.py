@@ -218,8 +218,9 @@ def test_step_noise_equals_the_key_that_draws_it_and_images_do_not_meet():
 
 def test_wrong_step_noise_is_named():
     run = dict(schedule=trigflow.step_schedule(3), sigma_d=SIGMA_D)
-    for given in ({"step_noise": np.zeros((1, *SHAPE))}, {}):
-        with pytest.raises((ValueError, AssertionError), match=r"\(2, 3, 2, 2, 4\)"):
+    wrong = {"step_noise": np.zeros((1, *SHAPE))}
+    for given, named in ((wrong, r"\(2, 3, 2, 2, 4\)"), ({}, "step_noise")):
+        with pytest.raises((ValueError, AssertionError), match=named):
             sampling.consistency_sample(consistency_F, NOISE, **given, **run)
 
 

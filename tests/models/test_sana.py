@@ -110,7 +110,13 @@ def differentiate(policy, scan):
 
 @pytest.mark.parametrize(
     ("policy", "scan"),
-    [("full", True), ("dots", True), ("dots_no_batch", True), ("none", False), ("full", False)],
+    [
+        ("full", True),
+        ("none", False),
+        pytest.param("dots", True, marks=pytest.mark.slow),
+        pytest.param("dots_no_batch", True, marks=pytest.mark.slow),
+        pytest.param("full", False, marks=pytest.mark.slow),
+    ],
 )
 def test_scan_and_remat_change_nothing(policy, scan):
     baseline = differentiate("none", True)
