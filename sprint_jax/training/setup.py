@@ -1,4 +1,4 @@
-"""What a run needs before its first step: networks, data, frozen parameters, state.
+"""Preparation of a run: networks, data, frozen parameters and the first state.
 
 Arrays are made on the mesh, or not at all: `abstract_run` gives the shapes and shardings of a whole run
 for a mesh of devices that need not exist.

@@ -17,6 +17,8 @@ from sprint_jax.core.errors import UserError
 from sprint_jax.interop import hub
 from sprint_jax.interop.diffusers import WEIGHTS, save_transformer
 
+pytestmark = pytest.mark.usefixtures("quick")
+
 STORED = Path(__file__).parents[1] / "parity" / "stored"
 FIELDS = STUDENT | dict(in_channels=4, out_channels=4, sample_size=4, num_layers=2, logvar=False)
 PROMPTS = ["a red cat", "a wall"]

@@ -14,6 +14,8 @@ from sprint_jax.core.errors import UserError
 from sprint_jax.models import blocks
 from sprint_jax.models.dc_ae import AutoencoderDC
 
+pytestmark = pytest.mark.usefixtures("quick")
+
 # One narrow block: the command's paths, compiled in a second or two.
 SMALL = workloads.STUDENTS["tiny"] | dict(num_layers=1, num_attention_heads=2, caption_channels=16)
 SMALL |= dict(num_cross_attention_heads=2, cross_attention_head_dim=32)

@@ -23,6 +23,8 @@ from sprint_jax.checkpoints.weights import find_weights
 from sprint_jax.interop.diffusers import load_transformer
 from sprint_jax.sampling import student_schedule
 
+pytestmark = pytest.mark.usefixtures("quick")
+
 STORED = Path(__file__).parents[1] / "parity" / "stored"
 # Programs of symbolic and of fixed batch may add in another order: observed 3e-7.
 TOLERANCE = 1e-5

@@ -11,6 +11,8 @@ from sprint_jax import SprintPipeline, sample, sampling, trigflow
 from sprint_jax.core.errors import UserError
 from sprint_jax.core.sheet import Cell, draw_sheet
 
+pytestmark = pytest.mark.usefixtures("quick")
+
 PROMPTS = ["a red 3 on blue", "a 7", "a green 5"]
 
 

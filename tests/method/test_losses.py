@@ -12,6 +12,8 @@ from helpers.tiny_sana import cast, fast_jit, setup
 from sprint_jax import losses, trigflow
 from sprint_jax.models.sana import SIZES, SanaTransformer
 
+pytestmark = pytest.mark.usefixtures("quick")
+
 SIGMA_D = 0.5
 SHAPE = (3, 2, 3, 4)
 

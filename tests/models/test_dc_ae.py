@@ -15,6 +15,8 @@ from sprint_jax.interop.diffusers import load_autoencoder
 from sprint_jax.models.dc_ae import AutoencoderDC
 from sprint_jax.models.tiling import Tiling
 
+pytestmark = pytest.mark.usefixtures("quick")
+
 STORED = Path(__file__).parents[1] / "parity" / "stored" / "dc_ae"
 # Sums of up to 1,000 float32 products in another order: observed 6e-7 of the largest value.
 LIMIT = 5e-5

@@ -14,6 +14,8 @@ import pytest
 from sprint_jax.models import discriminator
 from sprint_jax.models.discriminator import DiscriminatorHeads, LocalBatchNorm, TokenNorm
 
+pytestmark = pytest.mark.usefixtures("quick")
+
 WIDTH = 6
 
 

@@ -15,6 +15,8 @@ from sprint_jax.models.sana import from_fields
 from sprint_jax.teacher import measure
 from sprint_jax.teacher.verdict import judge
 
+pytestmark = pytest.mark.usefixtures("quick")
+
 FIELDS = tiny_config("flow")["model"] | {"num_layers": 1}
 SIGMA_D = 0.5
 
