@@ -73,7 +73,7 @@ def everything(folder: Path) -> list[str]:
     ("stage", "which", "dtype"),
     [
         ("distill", "ema", "float32"),
-        ("distill", "raw", "bfloat16"),
+        pytest.param("distill", "raw", "bfloat16", marks=pytest.mark.slow),
         ("flow", "ema", "bfloat16"),
     ],
 )

@@ -68,7 +68,10 @@ DERIVATIVES = {
 }
 
 
-@pytest.mark.parametrize(("dtype", "limit"), [(np.float32, 1e-6), (np.float64, 1e-12)])
+@pytest.mark.parametrize(
+    ("dtype", "limit"),
+    [pytest.param(np.float32, 1e-6, marks=pytest.mark.slow), (np.float64, 1e-12)],
+)
 @pytest.mark.parametrize("derivative", DERIVATIVES.values(), ids=DERIVATIVES)
 def test_agrees_with_grouped_convolution(derivative, dtype, limit):
     with jax.enable_x64(dtype == np.float64):

@@ -112,7 +112,7 @@ def differentiate(policy, scan):
     ("policy", "scan"),
     [
         ("full", True),
-        ("none", False),
+        pytest.param("none", False, marks=pytest.mark.slow),
         pytest.param("dots", True, marks=pytest.mark.slow),
         pytest.param("dots_no_batch", True, marks=pytest.mark.slow),
         pytest.param("full", False, marks=pytest.mark.slow),

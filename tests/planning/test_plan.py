@@ -103,6 +103,7 @@ def test_local_plan_of_a_distillation(command, tmp_path):
     assert found["memory"]["ema"] == found["memory"]["params"] > 0
 
 
+@pytest.mark.slow
 def test_flops_of_an_image_depend_on_neither_batch_nor_remat(teacher):
     local = open_topology("local")
     plain = image_flops(teacher, local)

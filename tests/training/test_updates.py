@@ -19,9 +19,8 @@ from sprint_jax.training import setup, updates
 pytestmark = pytest.mark.usefixtures("quick")
 STEPS = 20
 SPECS = {"flow": "configs/digits.py:teacher,small", "distill": "configs/digits.py:student,small"}
-# Of data, fsdp and tensor; all but the first take long to compile.
+# Of data, fsdp and tensor.
 MESHES = [*itertools.product(SPECS, [(2, 2, 2), (8,), (1, 8), (1, 4, 2)])]
-MESHES[1:] = [pytest.param(*case, marks=pytest.mark.slow) for case in MESHES[1:]]
 
 
 @pytest.fixture(scope="module")
@@ -60,6 +59,7 @@ def run(built) -> tuple[list[dict[str, float]], dict]:
     return rows, jax.device_get(state.params)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("stage", "shape"), MESHES)
 def test_eight_devices_equal_one(stage, shape, configs, singles, single_runs):
     mesh = sharding.make_mesh(*shape)
