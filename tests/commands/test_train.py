@@ -77,6 +77,14 @@ def assert_same_run(workdir, other):
     assert list(runs.records(workdir)) == list(range(1, STEPS + 1))
 
 
+def test_a_run_in_two_parts_is_the_whole_run(whole, run, tmp_path):
+    first, rest = {"steps": STEPS // 2}, {}
+    for changes in (first, rest):
+        assert run(log__checkpoint_every=1000, **changes).code == 0
+    assert_same_run(tmp_path / "run", whole("flow")[1])
+
+
+@pytest.mark.faults
 @pytest.mark.parametrize(
     ("stage", "number"),
     [
