@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
+import pytest
 import tensorflow_datasets as tfds
 
 from sprint_jax import train
@@ -46,13 +47,14 @@ TINY = {
 def quick_compilation() -> Iterator[None]:
     """Most of XLA's optimizations are off, here and in the commands that are started meanwhile."""
     name = "JAX_DISABLE_MOST_OPTIMIZATIONS"
-    jax.config.update(name.lower(), True)
-    os.environ[name] = "1"
-    try:
-        yield
-    finally:
-        del os.environ[name]
-        jax.config.update(name.lower(), False)
+    before = getattr(jax.config, name.lower())
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv(name, "1")
+        jax.config.update(name.lower(), True)
+        try:
+            yield
+        finally:
+            jax.config.update(name.lower(), before)
 
 
 def write_digits(folder: Path, world: str = "small") -> Path:
