@@ -5,7 +5,6 @@ shares the compilation cache of the tests (see conftest.py).
 """
 
 import contextlib
-import os
 import signal
 import subprocess
 import sys
