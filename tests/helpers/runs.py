@@ -46,7 +46,7 @@ TINY = {
 def quick_compilation() -> Iterator[None]:
     """Most of XLA's optimizations are off, here and in the commands that are started meanwhile."""
     name = "JAX_DISABLE_MOST_OPTIMIZATIONS"
-    before = getattr(jax.config, name.lower())
+    before = jax.config.read(name.lower())
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv(name, "1")
         jax.config.update(name.lower(), True)
