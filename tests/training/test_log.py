@@ -4,6 +4,7 @@ import io
 import json
 import math
 import os
+import select
 import resource
 import threading
 
@@ -215,6 +216,9 @@ def test_progress_on_a_terminal_is_a_bar():
             for step in range(5, 11):
                 bar.update(step, {"loss": 0.5})
         stream.flush()
-        text = os.read(master, 65536).decode()
+        text = ""
+        # A terminal hands on what was written in parts, when it gets to it.
+        while "100%" not in text and select.select([master], [], [], 10)[0]:
+            text += os.read(master, 65536).decode()
     os.close(master)
     assert "10/10" in text and "100%" in text and "loss=0.5" in text
