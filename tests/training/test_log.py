@@ -4,8 +4,8 @@ import io
 import json
 import math
 import os
-import select
 import resource
+import select
 import threading
 
 import jax.numpy as jnp
