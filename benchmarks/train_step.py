@@ -16,7 +16,6 @@ is far below its second, library calls hide FLOPs from the backend: read the sec
 unrolled, without remat, because XLA counts the body of a loop once.
 """
 
-import functools
 import json
 import time
 from collections.abc import Callable
@@ -34,11 +33,12 @@ from sprint_jax.core.config import load_config
 from sprint_jax.core.errors import UserError
 from sprint_jax.digits.encoders import digits_parts
 from sprint_jax.digits.scenes import held_out_prompts
+from sprint_jax.models import functions
 from sprint_jax.models.discriminator import update_spectral
 from sprint_jax.parallel import sharding
-from sprint_jax.training import checks, setup, updates
+from sprint_jax.training import checks, draws, setup
 from sprint_jax.training.stages import lower_updates
-from sprint_jax.training.state import apply_gradients
+from sprint_jax.training.state import apply_student, trained_of
 
 DIGITS = Path(__file__).resolve().parent.parent / "configs" / "digits.py"
 FORWARD, SCM = "student forward", "sCM without teacher"
@@ -78,13 +78,14 @@ def build(world, overrides):
     batch = {"latents": x, "text": text, "mask": mask}
     frozen = {"teacher": params, "null_text": null_text, "null_mask": null_mask}
     state = setup.init_state(c, nets, batch, frozen, mesh)
-    features = jax.eval_shape(updates.features_of(nets, c, frozen, text, mask), x, t)
+    seen = functions.features(nets.teacher, params, text, mask, c.ladd.taps)
+    features = jax.eval_shape(seen, x, t)
     given = frozen | {
         "t": t,
         "noise": c.sigma_d * noise,
         "guidance": jnp.full(count, c.scm.guidance[0]),
         "features": [normals(key, features) for key in keys[3:]],
-        "gradients": normals(keys[3], (state.params, state.disc["params"]), 1e-3),
+        "gradients": normals(keys[3], (state.params, trained_of(state.disc)), 1e-3),
     }
     return c, nets, state, batch, given
 
@@ -95,14 +96,15 @@ def normals(key, tree, scale=1.0):
 
 def parts(nets, c, state, batch, given):
     """{part: (its update, function)}; those of the optimizers return a state first."""
-    x0, text, mask = updates.images_of(c, batch)
+    x0, text, mask = draws.images_of(c, batch)
     t, noise, gradients, disc = given["t"], given["noise"], given["gradients"], state.disc
-    student = updates.student_of(nets, text, mask, given["guidance"])
-    teacher = updates.teacher_of(nets, given, text, mask, given["guidance"])
-    features = updates.features_of(nets, c, given, text, mask)
+    student = draws.student_of(nets, text, mask, given["guidance"])
+    teacher = draws.teacher_of(nets, given, text, mask, given["guidance"])
+    features = functions.features(nets.teacher, given["teacher"], text, mask, c.ladd.taps)
 
     def generate(params=state.params):
-        return updates.generate(c, student, params, x0, *jax.random.split(jax.random.key(1)))
+        keys = jax.random.split(jax.random.key(1))
+        return draws.generate(c, student, params, x0, *keys)[0]
 
     def scm(shared_primal):
         def loss(params):
@@ -122,22 +124,21 @@ def parts(nets, c, state, batch, given):
         ready, noisy = iter(given["features"]), (x0, noise, t)
 
         def loss(params):
-            heads = functools.partial(nets.heads.apply, {"params": params}, spectral=spectral)
-            return losses.ladd_discriminator_loss(
-                lambda x, t: next(ready), heads, noisy, noisy, noisy, sigma_d=c.sigma_d
-            )[0]
+            logits = lambda x, t: nets.heads.apply({"params": params}, next(ready), spectral)  # noqa: E731
+            kinds = noisy, noisy, noisy
+            return losses.ladd_discriminator_loss(logits, *kinds, sigma_d=c.sigma_d)[0]
 
         return jax.grad(loss)(disc["params"])
 
     def heads_optimizer():
-        params = disc["params"]
-        updates, moments = nets.disc_optimizer.update(gradients[1], state.disc_opt_state, params)
-        disc_now = disc | {"params": jax.tree.map(jnp.add, params, updates)}
+        trained = trained_of(disc)
+        updates, moments = nets.disc_optimizer.update(gradients[1], state.disc_opt_state, trained)
+        disc_now = disc | jax.tree.map(jnp.add, trained, updates)
         return state.replace(disc=disc_now, disc_opt_state=moments), {}
 
     def optimizer_and_ema():
         how = dict(ema_decay=c.ema_decay)
-        return apply_gradients(nets.optimizer, state, t[0], gradients[0], **how)
+        return apply_student(nets.optimizer, state, t[0], gradients[0], **how)
 
     return {
         FORWARD: (None, lambda: student(state.params, x0, t)),

@@ -87,18 +87,52 @@ def get_config(arg=None):
     c.scm.jvp_dtype = ""
     c.scm.shared_primal = True  # one pass for primal and tangent; False: a separate jvp
 
-    c.ladd = ml_collections.ConfigDict()  # stage 'distill'
-    c.ladd.weight = 0.5  # of the adversarial loss; 0 turns the discriminator off
-    c.ladd.taps = (2, 8, 14, 19)  # teacher blocks whose outputs feed a head each
-    c.ladd.max_time_probability = 0.5  # share of student samples made from pure noise
-    c.ladd.time_mean = -0.6  # log-normal angles at which the discriminator looks
+    # Stage 'distill': the student's images, of one pass for all losses on images (ladd, dmd, twinflow).
+    c.images = ml_collections.ConfigDict()
+    c.images.max_time_probability = (
+        0.5  # share that is made from pure noise, others from noised images
+    )
+    # 1 or more: from pure noise in 1 to so many steps, of which the last carries the gradient
+    c.images.rollout = 0
+    # True: a weight is half the length of a loss's gradient at the images; 1: the length 2 that sCM's has at F
+    c.images.balance = False
+    # True: critic and fake score learn from the batch and the images of the generator's update, drawn before
+    # it. Saves a forward pass each, and data; published code draws anew from another batch.
+    c.images.reuse = False
+
+    c.dmd = ml_collections.ConfigDict()  # stage 'distill': reverse divergence with a fake score
+    c.dmd.weight = 0.0  # 0 turns it and the fake score off
+    c.dmd.warmup = 0  # generator updates before it counts; the fake score learns from the first
+    c.dmd.fake_updates = 1  # of the fake score, after each of the student
+    c.dmd.shift = 1.0  # of the uniform flow times at which both scores look
+    c.dmd.decoupled = False  # True: guidance at noise and times of its own
+    c.dmd.optimizer = optimizer_fields(1e-3)  # of the fake score; same kind as the student's
+
+    c.twinflow = ml_collections.ConfigDict()  # stage 'distill': the student as its own fake score
+    c.twinflow.weight = 0.0
+    c.twinflow.shift = 1.0  # of the uniform flow times at which both flows look
+
+    c.ladd = ml_collections.ConfigDict()  # stage 'distill': a critic of the student's images
+    c.ladd.weight = 0.5  # of the adversarial loss; 0 turns the critic off
+    # Network whose blocks feed the heads: the frozen 'teacher', the 'fake' score of dmd, or a 'copy' of the
+    # teacher that learns with the heads
+    c.ladd.features = "teacher"
+    c.ladd.taps = (2, 8, 14, 19)  # blocks whose outputs feed a head each
+    c.ladd.loss = "hinge"  # or 'softplus', 'relativistic'
+    c.ladd.paired = False  # True: real and generated images are seen at one time and noise
+    c.ladd.pooled = False  # True: one logit an image, the mean of its tokens'
+    c.ladd.clean = False  # True: images are seen without noise, the time is a condition only
+    c.ladd.kernel = 9  # of the heads' convolution along the tokens
+    c.ladd.updates = 1  # of the critic, after each of the student
+    c.ladd.time_mean = -0.6  # log-normal angles at which the critic looks
     c.ladd.time_std = 1.0
     c.ladd.token_norm = False  # heads with layer norm per token, not batch norm over 8 images
-    # True: the heads learn from the batch and the images of the generator's update, drawn before it. Saves a
-    # forward pass, and half of the data; published code draws anew from another batch.
-    c.ladd.reuse_fakes = False
     c.ladd.misaligned = True  # real images with the wrong caption count as fake
-    c.ladd.r1_weight = 0.0  # gradient penalty on the heads' inputs
+    c.ladd.r1 = 0.0  # weight of the critic's squared gradient by real images
+    c.ladd.r2 = 0.0  # the same by generated images
+    c.ladd.penalty_noise = (
+        0.0  # above 0: both approximated by so much noise, without second derivatives
+    )
     c.ladd.optimizer = optimizer_fields(1e-3)  # of the heads; same kind as the student's
 
     c.sampler = ml_collections.ConfigDict()

@@ -4,10 +4,12 @@
         --config.data.latents=DIR --workdir DIR
     python -m sprint_jax.plan --config configs/sprint.py:1600m --topology v5e:16x16
 
-Words: ``600m`` or ``1600m``. The values are those of the published YAML files and of the paper; the batch is
-theirs of 16 per GPU on 32 GPUs. ``--config.data.latents=DIR`` names what `sprint_jax.encode` wrote;
-``--config.data.source=synthetic`` trains on noise, to measure. What a step costs on a TPU slice is in
-docs/planning.md. No full training was run.
+Words: ``600m`` or ``1600m``, and the losses: ``sprint`` (sCM + LADD), ``rcm`` (sCM + reverse divergence),
+``twinflow``, or ``apt`` (an adversarial finish of a student, ``--config.init=DIR``). The values of ``sprint``
+are those of the published YAML files and of the paper, with their batch of 16 per GPU on 32 GPUs; those of the
+others are scaled from publications on other teachers, as each function says. ``--config.data.latents=DIR``
+names what `sprint_jax.encode` wrote; ``--config.data.source=synthetic`` trains on noise, to measure. What a
+step costs on a TPU slice is in docs/planning.md. No full training was run.
 """
 
 import ml_collections
@@ -17,7 +19,7 @@ from sprint_jax.core.config import parse_arg
 
 
 def get_config(arg=None):
-    (size,) = parse_arg(arg, ("600m", "1600m"))
+    size, method = parse_arg(arg, ("600m", "1600m"), ("sprint", "rcm", "twinflow", "apt"))
     c = default.get_config()
     c.stage = "distill"
     c.steps = 15_000
@@ -25,10 +27,60 @@ def get_config(arg=None):
     large_model(c)
     c.data.batch_size = 512
     c.optimizer = came(2e-6, warmup_steps=5000)
-    c.ladd.optimizer = came(2e-6, warmup_steps=0)
-    del c.ladd.optimizer["name"]
+    c.ladd.optimizer = judge(2e-6)
     c.ema_decay = 0.9999
+    {"sprint": lambda c: None, "rcm": rcm, "twinflow": twinflow, "apt": apt}[method](c)
     return c
+
+
+def rcm(c):
+    """rCM (arXiv 2510.08431): 0.01 DMD to 1 sCM at sigma_d = 1 and 2.6e5 to 2e6 numbers an image.
+
+    Lengths of gradients scale with the root of that number, and with 1 / sigma_d: 0.06 to 0.16 in its form at
+    32,768 numbers, twice that in ours, whose loss has half of its gradient.
+    """
+    c.ladd.weight = 0.0
+    c.dmd.weight = 0.2
+    c.dmd.warmup = c.scm.tangent_warmup = 1000
+    c.dmd.fake_updates = 4
+    c.dmd.shift = 5.0
+    c.dmd.optimizer = judge(4e-7)
+    c.images.rollout = 4
+    c.scm.time_mean = 0.0  # its log-normal(0.7, 1.6) for sigma_d = 1
+
+
+def twinflow(c):
+    """TwinFlow (arXiv 2512.05150): a third of each update; there with its own base loss, here with sCM."""
+    c.ladd.weight = 0.0
+    c.twinflow.weight = 0.5
+    c.images.balance = True
+    c.images.max_time_probability = 1.0
+
+
+def apt(c):
+    """APT (arXiv 2501.08316): some hundred updates of a finished student against a copy of the teacher."""
+    c.steps = 350
+    c.scm.weight = 0.0
+    c.images.max_time_probability = 1.0
+    c.ladd.weight = 1.0
+    c.ladd.features = "copy"
+    c.ladd.loss = "softplus"
+    c.ladd.clean = c.ladd.pooled = True
+    c.ladd.misaligned = False
+    c.ladd.token_norm = True
+    # Its 100 |D(x + 0.01 e) - D(x)|^2 for latents of deviation 1, of which ours have half.
+    c.ladd.r1 = 0.005
+    c.ladd.penalty_noise = 0.005
+    c.optimizer.learning_rate = c.ladd.optimizer.learning_rate = 5e-6
+    c.optimizer.warmup_steps = 0
+    c.ema_decay = 0.995
+
+
+def judge(learning_rate):
+    """The optimizer of a critic or fake score; its kind is the student's."""
+    optimizer = came(learning_rate, warmup_steps=0)
+    del optimizer["name"]
+    return optimizer
 
 
 def large_model(c):

@@ -3,8 +3,8 @@
     python -m sprint_jax.train --config configs/digits.py:student --config.teacher=DIR --workdir DIR
 
 The same line starts a run, resumes it exactly, or reports that it is done. A batch goes
-`flow_update` -> `losses.flow_matching_loss`, or `generator_update` -> `losses.scm_loss` and
-`losses.ladd_generator_loss`, then `discriminator_update` -> `losses.ladd_discriminator_loss`.
+`flow_update` -> `losses.flow_matching_loss`, or `generator_update` -> `losses.scm_loss` and losses on images
+(`training/images.py`), then to the updates of the networks that judge these.
 Frozen networks are arguments (``frozen``); randomness is a function of (seed, step).
 """
 
@@ -15,6 +15,7 @@ from pathlib import Path
 import jax
 
 from .checkpoints.checkpoint import Checkpoints
+from .checkpoints.workdir import read_metrics
 from .core import cli
 from .core.config import Config
 from .core.files import write_json_atomic
@@ -25,6 +26,7 @@ from .parallel import distributed, sharding
 from .parallel.interrupt import Stop, check_finite, end_stopped
 from .training import checks, setup
 from .training.clock import Clock
+from .training.diagnostics import verdict
 from .training.log import MetricLog
 from .training.preview import make_preview
 from .training.profile import Profile
@@ -132,6 +134,9 @@ def train(c: Config, workdir: Path, peers=None) -> None:
                 break
     if stopping:
         end_stopped(stopping, step)
+    if jax.process_index() == 0:
+        for line in verdict(read_metrics(workdir / "metrics.jsonl")[-10:]):
+            print(line, flush=True)
     print(f"done: {workdir}/samples, {workdir}/curves.png, {workdir}/metrics.jsonl", flush=True)
 
 

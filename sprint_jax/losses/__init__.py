@@ -5,16 +5,24 @@ network of ``x = x_t / sigma_d`` [B, h, w, C] and the angle ``t`` [B] (see `trig
 All losses are float32 and return per-sample values beside the mean, for the diagnostics.
 """
 
+from .dmd import dmd_loss, fake_score_loss
 from .flow import flow_matching_loss
 from .ladd import ladd_discriminator_loss, ladd_generator_loss
+from .meanflow import meanflow_loss
 from .per_sample import per_sample_mean, per_sample_norm
 from .scm import scm_loss
+from .twinflow import rectify_loss, twin_flow_loss
 
 __all__ = [
+    "dmd_loss",
+    "fake_score_loss",
     "flow_matching_loss",
     "ladd_discriminator_loss",
     "ladd_generator_loss",
+    "meanflow_loss",
     "per_sample_mean",
     "per_sample_norm",
+    "rectify_loss",
     "scm_loss",
+    "twin_flow_loss",
 ]

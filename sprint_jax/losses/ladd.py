@@ -1,78 +1,108 @@
-"""Latent adversarial distillation (LADD): hinge losses on the features of the frozen teacher."""
+"""Latent adversarial distillation (LADD): a critic that sees images through a network's features, with noise.
+
+By default as SANA-Sprint trains it (arXiv 2503.09641): hinge losses, noise of its own for each kind of image,
+real images with another's caption as fakes. `losses.adversarial` has the other pairs of losses.
+"""
 
 from collections.abc import Callable
 
 import chex
 import jax
-import jax.numpy as jnp
 
 from ..trigflow import add_noise
-from .per_sample import per_sample_norm
+from .adversarial import approximate_penalty, gradient_penalty, hinge_critic, hinge_generator
 
 Array = jax.Array
 
 
-def ladd_generator_loss(discriminate: Callable, x0: Array, z: Array, t: Array, sigma_d: float):
-    """Hinge generator loss ``-mean D(renoised student x0)`` of LADD.
+def ladd_generator_loss(
+    discriminate: Callable,
+    x0: Array,
+    z: Array,
+    t: Array,
+    sigma_d: float,
+    *,
+    real: Array | None = None,
+    generator: Callable = hinge_generator,
+    clean: bool = False,
+):
+    """The generator's loss on its renoised images; hinge: ``-mean D(x_t)``.
 
     Args:
-      discriminate: ``discriminate(x, t) -> logits [B, M]``: frozen teacher features into heads.
+      discriminate: ``discriminate(x, t) -> logits [B, M]``: a network's features into heads.
       x0: the student's images [B, h, w, C], standard deviation ``sigma_d``; gradients flow here.
-      z: noise of standard deviation ``sigma_d``; t: angles [B] of the discriminator's distribution.
+      z: noise of standard deviation ``sigma_d``; t: angles [B] of the critic's distribution.
+      real: images of the same captions, for losses of pairs; seen at the same noise.
+      generator: ``generator(real logits, fake logits) -> [B]``.
+      clean: images are seen without noise, and ``t`` is a condition only.
 
     Returns:
       ``(mean loss, {'logits': [B]})``.
     """
     chex.assert_shape([z, t], [x0.shape, x0.shape[:1]])
-    logits = discriminate(add_noise(x0, z, t) / sigma_d, t)
+
+    def logits_of(x0):
+        return discriminate((x0 if clean else add_noise(x0, z, t)) / sigma_d, t)
+
+    logits = logits_of(x0)
     chex.assert_shape(logits, (len(x0), None))
-    return -logits.mean(), {"logits": logits.mean(-1)}
+    other = logits if real is None else jax.lax.stop_gradient(logits_of(real))
+    return generator(other, logits).mean(), {"logits": logits.mean(-1)}
 
 
 def ladd_discriminator_loss(
-    features: Callable,
-    heads: Callable,
+    discriminate: Callable,
     real: tuple[Array, Array, Array],
     fake: tuple[Array, Array, Array],
-    misaligned: tuple[Array, Array, Array] | None,
+    misaligned: tuple[Array, Array, Array] | None = None,
     *,
     sigma_d: float,
-    r1_weight: float = 0.0,
+    critic: Callable = hinge_critic,
+    clean: bool = False,
+    r1: float = 0.0,
+    r2: float = 0.0,
+    noise: Array | None = None,
+    noise_scale: float = 0.0,
 ):
-    """Hinge discriminator loss of LADD: ``(mean relu(1 - D(real)) + mean relu(1 + D(fake))) / 2``.
+    """The critic's loss; hinge: ``(mean relu(1 - D(real)) + mean relu(1 + D(fake))) / 2``.
 
     Args:
-      features: ``features(x, t) -> tuple of [B, h, w, d]`` of the frozen teacher with the batch's text.
-      heads: ``heads(features) -> logits [B, M]``; gradients flow to what it holds.
-      real, fake: ``(x0, z, t)``: images [B, h, w, C], noise, angles [B]; each has its own times.
-      misaligned: real images paired with other samples' text, ``(rolled x0, z, t)``, which count as
-        fake; None leaves them out.
-      r1_weight: weight of the gradient penalty: squared gradient norm of the summed logits with
-        respect to the heads' input features of the real batch, divided by the number of heads.
+      discriminate: ``discriminate(x, t) -> logits [B, M]``; gradients flow to what it holds.
+      real, fake: ``(x0, z, t)``: images [B, h, w, C] (no gradient), noise, angles [B]; for a loss of pairs of
+        the same captions, noise and angles.
+      misaligned: real images with other samples' text, ``(rolled x0, z, t)``, which count as half of the
+        fakes; None leaves them out.
+      critic: ``critic(real logits, fake logits) -> [B]``.
+      clean: images are seen without noise, and ``t`` is a condition only.
+      r1, r2: weights of half the squared gradient of the mean logit by real and by fake images.
+      noise, noise_scale: N(0, 1) like the images, and how much of it approximates that gradient without second
+        derivatives; 0: exact.
 
     Returns:
-      ``(loss, aux)``, aux with mean logits per sample 'real' [B], 'fake' [B], 'misaligned' [B]
-      (if any), and 'r1' (if weighted).
+      ``(loss, aux)``, aux with mean logits per sample 'real' [B], 'fake' [B] and 'misaligned' [B] (if any).
     """
 
-    def noisy_features(x0, z, t):
+    def logits_of(x0, z, t):
         chex.assert_shape([z, t], [x0.shape, x0.shape[:1]])
-        return jax.lax.stop_gradient(features(add_noise(x0, z, t) / sigma_d, t))
+        return discriminate((x0 if clean else add_noise(x0, z, t)) / sigma_d, t)
 
     # Each kind has its own batch. Published code joins fakes and misaligned pairs; its batch norm works in
     # groups of 8, so the result is the same wherever 8 divides the batch.
-    kinds = {"fake": fake} | ({"misaligned": misaligned} if misaligned is not None else {})
-    negative = {name: heads(noisy_features(*triple)) for name, triple in kinds.items()}
-    positive = noisy_features(*real)
-    real_logits = heads(positive)
-    chex.assert_rank([real_logits, *negative.values()], 2)
-    fake_loss = sum(jax.nn.relu(1 + logits).mean() for logits in negative.values()) / len(negative)
-    loss = (jax.nn.relu(1 - real_logits).mean() + fake_loss) / 2
-
-    aux = {name: logits.mean(-1) for name, logits in ({"real": real_logits} | negative).items()}
-    if r1_weight:
-        gradients = jax.grad(lambda inputs: heads(inputs).sum())(positive)
-        penalty = sum(jnp.square(per_sample_norm(g.astype(jnp.float32))).mean() for g in gradients)
-        aux["r1"] = penalty / len(gradients)
-        loss = loss + r1_weight * aux["r1"]
-    return loss, jax.lax.stop_gradient(aux)
+    kinds = {"real": real, "fake": fake}
+    if misaligned is not None:
+        kinds["misaligned"] = misaligned
+    kinds = {name: (jax.lax.stop_gradient(x0), z, t) for name, (x0, z, t) in kinds.items()}
+    logits = {name: logits_of(*kind) for name, kind in kinds.items()}
+    chex.assert_rank([*logits.values()], 2)
+    negative = [logits[name] for name in kinds if name != "real"]
+    loss = sum(critic(logits["real"], each).mean() for each in negative) / len(negative)
+    for weight, (x0, z, t) in ((r1, kinds["real"]), (r2, kinds["fake"])):
+        if not weight:
+            continue
+        seen = lambda x, z=z, t=t: logits_of(x, z, t)  # noqa: E731
+        if noise_scale:
+            penalty = approximate_penalty(seen, x0, noise, noise_scale)
+        else:
+            penalty = gradient_penalty(seen, x0)
+        loss += weight / 2 * penalty.mean()
+    return loss, jax.lax.stop_gradient({name: each.mean(-1) for name, each in logits.items()})

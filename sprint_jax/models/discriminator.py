@@ -139,6 +139,7 @@ class DiscriminatorHead(nn.Module):
 
     dtype: Any
     token_norm: bool
+    kernel: int
 
     @nn.compact
     def __call__(self, x: Array, spectral: dict) -> Array:
@@ -150,7 +151,7 @@ class DiscriminatorHead(nn.Module):
             return nn.leaky_relu(norm(conv(x, spectral[f"{name}_conv"])), 0.2)
 
         x = stage(x, "main_0", 1)
-        x = (stage(x, "main_1", 9) + x) / np.sqrt(2)
+        x = (stage(x, "main_1", self.kernel) + x) / np.sqrt(2)
         return SpectralConv1d(1, 1, self.dtype, name="cls")(x, spectral["cls"])[..., 0]
 
 
@@ -172,6 +173,7 @@ class DiscriminatorHeads(nn.Module):
 
     dtype: Any = jnp.float32
     token_norm: bool = False
+    kernel: int = 9
 
     @nn.compact
     def __call__(self, features: tuple[Array, ...], spectral: dict) -> Array:
@@ -183,12 +185,12 @@ class DiscriminatorHeads(nn.Module):
         logits = []
         for i, feature in enumerate(features):
             tokens = feature.reshape(feature.shape[0], -1, feature.shape[-1])
-            head = remat_head(self.dtype, self.token_norm, name=f"heads_{i}")
+            head = remat_head(self.dtype, self.token_norm, self.kernel, name=f"heads_{i}")
             logits.append(head(tokens, spectral[f"heads_{i}"]))
         return wide(jnp.concatenate(logits, axis=-1))
 
 
-def init_heads(features: tuple[Array, ...], key: Array) -> dict:
+def init_heads(features: tuple[Array, ...], key: Array, kernel: int = 9) -> dict:
     """Returns ``{'params', 'spectral'}`` of new `DiscriminatorHeads` for feature maps of these shapes."""
 
     # Parameter shapes do not depend on the values of the vectors, so ones do for `init`.
@@ -196,9 +198,9 @@ def init_heads(features: tuple[Array, ...], key: Array) -> dict:
         def uv(kernel_size, outputs):
             return {"u": jnp.ones((outputs,)), "v": jnp.ones((kernel_size, width))}
 
-        return {"main_0_conv": uv(1, width), "main_1_conv": uv(9, width), "cls": uv(1, 1)}
+        return {"main_0_conv": uv(1, width), "main_1_conv": uv(kernel, width), "cls": uv(1, 1)}
 
     spectral = {f"heads_{i}": placeholder(f.shape[-1]) for i, f in enumerate(features)}
     params_key, spectral_key = jax.random.split(key)
-    params = DiscriminatorHeads().init(params_key, features, spectral)["params"]
+    params = DiscriminatorHeads(kernel=kernel).init(params_key, features, spectral)["params"]
     return {"params": params, "spectral": init_spectral(params, spectral_key)}

@@ -12,12 +12,13 @@ from .counts import analyze, collective_sums, total
 from .hlo import argument_bytes
 from .topology import Topology
 
-# Where arrays belong, in the order of the picture; 'heads' are the discriminator's with their optimizer.
+# Where arrays belong, in the order of the picture; 'heads' (a critic) and 'fake' hold their optimizers too.
 _PREFIXES = {
     "params": "state.params",
     "ema": "state.ema",
     "optimizer": "state.opt_state",
     "heads": "state.disc",
+    "fake": "state.fake",
     "frozen": "frozen",
     "batch": "batch",
     "other": "",
@@ -44,15 +45,19 @@ def plan_layout(c: Config, topology: Topology, flops: dict[str, float], full: bo
     limit, devices = topology.hbm_bytes, list(mesh.devices.flat)
     leaves = _leaves(dict(zip(("state", "batch", "frozen"), trees, strict=True)))
     programs: list[Program] = []
+    functions = stage_of(c).updates(c)
     if sum(leaves.values()) <= limit:  # else not worth compiling
-        for number in range(len(flops)):
-            programs.append(compile_update(c, topology, number, full))
+        for number, function in enumerate(functions):
+            first = functions.index(function)  # a step may run a program several times
+            again = first < number
+            programs.append(programs[first] if again else compile_update(c, topology, number, full))
             if not programs[-1].fits:
                 break
     arguments = [argument_bytes(program.text) for program in programs]
     for sizes in arguments:
         leaves |= {name: size for name, size in sizes.items() if name in leaves}
-    held, code = _by_kind(leaves), sum(program.code for program in programs)
+    distinct = list({id(program): program for program in programs}.values())
+    held, code = _by_kind(leaves), sum(program.code for program in distinct)
     peaks = [held]
     for program, sizes in zip(programs, arguments, strict=True):
         # Arguments that an update does not read, such as the EMA in the discriminator's, are held all the same.
@@ -82,7 +87,7 @@ def plan_layout(c: Config, topology: Topology, flops: dict[str, float], full: bo
         "devices": len(devices),
         "remat": c.model.remat,
         "code_is_estimated": not all(program.code_is_known for program in programs),
-        "involuntary_rematerializations": [line for p in programs for line in p.warnings],
+        "involuntary_rematerializations": [line for p in distinct for line in p.warnings],
         "replicated_share": _replicated(trees[0], mesh),
         "updates": updates,
         "model_flops_per_device": sum(flops.values()) * c.data.batch_size / len(devices),
@@ -91,13 +96,17 @@ def plan_layout(c: Config, topology: Topology, flops: dict[str, float], full: bo
 
 
 def image_flops(c: Config, topology: Topology) -> dict[str, float]:
-    """Returns FLOPs per image that the algorithm asks for, by update: 'generator', 'flow' ...
+    """Returns FLOPs per image that the algorithm asks for, by update: 'generator', 'fake', 'fake 2', 'flow' ...
 
     They are those of the traced program without remat, the numerator of MFU. What remat computes again, and
     what a compiler adds, is not in them. An update is named by its function. They do not depend on batch and
     mesh, but for the spectral norms of the heads: under 0.01 %.
     """
-    names = [update.__name__.removesuffix("_update") for update in stage_of(c).updates(c)]
+    names: list[str] = []
+    for update in stage_of(c).updates(c):
+        name = update.__name__.removesuffix("_update")
+        before = sum(each.split()[0] == name for each in names)
+        names.append(f"{name} {before + 1}" if before else name)
     lowered = lower(c.override({"model.remat": "none"}), topology)
     found = [total(analyze(each.as_text(dialect="hlo")), "flops") for each in lowered]
     return {name: each / c.data.batch_size for name, each in zip(names, found, strict=True)}

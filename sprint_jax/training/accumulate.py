@@ -1,45 +1,57 @@
-"""Gradients over microbatches."""
+"""Gradients over microbatches, and how much each term contributes."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import optax
 
 
 def gradients(
-    terms: Sequence[Callable], params, batch: dict, key: jax.Array, parts: int = 1
-) -> tuple[jax.Array, dict, Any]:
+    terms: Mapping[str, Callable], params, batch: dict, key: jax.Array, parts: int = 1
+) -> tuple[jax.Array, dict, Any, dict[str, jax.Array]]:
     """Loss and gradients of a sum of terms, means over ``parts`` equal microbatches.
 
     Terms and microbatches run one after the other, so that the activations of one at a time are
     alive.
 
     Args:
-      terms: each ``term(params, batch, key) -> (scalar, aux)``; aux leaves are per-sample arrays [B].
+      terms: by name, each ``term(params, batch, key) -> (scalar, aux)``; aux leaves are per-sample arrays [B].
       params: differentiated tree.
       batch: arrays with a leading axis that ``parts`` divides.
       key: folded with the index of each microbatch; the same for all terms.
 
     Returns:
-      ``(loss, aux, gradients)``, aux of the whole batch and of all terms.
+      ``(loss, aux, gradients, balance)``: aux of the whole batch and of all terms; balance, with several
+      terms: ``share/NAME``, the length of a term's gradient over the sum of all lengths, and
+      ``cosine/NAME``, to the sum of the terms before it, means over microbatches.
     """
 
     def of_terms(params, microbatch, key):
-        total, everything = None, {}
-        for term in terms:
+        total, everything, lengths, cosines = None, {}, {}, {}
+        for name, term in terms.items():
             (value, aux), grads = jax.value_and_grad(term, has_aux=True)(params, microbatch, key)
             everything |= aux
-            total = (
-                (value, grads) if total is None else jax.tree.map(jnp.add, total, (value, grads))
-            )
+            if len(terms) > 1:
+                lengths[name] = optax.tree.norm(grads)
+            if total is None:
+                total = value, grads
+            else:
+                product = optax.tree.vdot(total[1], grads)
+                scale = optax.tree.norm(total[1]) * lengths[name]
+                cosines[name] = product / jnp.maximum(scale, 1e-30)
+                total = jax.tree.map(jnp.add, total, (value, grads))
             # Nothing orders independent terms but this: the next one waits for the sum so far.
             total, params = jax.lax.optimization_barrier((total, params))
-        return total, everything
+        whole = sum(lengths.values())
+        balance = {f"share/{name}": length / whole for name, length in lengths.items()}
+        balance |= {f"cosine/{name}": cosine for name, cosine in cosines.items()}
+        return (*total, balance), everything
 
     if parts == 1:
-        (value, grads), aux = of_terms(params, batch, jax.random.fold_in(key, 0))
-        return value, aux, grads
+        (value, grads, balance), aux = of_terms(params, batch, jax.random.fold_in(key, 0))
+        return value, aux, grads, balance
 
     def one(total, inputs):
         microbatch, i = inputs
@@ -54,6 +66,9 @@ def gradients(
         return a.swapaxes(0, 1).reshape(-1, *a.shape[2:])
 
     microbatches = jax.tree.map(split, batch)
-    zeros = (jnp.zeros(()), jax.tree.map(jnp.zeros_like, params))
-    (value, grads), aux = jax.lax.scan(one, zeros, (microbatches, jnp.arange(parts)))
-    return value, jax.tree.map(merge, aux), grads
+    names = [*terms] if len(terms) > 1 else []
+    balance = {f"share/{name}": jnp.zeros(()) for name in names}
+    balance |= {f"cosine/{name}": jnp.zeros(()) for name in names[1:]}
+    zeros = (jnp.zeros(()), jax.tree.map(jnp.zeros_like, params), balance)
+    (value, grads, balance), aux = jax.lax.scan(one, zeros, (microbatches, jnp.arange(parts)))
+    return value, jax.tree.map(merge, aux), grads, balance

@@ -42,11 +42,12 @@ def check_workdir(workdir: Path, c: Config) -> None:
 
 
 def check_values(c: Config) -> None:
-    """Refuses counts and intervals below one, and an empty choice of guidance scales."""
+    """Refuses counts and intervals below one, and losses of a student that cannot work together."""
     counts = ["steps", "max_nonfinite", "accumulate", "data.batch_size", "data.prefetch"]
     counts += [f"log.{key}" for key in ("every", "sample_every", "checkpoint_every", "keep")]
     if stage_of(c).distills:
-        counts.append("log.diagnostics_every")
+        counts += ["log.diagnostics_every", "dmd.fake_updates", "ladd.updates", "ladd.kernel"]
+        _check_losses(c)
         if not c.scm.guidance:
             raise UserError("config.scm.guidance is empty: give at least one scale", exit_code=2)
     for name in counts:
@@ -54,6 +55,25 @@ def check_values(c: Config) -> None:
         value = (c[section] if section else c)[key]
         if value < 1:
             raise UserError(f"config.{name}={value} must be at least 1", exit_code=2)
+
+
+def _check_losses(c: Config) -> None:
+    weights = ["scm.weight", "ladd.weight", "dmd.weight", "twinflow.weight"]
+    for name in [*weights, "ladd.r1", "ladd.r2", "ladd.penalty_noise", "images.rollout"]:
+        section, key = name.split(".")
+        if c[section][key] < 0:
+            raise UserError(f"config.{name}={c[section][key]} must not be negative", exit_code=2)
+    if not any(c[name.split(".")[0]].weight for name in weights):
+        raise UserError(f"no loss is left: one of config.{', '.join(weights)} must be above 0", 2)
+    if not c.ladd.weight:
+        return
+    if c.ladd.loss == "relativistic" and not c.ladd.paired:
+        raise UserError("config.ladd.loss=relativistic needs pairs: set config.ladd.paired", 2)
+    if (c.ladd.r1 or c.ladd.r2) and not c.ladd.token_norm:
+        raise UserError(
+            "config.ladd.r1 and r2 are of each image by itself, batch norm is not: set config.ladd.token_norm",
+            exit_code=2,
+        )
 
 
 def check_batch(c: Config, mesh: jax.sharding.Mesh) -> None:

@@ -26,6 +26,26 @@ def binned(name: str, t: Array, values: Array, limit: float = math.pi / 2) -> di
     return {f"{name}/t{i}": value for i, value in enumerate(time_bins(t, values, limit))}
 
 
+def verdict(records: list[dict]) -> list[str]:
+    """Says in sentences what the losses on images did, from lines of metrics.jsonl."""
+
+    def mean(name: str) -> float:
+        values = [record[name] for record in records if record.get(name) is not None]
+        return sum(values) / len(values) if values else math.nan
+
+    share, cosine, auc = map(mean, ("share/images", "cosine/images", "critic/auc"))
+    near, far = mean("fake_gap/t0"), mean(f"fake_gap/t{BINS - 1}")
+    lines = []
+    if not math.isnan(share):
+        beside = "" if math.isnan(cosine) else f", at cosine {cosine:.2f} to sCM"
+        lines.append(f"losses on images: {share:.0%} of the update{beside}")
+    if not math.isnan(auc):
+        lines.append(f"critic: puts {auc:.0%} of real images above one-step ones; 50% is chance")
+    if not math.isnan(far):
+        lines.append(f"fake score: {near:.2f} off the teacher near data, {far:.2f} near noise")
+    return lines
+
+
 def tangent_checks(
     F: Callable, F_bfloat16: Callable, x: Array, t: Array, dx: Array, dt: Array, step=5e-3
 ):

@@ -17,6 +17,7 @@ from ..core.config import Config
 from ..core.errors import UserError
 from ..core.fingerprint import fingerprint
 from ..data.feed import Data, batch_shapes
+from ..losses.adversarial import PAIRS
 from ..models.blocks import compute_params
 from ..models.discriminator import DiscriminatorHeads, init_heads
 from ..models.sana import from_fields
@@ -30,7 +31,7 @@ from ..parallel.sharding import (
 )
 from .optim import make_optimizer
 from .stages import stage_of
-from .state import Nets, TrainState, overlay
+from .state import Nets, TrainState, overlay, trained_of
 
 Tree = Any
 PREPARED = "prepared"  # where `prepare_teacher` puts the weights that a run starts from
@@ -66,22 +67,31 @@ def build_nets(c: Config, mesh: jax.sharding.Mesh, teacher_fields: dict | None =
             f"config.scm.jvp_dtype '{c.scm.jvp_dtype}' is not one of float32, bfloat16, or empty",
             exit_code=2,
         )
-    if not c.ladd.weight:
-        return Nets(model, teacher, None, optimizer, None)
+    heads = disc_optimizer = fake_optimizer = None
+    if c.ladd.weight:
+        _check_critic(c, teacher.num_layers)
+        heads = DiscriminatorHeads(model.dtype, c.ladd.token_norm, c.ladd.kernel)
+        disc_optimizer = make_optimizer(c.optimizer.name, **c.ladd.optimizer)
+    if c.dmd.weight:
+        fake_optimizer = make_optimizer(c.optimizer.name, **c.dmd.optimizer)
+    return Nets(model, teacher, heads, optimizer, disc_optimizer, fake_optimizer)
+
+
+def _check_critic(c: Config, num_layers: int) -> None:
+    """Refuses blocks that the teacher does not have, and words that the critic does not know."""
     taps = tuple(c.ladd.taps)
-    if (
-        not taps
-        or list(taps) != sorted(set(taps))
-        or not 0 <= taps[0] <= taps[-1] < teacher.num_layers
-    ):
+    if not taps or list(taps) != sorted(set(taps)) or not 0 <= taps[0] <= taps[-1] < num_layers:
         raise UserError(
-            f"config.ladd.taps={taps} must be increasing block indices below {teacher.num_layers}",
-            exit_code=2,
+            f"config.ladd.taps={taps} must be increasing block indices below {num_layers}", 2
         )
-    heads = DiscriminatorHeads(model.dtype, c.ladd.token_norm)
-    return Nets(
-        model, teacher, heads, optimizer, make_optimizer(c.optimizer.name, **c.ladd.optimizer)
-    )
+    known = {"loss": tuple(PAIRS), "features": ("teacher", "fake", "copy")}
+    for key, words in known.items():
+        if c.ladd[key] not in words:
+            raise UserError(
+                f"config.ladd.{key} '{c.ladd[key]}' is not one of {', '.join(words)}", 2
+            )
+    if c.ladd.features == "fake" and not c.dmd.weight:
+        raise UserError("config.ladd.features=fake needs the fake score: set config.dmd.weight", 2)
 
 
 def find_teacher(c: Config) -> Weights:
@@ -157,12 +167,17 @@ def _initializer(
         if teacher is not None:
             params = overlay(params, teacher, f"--config.teacher={c.teacher}")
         params = overlay(params, warm, f"--config.init={c.init}")
-        disc = disc_opt_state = None
+        disc = disc_opt_state = fake = fake_opt_state = None
+        zero = jnp.zeros((), jnp.int32)
         if nets.heads:
             features = nets.teacher.apply({"params": teacher}, *inputs, taps=tuple(c.ladd.taps))
-            disc = init_heads(features, keys[1])
-            disc_opt_state = nets.disc_optimizer.init(disc["params"])
-        zero = jnp.zeros((), jnp.int32)
+            disc = init_heads(features, keys[1], c.ladd.kernel) | {"updates": zero}
+            if c.ladd.features == "copy":
+                disc["backbone"] = jax.tree.map(jnp.copy, teacher)
+            disc_opt_state = nets.disc_optimizer.init(trained_of(disc))
+        if nets.fake_optimizer:
+            fake = {"params": jax.tree.map(jnp.copy, teacher), "updates": zero}
+            fake_opt_state = nets.fake_optimizer.init(fake["params"])
         return TrainState(
             step=zero,
             params=params,
@@ -170,8 +185,10 @@ def _initializer(
             opt_state=nets.optimizer.init(params),
             disc=disc,
             disc_opt_state=disc_opt_state,
+            fake=fake,
+            fake_opt_state=fake_opt_state,
             skipped=zero,
-            in_a_row=jnp.zeros(2, jnp.int32),
+            in_a_row=jnp.zeros(3, jnp.int32),
         )
 
     return init

@@ -13,7 +13,7 @@ from ..core.config import Config
 from ..core.errors import UserError
 from ..parallel.sharding import replicated
 from .state import Nets, TrainState
-from .updates import discriminator_update, flow_update, generator_update, joint_update
+from .updates import critic_updates, flow_update, generator_update, joint_update
 
 COMPILERS = max(1, min(16, (os.cpu_count() or 1) // 4))  # threads, each of which uses several cores
 
@@ -35,9 +35,9 @@ class Stage(NamedTuple):
 
 
 def _distill_updates(c: Config) -> list[Callable]:
-    if not c.ladd.weight:
-        return [generator_update]
-    return [joint_update] if c.ladd.reuse_fakes else [generator_update, discriminator_update]
+    if c.images.reuse and critic_updates(c):
+        return [joint_update]
+    return [generator_update, *critic_updates(c)]
 
 
 STAGES = {
@@ -62,22 +62,30 @@ def lower_updates(c: Config, nets: Nets, state: TrainState, batch: dict, frozen:
     """
     shardings = jax.tree.map(lambda leaf: leaf.sharding, (state, batch, frozen))
     everywhere = replicated(state.step.sharding.mesh)
-    jitted = [
-        jax.jit(
-            functools.partial(update, nets, c),
-            donate_argnums=0,
-            in_shardings=shardings,
-            out_shardings=(shardings[0], everywhere),
-        )
-        for update in stage_of(c).updates(c)
-    ]
-    return [update.lower(state, batch, frozen) for update in jitted]
+    lowered = {}
+    for update in (updates := stage_of(c).updates(c)):
+        if update not in lowered:
+            jitted = jax.jit(
+                functools.partial(update, nets, c),
+                donate_argnums=0,
+                in_shardings=shardings,
+                out_shardings=(shardings[0], everywhere),
+            )
+            lowered[update] = jitted.lower(state, batch, frozen)
+    return [lowered[update] for update in updates]
 
 
 def compile_updates(lowered: list[list]) -> list[list]:
     """Compiles the updates of every batch shape, several at a time: there may be dozens."""
     with concurrent.futures.ThreadPoolExecutor(COMPILERS) as pool:
-        compiled = pool.map(lambda updates: [update.compile() for update in updates], lowered)
+        compiled = pool.map(_compile, lowered)
         return list(
             tqdm(compiled, "compiling", len(lowered), unit="shape", disable=not lowered[1:])
         )
+
+
+def _compile(updates: list) -> list:
+    """Compiles each program once, however often a step runs it."""
+    distinct = {id(update): update for update in updates}
+    programs = {name: update.compile() for name, update in distinct.items()}
+    return [programs[id(update)] for update in updates]

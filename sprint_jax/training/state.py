@@ -15,13 +15,20 @@ Tree = Any
 
 
 class Nets(NamedTuple):
-    """The static half of a run: definitions and optimizers, no arrays."""
+    """The static half of a run: definitions and optimizers, no arrays.
+
+    Attributes:
+      model: what is trained; its optimizer is ``optimizer``.
+      teacher: frozen; also the architecture of the fake score and of a critic that is a copy of it.
+      heads: of the critic; None without one.
+    """
 
     model: SanaTransformer
     teacher: SanaTransformer | None
     heads: DiscriminatorHeads | None
     optimizer: optax.GradientTransformation
     disc_optimizer: optax.GradientTransformation | None
+    fake_optimizer: optax.GradientTransformation | None = None
 
 
 @flax.struct.dataclass
@@ -32,8 +39,11 @@ class TrainState:
       step: count of generator updates and of nothing else, int32 scalar.
       params, ema: the trained network and the exponential moving average of its parameters, float32.
       opt_state: optimizer state of ``params``.
-      disc, disc_opt_state: LADD heads ``{'params', 'spectral'}`` and their optimizer; None without.
-      skipped: count of updates skipped for not being finite; in_a_row: how many of them just now.
+      disc, disc_opt_state: the critic and its optimizer; None without. ``{'params', 'spectral'}`` of its
+        heads, their count of updates, and with a critic of its own 'backbone', a copy of the teacher.
+      fake, fake_opt_state: the fake score ``{'params', 'updates'}`` and its optimizer; None without.
+      skipped: count of updates skipped for not being finite; in_a_row: how many of them just now, of the
+        student, the critic and the fake score.
     """
 
     step: jax.Array
@@ -42,6 +52,8 @@ class TrainState:
     opt_state: Tree
     disc: Tree
     disc_opt_state: Tree
+    fake: Tree
+    fake_opt_state: Tree
     skipped: jax.Array
     in_a_row: jax.Array
 
@@ -86,52 +98,66 @@ def ema_update(ema: Tree, params: Tree, decay: float, step: jax.Array) -> Tree:
     return jax.tree.map(lambda e, p: e + rate * (p - e), ema, params)
 
 
-def apply_gradients(
-    optimizer: optax.GradientTransformation,
-    state: TrainState,
-    value: jax.Array,
-    grads: Tree,
-    *,
-    ema_decay: float | None = None,
-    spectral: Tree = None,
+def apply_student(
+    optimizer: optax.GradientTransformation, state: TrainState, value, grads, ema_decay: float
 ) -> tuple[TrainState, dict[str, jax.Array]]:
-    """Applies one update to the student, or to the heads if ``spectral`` is given.
+    """Applies an update to the student and its average, and counts the step.
 
     An update whose loss or gradients are not finite changes nothing but the counters. (Optax's
     `apply_if_finite` looks at the gradients alone, knows no average, and gives in after some updates.)
 
-    Args:
-      value, grads: the loss and its gradients.
-      ema_decay: of the student's average; its update is counted as a step.
-      spectral: replaces the heads' spectral vectors.
-
     Returns:
       ``(state, metrics)``.
     """
-    heads = spectral is not None
-    old = (state.disc["params"], state.disc_opt_state) if heads else (state.params, state.opt_state)
-    norm = optax.tree.norm(grads)
-    finite = jnp.isfinite(norm) & jnp.isfinite(value)
-    updates, opt_state = optimizer.update(grads, old[1], old[0])
-    params = optax.apply_updates(old[0], updates)
-    if heads:
-        new = {"disc": {"params": params, "spectral": spectral}, "disc_opt_state": opt_state}
-    else:
-        ema = ema_update(state.ema, params, ema_decay, state.step)
-        new = {"params": params, "ema": ema, "opt_state": opt_state}
-    kept = {name: getattr(state, name) for name in new}
-    in_a_row = jnp.where(finite, 0, state.in_a_row[int(heads)] + 1)
-    state = state.replace(
-        step=state.step if heads else state.step + 1,
-        skipped=state.skipped + (~finite).astype(jnp.int32),
-        in_a_row=state.in_a_row.at[int(heads)].set(in_a_row),
-        **optax.tree.where(finite, new, kept),
-    )
-    if heads:
-        return state, {"grad/heads": norm, **_counters(state)}
+    norm, params, opt_state = _step(optimizer, grads, state.params, state.opt_state)
+    ema = ema_update(state.ema, params, ema_decay, state.step)
+    new = {"params": params, "ema": ema, "opt_state": opt_state}
+    state = _keep_if_finite(state, 0, norm, value, new).replace(step=state.step + 1)
     difference = optax.tree.sub(state.ema, state.params)
     distance = optax.tree.norm(difference) / optax.tree.norm(state.params)
     return state, {"grad/student": norm, "ema/distance": distance}
+
+
+def apply_critic(
+    optimizer: optax.GradientTransformation, state: TrainState, value, grads, spectral: Tree
+) -> tuple[TrainState, dict[str, jax.Array]]:
+    """Applies an update to the critic's trained part, as `apply_student`; ``spectral`` replaces its vectors."""
+    norm, trained, opt_state = _step(optimizer, grads, trained_of(state.disc), state.disc_opt_state)
+    disc = state.disc | trained | {"spectral": spectral, "updates": state.disc["updates"] + 1}
+    state = _keep_if_finite(state, 1, norm, value, {"disc": disc, "disc_opt_state": opt_state})
+    return state, {"grad/heads": norm, **_counters(state)}
+
+
+def apply_fake(
+    optimizer: optax.GradientTransformation, state: TrainState, value, grads
+) -> tuple[TrainState, dict[str, jax.Array]]:
+    """Applies an update to the fake score, as `apply_student`."""
+    norm, params, opt_state = _step(optimizer, grads, state.fake["params"], state.fake_opt_state)
+    fake = {"params": params, "updates": state.fake["updates"] + 1}
+    state = _keep_if_finite(state, 2, norm, value, {"fake": fake, "fake_opt_state": opt_state})
+    return state, {"grad/fake": norm, **_counters(state)}
+
+
+def trained_of(disc: Tree) -> Tree:
+    """The part of a critic that its optimizer trains: heads, and the backbone of a critic of its own."""
+    return {name: disc[name] for name in ("params", "backbone") if name in disc}
+
+
+def _step(optimizer, grads, params, opt_state):
+    updates, new_opt_state = optimizer.update(grads, opt_state, params)
+    return optax.tree.norm(grads), optax.apply_updates(params, updates), new_opt_state
+
+
+def _keep_if_finite(state: TrainState, which: int, norm, value, new: dict) -> TrainState:
+    """Takes new fields where an update was finite, and counts it where it was not."""
+    finite = jnp.isfinite(norm) & jnp.isfinite(value)
+    kept = {name: getattr(state, name) for name in new}
+    in_a_row = jnp.where(finite, 0, state.in_a_row[which] + 1)
+    return state.replace(
+        skipped=state.skipped + (~finite).astype(jnp.int32),
+        in_a_row=state.in_a_row.at[which].set(in_a_row),
+        **optax.tree.where(finite, new, kept),
+    )
 
 
 def health(loss: jax.Array, state: TrainState) -> dict[str, jax.Array]:

@@ -61,6 +61,10 @@ def test_every_key_is_read(tmp_path, monkeypatch):
         for number, spec in enumerate(STAGES):
             teacher = {"teacher": str(tmp_path / str(number - 1))} if number % 2 else {}
             run(str(number), spec, teacher | ({} if "digits" in spec else NOISE))
+        for recipe in ("rcm", "twinflow"):
+            run(
+                recipe, f"configs/sprint.py:600m,{recipe}", {"teacher": str(tmp_path / "2")} | NOISE
+            )
         images = {"data.images": (str(write_images(tmp_path / "pictures")),)}
         encode.main(encoding_words(tmp_path / "latents", **{"data__images": images["data.images"]}))
         latents = {"data.latents": (str(tmp_path / "latents"),), "data.holdout": 2}

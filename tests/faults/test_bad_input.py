@@ -97,6 +97,17 @@ def test_weights_that_are_none(refused, models, tmp_path):
     refused(STUDENT, run, 1, str(bare), teacher=str(bare))
     for taps in ((2,), (1, 0), (1, 1)):
         refused(STUDENT, run, 2, f"ladd.taps={taps}", "2", teacher=teacher, ladd__taps=taps)
+    none = {f"{name}__weight": 0.0 for name in ("scm", "ladd", "dmd", "twinflow")}
+    for parts, changes in (
+        (["scm.weight", "dmd.weight"], none),
+        (["dmd.weight=-1.0"], {"dmd__weight": -1.0}),
+        (["dmd.fake_updates=0"], {"dmd__fake_updates": 0}),
+        (["ladd.loss", "hinge"], {"ladd__loss": "logistic"}),
+        (["ladd.paired"], {"ladd__loss": "relativistic"}),
+        (["ladd.token_norm"], {"ladd__r1": 0.1, "ladd__token_norm": False}),
+        (["ladd.features=fake", "dmd.weight"], {"ladd__features": "fake"}),
+    ):
+        refused(STUDENT, run, 2, *parts, teacher=teacher, **changes)
     assert not run.exists()
 
 

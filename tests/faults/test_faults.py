@@ -111,13 +111,13 @@ def test_one_bad_gradient_is_skipped_and_counted(run, tmp_path, monkeypatch):
     gradients = updates.gradients
     seed = runs.tiny(SPEC, tmp_path).seed
 
-    def poisoned(loss, params, batch, key, parts):
-        value, aux, grads = gradients(loss, params, batch, key, parts)
+    def poisoned(terms, params, batch, key, parts):
+        value, aux, grads, balance = gradients(terms, params, batch, key, parts)
         fourth = jax.random.fold_in(jax.random.key(seed), 3)
         now = jnp.all(jax.random.key_data(key) == jax.random.key_data(fourth))
         leaves, shape = jax.tree.flatten(grads)
         leaves[0] = jnp.where(now, leaves[0].at[(0,) * leaves[0].ndim].set(jnp.nan), leaves[0])
-        return value, aux, jax.tree.unflatten(shape, leaves)
+        return value, aux, jax.tree.unflatten(shape, leaves), balance
 
     monkeypatch.setattr(updates, "gradients", poisoned)
     workdir = tmp_path / "run"

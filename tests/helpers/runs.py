@@ -92,6 +92,31 @@ def words(spec: str, data: Path, workdir: Path, **changes: Any) -> list[str]:
     return ["--config", str(ROOT / spec), "--workdir", str(workdir), *flags]
 
 
+# Changes of a student's config: one recipe for each kind of fake score, critic, and way to make images.
+RECIPES = {
+    "rcm": {"ladd.weight": 0.0, "dmd.weight": 1.0, "images.balance": True, "images.rollout": 2},
+    "twinflow": {"ladd.weight": 0.0, "twinflow.weight": 1.0, "images.balance": True},
+    "critic of its own": {
+        "ladd.features": "copy",
+        "ladd.loss": "relativistic",
+        "ladd.paired": True,
+        "ladd.misaligned": False,
+        "ladd.clean": True,
+        "ladd.r1": 0.1,
+        "ladd.r2": 0.1,
+        "ladd.penalty_noise": 0.01,
+    },
+    "critic on the fake score": {
+        "dmd.weight": 0.5,
+        "dmd.decoupled": True,
+        "ladd.features": "fake",
+        "ladd.loss": "softplus",
+        "ladd.pooled": True,
+        "ladd.kernel": 1,
+    },
+}
+
+
 class Ended(NamedTuple):
     """A command that is over: exit code and what it printed."""
 

@@ -276,9 +276,9 @@ def discriminator_loss(rolled, heads=heads, **options):
     real, fake, rolled = jax.tree.map(jnp.asarray, (REAL, FAKE, rolled))
 
     def run(params, real):
-        join = lambda maps: jnp.concatenate(heads(params, maps), axis=1)  # noqa: E731
+        join = lambda x, t: jnp.concatenate(heads(params, features(x, t)), axis=1)  # noqa: E731
         kinds = real, fake, rolled
-        return losses.ladd_discriminator_loss(features, join, *kinds, sigma_d=SIGMA_D, **options)
+        return losses.ladd_discriminator_loss(join, *kinds, sigma_d=SIGMA_D, **options)
 
     gradient = jax.jit(jax.value_and_grad(run, argnums=(0, 1), has_aux=True))
     return gradient(jax.tree.map(jnp.asarray, HEADS), real)
@@ -297,35 +297,61 @@ def test_discriminator_hinge(rolled):
     assert 0 < (real > 1).mean() < 1 and 0 < (fake < -1).mean() < 1  # both sides of both hinges
     expected = (np.maximum(0, 1 - real).mean() + np.maximum(0, 1 + fake).mean()) / 2
     with jax.enable_x64(True):
-        (value, aux), (gradient, to_images) = discriminator_loss(rolled)
+        (value, aux), (gradient, (to_images, *_)) = discriminator_loss(rolled)
         assert value == pytest.approx(expected, rel=1e-12)
         assert_close(aux, aux_expected, 1e-12)
         assert all(jnp.abs(leaf).max() > 0 for leaf in jax.tree.leaves(gradient))
-        # The frozen teacher's features are constants.
-        assert all(not leaf.any() for leaf in jax.tree.leaves(to_images))
+        assert not to_images.any()
 
 
-def test_gradient_penalty():
-    """The penalty itself is float32 whatever its inputs are, hence 1e-6."""
+def test_discriminator_penalties():
+    """D = q sum f^2 of f = x / sigma_d has the gradient 2 q f / (count sigma_d) by its mean logit."""
+
+    def square(params, maps):
+        return params["q"] * (maps[0] ** 2).sum((1, 2, 3))[:, None], jnp.zeros((len(maps[0]), 1))
+
+    def size(x):
+        return (x**2).sum((1, 2, 3)).mean()
+
     with jax.enable_x64(True):
-        # Sums over a batch: the first head's gradient is w everywhere; the second's batch mean
-        # cancels its own sum, so that only the first is left.
-        first = (HEADS["w"] ** 2).sum() * 6
-        plain, without = discriminator_loss(ROLLED)
-        (value, aux), (gradient, _) = discriminator_loss(ROLLED, r1_weight=0.3)
-        assert "r1" not in plain[1]
-        assert aux["r1"] == pytest.approx(first / 2, rel=1e-6)  # two heads
-        assert value == pytest.approx(float(plain[0]) + 0.3 * first / 2, rel=1e-6)
-        assert_close(gradient["w"], without[0]["w"] + 0.3 * HEADS["w"] * 6, 1e-6)
+        plain = discriminator_loss(None, square)[0][0]
+        for clean in (False, True):
+            inputs = {"r1": REAL, "r2": FAKE}
+            seen = {k: v[0] / SIGMA_D if clean else noisy(*v) for k, v in inputs.items()}
+            slope = {
+                # Two heads, of which one is constant; noise adds cos(t) inside.
+                name: (2 * HEADS["q"] / 2 / SIGMA_D) ** 2
+                * size(x * (1 if clean else np.cos(expand(inputs[name][2]))))
+                for name, x in seen.items()
+            }
+            plain = discriminator_loss(None, square, clean=clean)[0][0]
+            for weights in ({"r1": 0.3}, {"r2": 0.3}, {"r1": 0.2, "r2": 0.7}):
+                value = discriminator_loss(None, square, clean=clean, **weights)[0][0]
+                expected = sum(weight / 2 * slope[name] for name, weight in weights.items())
+                assert value - plain == pytest.approx(expected, rel=1e-9)
+        # In one direction, by a difference.
+        noise, scale = jnp.asarray(REAL[1]), 1e-6
+        how = {"clean": True, "noise": noise, "noise_scale": scale}
+        value = discriminator_loss(None, square, r1=1.0, **how)[0][0]
+        along = (HEADS["q"] / SIGMA_D**2 * (REAL[0] * REAL[1])).sum((1, 2, 3))
+        assert value - plain == pytest.approx((along**2).mean() / 2, rel=1e-4)
 
-        # And where it depends on features and samples: D = q sum f^2 has the gradient 2 q f.
-        square = lambda p, maps: (maps[0][:, :, 0, 0] * 0, p["q"] * (maps[1] ** 2).sum((2, 3)))  # noqa: E731
-        _, without = discriminator_loss(None, square)
-        (_, aux), (gradient, _) = discriminator_loss(None, square, r1_weight=0.3)
-        energy = ((noisy(*REAL) ** 2 + expand(REAL[2])) ** 2).sum((1, 2, 3)).mean()
-        assert aux["r1"] == pytest.approx(4 * HEADS["q"] ** 2 * energy / 2, rel=1e-6)
-        expected = without[0]["q"] + 0.3 * 8 * HEADS["q"] * energy / 2
-        assert float(gradient["q"]) == pytest.approx(float(expected), rel=1e-6)
+
+def test_generator_of_pairs():
+    """A relativistic generator sees the real image at the same noise."""
+    with jax.enable_x64(True):
+        z, t = map(jnp.asarray, REAL[1:])
+        join = lambda x, t: jnp.concatenate(heads(HEADS, features(x, t)), axis=1)  # noqa: E731
+        how = dict(sigma_d=SIGMA_D, real=jnp.asarray(REAL[0]))
+        pair = losses.adversarial.relativistic_generator
+        value, _ = losses.ladd_generator_loss(
+            join, jnp.asarray(FAKE[0]), z, t, generator=pair, **how
+        )
+        logits = [
+            np.concatenate(heads(HEADS, features(noisy(x0, *REAL[1:]), REAL[2])), axis=1)
+            for x0 in (REAL[0], FAKE[0])
+        ]
+        assert value == pytest.approx(np.log1p(np.exp(logits[0] - logits[1])).mean(), rel=1e-12)
 
 
 # --- Flow matching

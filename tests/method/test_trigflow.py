@@ -10,7 +10,7 @@ import pytest
 
 from configs import default
 from sprint_jax import trigflow
-from sprint_jax.training import updates
+from sprint_jax.training import draws
 
 SIGMA_D = 0.5
 MEAN, SPREAD = 0.3, 1.7  # of the Gaussian latents; far from 0 and 1 so that no term cancels
@@ -212,7 +212,7 @@ def test_truncated_flow_times_are_those_of_the_reference():
 def test_training_shows_the_network_truncated_times_if_it_is_told_to(truncate):
     c = default.get_config()
     c.flow.shift, c.flow.truncate_times = 3.0, truncate
-    t, shown = updates.draw_flow_time(c, jax.random.key(6), jnp.zeros((2000, 1, 1, 1)))
+    t, shown = draws.draw_flow_time(c, jax.random.key(6), jnp.zeros((2000, 1, 1, 1)))
     t, shown = np.asarray(t, np.float64), np.asarray(shown, np.float64)
     if not truncate:
         np.testing.assert_array_equal(t, shown)

@@ -104,6 +104,21 @@ def test_local_plan_of_a_distillation(command, tmp_path):
 
 
 @pytest.mark.slow
+def test_a_program_that_runs_twice_a_step_is_compiled_once_and_counted_twice():
+    """The fake score of a student with reverse divergence."""
+    words = [*STUDENT[2:], "--config.dmd.weight=1.0", "--config.dmd.fake_updates=2"]
+    c = load_config(STUDENT[1], words)
+    local = open_topology("local")
+    flops = image_flops(c, local)
+    assert [*flops] == ["generator", "fake", "fake 2", "discriminator"]
+    assert flops["fake"] == flops["fake 2"] < flops["generator"]
+    found = plan_layout(c, local, flops)
+    first, second = (each for each in found["updates"] if each["name"].startswith("fake"))
+    assert first | {"name": "fake 2"} == second
+    assert found["memory"]["fake"] > found["memory"]["params"] > 0
+
+
+@pytest.mark.slow
 def test_flops_of_an_image_depend_on_neither_batch_nor_remat(teacher):
     local = open_topology("local")
     plain = image_flops(teacher, local)

@@ -1,5 +1,6 @@
 """Building and averaging parameters, accumulating gradients, and the diagnostics."""
 
+import functools
 import math
 
 import chex
@@ -75,20 +76,33 @@ def test_gradients_are_means_over_microbatches_and_sums_over_terms():
     params = {"w": jnp.asarray(random.standard_normal(3), jnp.float32), "b": jnp.float32(0.4)}
     x, y = random.standard_normal((12, 3)), random.standard_normal(12)
     batch = {"x": jnp.asarray(x, jnp.float32), "y": jnp.asarray(y, jnp.float32)}
-    run = jax.jit(accumulate.gradients, static_argnums=(0, 4))
+    terms = {"residual": residual, "weight": weight}
+    run = jax.jit(functools.partial(accumulate.gradients, terms), static_argnums=3)
     for parts in (1, 2, 3, 12):
         keys = [jax.random.fold_in(key, i) for i in range(parts)]
         noise = np.stack([jax.random.normal(key, (12 // parts,)) for key in keys], axis=1).ravel()
         w = np.asarray(params["w"], np.float64)
         error = x @ w + 0.4 * noise - y
-        value, aux, grads = run(
-            (residual, weight), params, batch | {"row": jnp.arange(12)}, key, parts
-        )
+        value, aux, grads, balance = run(params, batch | {"row": jnp.arange(12)}, key, parts)
         assert float(value) == pytest.approx((error**2).mean() + 3 * w @ w, rel=1e-5)
         np.testing.assert_allclose(aux["error"], error, rtol=1e-4, atol=1e-5)
         np.testing.assert_array_equal(aux["row"], np.arange(12))
         np.testing.assert_allclose(grads["w"], 2 * error @ x / 12 + 6 * w, rtol=1e-4)
         assert float(grads["b"]) == pytest.approx(2 * (error * noise).mean(), rel=1e-4)
+        # Lengths and cosine of the two gradients of each microbatch.
+        shares, cosines = [], []
+        for i in range(parts):
+            e, n = error[i::parts], noise[i::parts]
+            one = 2 * np.append(e @ x[i::parts], e @ n) / len(e)
+            other = np.append(6 * w, 0)
+            sizes = np.linalg.norm(one), np.linalg.norm(other)
+            shares.append(sizes[1] / sum(sizes))
+            cosines.append(one @ other / np.prod(sizes))
+        expected = {"share/residual": 1 - np.mean(shares), "share/weight": np.mean(shares)}
+        expected |= {"cosine/weight": np.mean(cosines)}
+        assert balance.keys() == expected.keys()
+        for name, number in expected.items():
+            assert float(balance[name]) == pytest.approx(number, abs=1e-4), name
 
 
 # --- Diagnostics
@@ -130,3 +144,14 @@ def test_tangent_checks_tell_right_from_wrong():
     checks = diagnostics.tangent_checks(wrong, F, *inputs)
     assert float(checks["check/jvp"]) == pytest.approx(0.2, abs=1e-3)
     assert float(checks["check/bfloat16_tangent"]) == pytest.approx(0.2, abs=1e-5)
+
+
+def test_verdict():
+    """Means over lines, a sentence for each kind of network that judges images, none without."""
+    lines = [{"share/images": 0.1, "cosine/images": 0.02, "critic/auc": None}]
+    lines += [{"share/images": 0.2, "cosine/images": 0.06, "critic/auc": 0.71}]
+    update, critic = diagnostics.verdict(lines)
+    assert "15%" in update and "0.04" in update and "71%" in critic
+    (fake,) = diagnostics.verdict([{"fake_gap/t0": 0.125, "fake_gap/t7": 0.5}])
+    assert "0.12" in fake and "0.50" in fake
+    assert diagnostics.verdict([{"loss/flow": 1.0}]) == diagnostics.verdict([]) == []

@@ -1,5 +1,7 @@
 """The updates of both stages: the same on every mesh, and each moves what it should and no more."""
 
+import dataclasses
+import functools
 import itertools
 
 import chex
@@ -9,7 +11,7 @@ import numpy as np
 import optax
 import pytest
 from helpers.compare import assert_same_bits
-from helpers.runs import build, copy, tiny
+from helpers.runs import RECIPES, build, copy, tiny
 from helpers.workdirs import make_workdir
 
 from sprint_jax.core.fingerprint import leaf_table
@@ -112,6 +114,7 @@ def placed(built, state):
 
 
 STUDENT, HEADS = ("params", "ema", "opt_state"), ("disc", "disc_opt_state")
+FAKE = ("fake", "fake_opt_state")
 
 
 @pytest.mark.parametrize("which", [0, 1], ids=["student", "heads"])
@@ -237,20 +240,18 @@ def test_states_on_other_meshes_start_from_the_same_bits(configs, singles):
 def test_joint_update_shows_the_heads_what_the_student_was_judged_by(configs, singles):
     """One program and one batch in place of two; the parts are those of the separate updates."""
     single = singles["distill"]
-    built = build(
-        configs["distill"].override({"ladd.reuse_fakes": True}), one_device(), single.state
-    )
+    built = build(configs["distill"].override({"images.reuse": True}), one_device(), single.state)
     assert len(built.updates) == 1
     state, metrics = after(built, 0)
     generated, separate = after(single, 0)
-    assert state.step == 1 and metrics.keys() > separate.keys() | {"loss/ladd_discriminator"}
+    assert state.step == 1 and metrics.keys() > separate.keys() | {"loss/critic"}
     assert relative_change(moments(generated.opt_state), moments(state.opt_state)) < 1e-5
 
     @jax.jit
     def by_hand(state, batch, frozen):
         c, nets = configs["distill"], single.nets
-        state, _, fake = updates._generator_update(nets, c, state, batch, frozen)
-        return updates.discriminator_update(nets, c, state, batch | {"fake": fake}, frozen)
+        state, _, made = updates._generator_update(nets, c, state, batch, frozen)
+        return updates.discriminator_update(nets, c, state, batch | made, frozen)
 
     expected, _ = by_hand(copy(single.state), single.batch(0), single.frozen)
     mine = moments(state.disc_opt_state)
@@ -269,3 +270,79 @@ def test_the_tangent_may_have_a_precision_of_its_own(configs):
     plain = loss()
     assert loss(**{"scm.jvp_dtype": "bfloat16"}) == plain
     assert loss(**{"scm.jvp_dtype": "float32"}) != plain
+
+
+@pytest.fixture(scope="module")
+def recipes(configs):
+    """``recipes(name) -> (config, run on one device)``."""
+
+    @functools.cache
+    def recipes(name):
+        c = configs["distill"].override(RECIPES[name])
+        return c, build(c, one_device())
+
+    return recipes
+
+
+def owners(c) -> list[tuple[str, ...]]:
+    """The fields that each update of a step may change, in order."""
+    fake = [FAKE] * (c.dmd.fake_updates if c.dmd.weight else 0)
+    return [("step", *STUDENT), *fake, *([HEADS] if c.ladd.weight else [])]
+
+
+def everything(state) -> dict:
+    return {field.name: getattr(state, field.name) for field in dataclasses.fields(state)}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", RECIPES)
+def test_each_update_of_a_recipe_moves_its_own_network_alone(name, recipes):
+    c, built = recipes(name)
+    state, metrics = after(built, 0)
+    expected = owners(c)
+    assert len(built.updates) == len(expected)
+    for which, own in enumerate(expected):
+        before = everything(state)
+        state, more = after(built, which, placed(built, state))
+        metrics |= more
+        fields = {name.split("/")[0] for name in changed(before, everything(state))}
+        assert fields <= {*own} and fields >= {own[0], own[-1]}
+    assert state.skipped == 0 and all(np.isfinite(metrics[k]) for k in metrics if k[:5] == "loss/")
+    # The loss on images reaches the student: without it the gradient is another.
+    others = {"dmd.weight": 0.0, "twinflow.weight": 0.0, "ladd.weight": 0.0}
+    alone, _ = after(build(c.override(others), one_device(), trimmed(built.state)), 0)
+    moved, _ = after(built, 0)
+    assert relative_change(*(moments(each.opt_state)["proj_out"] for each in (alone, moved))) > 1e-3
+    shares = [v for k, v in metrics.items() if k.startswith("share/")]
+    assert sum(shares) == pytest.approx(1, abs=1e-5) and min(shares) > 0
+
+
+def trimmed(state):
+    """The state of a run without critic and fake score."""
+    return state.replace(disc=None, disc_opt_state=None, fake=None, fake_opt_state=None)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", RECIPES)
+def test_recipes_on_eight_devices_equal_one(name, recipes):
+    c, built = recipes(name)
+    other = build(c, sharding.make_mesh(2, 2, 2), built.state)
+    check_placement(other)
+    results = []
+    for each in (built, other):
+        state, row = copy(each.state), {}
+        for number, update in enumerate(each.updates * 2):
+            state, metrics = update(state, each.batch(number), each.frozen)
+            row |= metrics
+        results.append(
+            (jax.device_get(row), jax.device_get((state.params, state.fake, state.disc)))
+        )
+    (row, trees), (others, other_trees) = results
+    losses = [{k: each[k] for k in row if k.startswith("loss/")} for each in (row, others)]
+    # Adam's second update divides by the size of two gradients, hence more than rounding.
+    chex.assert_trees_all_close(*losses, rtol=1e-4, atol=1e-5)
+    floats = [
+        [leaf for leaf in jax.tree.leaves(each) if leaf.dtype == np.float32]
+        for each in (trees, other_trees)
+    ]
+    assert relative_change(*floats) < 1e-4
