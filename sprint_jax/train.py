@@ -15,7 +15,6 @@ from pathlib import Path
 import jax
 
 from .checkpoints.checkpoint import Checkpoints
-from .checkpoints.workdir import read_metrics
 from .core import cli
 from .core.config import Config
 from .core.files import write_json_atomic
@@ -26,7 +25,6 @@ from .parallel import distributed, sharding
 from .parallel.interrupt import Stop, check_finite, end_stopped
 from .training import checks, setup
 from .training.clock import Clock
-from .training.diagnostics import verdict
 from .training.log import MetricLog
 from .training.preview import make_preview
 from .training.profile import Profile
@@ -62,9 +60,8 @@ def train(c: Config, workdir: Path, peers=None) -> None:
     state = setup.init_state(c, nets, shapes[0], frozen, mesh)
     frozen = setup.at_compute_precision(nets, frozen)
     lowered = [lower_updates(c, nets, state, batch, frozen) for batch in shapes]
-    diagnose = None
+    everywhere, diagnose = sharding.replicated(mesh), None
     if stage_of(c).distills:
-        everywhere = sharding.replicated(mesh)
         diagnose = jax.jit(functools.partial(check_tangent, nets, c), out_shardings=everywhere)
     preview = make_preview(c, nets, data, mesh)
     profile = Profile(workdir / "profile", c.log)
@@ -132,20 +129,16 @@ def train(c: Config, workdir: Path, peers=None) -> None:
                 checkpoints.save(step, state, meta, force=last)
             if stopping:
                 break
+        log.verdict()
     if stopping:
         end_stopped(stopping, step)
-    if jax.process_index() == 0:
-        for line in verdict(read_metrics(workdir / "metrics.jsonl")[-10:]):
-            print(line, flush=True)
     print(f"done: {workdir}/samples, {workdir}/curves.png, {workdir}/metrics.jsonl", flush=True)
 
 
 def main(argv: list[str]) -> None:
     parser = cli.make_parser("train", __doc__)
     cli.add_config(parser)
-    parser.add_argument(
-        "--workdir", required=True, metavar="DIR", help="made if missing; resumed if not"
-    )
+    parser.add_argument("--workdir", required=True, metavar="DIR", help="made, or resumed")
     distributed.add_flags(parser)
     flags, config = cli.parse_with_config(parser, argv)
     with distributed.joined(flags) as peers:

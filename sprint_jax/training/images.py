@@ -56,7 +56,7 @@ def _ladd(nets, c, state, frozen, real, text, mask, keys: GeneratorKeys) -> Call
     def loss(params, x0):
         z = draws.draw_noise(c, keys.judged_noise, x0)
         t = draws.draw_time(c.ladd, keys.judged_time, x0, c.sigma_d)
-        value, aux = losses.ladd_generator_loss(
+        value, _ = losses.ladd_generator_loss(
             discriminate,
             x0,
             z,
@@ -66,7 +66,7 @@ def _ladd(nets, c, state, frozen, real, text, mask, keys: GeneratorKeys) -> Call
             generator=PAIRS[c.ladd.loss][1],
             clean=c.ladd.clean,
         )
-        return value, {"generator_logits": aux["logits"]}
+        return value, {}
 
     return loss
 

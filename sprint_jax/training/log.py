@@ -23,6 +23,7 @@ from ..core.errors import UserError
 from ..core.files import write_atomic
 from ..core.progress import Progress
 from .curves import draw_curves
+from .diagnostics import verdict
 
 SYNC_SECONDS = 5.0
 
@@ -158,6 +159,13 @@ class MetricLog(contextlib.AbstractContextManager):
         self.flush()
         if self._active:
             draw_curves(self.path, self.workdir / "curves.png")
+
+    def verdict(self) -> None:
+        """Prints what the losses on images did, by the last lines of metrics.jsonl."""
+        self.flush()
+        if self._active:
+            for line in verdict(read_metrics(self.path)[-10:]):
+                print(line, flush=True)
 
     def close(self) -> None:
         """Writes what is deferred and closes the files."""
