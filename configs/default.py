@@ -92,9 +92,9 @@ def get_config(arg=None):
     c.images.max_time_probability = (
         0.5  # share that is made from pure noise, others from noised images
     )
-    # 1 or more: from pure noise in 1 to so many steps, of which the last carries the gradient
+    # 1 or more: from pure noise in 1 to so many steps, at times of dmd's; the last carries the gradient
     c.images.rollout = 0
-    # True: a weight is half the length of a loss's gradient at the images; 1: the length 2 that sCM's has at F
+    # True: weights are ratios of lengths: of a loss's gradient by the network's output, to sCM's
     c.images.balance = False
     # True: critic and fake score learn from the batch and the images of the generator's update, drawn before
     # it. Saves a forward pass each, and data; published code draws anew from another batch.
@@ -109,8 +109,19 @@ def get_config(arg=None):
     c.dmd.optimizer = optimizer_fields(1e-3)  # of the fake score; same kind as the student's
 
     c.twinflow = ml_collections.ConfigDict()  # stage 'distill': the student as its own fake score
-    c.twinflow.weight = 0.0
+    c.twinflow.weight = 0.0  # of what moves the images; 0 turns both halves off
+    c.twinflow.twin_weight = 1.0  # of what teaches the student its own flow, at negative times
+    c.twinflow.warmup = 0  # generator updates before the images are moved
     c.twinflow.shift = 1.0  # of the uniform flow times at which both flows look
+
+    c.meanflow = ml_collections.ConfigDict()  # stage 'distill': a flow map, of model.flow_map
+    c.meanflow.weight = 0.0
+    c.meanflow.time_mean = -0.4  # logit-normal flow times, two a sample
+    c.meanflow.time_std = 1.0
+    c.meanflow.same_time = (
+        0.25  # share of samples whose target is their own time: the teacher's velocity
+    )
+    c.meanflow.power = 1.0  # of the error, in the weight that divides a sample's loss
 
     c.ladd = ml_collections.ConfigDict()  # stage 'distill': a critic of the student's images
     c.ladd.weight = 0.5  # of the adversarial loss; 0 turns the critic off
@@ -174,6 +185,7 @@ def model_fields(size):
         attention_bias=False,
         qk_norm=False,
         guidance_embeds=False,
+        flow_map=False,  # a student that is given the time to which it jumps (meanflow)
         timestep_scale=1.0,
         interpolation_scale=0.0,  # 0: no positions; 1.0 for 2K, 2.0 for 4K models
         dtype="float32",  # of matmuls: float32 or bfloat16

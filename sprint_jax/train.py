@@ -4,8 +4,7 @@
 
 The same line starts a run, resumes it exactly, or reports that it is done. A batch goes
 `flow_update` -> `losses.flow_matching_loss`, or `generator_update` -> `losses.scm_loss` and losses on images
-(`training/images.py`), then to the updates of the networks that judge these.
-Frozen networks are arguments (``frozen``); randomness is a function of (seed, step).
+(`training/terms.py`), then to the updates of the networks that judge these. Frozen networks are arguments.
 """
 
 import contextlib
@@ -25,6 +24,7 @@ from .parallel import distributed, sharding
 from .parallel.interrupt import Stop, check_finite, end_stopped
 from .training import checks, setup
 from .training.clock import Clock
+from .training.exam import make_exam
 from .training.log import MetricLog
 from .training.preview import make_preview
 from .training.profile import Profile
@@ -63,7 +63,7 @@ def train(c: Config, workdir: Path, peers=None) -> None:
     everywhere, diagnose = sharding.replicated(mesh), None
     if stage_of(c).distills:
         diagnose = jax.jit(functools.partial(check_tangent, nets, c), out_shardings=everywhere)
-    preview = make_preview(c, nets, data, mesh)
+    preview, exam = make_preview(c, nets, data, mesh), make_exam(c, nets, data, mesh)
     profile = Profile(workdir / "profile", c.log)
 
     # --- Resume
@@ -111,10 +111,10 @@ def train(c: Config, workdir: Path, peers=None) -> None:
                 bad = int(jax.device_get(in_a_row if sample or save else before))
             with clock("log"):
                 log.flush()  # the line of the step before
-            if diagnose and step % c.log.diagnostics_every == 0:
+            if diagnose and (step % c.log.diagnostics_every == 0 or step == c.steps):
                 if batch["latents"].shape != shapes[0]["latents"].shape:
                     batch = to_devices(data.batches(data.next_of_first(number)))
-                metrics |= diagnose(state, batch, frozen)
+                metrics |= diagnose(state, batch, frozen) | (exam(state, frozen) if exam else {})
             if step % c.log.every == 0 or last:
                 log.defer(step, metrics | clock.lap(step))
             check_finite(bad, c.max_nonfinite, workdir, step, metrics)

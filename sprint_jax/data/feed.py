@@ -18,6 +18,7 @@ from ..core.config import Config
 from ..core.errors import UserError
 from ..digits.dataset import Digits, open_digits
 from ..digits.encoders import digits_parts
+from ..digits.report import readable
 from ..digits.scenes import held_out_prompts, to_float
 from ..encoders.load import Encoders, encode_captions, latent_size, load_encoders
 from ..parallel.sharding import local_rows, make_mesh, same_everywhere
@@ -47,6 +48,7 @@ class Data:
       held_out: makes a batch of so many records that training does not see, whole on this host.
       prompts: makes text and mask of so many prompts for sample grids.
       decode: makes pictures of latents; None where there is no autoencoder, and nothing to look at.
+      readable: whether a judge can read each of some uint8 pictures, bool [N]; None where there is no judge.
       identity: a hash of the records in each bucket and of the encoders, where data may change under a run.
     """
 
@@ -58,6 +60,7 @@ class Data:
     held_out: Callable[[int], Batch]
     prompts: Callable[[int], tuple[np.ndarray, np.ndarray]] | None = None
     decode: Callable[[Any], Any] | None = None
+    readable: Callable[[np.ndarray], np.ndarray] | None = None
     identity: str = ""
 
 
@@ -168,6 +171,7 @@ def _open_digits(c: Config, rows: Sequence[int]) -> Data:
         held_out=held_out,
         prompts=lambda count: text_encoder.encode(held_out_prompts(c.data.world, count, 0)),
         decode=autoencoder.decode,
+        readable=lambda pictures: readable(c.data.world, pictures),
     )
 
 

@@ -104,6 +104,12 @@ def diversity_with_error(readings: list[Reading], captions: list[str], world: st
     return result | {"standard_error": float(np.sqrt(spread))}
 
 
+def readable(world: str, pictures: np.ndarray) -> np.ndarray:
+    """Whether the judge can read each of the pictures, uint8 [N, H, W, 3]: bool [N]."""
+    readings = Judge.fit(world).read(to_float(pictures))
+    return np.asarray([reading.readable for reading in readings])
+
+
 def measure_real(sticks: Yardsticks, seed: int) -> dict[str, Any]:
     """Measures real pictures in held-out handwriting, which give the highest possible accuracy."""
     images = draw_images(sticks.world, sticks.prompts, "test", seed)

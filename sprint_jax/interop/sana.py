@@ -34,8 +34,17 @@ _QK_NORM = "rms_norm_across_heads"
 
 
 def sana_table(fields: dict[str, Any]) -> dict[str, Entry]:
-    """Returns the table of a transformer by its fields, without the logvar head, which diffusers lacks."""
+    """Returns the table of a transformer by its fields, without the logvar head, which diffusers lacks.
+
+    Raises:
+      UserError: for a flow map.
+    """
     model = from_fields(fields, logvar=False)
+    if model.flow_map:
+        raise UserError(
+            "a flow map has the time to which it jumps as an input, which SANA's published classes lack: "
+            "use its workdir, or --format stablehlo"
+        )
     shapes = jax.eval_shape(model.init, jax.random.key(0), *example_inputs(model))["params"]
     return make_table(
         shapes,

@@ -31,12 +31,14 @@ def velocity(
     mask: Array,
     guidance: Array | None = None,
     *,
+    target: Array | None = None,
     with_logvar: bool = False,
 ) -> Callable:
     """Returns ``velocity(x_fm, t_fm)``, or ``-> (velocity, logvar [B])`` where that is asked for.
 
     Args:
       guidance: [B], which a student embeds; not used by a network without such an embedding.
+      target: [B], flow time to which a flow map jumps; None is 0, the image.
       with_logvar: also return the predicted log variance of the sCM loss.
     """
     embeds = model.guidance_embeds and guidance is not None
@@ -44,7 +46,7 @@ def velocity(
 
     def run(x_fm: Array, t_fm: Array):
         inputs = x_fm, t_fm, text, mask, embedded
-        return model.apply({"params": params}, *inputs, with_logvar=with_logvar)
+        return model.apply({"params": params}, *inputs, target=target, with_logvar=with_logvar)
 
     return run
 

@@ -117,22 +117,30 @@ class ScalarEmbedder(nn.Module):
 
 
 class TimeEmbedding(nn.Module):
-    """AdaLN-single conditioning: flow time and optional guidance to ``(e [B, d], t6 [B, 6, d])``.
+    """AdaLN-single conditioning: flow time, optional guidance and target time to ``(e [B, d], t6 [B, 6, d])``.
 
-    Only the last layer of a new guidance embedder is zero: the student begins as the teacher and can
-    learn to depend on guidance. With both layers zero, as in one reference, every gradient but that of
+    Only the last layer of a new embedder of guidance or target time is zero: the student begins as the teacher
+    and can learn to depend on them. With both layers zero, as in one reference, every gradient but that of
     the last bias is exactly 0.
     """
 
     features: int
     guidance_embeds: bool
+    flow_map: bool = False
 
     @nn.compact
-    def __call__(self, t: Array, guidance: Array | None) -> tuple[Array, Array]:
+    def __call__(
+        self, t: Array, guidance: Array | None, target: Array | None = None
+    ) -> tuple[Array, Array]:
         embedding = ScalarEmbedder(self.features, name="timestep_embedder")(t)
         if self.guidance_embeds:
             embedder = ScalarEmbedder(self.features, zero_init=True, name="guidance_embedder")
             embedding += embedder(guidance)
+        if self.flow_map:  # named as in diffusers' flow maps (Flux3Transformer2DModel)
+            embedder = ScalarEmbedder(
+                self.features, zero_init=True, name="target_timestep_embedder"
+            )
+            embedding += embedder(target)
         linear = Linear(6 * self.features, kernel_init=small_normal, name="linear")
         return embedding, rearrange(linear(nn.silu(embedding)), "b (r d) -> b r d", r=6)
 

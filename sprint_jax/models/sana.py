@@ -101,6 +101,7 @@ class SanaTransformer(nn.Module):
     attention_bias: bool = False
     qk_norm: bool = False
     guidance_embeds: bool = False
+    flow_map: bool = False
     timestep_scale: float = 1.0
     interpolation_scale: float | None = None
     logvar: bool = False
@@ -128,6 +129,7 @@ class SanaTransformer(nn.Module):
         mask: Array,
         guidance: Array | None = None,
         *,
+        target: Array | None = None,
         taps: tuple[int, ...] = (),
         with_logvar: bool = False,
     ):
@@ -140,6 +142,7 @@ class SanaTransformer(nn.Module):
           text: text features [B, L, caption_channels].
           mask: [B, L]; 1 keeps a token, 0 hides it.
           guidance: [B] CFG scale times 0.1 for models with ``guidance_embeds``, else None.
+          target: [B] flow time to which a model with ``flow_map`` jumps, at most ``t``; None is 0, the image.
           taps: increasing block indices; if given, the result is the tuple of these blocks' outputs,
             each [B, h', w', d] in ``dtype``, and nothing after the last of them runs.
           with_logvar: also return the log variance.
@@ -148,11 +151,11 @@ class SanaTransformer(nn.Module):
           velocity [B, h, w, out_channels] in float32; or ``(velocity, logvar [B])``; or features.
 
         Raises:
-          ValueError: guidance is missing or not expected, taps are out of range, or the latent size is not
-            a multiple of the patch size.
+          ValueError: guidance is missing or not expected, a target is not expected, taps are out of range, or
+            the latent size is not a multiple of the patch size.
           AssertionError: of chex, for other shapes and dtypes.
         """
-        self._check(x, t, text, mask, guidance, taps, with_logvar)
+        self._check(x, t, text, mask, guidance, target, taps, with_logvar)
         p, d = self.patch_size, self.features
         patches = rearrange(x, "b (h p) (w q) c -> b h w (p q c)", p=p, q=p)
         tokens = _PatchEmbed(d, self.dtype, name="patch_embed")(patches)
@@ -160,8 +163,12 @@ class SanaTransformer(nn.Module):
             base = self.sample_size // p
             positions = sincos_positions(*tokens.shape[1:3], d, base, self.interpolation_scale)
             tokens = tokens + jnp.asarray(positions, self.dtype)[None]
-        time = wide(t) * (1000 * self.timestep_scale)
-        embedding, t6 = TimeEmbedding(d, self.guidance_embeds, name="time_embed")(time, guidance)
+        if self.flow_map and target is None:
+            target = jnp.zeros_like(t)
+        scale = 1000 * self.timestep_scale
+        target = None if target is None else wide(target) * scale
+        embed = TimeEmbedding(d, self.guidance_embeds, self.flow_map, name="time_embed")
+        embedding, t6 = embed(wide(t) * scale, guidance, target)
         text = CaptionProjection(d, self.dtype, name="caption_projection")(text)
         text = RMSNorm(self.dtype, name="caption_norm")(text)
 
@@ -182,7 +189,7 @@ class SanaTransformer(nn.Module):
         logvar = Linear(1, kernel_init=xavier, name="logvar_linear")(embedding)[:, 0]
         return (velocity, logvar) if with_logvar else velocity
 
-    def _check(self, x, t, text, mask, guidance, taps, with_logvar):
+    def _check(self, x, t, text, mask, guidance, target, taps, with_logvar):
         batch = x.shape[0]
         chex.assert_shape(x, (None, None, None, self.in_channels))
         chex.assert_shape(text, (batch, None, self.caption_channels))
@@ -196,6 +203,10 @@ class SanaTransformer(nn.Module):
             if not self.guidance_embeds:
                 raise ValueError("this model has no guidance embedding: pass guidance=None")
             chex.assert_shape(guidance, (batch,))
+        if target is not None:
+            if not self.flow_map:
+                raise ValueError("this model is no flow map: pass target=None")
+            chex.assert_shape(target, (batch,))
         if any(size % self.patch_size for size in x.shape[1:3]):
             raise ValueError(
                 f"latent size {x.shape[1:3]} is not a multiple of patch_size {self.patch_size}"

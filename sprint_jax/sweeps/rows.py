@@ -84,12 +84,15 @@ def _load_row(spec: str, words: Sequence[str], overrides: Any, workdir: Path) ->
     if not isinstance(overrides, dict) or not all(isinstance(key, str) for key in overrides):
         raise UserError("a row must be a dict of dotted keys")
     texts = {key: _text(value) for key, value in sorted(overrides.items())}
+    name = texts.pop("name", "")
+    if name and not PLAIN.fullmatch(name):
+        raise UserError(f"name {name!r} has other characters than letters, digits and ._+-")
     for key in texts.keys() & {word[len("--config.") :].partition("=")[0] for word in words}:
         raise UserError(f"--config.{key} is set for all rows on the command line")
     words = [*words, *(f"--config.{key}={text}" for key, text in texts.items())]
     config = load_config(spec, words)
     check_values(config)
-    folder = workdir / folder_name(texts)
+    folder = workdir / (name or folder_name(texts))
     arguments = ("--config", spec, "--workdir", str(folder), *words)
     return Row(folder.name, texts, config, folder, arguments)
 

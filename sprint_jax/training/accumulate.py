@@ -9,7 +9,12 @@ import optax
 
 
 def gradients(
-    terms: Mapping[str, Callable], params, batch: dict, key: jax.Array, parts: int = 1
+    terms: Mapping[str, Callable],
+    params,
+    batch: dict,
+    key: jax.Array,
+    parts: int = 1,
+    measured: Callable = lambda gradients: gradients,
 ) -> tuple[jax.Array, dict, Any, dict[str, jax.Array]]:
     """Loss and gradients of a sum of terms, means over ``parts`` equal microbatches.
 
@@ -17,10 +22,12 @@ def gradients(
     alive.
 
     Args:
-      terms: by name, each ``term(params, batch, key) -> (scalar, aux)``; aux leaves are per-sample arrays [B].
+      terms: by name, each ``term(params, batch, key, found) -> (scalar, aux)``; aux leaves are per-sample
+        arrays [B], and ``found`` is the aux of the terms before it.
       params: differentiated tree.
       batch: arrays with a leading axis that ``parts`` divides.
       key: folded with the index of each microbatch; the same for all terms.
+      measured: what of a tree of gradients `share` and `cosine` are of.
 
     Returns:
       ``(loss, aux, gradients, balance)``: aux of the whole batch and of all terms; balance, with several
@@ -31,15 +38,17 @@ def gradients(
     def of_terms(params, microbatch, key):
         total, everything, lengths, cosines = None, {}, {}, {}
         for name, term in terms.items():
-            (value, aux), grads = jax.value_and_grad(term, has_aux=True)(params, microbatch, key)
-            everything |= aux
+            run = jax.value_and_grad(term, has_aux=True)
+            (value, aux), grads = run(params, microbatch, key, everything)
+            everything = everything | aux
             if len(terms) > 1:
-                lengths[name] = optax.tree.norm(grads)
+                lengths[name] = optax.tree.norm(measured(grads))
             if total is None:
                 total = value, grads
             else:
-                product = optax.tree.vdot(total[1], grads)
-                scale = optax.tree.norm(total[1]) * lengths[name]
+                before = measured(total[1])
+                product = optax.tree.vdot(before, measured(grads))
+                scale = optax.tree.norm(before) * lengths[name]
                 cosines[name] = product / jnp.maximum(scale, 1e-30)
                 total = jax.tree.map(jnp.add, total, (value, grads))
             # Nothing orders independent terms but this: the next one waits for the sum so far.

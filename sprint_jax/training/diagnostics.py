@@ -34,15 +34,24 @@ def verdict(records: list[dict]) -> list[str]:
         return sum(values) / len(values) if values else math.nan
 
     share, cosine, auc = map(mean, ("share/images", "cosine/images", "critic/auc"))
+    held_out, apart = mean("critic/held_out"), mean("critic/readable")
+    unreadable, halfway = mean("unreadable/one_step"), mean(f"unreadable/t{BINS // 2}")
     near, far = mean("fake_gap/t0"), mean(f"fake_gap/t{BINS - 1}")
     lines = []
     if not math.isnan(share):
         beside = "" if math.isnan(cosine) else f", at cosine {cosine:.2f} to sCM"
         lines.append(f"losses on images: {share:.0%} of the update{beside}")
     if not math.isnan(auc):
-        lines.append(f"critic: puts {auc:.0%} of real images above one-step ones; 50% is chance")
+        said = f"AUC {auc:.2f}" if math.isnan(held_out) else f"AUC {held_out:.2f}, held out"
+        line = f"critic: tells real from one-step images with {said}"
+        line += "" if math.isnan(apart) else f", readable from unreadable ones with {apart:.2f}"
+        lines.append(f"{line}; 0.5 is chance")
     if not math.isnan(far):
         lines.append(f"fake score: {near:.2f} off the teacher near data, {far:.2f} near noise")
+    if not math.isnan(unreadable):
+        lines.append(
+            f"one step: {unreadable:.0%} unreadable from noise, {halfway:.0%} from halfway"
+        )
     return lines
 
 

@@ -25,7 +25,8 @@ class GeneratorKeys(NamedTuple):
     """Of a generator update, the same for all its losses: they share the CFG scales and nothing else.
 
     ``time`` and ``noise`` are of the consistency loss, ``fake_*`` of the images that the student makes,
-    ``judged_*`` of the noise at which the critic sees them.
+    ``judged_*`` of the noise at which the critic sees them; ``dmd``, ``twinflow`` and ``twin`` are split into
+    `ScoreKeys`.
     """
 
     guidance: Key
@@ -35,6 +36,9 @@ class GeneratorKeys(NamedTuple):
     fake_noise: Key
     judged_time: Key
     judged_noise: Key
+    dmd: Key
+    twinflow: Key
+    twin: Key
 
 
 class DiscriminatorKeys(NamedTuple):
@@ -63,7 +67,7 @@ class FakeKeys(NamedTuple):
 
 
 class ScoreKeys(NamedTuple):
-    """Of DMD and TwinFlow: the noise at which both scores look, and that of a separate engine."""
+    """Of one of DMD's and TwinFlow's losses: the noise at which scores look, and that of a separate engine."""
 
     time: Key
     noise: Key
@@ -114,11 +118,24 @@ def draw_flow_time(c, key: Key, latents: jax.Array) -> tuple[jax.Array, jax.Arra
     return t, t
 
 
-def tangent_warmup(c, step: jax.Array) -> jax.Array | float:
-    """How much the tangent counts, from 0 to 1 over the first updates."""
-    if not c.scm.tangent_warmup:
-        return 1.0
-    return jnp.minimum(1.0, step / c.scm.tangent_warmup)
+def draw_jump(c, key: Key, latents: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Flow times ``t`` of samples and ``target <= t`` of their jumps, [B] each; some jump nowhere."""
+    keys = jax.random.split(key, 3)
+    how = latents.shape[:1], c.meanflow.time_mean, c.meanflow.time_std, 1.0
+    one, other = (trigflow.sample_flow_time(each, *how) for each in keys[:2])
+    stays = jax.random.bernoulli(keys[2], c.meanflow.same_time, one.shape)
+    t = jnp.maximum(one, other)
+    return t, jnp.where(stays, t, jnp.minimum(one, other))
+
+
+def warmup(updates: int, step: jax.Array) -> jax.Array | float:
+    """Grows from 0 to 1 over the first updates."""
+    return jnp.minimum(1.0, step / updates) if updates else 1.0
+
+
+def after(updates: int, step: jax.Array) -> jax.Array | float:
+    """0 in the first updates, then 1."""
+    return (step >= updates).astype(jnp.float32) if updates else 1.0
 
 
 def student_of(nets: Nets, text, mask, guidance, dtype=None):
@@ -131,11 +148,15 @@ def student_of(nets: Nets, text, mask, guidance, dtype=None):
     return student
 
 
-def teacher_of(nets: Nets, frozen: dict, text, mask, guidance):
+def teacher_of(nets: Nets, frozen: dict, text, mask, guidance, form=functions.trigflow):
     """``teacher(x, t) -> F`` of the frozen teacher with classifier-free guidance."""
     null = frozen["null_text"][None], frozen["null_mask"][None]
-    form, params = functions.trigflow, frozen["teacher"]
-    return functions.guided(form, nets.teacher, params, text, mask, guidance, null)
+    return functions.guided(form, nets.teacher, frozen["teacher"], text, mask, guidance, null)
+
+
+def teacher_velocity(nets: Nets, frozen: dict, text, mask, guidance):
+    """``velocity(x_fm, t_fm)`` of the frozen teacher with classifier-free guidance."""
+    return teacher_of(nets, frozen, text, mask, guidance, functions.velocity)
 
 
 def critic_of(nets: Nets, c, trained: dict, spectral, state, frozen: dict, text, mask):
@@ -188,37 +209,37 @@ def generate(c, student, params, x0, time_key: Key, noise_key: Key) -> tuple[jax
     """Makes the student's images, and the angles [B] from which it makes them.
 
     From real images noised to random angles, often to the largest; or, with ``images.rollout``, from noise in
-    1 to so many steps at random angles, of which the last carries the gradient.
+    1 to so many steps at angles of `score_time`, of which the last carries the gradient.
     """
-    time, largest = jax.random.split(time_key)
-    t = draw_time(c.scm, time, x0, c.sigma_d)
     if c.images.rollout:
-        t, x_t = roll_out(c, student, params, x0, t, largest, noise_key)
+        t, x_t = roll_out(c, student, params, x0, time_key, noise_key)
     else:
+        time, largest = jax.random.split(time_key)
+        t = draw_time(c.scm, time, x0, c.sigma_d)
         t = trigflow.with_max_time(largest, t, c.images.max_time_probability)
         x_t = trigflow.add_noise(x0, draw_noise(c, noise_key, x0), t)
     F, _ = student(params, x_t / c.sigma_d, t)
     return trigflow.predict_x0(x_t, F, t, c.sigma_d), t
 
 
-def roll_out(c, student, params, x0, t, count_key: Key, noise_key: Key):
+def roll_out(c, student, params, x0, time_key: Key, noise_key: Key):
     """Samples with the student up to its last step: ``(t, x_t)`` there, without gradient (rCM).
 
-    Each sample takes 1 to ``images.rollout`` steps, from the largest angle, each at an angle of the student's
+    Each sample takes 1 to ``images.rollout`` steps, from the largest angle, each at an angle of the scores'
     distribution that is no larger than the one before.
     """
     rollout = c.images.rollout
-    steps = jax.random.randint(count_key, t.shape, 1, rollout + 1)
-    keys = jax.random.split(noise_key, 2 * rollout)
+    count_key, *time_keys = jax.random.split(time_key, rollout)
+    noise_keys = jax.random.split(noise_key, rollout)
+    steps = jax.random.randint(count_key, x0.shape[:1], 1, rollout + 1)
     fixed = jax.lax.stop_gradient(params)
-    angle = jnp.full_like(t, trigflow.MAX_TIME)
-    x = draw_noise(c, keys[0], x0)
+    angle = jnp.full(x0.shape[:1], trigflow.MAX_TIME, jnp.float32)
+    x = draw_noise(c, noise_keys[0], x0)
     for i in range(1, rollout):
         F, _ = student(fixed, x / c.sigma_d, angle)
         image = trigflow.predict_x0(x, F, angle, c.sigma_d)
-        drawn = draw_time(c.scm, keys[2 * i], x0, c.sigma_d)
-        following = jnp.minimum(angle, drawn)
-        renoised = trigflow.add_noise(image, draw_noise(c, keys[2 * i + 1], x0), following)
+        following = jnp.minimum(angle, score_time(c.dmd, time_keys[i - 1], x0))
+        renoised = trigflow.add_noise(image, draw_noise(c, noise_keys[i], x0), following)
         goes_on = steps > i
         x = jnp.where(trigflow.expand(goes_on, x), renoised, x)
         angle = jnp.where(goes_on, following, angle)

@@ -222,7 +222,7 @@ def abstract_run(c: Config, mesh: jax.sharding.Mesh) -> tuple[Nets, TrainState, 
     Returns:
       ``(nets, state, batch, frozen)``, as `stages.lower_updates` takes them.
     """
-    teacher_fields = dict(c.model) | {"guidance_embeds": False}
+    teacher_fields = dict(c.model) | {"guidance_embeds": False, "flow_map": False}
     nets = build_nets(c, mesh, teacher_fields)
     batch = batch_shapes(c)
     text, mask = batch["text"], batch["mask"]

@@ -17,15 +17,15 @@ from ..parallel.sharding import in_use
 from . import draws
 from .accumulate import gradients
 from .diagnostics import binned, tangent_checks
-from .draws import DiscriminatorKeys, FakeKeys, FlowKeys, GeneratorKeys, TangentKeys
-from .images import images_term, twin_term
+from .draws import DiscriminatorKeys, FakeKeys, FlowKeys, TangentKeys
 from .state import Nets, TrainState, apply_critic, apply_fake, apply_student, health, trained_of
+from .terms import generator_terms
 
 
 def flow_update(nets: Nets, c, state: TrainState, batch: dict, frozen: dict):
     """One update by flow matching; some captions are dropped, so that guidance can be sampled."""
 
-    def loss(params, batch, key):
+    def loss(params, batch, key, _):
         keys = draws.split(FlowKeys, key)
         latents = batch["latents"]
         t, shown = draws.draw_flow_time(c, keys.time, latents)
@@ -53,33 +53,11 @@ def _generator_update(nets, c, state, batch, frozen):
     """`generator_update`, and the student's images with the angles from which it made them, as parts of a batch
     (empty without losses on them)."""
     frozen = frozen | {"teacher": in_use(nets.teacher, frozen["teacher"])}
-
-    def consistency(params, batch, key):
-        keys = draws.split(GeneratorKeys, key)
-        x0, text, mask = draws.images_of(c, batch)
-        guidance = draws.draw_guidance(c, keys.guidance, x0)
-        loss, aux = losses.scm_loss(
-            draws.student_of(nets, text, mask, guidance, c.scm.jvp_dtype),
-            draws.teacher_of(nets, frozen, text, mask, guidance),
-            in_use(nets.model, params),
-            x0,
-            draws.draw_noise(c, keys.noise, x0),
-            draws.draw_time(c.scm, keys.time, x0, c.sigma_d),
-            sigma_d=c.sigma_d,
-            warmup=draws.tangent_warmup(c, state.step),
-            tangent_constant=c.scm.tangent_constant,
-            mean_norm=c.scm.mean_norm,
-            shared_primal=c.scm.shared_primal,
-        )
-        return c.scm.weight * loss, aux
-
-    terms = {"scm": consistency} if c.scm.weight else {}
-    if nets.heads is not None or c.dmd.weight or c.twinflow.weight:
-        terms["images"] = images_term(nets, c, state, frozen)
-    if c.twinflow.weight:
-        terms["twin"] = twin_term(nets, c, state, frozen)
+    terms = generator_terms(nets, c, state, frozen)
     key = jax.random.fold_in(jax.random.key(c.seed), 2 * state.step)
-    value, aux, grads, balance = gradients(terms, state.params, batch, key, c.accumulate)
+    # The head that predicts logvar learns from sCM alone, by gradients as large as all others.
+    of_F = lambda grads: {k: grads[k] for k in grads if k != "logvar_linear"}  # noqa: E731
+    value, aux, grads, balance = gradients(terms, state.params, batch, key, c.accumulate, of_F)
     state, metrics = apply_student(nets.optimizer, state, value, grads, c.ema_decay)
     metrics |= {"loss/total": value} | balance
     for name in [name for name in aux if name.startswith(("length/", "value/"))]:
@@ -89,11 +67,13 @@ def _generator_update(nets, c, state, batch, frozen):
         metrics["loss/scm"] = aux["loss"].mean()
         for name in ("tangent_norm", "teacher_gap", "error", "logvar"):
             metrics |= binned(name, aux["t"], aux[name])
-    if "fake_gap" in aux:
-        metrics |= binned("fake_gap", aux["fake_gap_t"], aux["fake_gap"])
-    if "twin_loss" in aux:
-        metrics["loss/twin"] = aux["twin_loss"].mean()
-    samples = aux["loss"] if c.scm.weight else aux["fake"].reshape(len(aux["fake"]), -1).sum(-1)
+    for name in ("meanflow_error", "fake_gap", "twin_gap", "twin_error"):
+        if name in aux:
+            metrics |= binned(name, aux[f"{name}_t"], aux[name])
+    # Without a loss per sample, the images: what is not finite in a gradient was not finite in one of them.
+    samples = next((aux[name] for name in ("loss", "meanflow_error") if name in aux), None)
+    if samples is None:
+        samples = losses.per_sample_norm(aux["fake"])
     made = {name: aux[name] for name in ("fake", "fake_angle") if name in aux}
     return state, metrics | health(samples, state), made
 
@@ -107,7 +87,7 @@ def discriminator_update(nets: Nets, c, state: TrainState, batch: dict, frozen: 
     frozen = frozen | {"teacher": in_use(nets.teacher, frozen["teacher"])}
     student_params = in_use(nets.model, state.params)
 
-    def loss(trained, batch, key):
+    def loss(trained, batch, key, _):
         keys = draws.split(DiscriminatorKeys, key)
         x0, text, mask = draws.images_of(c, batch)
         fake, angle = draws.images_in(nets, c, student_params, batch, keys)
@@ -141,7 +121,8 @@ def critic_loss(c, discriminate, real, fake, keys: DiscriminatorKeys):
     rolled = None
     if c.ladd.misaligned:
         other = jnp.roll(real[0], 1, axis=0)
-        rolled = at_noise(other, keys.rolled_judged_time, keys.rolled_judged_noise)
+        own = keys.rolled_judged_time, keys.rolled_judged_noise
+        rolled = (other, *real[1:]) if c.ladd.paired else at_noise(other, *own)
     return losses.ladd_discriminator_loss(
         discriminate,
         real,
@@ -162,7 +143,7 @@ def fake_update(nets: Nets, c, state: TrainState, batch: dict, frozen: dict):
     student_params = in_use(nets.model, state.params)
     del frozen
 
-    def loss(params, batch, key):
+    def loss(params, batch, key, _):
         keys = draws.split(FakeKeys, key)
         x0, text, mask = draws.images_of(c, batch)
         fake, _ = draws.images_in(nets, c, student_params, batch, keys)

@@ -95,6 +95,12 @@ def words(spec: str, data: Path, workdir: Path, **changes: Any) -> list[str]:
 # Changes of a student's config: one recipe for each kind of fake score, critic, and way to make images.
 RECIPES = {
     "rcm": {"ladd.weight": 0.0, "dmd.weight": 1.0, "images.balance": True, "images.rollout": 2},
+    "meanflow": {
+        "ladd.weight": 0.0,
+        "scm.weight": 0.0,
+        "meanflow.weight": 1.0,
+        "model.flow_map": True,
+    },
     "twinflow": {"ladd.weight": 0.0, "twinflow.weight": 1.0, "images.balance": True},
     "critic of its own": {
         "ladd.features": "copy",
@@ -218,6 +224,7 @@ def read_state(workdir: Path, step: int) -> dict:
 class Built(NamedTuple):
     """All that a run has before its first step, and its compiled updates."""
 
+    c: Config
     nets: setup.Nets
     data: feed.Data
     mesh: jax.sharding.Mesh
@@ -240,7 +247,7 @@ def build(c: Config, mesh: jax.sharding.Mesh, state: Any = None) -> Built:
         state = jax.device_put(jax.device_get(state), sharding.state_shardings(mesh, state))
     frozen = setup.at_compute_precision(nets, frozen)
     updates = [program.compile() for program in lower_updates(c, nets, state, batch, frozen)]
-    return Built(nets, data, mesh, frozen, state, updates)
+    return Built(c, nets, data, mesh, frozen, state, updates)
 
 
 def copy(state: Any) -> Any:

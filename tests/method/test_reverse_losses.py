@@ -199,7 +199,7 @@ def test_twinflow_rests_where_the_fake_flow_is_the_real_one():
         return agreeing(x, t) + 0.3
 
     loss, aux = twinflow.rectify_loss(one_step, latents, noise, t, fake=shifted, real=real)
-    np.testing.assert_allclose(loss, 0.09, rtol=1e-12)
+    np.testing.assert_allclose(loss, 0.09 / 2 * latents[0].size, rtol=1e-12)
     np.testing.assert_allclose(aux["gap"], 0.3, rtol=1e-12)
 
 
@@ -214,6 +214,11 @@ def test_the_twin_flow_is_the_flow_of_the_students_images_at_negative_times():
 
     assert twinflow.twin_flow_loss(velocity, latents, noise, t)[0] == 0
     np.testing.assert_array_equal(seen[0], -t)
+
+    loss, aux = twinflow.twin_flow_loss(lambda x, t: velocity(x, t) + 0.3, latents, noise, t)
+    size = latents[0].size
+    np.testing.assert_allclose(loss, 0.09 / 2 * size, rtol=1e-12)
+    np.testing.assert_allclose(aux["length"], 0.3 * size**0.5, rtol=1e-12)
 
 
 def test_meanflow_is_zero_at_the_flow_map_of_a_gaussian():

@@ -221,6 +221,17 @@ def test_training_shows_the_network_truncated_times_if_it_is_told_to(truncate):
         assert (t - shown).max() > 5e-4
 
 
+def test_a_flow_map_jumps_between_two_logit_normal_times_or_nowhere():
+    c = default.get_config()
+    c.meanflow.same_time = 0.3
+    t, target = draws.draw_jump(c, jax.random.key(6), jnp.zeros((20_000, 1, 1, 1)))
+    t, target = np.asarray(t, np.float64), np.asarray(target, np.float64)
+    assert (target <= t).all() and abs((target == t).mean() - 0.3) < 0.01
+    logits = np.log(np.stack([t, target]) / (1 - np.stack([t, target])))[:, target < t]
+    # The larger and the smaller of two normal draws: together they are as those draws.
+    assert abs(logits.mean() + 0.4) < 0.02 and abs(logits.std() - 1) < 0.02
+
+
 def test_max_time_replaces_with_its_probability():
     t = jnp.linspace(0.1, 1.5, 40_000)
     mixed = np.asarray(trigflow.with_max_time(jax.random.key(2), t, 0.3))

@@ -15,6 +15,7 @@ from helpers.compare import assert_close
 from helpers.tiny_sana import STUDENT, abstract_params, apply, cast, fast_jit, setup
 
 from sprint_jax.core.errors import UserError
+from sprint_jax.interop.sana import sana_table
 from sprint_jax.models.layers import LinearAttention
 from sprint_jax.models.sana import SIZES, SanaTransformer, from_fields
 
@@ -85,6 +86,30 @@ def test_new_guidance_embedder_starts_silent_and_learns():
         assert jnp.abs(slope["time_embed"]["guidance_embedder"][name]["kernel"]).max() > 0
         params = jax.tree.map(lambda p, g: p - 0.1 * g, params, slope)
     assert jnp.abs(run(params, guidance) - run(params, guidance + 1)).max() > 0
+
+
+def test_a_flow_map_starts_as_the_teacher_and_learns_where_to_jump():
+    """Without a target it jumps to the image; other networks take none, published classes cannot hold it."""
+    fields, params, (x, t, text, mask, guidance) = setup()
+    inputs = *cast((x, t, text, mask), jnp.float32), cast(guidance, jnp.float32)
+    model = SanaTransformer(**fields, flow_map=True)
+    fresh = fast_jit(model.init)(jax.random.key(0), *inputs)["params"]
+    embedder = fresh["time_embed"]["target_timestep_embedder"]
+    params = params | {"time_embed": params["time_embed"] | {"target_timestep_embedder": embedder}}
+
+    def run(params, target, model=model):
+        return model.apply({"params": params}, *inputs, target=target)
+
+    expected = run(params, None, SanaTransformer(**fields))
+    np.testing.assert_array_equal(run(params, jnp.asarray(t) / 2), expected)
+    embedder["linear_2"]["kernel"] += 0.1
+    moved = run(params, jnp.asarray(t) / 2)
+    assert jnp.abs(moved - expected).max() > 1e-3
+    np.testing.assert_array_equal(run(params, None), run(params, jnp.zeros_like(t)))
+    with pytest.raises(ValueError, match="target"):
+        run(params, t, SanaTransformer(**fields))
+    with pytest.raises(UserError, match="flow map"):
+        sana_table(fields | {"flow_map": True})
 
 
 # --- Derivatives, scan and rematerialisation

@@ -8,6 +8,7 @@ import pytest
 from helpers.runs import ROOT
 from helpers.toy_sweep import TOY
 
+from configs import methods
 from launch import sweep as command
 from sprint_jax.core.config import load_config
 from sprint_jax.core.errors import UserError
@@ -80,6 +81,15 @@ def test_sweeps_of_the_shipped_config_load(name, tmp_path):
     stage, name = name.split()
     spec = f"{ROOT / 'configs' / 'digits.py'}:{stage},small"
     assert len(load_rows(spec, name, ["--config.teacher=x"], tmp_path)) >= 3
+
+
+def test_every_method_is_a_row_with_a_name_that_train_accepts(tmp_path):
+    rows = load_rows(str(ROOT / "configs" / "methods.py"), "updates", [], tmp_path)
+    assert len(rows) == 3 * len(methods.METHODS) and rows[0].name == "scm-0"
+    assert {row.config.seed for row in rows} == {0, 1, 2}
+    assert all("--config.name" not in " ".join(row.arguments) for row in rows)
+    meanflow = next(row.config for row in rows if row.name == "meanflow-1")
+    assert meanflow.model.flow_map and not meanflow.scm.weight
 
 
 def test_dry_run_prints_the_commands_and_touches_nothing(toy, tmp_path, capsys):

@@ -64,12 +64,14 @@ def test_ema_ramp():
 def test_gradients_are_means_over_microbatches_and_sums_over_terms():
     """Of 12 rows, of which microbatch i has i, i + parts, ... and a key of its own, as numpy works it out."""
 
-    def residual(params, batch, key):
+    def residual(params, batch, key, found):
+        assert not found
         error = batch["x"] @ params["w"] + params["b"] * jax.random.normal(key, batch["y"].shape)
         error = error - batch["y"]
         return jnp.square(error).mean(), {"error": error, "row": batch["row"]}
 
-    def weight(params, batch, key):
+    def weight(params, batch, key, found):
+        assert [*found] == ["error", "row"]
         return 3 * jnp.square(params["w"]).sum(), {}
 
     random, key = np.random.default_rng(0), jax.random.key(3)
@@ -79,11 +81,16 @@ def test_gradients_are_means_over_microbatches_and_sums_over_terms():
     terms = {"residual": residual, "weight": weight}
     run = jax.jit(functools.partial(accumulate.gradients, terms), static_argnums=3)
     for parts in (1, 2, 3, 12):
+        some, *_, of_b = accumulate.gradients(
+            terms, params, batch | {"row": jnp.arange(12)}, key, parts, lambda grads: grads["b"]
+        )
+        assert of_b["share/weight"] == 0 and of_b["share/residual"] == 1
         keys = [jax.random.fold_in(key, i) for i in range(parts)]
         noise = np.stack([jax.random.normal(key, (12 // parts,)) for key in keys], axis=1).ravel()
         w = np.asarray(params["w"], np.float64)
         error = x @ w + 0.4 * noise - y
         value, aux, grads, balance = run(params, batch | {"row": jnp.arange(12)}, key, parts)
+        assert float(value) == pytest.approx(float(some), rel=1e-6)
         assert float(value) == pytest.approx((error**2).mean() + 3 * w @ w, rel=1e-5)
         np.testing.assert_allclose(aux["error"], error, rtol=1e-4, atol=1e-5)
         np.testing.assert_array_equal(aux["row"], np.arange(12))
@@ -151,7 +158,12 @@ def test_verdict():
     lines = [{"share/images": 0.1, "cosine/images": 0.02, "critic/auc": None}]
     lines += [{"share/images": 0.2, "cosine/images": 0.06, "critic/auc": 0.71}]
     update, critic = diagnostics.verdict(lines)
-    assert "15%" in update and "0.04" in update and "71%" in critic
+    assert "15%" in update and "0.04" in update and "0.71" in critic
+    lines[1] |= {"critic/held_out": 0.66, "critic/readable": 0.58}
+    lines[1] |= {"unreadable/one_step": 0.31, "unreadable/t4": 0.02}
+    _, critic, one_step = diagnostics.verdict(lines)
+    assert "0.66" in critic and "0.58" in critic and "0.71" not in critic
+    assert "31%" in one_step and "2%" in one_step
     (fake,) = diagnostics.verdict([{"fake_gap/t0": 0.125, "fake_gap/t7": 0.5}])
     assert "0.12" in fake and "0.50" in fake
     assert diagnostics.verdict([{"loss/flow": 1.0}]) == diagnostics.verdict([]) == []

@@ -1,0 +1,142 @@
+"""The table {method} x {steps} on one digits teacher, of the students that `configs/methods.py` trained.
+
+    python benchmarks/methods.py --runs runs/methods --teacher runs/teacher
+
+Evaluates the teacher and every finished run once (report.json in each folder). Writes
+benchmarks/results/methods.jsonl, a line for each method with means and standard errors over seeds, and
+benchmarks/pictures/methods.png: the same prompts from the same noise in one step, a row for each method.
+"""
+
+import argparse
+import json
+import statistics
+import sys
+from collections import defaultdict
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from sprint_jax.benchmarking.scripts import run_command, write_lines
+from sprint_jax.checkpoints.workdir import read_metrics, read_workdir_config
+from sprint_jax.core.config import Config
+from sprint_jax.digits.evaluation import SHEET_SIZE, write_sheet
+from sprint_jax.digits.report import make_yardsticks, number
+from sprint_jax.pipeline import Request, SprintPipeline
+from sprint_jax.sweeps.rows import load_rows
+from sprint_jax.training import setup
+from sprint_jax.training.stages import lower_updates
+
+HERE = Path(__file__).parent
+# Means of the last lines of a log.
+LOGGED = ("critic/auc", "share/images", "cosine/images", "fake_gap/t7", "twin_gap/t7")
+
+
+def finished(run: Path) -> bool:
+    """Whether a run's folder holds the checkpoint of its last step."""
+    if not (run / "config.json").is_file():
+        return False
+    return (run / "checkpoints" / str(read_workdir_config(run).steps)).is_dir()
+
+
+def evaluated(model: Path, count: int) -> list[dict[str, Any]]:
+    """The runs of a model's report, which is made if it is missing."""
+    report = model / "report.json"
+    if not report.is_file():
+        words = ["--metrics", "digits", "--count", count, "--out", report]
+        run_command("evaluate", "--model", model, *words)
+    return json.loads(report.read_text())["runs"]
+
+
+def numbers(runs: Sequence[dict[str, Any]]) -> dict[str, list[float]]:
+    """Mean and standard error over seeds of the numbers of one step count."""
+    found = {
+        name: [number(run, name)[0] for run in runs]
+        for name in ("accuracy", "frechet", "diversity")
+    }
+    found["unreadable"] = [run["unreadable"]["share"] for run in runs]
+    return {name: spread(values) for name, values in found.items()}
+
+
+def spread(values: Sequence[float]) -> list[float | None]:
+    """Mean and its standard error, which a single value has not."""
+    error = statistics.stdev(values) / len(values) ** 0.5 if values[1:] else None
+    return [statistics.mean(values), error]
+
+
+def forwards(c: Config) -> float:
+    """FLOPs of all updates of a step, in those of the student's forward pass on a batch."""
+    mesh = setup.mesh_from(c, devices=jax.devices()[:1])
+    nets, state, batch, frozen = setup.abstract_run(c, mesh)
+    x, text, mask = batch["latents"], batch["text"], batch["mask"]
+    time = jax.ShapeDtypeStruct(x.shape[:1], x.dtype)
+    forward = jax.jit(lambda params, *inputs: nets.model.apply({"params": params}, *inputs))
+    programs = lower_updates(c, nets, state, batch, frozen)
+    programs += [forward.lower(state.params, x, time, text, mask, time)]
+    *updates, one = [program.cost_analysis()["flops"] for program in programs]
+    return sum(updates) / one
+
+
+def logged(folder: Path) -> dict[str, float]:
+    """Of a run: minutes in its steps, and means of `LOGGED` over the last ten lines."""
+    records = read_metrics(folder / "metrics.jsonl")
+    steps = [0, *(record["step"] for record in records)]
+    taken = [r["time/step_seconds"] * (r["step"] - n) for r, n in zip(records, steps, strict=False)]
+    late = {k: [r[k] for r in records[-10:] if r.get(k) is not None] for k in LOGGED}
+    means = {name: statistics.mean(values) for name, values in late.items() if values}
+    return {"minutes": sum(taken) / 60} | means
+
+
+def line_of(method: str, folders: list[Path], count: int) -> dict[str, Any]:
+    c = read_workdir_config(folders[0])
+    reports = [evaluated(folder, count) for folder in folders]
+    logs = [logged(folder) for folder in folders]
+    return {
+        "method": method,
+        "seeds": len(folders),
+        "updates": c.steps,
+        "forwards": round(forwards(c), 2),
+        "steps": {str(runs[0]["steps"]): numbers(runs) for runs in zip(*reports, strict=True)},
+        "logged": {name: spread([log[name] for log in logs]) for name in logs[0]},
+    }
+
+
+def draw(path: Path, models: dict[str, Path], world: str, count: int) -> None:
+    """Draws one-step pictures, a row for each method."""
+    sticks = make_yardsticks(world, count, 0)
+    prompts, pictures = sticks.prompts[:SHEET_SIZE], {}
+    for name, folder in models.items():
+        (images,) = SprintPipeline.from_pretrained(folder).draw(prompts, Request(steps=1))
+        right = sticks.judge.right(images / 127.5 - 1, prompts)
+        pictures[name] = images, right
+    write_sheet(path, sticks, 0, pictures)
+
+
+def main(argv: list[str]) -> None:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--runs", type=Path, required=True, help="the sweep's --workdir")
+    parser.add_argument("--teacher", type=Path, required=True)
+    parser.add_argument("--count", type=int, default=1000, help="prompts (default 1000)")
+    flags = parser.parse_args(argv)
+    sweep = json.loads((flags.runs / "sweep.json").read_text())
+    methods = defaultdict(list)
+    for row in load_rows(sweep["config"], sweep["sweep"], [], flags.runs):
+        if finished(row.folder):
+            methods[row.name.rpartition("-")[0]].append(row.folder)
+    teacher = evaluated(flags.teacher, flags.count)[0]
+    lines = [{"command": "python benchmarks/methods.py " + " ".join(argv)}]
+    lines += [
+        {"teacher": number(teacher, "accuracy")[0], "diversity": number(teacher, "diversity")[0]}
+    ]
+    for method, folders in methods.items():
+        lines.append(line_of(method, folders, flags.count))
+        print(json.dumps(lines[-1]), flush=True)
+    write_lines(HERE / "results" / "methods.jsonl", lines)
+    world = read_workdir_config(flags.teacher).data.world
+    firsts = {method: folders[0] for method, folders in methods.items()}
+    draw(HERE / "pictures" / "methods.png", firsts, world, flags.count)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

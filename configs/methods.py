@@ -1,0 +1,52 @@
+"""Every method on one digits teacher: which loss repairs one step, and what it costs the other steps.
+
+    python -m sprint_jax.train --config configs/digits.py:teacher --workdir runs/teacher
+    python -m launch.sweep --config configs/methods.py --sweep updates --workdir runs/methods \\
+        --config.teacher=runs/teacher
+    python benchmarks/methods.py --runs runs/methods --teacher runs/teacher
+
+The same lines go on where they stopped. Word: ``full`` or ``small``, the world of `configs/digits.py`, whose
+student these change. Three seeds each; ``time`` instead of ``updates`` gives each method the updates that cost
+as much as 1,600 of sCM with LADD. docs/results.md has what came out.
+"""
+
+from configs import digits
+from sprint_jax.core.config import parse_arg
+
+SEEDS = (0, 1, 2)
+OFF = {f"{name}.weight": 0.0 for name in ("ladd", "dmd", "twinflow")}
+BALANCED = {"images.balance": True, "images.max_time_probability": 1.0}
+# What a fake score learns from changes with every update of the student: no momentum, two updates each.
+DMD = BALANCED | {"dmd.weight": 1.0, "dmd.fake_updates": 2}
+TWINFLOW = BALANCED | {"twinflow.weight": 1.0}
+# As published: batch norm over images, wrong captions as fakes, hinge, noise (-0.6, 1).
+PUBLISHED = {"ladd.weight": 0.5, "ladd.token_norm": False, "ladd.time_mean": -0.6}
+CRITIC = {"ladd.loss": "relativistic", "ladd.paired": True, "ladd.misaligned": False}
+CRITIC |= {"ladd.kernel": 1, "ladd.r1": 0.1, "ladd.r2": 0.1, "ladd.updates": 2}
+
+METHODS = {
+    "scm": OFF,
+    "scm_ladd_published": OFF | PUBLISHED,
+    "scm_ladd": OFF | {"ladd.weight": 1.0},
+    "scm_critic": OFF | BALANCED | CRITIC | {"ladd.weight": 0.5},
+    "rcm": OFF | DMD,
+    "rcm_rollout": OFF | DMD | {"images.rollout": 2},
+    "rcm_critic": OFF | DMD | CRITIC | {"ladd.weight": 0.5, "ladd.features": "fake"},
+    "dmd": OFF | DMD | {"scm.weight": 0.0, "images.rollout": 2},
+    "twinflow": OFF | TWINFLOW,
+    "meanflow": OFF | {"scm.weight": 0.0, "meanflow.weight": 1.0, "model.flow_map": True},
+}
+
+
+def get_config(arg=None):
+    (world,) = parse_arg(arg, ("full", "small"))
+    return digits.get_config(f"student,{world}")
+
+
+def sweep_updates():
+    """Which method is best at one step, and at two and four, after as many updates?"""
+    return [
+        {"name": f"{method}-{seed}", "seed": seed} | keys
+        for seed in SEEDS
+        for method, keys in METHODS.items()
+    ]
