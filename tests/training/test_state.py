@@ -84,13 +84,15 @@ def test_gradients_are_means_over_microbatches_and_sums_over_terms():
         some, *_, of_b = accumulate.gradients(
             terms, params, batch | {"row": jnp.arange(12)}, key, parts, lambda grads: grads["b"]
         )
-        assert of_b["share/weight"] == 0 and of_b["share/residual"] == 1
+        assert of_b["share/weight"] == 0 and float(of_b["share/residual"]) == pytest.approx(
+            1, rel=1e-6
+        )
         keys = [jax.random.fold_in(key, i) for i in range(parts)]
         noise = np.stack([jax.random.normal(key, (12 // parts,)) for key in keys], axis=1).ravel()
         w = np.asarray(params["w"], np.float64)
         error = x @ w + 0.4 * noise - y
         value, aux, grads, balance = run(params, batch | {"row": jnp.arange(12)}, key, parts)
-        assert float(value) == pytest.approx(float(some), rel=1e-6)
+        assert float(value) == pytest.approx(float(some), rel=1e-5)
         assert float(value) == pytest.approx((error**2).mean() + 3 * w @ w, rel=1e-5)
         np.testing.assert_allclose(aux["error"], error, rtol=1e-4, atol=1e-5)
         np.testing.assert_array_equal(aux["row"], np.arange(12))
