@@ -66,7 +66,7 @@ def get_config(arg=None):
     c.encode.threads = 16  # that read and decode images
 
     c.optimizer = optimizer_fields(1e-3)
-    c.optimizer.name = "adamw"  # or 'came'
+    c.optimizer.name = "adamw"  # or 'came', 'muon'
 
     c.flow = ml_collections.ConfigDict()  # stage 'flow'
     c.flow.time_mean = 0.0  # logit-normal flow times
