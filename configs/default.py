@@ -66,7 +66,7 @@ def get_config(arg=None):
     c.encode.threads = 16  # that read and decode images
 
     c.optimizer = optimizer_fields(1e-3)
-    c.optimizer.name = "adamw"  # or 'came', 'muon'
+    c.optimizer.name = "adamw"  # or 'came'
 
     c.flow = ml_collections.ConfigDict()  # stage 'flow'
     c.flow.time_mean = 0.0  # logit-normal flow times
@@ -113,6 +113,14 @@ def get_config(arg=None):
     c.twinflow.twin_weight = 1.0  # of what teaches the student its own flow, at negative times
     c.twinflow.warmup = 0  # generator updates before the images are moved
     c.twinflow.shift = 1.0  # of the uniform flow times at which both flows look
+
+    c.trajectory = (
+        ml_collections.ConfigDict()
+    )  # stage 'distill': the ends of the teacher's trajectories
+    c.trajectory.weight = 0.0
+    c.trajectory.steps = 6  # of the solver (DPM-Solver++), each of which is a point to learn from
+    c.trajectory.spread = 2.0  # its times are shifted by a factor between 1 over this and this
+    c.trajectory.power = 0.5  # of the squared error, in the weight that divides a sample's loss
 
     c.meanflow = ml_collections.ConfigDict()  # stage 'distill': a flow map, of model.flow_map
     c.meanflow.weight = 0.0
@@ -161,6 +169,9 @@ def get_config(arg=None):
     c.log = ml_collections.ConfigDict()
     c.log.every = 20  # steps between lines of metrics.jsonl
     c.log.sample_every = 500  # steps between sample grids and curves
+    c.log.exam = (
+        256  # held-out images that a judge, if the data has one, looks at with each grid; 0: off
+    )
     c.log.sample_guidance = 4.5  # CFG scale of the grids
     # Steps between finite-difference and bfloat16 checks of the tangent
     c.log.diagnostics_every = 500

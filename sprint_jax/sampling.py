@@ -333,9 +333,25 @@ def dpm_solver_sample(
       Latents [B, h, w, C], float32.
     """
     sigmas = np.asarray(dpm_solver_times(steps, shift))
-    keep, current, previous = _dpm_coefficients(sigmas)
     shown = np.floor(sigmas[:-1] * 1000) / 1000 if integer_times else sigmas[:-1]
-    table = np.stack([shown, sigmas[:-1], keep, current, previous], axis=1).astype(np.float32)
+    return dpm_solver_path(velocity, noise, sigmas, shown)[0]
+
+
+def dpm_solver_path(
+    velocity: Callable, noise: Array, sigmas: np.ndarray | Array, shown: np.ndarray | Array
+) -> tuple[Array, Array]:
+    """`dpm_solver_sample` at given flow times.
+
+    Args:
+      sigmas: [steps + 1] falling flow times, the last one 0; with numpy arrays coefficients are float64.
+      shown: [steps], those that the network is shown.
+
+    Returns:
+      The end [B, h, w, C], and the points [steps, B, h, w, C] at ``sigmas[:-1]``, the noise first; float32.
+    """
+    keep, current, previous = _dpm_coefficients(sigmas)
+    xp = np if isinstance(sigmas, np.ndarray) else jnp
+    table = xp.stack([shown, sigmas[:-1], keep, current, previous], axis=1).astype(jnp.float32)
 
     def step(carry, row):
         x, previous_x0 = carry
@@ -343,24 +359,25 @@ def dpm_solver_sample(
         v = velocity(x, jnp.full(x.shape[:1], time)).astype(jnp.float32)
         chex.assert_equal_shape([v, x])
         x0 = flow_predict_x0(x, v, sigma)
-        return (a * x + b * x0 + c * previous_x0, x0), None
+        return (a * x + b * x0 + c * previous_x0, x0), x
 
     x = jnp.asarray(noise, jnp.float32)
-    return jax.lax.scan(step, (x, jnp.zeros_like(x)), table)[0][0]
+    (end, _), points = jax.lax.scan(step, (x, jnp.zeros_like(x)), table)
+    return end, points
 
 
-def _dpm_coefficients(sigmas: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def _dpm_coefficients(sigmas):
     """Per step ``(a, b, c)`` of ``x' = a x + b x0 + c previous_x0``.
 
     With lambda = log(alpha/sigma), h the step in lambda and r the previous step over h:
     ``x' = sigma'/sigma x - alpha' (e^-h - 1) (x0 + (x0 - previous_x0) / (2 r))``.
     """
+    xp = np if isinstance(sigmas, np.ndarray) else jnp
     alphas = 1 - sigmas
     with np.errstate(divide="ignore"):
-        lambdas = np.log(alphas) - np.log(sigmas)  # infinite at the final sigma of 0
-    h = np.diff(lambdas)
-    weight = -alphas[1:] * np.expm1(-h)
-    correction = np.zeros_like(h)
-    if len(h) > 2:
-        correction[1:-1] = 0.5 * h[1:-1] / h[:-2]
+        lambdas = xp.log(alphas) - xp.log(sigmas)  # infinite at the final sigma of 0
+    h = xp.diff(lambdas)
+    weight = -alphas[1:] * xp.expm1(-h)
+    inner = 0.5 * h[1:-1] / h[:-2]
+    correction = xp.concatenate([xp.zeros(1), inner, xp.zeros(min(1, len(h) - 1))])
     return sigmas[1:] / sigmas[:-1], weight * (1 + correction), -weight * correction

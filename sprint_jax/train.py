@@ -4,7 +4,7 @@
 
 The same line starts a run, resumes it exactly, or reports that it is done. A batch goes
 `flow_update` -> `losses.flow_matching_loss`, or `generator_update` -> `losses.scm_loss` and losses on images
-(`training/terms.py`), then to the updates of the networks that judge these. Frozen networks are arguments.
+(`training/terms.py`), then to the updates of the networks that judge these.
 """
 
 import contextlib
@@ -73,8 +73,7 @@ def train(c: Config, workdir: Path, peers=None) -> None:
     expected = {key: meta[key] for key in meta if key != "teacher"}
     every = c.log.checkpoint_every
     checkpoints = Checkpoints(workdir / "checkpoints", keep=c.log.keep, every=every)
-    restored = checkpoints.restore_latest(state, expected, donate=True)
-    state = restored[0] if restored else state
+    state, *_ = checkpoints.restore_latest(state, expected, donate=True) or (state,)
     start = int(state.step)
     write_json_atomic(workdir / "config.json", c.to_dict())
     if start >= c.steps:
@@ -111,10 +110,11 @@ def train(c: Config, workdir: Path, peers=None) -> None:
                 bad = int(jax.device_get(in_a_row if sample or save else before))
             with clock("log"):
                 log.flush()  # the line of the step before
-            if diagnose and (step % c.log.diagnostics_every == 0 or step == c.steps):
+            if diagnose and step % c.log.diagnostics_every == 0:
                 if batch["latents"].shape != shapes[0]["latents"].shape:
                     batch = to_devices(data.batches(data.next_of_first(number)))
-                metrics |= diagnose(state, batch, frozen) | (exam(state, frozen) if exam else {})
+                metrics |= diagnose(state, batch, frozen)
+            metrics |= exam(state, frozen) if exam and sample else {}
             if step % c.log.every == 0 or last:
                 log.defer(step, metrics | clock.lap(step))
             check_finite(bad, c.max_nonfinite, workdir, step, metrics)

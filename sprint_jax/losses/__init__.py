@@ -11,6 +11,7 @@ from .ladd import ladd_discriminator_loss, ladd_generator_loss
 from .meanflow import meanflow_loss
 from .per_sample import per_sample_mean, per_sample_norm
 from .scm import scm_loss
+from .trajectory import trajectory_loss
 from .twinflow import rectify_loss, twin_flow_loss
 
 __all__ = [
@@ -24,5 +25,6 @@ __all__ = [
     "per_sample_norm",
     "rectify_loss",
     "scm_loss",
+    "trajectory_loss",
     "twin_flow_loss",
 ]

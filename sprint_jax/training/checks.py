@@ -70,7 +70,9 @@ def check_values(c: Config) -> None:
 
 
 def _check_losses(c: Config) -> None:
-    weights = [f"{name}.weight" for name in ("scm", "ladd", "dmd", "twinflow", "meanflow")]
+    weights = [
+        f"{name}.weight" for name in ("scm", "ladd", "dmd", "twinflow", "meanflow", "trajectory")
+    ]
     value = {
         name: c[name.split(".")[0]][name.split(".")[1]]
         for name in (*weights, *NOT_NEGATIVE, *SHARES)

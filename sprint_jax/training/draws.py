@@ -36,6 +36,8 @@ class GeneratorKeys(NamedTuple):
     fake_noise: Key
     judged_time: Key
     judged_noise: Key
+    path_time: Key
+    path_noise: Key
     dmd: Key
     twinflow: Key
     twin: Key
@@ -126,6 +128,15 @@ def draw_jump(c, key: Key, latents: jax.Array) -> tuple[jax.Array, jax.Array]:
     stays = jax.random.bernoulli(keys[2], c.meanflow.same_time, one.shape)
     t = jnp.maximum(one, other)
     return t, jnp.where(stays, t, jnp.minimum(one, other))
+
+
+def draw_path(c, key: Key) -> jax.Array:
+    """Flow times of a trajectory's points, [steps + 1] from 1 to 0: even, then shifted at random."""
+    limit = jnp.log(c.trajectory.spread)
+    shift = jnp.exp(jax.random.uniform(key, (), jnp.float32, -limit, limit))
+    # As diffusers' solver, whose first time is a little below 1, where the ratio of signal to noise is 0.
+    even = jnp.linspace(1.0, 0.0, c.trajectory.steps + 1).at[0].set(1 - 1 / 3000)
+    return trigflow.shift_flow_time(even, shift)
 
 
 def warmup(updates: int, step: jax.Array) -> jax.Array | float:

@@ -24,7 +24,7 @@ ANGLES = (*((np.arange(BINS) + 0.5) / BINS * math.pi / 2), trigflow.MAX_TIME)
 
 
 def make_exam(
-    c: Config, nets: Nets, data: Data, mesh: jax.sharding.Mesh, count: int = 256
+    c: Config, nets: Nets, data: Data, mesh: jax.sharding.Mesh
 ) -> Callable[[TrainState, dict], dict[str, float]] | None:
     """Makes ``exam(state, frozen) -> metrics``, which every process must call; None without a judge.
 
@@ -35,7 +35,8 @@ def make_exam(
       real images above one-step ones, and of readable one-step images above unreadable ones (NaN where there
       are none).
     """
-    if data.readable is None or nets.teacher is None:
+    count = c.log.exam
+    if data.readable is None or nets.teacher is None or not count:
         return None
     batch, key = data.held_out(count), jax.random.key(c.seed)
 

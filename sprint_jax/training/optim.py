@@ -1,4 +1,4 @@
-"""Optimizers: AdamW, CAME and Muon with clipping, weight decay, warm-up and learning rate decay.
+"""Optimizers: AdamW and CAME with clipping, weight decay, warm-up and learning rate decay.
 
 CAME (Luo et al., 2023, arXiv 2307.02047) is written here as SANA's training code runs it: linear
 layers and 1x1 convolutions keep factored second moments, everything else a full one, there is no
@@ -174,36 +174,6 @@ def decay_mask(params: Tree, stacked: Callable[[Path], bool] = in_transformer_bl
     return jax.tree_util.tree_map_with_path(decays, params)
 
 
-def scale_by_muon(
-    b1: float, b2: float, eps: float, stacked: Callable[[Path], bool]
-) -> optax.GradientTransformation:
-    """Muon (Jordan et al., 2024) for the matrices of the blocks, Adam for everything else, both with
-    Nesterov's momentum.
-
-    An update has the root mean square that Adam's usually has (arXiv 2502.16982), so that one learning rate
-    serves both.
-
-    Args:
-      b1, b2, eps: Adam's; Muon has a momentum of 0.95.
-      stacked: tells from a leaf's path whether its leading axis numbers layers.
-    """
-
-    def axes(key_path, leaf):
-        if not stacked(path_names(key_path)) or not is_factored(leaf.shape[1:]):
-            return None
-        return optax.contrib.MuonDimensionNumbers(leaf.ndim - 2, leaf.ndim - 1)
-
-    muon = optax.contrib.muon(
-        1.0,
-        adam_b1=b1,
-        adam_b2=b2,
-        eps=eps,
-        consistent_rms=0.2,
-        muon_weight_dimension_numbers=lambda p: jax.tree_util.tree_map_with_path(axes, p),
-    )
-    return optax.chain(muon, optax.scale(-1.0))
-
-
 def learning_rate_schedule(
     learning_rate: float, warmup_steps: int, decay_steps: int = 0
 ) -> optax.Schedule:
@@ -239,12 +209,12 @@ def make_optimizer(
     eps: float = 1e-8,
     stacked: Callable[[Path], bool] = in_transformer_blocks,
 ) -> optax.GradientTransformation:
-    """Clipping, then AdamW, CAME or Muon, then decoupled weight decay, then the learning rate schedule.
+    """Clipping, then AdamW or CAME, then decoupled weight decay, then the learning rate schedule.
 
     Updates and state are float32 (counters int32) whatever the dtype of params and gradients.
 
     Args:
-      name: 'adamw', 'came' or 'muon'.
+      name: 'adamw' or 'came'.
       learning_rate: peak learning rate.
       warmup_steps, decay_steps: see `learning_rate_schedule`.
       clip_norm: gradients whose global l2 norm is larger are scaled down to it; <= 0 is off.
@@ -252,7 +222,7 @@ def make_optimizer(
         tables (`decay_mask`).
       b1, b2: decay of the first and second moment.
       b3: decay of CAME's residual; AdamW has none.
-      eps: AdamW's and Muon's. CAME's two are those of the reference, 1e-30 and 1e-16.
+      eps: AdamW's. CAME's two are those of the reference, 1e-30 and 1e-16.
       stacked: tells from a leaf's path whether its leading axis numbers layers.
 
     Raises:
@@ -262,11 +232,8 @@ def make_optimizer(
         direction = optax.scale_by_adam(b1, b2, eps)
     elif name == "came":
         direction = scale_by_came(b1, b2, b3, stacked=stacked)
-    elif name == "muon":
-        direction = scale_by_muon(b1, b2, eps, stacked)
     else:
-        known = "'adamw', 'came' or 'muon'"
-        raise UserError(f"optimizer {name!r} is not known; choose {known}", exit_code=2)
+        raise UserError(f"optimizer {name!r} is not known; choose 'adamw' or 'came'", exit_code=2)
     parts = [optax.clip_by_global_norm(clip_norm)] if clip_norm > 0 else []
     parts.append(direction)
     if weight_decay:

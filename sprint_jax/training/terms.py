@@ -14,7 +14,7 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
-from .. import losses, trigflow
+from .. import losses, sampling, trigflow
 from ..losses.adversarial import PAIRS
 from ..models import functions
 from ..parallel.sharding import in_use
@@ -36,6 +36,8 @@ def generator_terms(nets: Nets, c, state: TrainState, frozen: dict) -> dict[str,
         terms["scm"] = consistency_term(nets, c, state, frozen)
     if c.meanflow.weight:
         terms["meanflow"] = meanflow_term(nets, c, frozen)
+    if c.trajectory.weight:
+        terms["trajectory"] = trajectory_term(nets, c, frozen)
     if nets.heads is not None or c.dmd.weight or c.twinflow.weight:
         terms["images"] = images_term(nets, c, state, frozen)
     if c.twinflow.weight:
@@ -95,6 +97,45 @@ def meanflow_term(nets: Nets, c, frozen: dict) -> Callable:
         )
         aux = {"meanflow_error": aux["error"], "meanflow_error_t": trigflow.trig_time(aux["t"])}
         return c.meanflow.weight * loss, aux
+
+    return term
+
+
+def trajectory_term(nets: Nets, c, frozen: dict) -> Callable:
+    """Regression to the ends of the teacher's trajectories (`losses.trajectory_loss`), from pure noise."""
+
+    def term(params, batch, key, found):
+        del found
+        keys = draws.split(GeneratorKeys, key)
+        _, text, mask = draws.images_of(c, batch)
+        guidance = draws.draw_guidance(c, keys.guidance, text)
+        noise = jax.random.normal(keys.path_noise, batch["latents"].shape)
+        times = draws.draw_path(c, keys.path_time)
+        velocity = draws.teacher_velocity(nets, frozen, text, mask, guidance)
+        end, points = sampling.dpm_solver_path(velocity, noise, times, times[:-1])
+
+        # All points of a sample side by side, so that each device of a mesh has them in its own rows.
+        def along(a):
+            return jnp.repeat(a, len(points), axis=0)
+
+        angles = jnp.tile(trigflow.trig_time(times[:-1]), len(noise))
+        # x_t / sigma_d of the flow's sample, the inverse of Eq. (7).
+        scale = jnp.sqrt(times[:-1] ** 2 + (1 - times[:-1]) ** 2)
+        x_t = c.sigma_d * points / trigflow.expand(scale, points)
+        x_t = x_t.swapaxes(0, 1).reshape(-1, *noise.shape[1:])
+        student = draws.student_of(nets, along(text), along(mask), along(guidance))
+        gathered = in_use(nets.model, params)
+        loss, aux = losses.trajectory_loss(
+            lambda x, t: student(gathered, x, t)[0],
+            jax.lax.stop_gradient(x_t),
+            angles,
+            jax.lax.stop_gradient(c.sigma_d * along(end)),
+            c.sigma_d,
+            power=c.trajectory.power,
+        )
+        error = aux["error"].reshape(len(noise), -1)
+        names = {"trajectory_near": error[:, -1], "trajectory_far": error[:, 0]}
+        return c.trajectory.weight * loss, names | {"trajectory": error.mean(1)}
 
     return term
 

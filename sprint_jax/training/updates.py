@@ -70,8 +70,13 @@ def _generator_update(nets, c, state, batch, frozen):
     for name in ("meanflow_error", "fake_gap", "twin_gap", "twin_error"):
         if name in aux:
             metrics |= binned(name, aux[f"{name}_t"], aux[name])
+    for name in ("trajectory_near", "trajectory_far"):
+        if name in aux:
+            metrics[name.replace("_", "/")] = aux[name].mean()
     # Without a loss per sample, the images: what is not finite in a gradient was not finite in one of them.
-    samples = next((aux[name] for name in ("loss", "meanflow_error") if name in aux), None)
+    samples = next(
+        (aux[name] for name in ("loss", "meanflow_error", "trajectory") if name in aux), None
+    )
     if samples is None:
         samples = losses.per_sample_norm(aux["fake"])
     made = {name: aux[name] for name in ("fake", "fake_angle") if name in aux}

@@ -39,6 +39,7 @@ TINY = {
     "model.scan": True,
     "data.batch_size": BATCH,
     "log.every": 1,
+    "log.exam": 16,
 }
 
 

@@ -1,4 +1,4 @@
-"""DMD, adversarial, TwinFlow and MeanFlow losses against closed forms, in float64."""
+"""DMD, adversarial, TwinFlow, MeanFlow and trajectory losses against closed forms, in float64."""
 
 import jax
 import jax.numpy as jnp
@@ -251,6 +251,34 @@ def test_meanflow_is_zero_at_the_flow_map_of_a_gaussian():
     assert jax.grad(weighted)(1.2, 0.0) > 0 > jax.grad(weighted)(0.8, 0.0)
 
 
+@pytest.mark.parametrize("power", [0.0, 0.5])
+def test_trajectory_loss_is_zero_at_the_consistency_function_of_a_gaussian(power):
+    """Data N(0, a^2): the trajectory through x_t ends at x_t a / s_t with s_t^2 = (a cos)^2 + (sigma sin)^2."""
+    a = 0.7
+    x_t, _, t = draw()
+
+    def end(x_t, t):
+        t = trigflow.expand(t, x_t)
+        return x_t * a / jnp.sqrt((a * jnp.cos(t)) ** 2 + (SIGMA * jnp.sin(t)) ** 2)
+
+    def F(scale, x, t):
+        angle, x_t = trigflow.expand(t, x), x * SIGMA
+        return scale * (jnp.cos(angle) * x_t - end(x_t, t)) / (SIGMA * jnp.sin(angle))
+
+    def loss(scale):
+        run = lambda x, t: F(scale, x, t)  # noqa: E731
+        how = dict(power=power, constant=1e-12)
+        return losses.trajectory_loss(run, x_t, t, end(x_t, t), SIGMA, **how)
+
+    value, aux = loss(1.0)
+    assert value < 1e-15 and aux["error"].max() < 1e-12
+    assert jax.grad(lambda s: loss(s)[0])(1.2) > 0 > jax.grad(lambda s: loss(s)[0])(0.8)
+    if power:  # the gradient's length does not depend on the error: one of F's number a sample
+        size = jnp.abs(F(1.0, x_t / SIGMA, t)).mean()
+        np.testing.assert_allclose(jax.grad(lambda s: loss(s)[0])(3.0), 2 * size, rtol=1e-6)
+
+
 def test_package_names_every_loss():
-    for name in ("dmd_loss", "fake_score_loss", "meanflow_loss", "rectify_loss", "twin_flow_loss"):
+    names = ("dmd_loss", "fake_score_loss", "meanflow_loss", "rectify_loss", "twin_flow_loss")
+    for name in (*names, "trajectory_loss"):
         assert callable(getattr(losses, name))

@@ -165,6 +165,19 @@ def test_dpm_solver_equals_its_recurrence_written_out(steps):
     np.testing.assert_allclose(found, x, atol=5e-6)
 
 
+@pytest.mark.parametrize("steps", [1, 2, 6])
+def test_dpm_solver_path_of_traced_times_equals_that_of_constants(steps):
+    sigmas = np.asarray(sampling.dpm_solver_times(steps))
+    end, points = sampling.dpm_solver_path(velocity, NOISE, sigmas, sigmas[:-1])
+    assert points.shape == (steps, *SHAPE)
+    np.testing.assert_array_equal(points[0], NOISE)
+    run = jax.jit(lambda times: sampling.dpm_solver_path(velocity, NOISE, times, times[:-1]))
+    found = run(jnp.asarray(sigmas, jnp.float32))
+    # Differences of logarithms in float32.
+    for mine, other in zip(found, (end, points), strict=True):
+        np.testing.assert_allclose(mine, other, atol=2e-5)
+
+
 def test_with_cfg_is_one_doubled_batch():
     calls = []
 

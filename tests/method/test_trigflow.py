@@ -232,6 +232,15 @@ def test_a_flow_map_jumps_between_two_logit_normal_times_or_nowhere():
     assert abs(logits.mean() + 0.4) < 0.02 and abs(logits.std() - 1) < 0.02
 
 
+def test_a_path_has_falling_times_of_its_own():
+    c = default.get_config()
+    for i in range(20):
+        times = np.asarray(draws.draw_path(c, jax.random.key(i)))
+        assert len(times) == c.trajectory.steps + 1 and times[-1] == 0 and 0.999 < times[0] < 1
+        assert (np.diff(times) < 0).all()
+    assert len({float(draws.draw_path(c, jax.random.key(i))[3]) for i in range(20)}) == 20
+
+
 def test_max_time_replaces_with_its_probability():
     t = jnp.linspace(0.1, 1.5, 40_000)
     mixed = np.asarray(trigflow.with_max_time(jax.random.key(2), t, 0.3))

@@ -149,7 +149,8 @@ def test_exam_of_one_step_images_and_of_the_critic(singles):
         return np.arange(len(pictures)) % 2 == 0
 
     data = dataclasses.replace(built.data, readable=every_other)
-    exam = make_exam(built.c, built.nets, data, built.mesh, count=8)
+    c = built.c.override({"log.exam": 8})
+    exam = make_exam(c, built.nets, data, built.mesh)
     found = exam(built.state, built.frozen)
     shares = {name: found[name] for name in found if name.startswith("unreadable/")}
     assert len(shares) == 9 and set(shares.values()) == {0.5}
@@ -160,7 +161,8 @@ def test_exam_of_one_step_images_and_of_the_critic(singles):
     errors = [np.abs(part - records).mean() for part in seen[0].reshape(9, *records.shape)]
     assert errors[0] < 0.3 * errors[-1]
     unjudged = dataclasses.replace(built.data, readable=None)
-    assert make_exam(built.c, built.nets, unjudged, built.mesh) is None
+    assert make_exam(c, built.nets, unjudged, built.mesh) is None
+    assert make_exam(c.override({"log.exam": 0}), built.nets, data, built.mesh) is None
 
 
 def relative_change(mine, other) -> float:
