@@ -62,6 +62,10 @@ def student(c, world):
     c.ladd.time_mean = -2.0
     c.ladd.optimizer.learning_rate = 1e-3
     c.ladd.optimizer.b1 = 0.0
+    # What a fake score learns from changes with every update of the student: no momentum.
+    c.dmd.optimizer.learning_rate = 5e-4
+    c.dmd.optimizer.warmup_steps = 20
+    c.dmd.optimizer.b1, c.dmd.optimizer.b2 = 0.0, 0.99
 
 
 def sweep_lr():

@@ -14,11 +14,11 @@ from configs import digits
 from sprint_jax.core.config import parse_arg
 
 SEEDS = (0, 1, 2)
-OFF = {f"{name}.weight": 0.0 for name in ("ladd", "dmd", "twinflow")}
+OFF = {f"{name}.weight": 0.0 for name in ("ladd", "dmd", "twinflow", "trajectory")}
 BALANCED = {"images.balance": True, "images.max_time_probability": 1.0}
-# What a fake score learns from changes with every update of the student: no momentum, two updates each.
 DMD = BALANCED | {"dmd.weight": 1.0, "dmd.fake_updates": 2}
 TWINFLOW = BALANCED | {"twinflow.weight": 1.0}
+PATHS = {"scm.weight": 0.0, "trajectory.weight": 1.0}
 # As published: batch norm over images, wrong captions as fakes, hinge, noise (-0.6, 1).
 PUBLISHED = {"ladd.weight": 0.5, "ladd.token_norm": False, "ladd.time_mean": -0.6}
 CRITIC = {"ladd.loss": "relativistic", "ladd.paired": True, "ladd.misaligned": False}
@@ -34,6 +34,8 @@ METHODS = {
     "rcm_critic": OFF | DMD | CRITIC | {"ladd.weight": 0.5, "ladd.features": "fake"},
     "dmd": OFF | DMD | {"scm.weight": 0.0, "images.rollout": 2},
     "twinflow": OFF | TWINFLOW,
+    "trajectory": OFF | PATHS,
+    "trajectory_rcm": OFF | PATHS | DMD | {"images.rollout": 2},
     "meanflow": OFF | {"scm.weight": 0.0, "meanflow.weight": 1.0, "model.flow_map": True},
 }
 

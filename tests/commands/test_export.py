@@ -233,7 +233,10 @@ def artifact(folder: Path, name: str):
     return jax_export.deserialize(bytearray((folder / f"{name}.stablehlo").read_bytes()))
 
 
-@pytest.mark.parametrize(("steps", "count"), [(1, 3), (2, 1), (3, 3), (4, 1)])
+@pytest.mark.parametrize(
+    ("steps", "count"),
+    [(2, 1), *(pytest.param(*each, marks=pytest.mark.slow) for each in [(1, 3), (3, 3), (4, 1)])],
+)
 def test_artifacts_sample_as_the_pipeline(student, steps, count):
     folder, _, pipe = student
     prompts = ["a red 3 on blue", "a green 7 on yellow", "a blue 1 on red"]
@@ -279,6 +282,7 @@ def test_loader_runs_without_this_package(student):
     assert max(errors.values()) < TOLERANCE
 
 
+@pytest.mark.slow
 def test_teacher_in_bfloat16_at_another_size(models, tmp_path, capsys):
     out = tmp_path / "out"
     extra = ("--steps", 2, "--dtype", "bfloat16", "--size", "16x8", "--params", "raw")

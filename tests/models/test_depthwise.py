@@ -96,7 +96,9 @@ def test_bfloat16_is_rounded_once():
 
 
 @pytest.mark.parametrize("axes", [(0, None, None), (None, 2, 1), (3, 0, 0), (4, 3, None)], ids=str)
-@pytest.mark.parametrize("derivative", ["value", "jvp", "gradient"])
+@pytest.mark.parametrize(
+    "derivative", ["value", "jvp", pytest.param("gradient", marks=pytest.mark.slow)]
+)
 def test_vmap(axes, derivative):
     stacked = zip(*(make_arguments((2, 4, 5, 6), seed=seed) for seed in range(3)), strict=True)
     arguments = tuple(

@@ -72,6 +72,7 @@ def test_every_input_matters_to_its_own_sample(changed):
     np.testing.assert_array_equal(other[1], base[1])
 
 
+@pytest.mark.slow
 def test_new_guidance_embedder_starts_silent_and_learns():
     fields, _, inputs = setup()
     model, (*inputs, guidance) = SanaTransformer(**fields), cast(inputs, jnp.float32)

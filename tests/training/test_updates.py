@@ -42,7 +42,11 @@ def one_device():
 
 @pytest.fixture(scope="module")
 def singles(configs):
-    return {stage: build(configs[stage], one_device()) for stage in SPECS}
+    class Lazy(dict):  # a stage is compiled when a test asks for it
+        def __missing__(self, stage):
+            return self.setdefault(stage, build(configs[stage], one_device()))
+
+    return Lazy()
 
 
 @pytest.fixture(scope="module")
@@ -223,6 +227,7 @@ def test_a_batch_with_nan_changes_counters_alone(stage, which, singles):
     assert changed(start.params, well.params) if generator else changed(start.disc, well.disc)
 
 
+@pytest.mark.slow
 def test_flow_update_with_two_microbatches(configs, singles):
     """Each half of the batch has its own key; the loss, worked out anew, is the mean of both."""
     c = configs["flow"].override({"accumulate": 2})
