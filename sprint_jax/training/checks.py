@@ -59,6 +59,7 @@ def check_values(c: Config) -> None:
     counts += [f"log.{key}" for key in ("every", "sample_every", "checkpoint_every", "keep")]
     if stage_of(c).distills:
         counts += ["log.diagnostics_every", "dmd.fake_updates", "ladd.updates", "ladd.kernel"]
+        counts += ["trajectory.steps", "trajectory.spread"]
         _check_losses(c)
         if not c.scm.guidance:
             raise UserError("config.scm.guidance is empty: give at least one scale", exit_code=2)

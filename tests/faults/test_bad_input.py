@@ -97,7 +97,10 @@ def test_weights_that_are_none(refused, models, tmp_path):
     refused(STUDENT, run, 1, str(bare), teacher=str(bare))
     for taps in ((2,), (1, 0), (1, 1)):
         refused(STUDENT, run, 2, f"ladd.taps={taps}", "2", teacher=teacher, ladd__taps=taps)
-    none = {f"{name}__weight": 0.0 for name in ("scm", "ladd", "dmd", "twinflow", "meanflow")}
+    none = {
+        f"{name}__weight": 0.0
+        for name in ("scm", "ladd", "dmd", "twinflow", "meanflow", "trajectory")
+    }
     for parts, changes in (
         (["scm.weight", "dmd.weight"], none),
         (["dmd.weight=-1.0"], {"dmd__weight": -1.0}),
@@ -105,6 +108,7 @@ def test_weights_that_are_none(refused, models, tmp_path):
         (["images.max_time_probability=1.5"], {"images__max_time_probability": 1.5}),
         (["meanflow.same_time=-0.1"], {"meanflow__same_time": -0.1}),
         (["twinflow.twin_weight=-1.0"], {"twinflow__twin_weight": -1.0}),
+        (["trajectory.spread=0.5"], {"trajectory__spread": 0.5}),
         (["dmd.shift=0.0"], {"dmd__shift": 0.0}),
         (["model.flow_map"], {"meanflow__weight": 1.0}),
         (["ladd.loss", "hinge"], {"ladd__loss": "logistic"}),

@@ -102,6 +102,14 @@ RECIPES = {
         "meanflow.weight": 1.0,
         "model.flow_map": True,
     },
+    "trajectory": {
+        "ladd.weight": 0.0,
+        "scm.weight": 0.0,
+        "trajectory.weight": 1.0,
+        "trajectory.steps": 3,
+        "dmd.weight": 1.0,
+        "images.balance": True,
+    },
     "twinflow": {"ladd.weight": 0.0, "twinflow.weight": 1.0, "images.balance": True},
     "critic of its own": {
         "ladd.features": "copy",

@@ -341,7 +341,9 @@ def test_each_update_of_a_recipe_moves_its_own_network_alone(name, recipes):
         assert fields <= {*own} and fields >= {own[0], own[-1]}
     assert state.skipped == 0 and all(np.isfinite(metrics[k]) for k in metrics if k[:5] == "loss/")
     # The recipe reaches the student: by sCM alone the gradient is another.
-    others = {f"{loss}.weight": 0.0 for loss in ("dmd", "twinflow", "ladd", "meanflow")}
+    others = {
+        f"{loss}.weight": 0.0 for loss in ("dmd", "twinflow", "ladd", "meanflow", "trajectory")
+    }
     others |= {"scm.weight": 1.0}
     alone, _ = after(build(c.override(others), one_device(), trimmed(built.state)), 0)
     moved, _ = after(built, 0)
