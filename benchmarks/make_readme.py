@@ -50,6 +50,18 @@ SECTIONS = [
         ],
     ),
     (
+        "results/two_modes.jsonl",
+        "Two modes: blends between them at one step",
+        "",
+        [
+            (
+                "arm",
+                "losses | blends | white ones, of half",
+                "{arm} | {blends[0]:.1%} ± {blends[1]:.1%} | {white[0]:.1%} ± {white[1]:.1%}",
+            )
+        ],
+    ),
+    (
         "results/pruning.jsonl",
         "Depth pruning on digits",
         "",

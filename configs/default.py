@@ -169,9 +169,7 @@ def get_config(arg=None):
     c.log = ml_collections.ConfigDict()
     c.log.every = 20  # steps between lines of metrics.jsonl
     c.log.sample_every = 500  # steps between sample grids and curves
-    c.log.exam = (
-        256  # held-out images that a judge, if the data has one, looks at with each grid; 0: off
-    )
+    c.log.exam = 256  # held-out images that the data's judge, if any, sees with each grid; 0: off
     c.log.sample_guidance = 4.5  # CFG scale of the grids
     # Steps between finite-difference and bfloat16 checks of the tangent
     c.log.diagnostics_every = 500

@@ -50,9 +50,9 @@ def rcm(c):
 
 
 def twinflow(c):
-    """TwinFlow (arXiv 2512.05150): a third of each update; there with its own base loss, here with sCM."""
+    """TwinFlow (arXiv 2512.05150): a third of an update each; there with a base loss of its own, here sCM."""
     c.ladd.weight = 0.0
-    c.twinflow.weight = 0.5
+    c.twinflow.weight = c.twinflow.twin_weight = 1.0
     c.images.balance = True
     c.images.max_time_probability = 1.0
 
