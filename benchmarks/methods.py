@@ -2,13 +2,14 @@
 
     python benchmarks/methods.py --runs runs/methods --teacher runs/teacher
 
-Evaluates the teacher and every finished run once (report.json in each folder). Writes
+Evaluates the teacher and every finished run once (report_COUNT.json in each folder). Writes
 benchmarks/results/methods.jsonl, a line for each method with means and standard errors over seeds, and
 benchmarks/pictures/methods.png: the same prompts from the same noise in one step, a row for each method.
 """
 
 import argparse
 import json
+import math
 import statistics
 import sys
 from collections import defaultdict
@@ -24,6 +25,7 @@ from sprint_jax.core.config import Config
 from sprint_jax.digits.evaluation import SHEET_SIZE, write_sheet
 from sprint_jax.digits.report import make_yardsticks, number
 from sprint_jax.pipeline import Request, SprintPipeline
+from sprint_jax.planning.counts import analyze, total
 from sprint_jax.sweeps.rows import load_rows
 from sprint_jax.training import setup
 from sprint_jax.training.stages import lower_updates
@@ -42,7 +44,7 @@ def finished(run: Path) -> bool:
 
 def evaluated(model: Path, count: int) -> list[dict[str, Any]]:
     """The runs of a model's report, which is made if it is missing."""
-    report = model / "report.json"
+    report = model / f"report_{count}.json"
     if not report.is_file():
         words = ["--metrics", "digits", "--count", count, "--out", report]
         run_command("evaluate", "--model", model, *words)
@@ -60,9 +62,10 @@ def numbers(runs: Sequence[dict[str, Any]]) -> dict[str, list[float]]:
 
 
 def spread(values: Sequence[float]) -> list[float | None]:
-    """Mean and its standard error, which a single value has not."""
+    """Mean of what was measured, and its standard error, which a single value has not."""
+    values = [value for value in values if value is not None and math.isfinite(value)]
     error = statistics.stdev(values) / len(values) ** 0.5 if values[1:] else None
-    return [statistics.mean(values), error]
+    return [statistics.mean(values) if values else None, error]
 
 
 def forwards(c: Config) -> float:
@@ -74,12 +77,12 @@ def forwards(c: Config) -> float:
     forward = jax.jit(lambda params, *inputs: nets.model.apply({"params": params}, *inputs))
     programs = lower_updates(c, nets, state, batch, frozen)
     programs += [forward.lower(state.params, x, time, text, mask, time)]
-    *updates, one = [program.cost_analysis()["flops"] for program in programs]
+    *updates, one = [total(analyze(each.as_text(dialect="hlo")), "flops") for each in programs]
     return sum(updates) / one
 
 
 def logged(folder: Path) -> dict[str, float]:
-    """Of a run: minutes in its steps, and means of `LOGGED` over the last ten lines."""
+    """Of a run: minutes of its loop, compilation left out, and means of `LOGGED` over the last ten lines."""
     records = read_metrics(folder / "metrics.jsonl")
     steps = [0, *(record["step"] for record in records)]
     taken = [r["time/step_seconds"] * (r["step"] - n) for r, n in zip(records, steps, strict=False)]
@@ -98,7 +101,7 @@ def line_of(method: str, folders: list[Path], count: int) -> dict[str, Any]:
         "updates": c.steps,
         "forwards": round(forwards(c), 2),
         "steps": {str(runs[0]["steps"]): numbers(runs) for runs in zip(*reports, strict=True)},
-        "logged": {name: spread([log[name] for log in logs]) for name in logs[0]},
+        "logged": {name: spread([log.get(name) for log in logs]) for name in logs[0]},
     }
 
 

@@ -3,9 +3,9 @@
     python benchmarks/two_modes.py
 
 Images of 8x8 numbers are all white or all black (means +1 and -1, deviation 0.1): a mixture on a line, along
-which the noise has an eighth of the modes' distance. The teacher is exact. The student, a network of two
-hidden layers, first learns the teacher's flow, then distils it; the same budget of updates for all methods,
-four seeds. A blend is an image whose mean lies between -0.5 and 0.5. Writes
+which the noise's deviation is a sixteenth of the modes' distance. The teacher is exact. The student, a network
+of two hidden layers, first learns the teacher's flow, then distils it; the same budget of updates for all
+methods, four seeds. A blend is an image whose mean lies between -0.5 and 0.5. Writes
 benchmarks/results/two_modes.jsonl and benchmarks/pictures/two_modes.png.
 """
 

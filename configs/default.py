@@ -94,7 +94,8 @@ def get_config(arg=None):
     )
     # 1 or more: from pure noise in 1 to so many steps, at times of dmd's; the last carries the gradient
     c.images.rollout = 0
-    # True: weights are ratios of lengths: of a loss's gradient by the network's output, to sCM's
+    # True: weights are ratios of lengths of gradients by the network's output: a loss's on images, to that of
+    # scm, meanflow and trajectory
     c.images.balance = False
     # True: critic and fake score learn from the batch and the images of the generator's update, drawn before
     # it. Saves a forward pass each, and data; published code draws anew from another batch.
@@ -126,9 +127,8 @@ def get_config(arg=None):
     c.meanflow.weight = 0.0
     c.meanflow.time_mean = -0.4  # logit-normal flow times, two a sample
     c.meanflow.time_std = 1.0
-    c.meanflow.same_time = (
-        0.25  # share of samples whose target is their own time: the teacher's velocity
-    )
+    # Share of samples whose target is their own time, which the teacher's velocity is; 0.75 from scratch.
+    c.meanflow.same_time = 0.25
     c.meanflow.power = 1.0  # of the error, in the weight that divides a sample's loss
 
     c.ladd = ml_collections.ConfigDict()  # stage 'distill': a critic of the student's images

@@ -6,8 +6,7 @@
     python benchmarks/methods.py --runs runs/methods --teacher runs/teacher
 
 The same lines go on where they stopped. Word: ``full`` or ``small``, the world of `configs/digits.py`, whose
-student these change. Three seeds each; ``time`` instead of ``updates`` gives each method the updates that cost
-as much as 1,600 of sCM with LADD. docs/results.md has what came out.
+student these change. Three seeds each.
 """
 
 from configs import digits

@@ -110,12 +110,12 @@ def train(c: Config, workdir: Path, peers=None) -> None:
                 bad = int(jax.device_get(in_a_row if sample or save else before))
             with clock("log"):
                 log.flush()  # the line of the step before
+                metrics |= exam(state, frozen) if exam and sample else {}
             if diagnose and step % c.log.diagnostics_every == 0:
                 if batch["latents"].shape != shapes[0]["latents"].shape:
                     batch = to_devices(data.batches(data.next_of_first(number)))
                 metrics |= diagnose(state, batch, frozen)
-            metrics |= exam(state, frozen) if exam and sample else {}
-            if step % c.log.every == 0 or last:
+            if step % c.log.every == 0 or last or sample:
                 log.defer(step, metrics | clock.lap(step))
             check_finite(bad, c.max_nonfinite, workdir, step, metrics)
             with clock("log"):

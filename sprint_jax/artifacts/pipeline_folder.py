@@ -16,6 +16,7 @@ from ..core.errors import UserError
 from ..core.files import read_json, write_json_atomic
 from ..core.fingerprint import fingerprint
 from ..interop.diffusers import load_transformer, read_config, save_transformer
+from ..interop.sana import sana_table
 from ..models.sana import SanaTransformer, from_fields
 
 PARTS = ("vae", "text_encoder", "tokenizer")  # what a base gives
@@ -32,8 +33,9 @@ def check_fields(fields: dict[str, Any], student: bool) -> None:
       student: whether it goes into a SanaSprintPipeline.
 
     Raises:
-      UserError: a student's times are not those of Sprint.
+      UserError: a student's times are not those of Sprint, or it is a flow map.
     """
+    sana_table(fields)  # refuses what has no names there
     scale = from_fields(fields).timestep_scale
     if student and scale != SPRINT_TIMESTEP_SCALE:
         raise UserError(

@@ -40,7 +40,8 @@ def meanflow_loss(
       power, constant: ``p`` and ``c`` of the weight; 0 is the plain squared error.
 
     Returns:
-      ``(mean loss, aux)``: aux per sample [B]: 'error' (mean square before weighting), 't'.
+      ``(mean loss, aux)``: aux per sample [B]: 'error' (mean square before weighting), 't' and 'length', of the
+      loss's gradient by ``u``.
     """
     x_t = flow_add_noise(latents, noise, t)
     v = jax.lax.stop_gradient(teacher(x_t, t))
@@ -50,4 +51,5 @@ def meanflow_loss(
     error = jnp.square(u - target).reshape(len(t), -1).sum(-1)
     weight = jax.lax.stop_gradient(error + constant) ** -power
     aux = {"error": per_sample_mean(jnp.square(u - target)), "t": t}
+    aux |= {"length": 2 * weight * jnp.sqrt(error)}
     return (weight * error).mean(), jax.lax.stop_gradient(aux)

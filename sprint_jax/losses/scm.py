@@ -51,7 +51,7 @@ def scm_loss(
     Returns:
       ``(mean loss, aux)`` with per-sample aux [B]: 'loss', 't', 'tangent_norm' (before
       normalisation), 'teacher_gap' (``|F - F_teacher|`` root mean square), 'error' (mean ``g^2``
-      after normalisation, weighted) and 'logvar'.
+      after normalisation, weighted), 'logvar' and 'length', of the loss's gradient by F.
     """
     chex.assert_shape([z, t], [x0.shape, x0.shape[:1]])
     x_t = add_noise(x0, z, t)
@@ -84,5 +84,6 @@ def scm_loss(
         "teacher_gap": jnp.sqrt(per_sample_mean(jnp.square(F_minus - dx_t / sigma_d))),
         "error": error,
         "logvar": logvar,
+        "length": 2 * weight * jnp.exp(-logvar) * per_sample_norm(F - F_minus - g) / g[0].size,
     }
     return loss.mean(), jax.lax.stop_gradient(aux)

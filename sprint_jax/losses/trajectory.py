@@ -41,7 +41,8 @@ def trajectory_loss(
         is the squared error.
 
     Returns:
-      ``(mean loss, aux)``: aux per sample [B]: 'error', root mean square.
+      ``(mean loss, aux)``: aux per sample [B]: 'error', root mean square, and 'length', of the loss's gradient
+      by F.
     """
     chex.assert_equal_shape([x_t, end])
     target = jax.lax.stop_gradient(
@@ -51,4 +52,5 @@ def trajectory_loss(
     square = jnp.square(difference).reshape(len(t), -1).sum(-1)
     weight = jax.lax.stop_gradient(square + constant) ** -power
     aux = {"error": jnp.sqrt(per_sample_mean(jnp.square(difference)))}
+    aux |= {"length": 2 * weight * jnp.sqrt(square)}
     return (weight * square).mean(), jax.lax.stop_gradient(aux)

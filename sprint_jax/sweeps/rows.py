@@ -40,6 +40,10 @@ class Row:
     process: subprocess.Popen | None = None
     log_start: int = 0
 
+    def same_as(self, other: "Row") -> bool:
+        """Returns whether two rows have one folder, or are one run."""
+        return self.name == other.name or self.overrides == other.overrides
+
     def finished(self) -> bool:
         """Returns whether the folder holds this very run with a checkpoint of its last step."""
         # Orbax renames a folder to its number when the checkpoint is whole.
@@ -71,8 +75,9 @@ def load_rows(spec: str, name: str, words: Sequence[str], workdir: Path) -> list
     for number, overrides in enumerate(listed, 1):
         try:
             row = _load_row(spec, words, overrides, workdir)
-            if row.name in rows:
-                raise UserError(f"repeats row {[*rows].index(row.name) + 1}")
+            same = [n for n, other in enumerate(rows.values(), 1) if row.same_as(other)]
+            if same:
+                raise UserError(f"repeats row {same[0]}")
         except UserError as error:
             where = f"row {number} of {len(listed)} of sweep_{name}(), {overrides!r:.120}"
             raise UserError(f"{where}: {error}", exit_code=2) from error
@@ -85,8 +90,8 @@ def _load_row(spec: str, words: Sequence[str], overrides: Any, workdir: Path) ->
         raise UserError("a row must be a dict of dotted keys")
     texts = {key: _text(value) for key, value in sorted(overrides.items())}
     name = texts.pop("name", "")
-    if name and not PLAIN.fullmatch(name):
-        raise UserError(f"name {name!r} has other characters than letters, digits and ._+-")
+    if name and not re.fullmatch(r"[\w+-]+", name):
+        raise UserError(f"name {name!r} has other characters than letters, digits and _+-")
     for key in texts.keys() & {word[len("--config.") :].partition("=")[0] for word in words}:
         raise UserError(f"--config.{key} is set for all rows on the command line")
     words = [*words, *(f"--config.{key}={text}" for key, text in texts.items())]

@@ -22,8 +22,8 @@ def gradients(
     alive.
 
     Args:
-      terms: by name, each ``term(params, batch, key, found) -> (scalar, aux)``; aux leaves are per-sample
-        arrays [B], and ``found`` is the aux of the terms before it.
+      terms: by name, each ``term(params, batch, key, found) -> (scalar, aux)``; aux leaves have
+        a row for each sample, and ``found`` is the aux of the terms before it.
       params: differentiated tree.
       batch: arrays with a leading axis that ``parts`` divides.
       key: folded with the index of each microbatch; the same for all terms.

@@ -22,6 +22,7 @@ NOT_NEGATIVE = (
     "images.rollout",
     "twinflow.twin_weight",
 )
+NOT_NEGATIVE += ("trajectory.power", "meanflow.power", "log.exam")
 SHARES = ("images.max_time_probability", "meanflow.same_time")
 
 

@@ -39,7 +39,7 @@ def verdict(records: list[dict]) -> list[str]:
     near, far = mean("fake_gap/t0"), mean(f"fake_gap/t{BINS - 1}")
     lines = []
     if not math.isnan(share):
-        beside = "" if math.isnan(cosine) else f", at cosine {cosine:.2f} to sCM"
+        beside = "" if math.isnan(cosine) else f", at cosine {cosine:.2f} to the others"
         lines.append(f"losses on images: {share:.0%} of the update{beside}")
     if not math.isnan(auc):
         said = f"AUC {auc:.2f}" if math.isnan(held_out) else f"AUC {held_out:.2f}, held out"

@@ -36,6 +36,8 @@ class GeneratorKeys(NamedTuple):
     fake_noise: Key
     judged_time: Key
     judged_noise: Key
+    jump_time: Key
+    jump_noise: Key
     path_time: Key
     path_noise: Key
     dmd: Key

@@ -161,8 +161,8 @@ class MetricLog(contextlib.AbstractContextManager):
             draw_curves(self.path, self.workdir / "curves.png")
 
     def verdict(self) -> None:
-        """Prints what the losses on images did, by the last lines of metrics.jsonl."""
-        self.flush()
+        """Draws curves.png, and prints what the losses on images did, by the last lines of metrics.jsonl."""
+        self.curves()
         if self._active:
             for line in verdict(read_metrics(self.path)[-10:]):
                 print(line, flush=True)

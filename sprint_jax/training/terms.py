@@ -5,8 +5,8 @@ the terms before it; all split the same key into `draws.GeneratorKeys`.
 
 Losses on the images that a student makes share one pass of the student. Each is computed with its gradient by
 the images alone; the gradients are weighted, summed and sent through the student once. With ``images.balance``
-a weight is the length of a loss's gradient by the network's output F, in units of that of sCM; without, it
-multiplies the loss.
+a weight is the length of a loss's gradient by the network's output F, in units of that of the losses that are
+not on images; without, it multiplies the loss.
 """
 
 from collections.abc import Callable
@@ -24,13 +24,14 @@ from .state import Nets, TrainState, trained_of
 
 Array = jax.Array
 # The gradient of the normalised consistency loss by F has about this length, whatever the image's size: its
-# tangent has length 1, and the weight that logvar learns makes the error 1.
+# tangent has length 1, and the weight that logvar learns makes the error 1. The unit where there is no other.
 SCM_LENGTH = 2.0
+BASES = ("scm", "meanflow", "trajectory")  # the losses that are not on images
 TINY = 1e-12  # below every length of a gradient that is not 0
 
 
 def generator_terms(nets: Nets, c, state: TrainState, frozen: dict) -> dict[str, Callable]:
-    """The terms that the config turns on, by name; the first ones are those of which `balanced` takes units."""
+    """The terms that the config turns on, by name: first `BASES`, of which `balanced` takes its unit."""
     terms = {}
     if c.scm.weight:
         terms["scm"] = consistency_term(nets, c, state, frozen)
@@ -48,8 +49,7 @@ def generator_terms(nets: Nets, c, state: TrainState, frozen: dict) -> dict[str,
 def consistency_term(nets: Nets, c, state: TrainState, frozen: dict) -> Callable:
     """The consistency loss sCM (`losses.scm_loss`)."""
 
-    def term(params, batch, key, found):
-        del found
+    def term(params, batch, key, _):
         keys = draws.split(GeneratorKeys, key)
         x0, text, mask = draws.images_of(c, batch)
         guidance = draws.draw_guidance(c, keys.guidance, x0)
@@ -66,6 +66,7 @@ def consistency_term(nets: Nets, c, state: TrainState, frozen: dict) -> Callable
             mean_norm=c.scm.mean_norm,
             shared_primal=c.scm.shared_primal,
         )
+        aux["length/scm"] = aux.pop("length")
         return c.scm.weight * loss, aux
 
     return term
@@ -74,8 +75,7 @@ def consistency_term(nets: Nets, c, state: TrainState, frozen: dict) -> Callable
 def meanflow_term(nets: Nets, c, frozen: dict) -> Callable:
     """The flow map of MeanFlow (`losses.meanflow_loss`): the student learns jumps between any two times."""
 
-    def term(params, batch, key, found):
-        del found
+    def term(params, batch, key, _):
         keys = draws.split(GeneratorKeys, key)
         latents, text, mask = batch["latents"], batch["text"], batch["mask"]
         guidance = draws.draw_guidance(c, keys.guidance, latents)
@@ -84,19 +84,20 @@ def meanflow_term(nets: Nets, c, frozen: dict) -> Callable:
         def average(params, x, t, target):
             return functions.velocity(model, params, text, mask, guidance, target=target)(x, t)
 
-        t, target = draws.draw_jump(c, keys.time, latents)
+        t, target = draws.draw_jump(c, keys.jump_time, latents)
         loss, aux = losses.meanflow_loss(
             average,
             draws.teacher_velocity(nets, frozen, text, mask, guidance),
             in_use(nets.model, params),
             latents,
-            jax.random.normal(keys.noise, latents.shape),
+            jax.random.normal(keys.jump_noise, latents.shape),
             t,
             target,
             power=c.meanflow.power,
         )
-        aux = {"meanflow_error": aux["error"], "meanflow_error_t": trigflow.trig_time(aux["t"])}
-        return c.meanflow.weight * loss, aux
+        found = {"meanflow_error": aux["error"], "meanflow_error_t": trigflow.trig_time(t)}
+        found |= {"length/meanflow": aux["length"], "value/meanflow": jnp.full_like(t, loss)}
+        return c.meanflow.weight * loss, found
 
     return term
 
@@ -104,8 +105,7 @@ def meanflow_term(nets: Nets, c, frozen: dict) -> Callable:
 def trajectory_term(nets: Nets, c, frozen: dict) -> Callable:
     """Regression to the ends of the teacher's trajectories (`losses.trajectory_loss`), from pure noise."""
 
-    def term(params, batch, key, found):
-        del found
+    def term(params, batch, key, _):
         keys = draws.split(GeneratorKeys, key)
         _, text, mask = draws.images_of(c, batch)
         guidance = draws.draw_guidance(c, keys.guidance, text)
@@ -134,26 +134,21 @@ def trajectory_term(nets: Nets, c, frozen: dict) -> Callable:
             power=c.trajectory.power,
         )
         error = aux["error"].reshape(len(noise), -1)
-        names = {"trajectory_near": error[:, -1], "trajectory_far": error[:, 0]}
-        return c.trajectory.weight * loss, names | {"trajectory": error.mean(1)}
+        found = {"trajectory_near": error[:, -1], "trajectory_far": error[:, 0]}
+        found["length/trajectory"] = aux["length"].reshape(len(noise), -1).mean(1)
+        found["value/trajectory"] = jnp.full(len(noise), loss)
+        return c.trajectory.weight * loss, found
 
     return term
 
 
-def scm_length(c, found: dict) -> Array | float:
-    """Mean length of the consistency loss's gradient by F, `SCM_LENGTH` where there is no such loss."""
-    if "error" not in found:
-        return SCM_LENGTH
-    # Of w exp(-u) |F - F^- - g|^2 / D by F, with |g| near 1; exp(-u) weighs little until logvar has settled.
-    return SCM_LENGTH * c.scm.weight * (found["error"] * jnp.exp(-found["logvar"])).mean()
-
-
 def balanced(c, weight: Array | float, length: Array, found: dict) -> Array | float:
-    """What multiplies a loss: ``weight``; with ``images.balance`` what gives its gradient by F, of ``length``
-    [B], ``weight`` times the mean length of sCM's."""
+    """What multiplies a loss: ``weight``; with ``images.balance`` what makes its gradient by F, which has the
+    ``length`` [B], ``weight`` times as long as that of the `BASES`, on average."""
     if not c.images.balance:
         return weight
-    return weight * scm_length(c, found) / jnp.maximum(length.mean(), TINY)
+    bases = [c[name].weight * found[f"length/{name}"].mean() for name in BASES if c[name].weight]
+    return weight * (sum(bases) if bases else SCM_LENGTH) / jnp.maximum(length.mean(), TINY)
 
 
 def images_term(nets: Nets, c, state: TrainState, frozen: dict) -> Callable:
@@ -289,6 +284,7 @@ def twin_term(nets: Nets, c) -> Callable:
         velocity = functions.velocity(nets.model, gathered, text, mask, guidance)
         loss, aux = losses.twin_flow_loss(velocity, latents, noise, t)
         weight = balanced(c, c.twinflow.twin_weight, aux["length"], found)
-        return weight * loss, {"twin_error": aux["error"], "twin_error_t": trigflow.trig_time(t)}
+        found = {"twin_error": aux["error"], "twin_error_t": trigflow.trig_time(t)}
+        return weight * loss, found | {"value/twin": jnp.full_like(t, loss)}
 
     return term

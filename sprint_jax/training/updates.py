@@ -3,7 +3,7 @@
 An update is ``update(nets, c, state, batch, frozen) -> (state, metrics)``. A batch has latents [B, h, w, C]
 of unit variance, text [B, L, D] and mask [B, L]; ``frozen`` holds the teacher's parameters and the features
 of the empty prompt. Randomness is a function of (seed, step): each update splits its key into the named keys
-of a tuple below.
+of a tuple of `draws`.
 """
 
 import jax
@@ -73,14 +73,11 @@ def _generator_update(nets, c, state, batch, frozen):
     for name in ("trajectory_near", "trajectory_far"):
         if name in aux:
             metrics[name.replace("_", "/")] = aux[name].mean()
-    # Without a loss per sample, the images: what is not finite in a gradient was not finite in one of them.
-    samples = next(
-        (aux[name] for name in ("loss", "meanflow_error", "trajectory") if name in aux), None
-    )
-    if samples is None:
-        samples = losses.per_sample_norm(aux["fake"])
+    # A sample that is not finite shows in its loss, or in the image that was made of it.
+    samples = [aux[name] for name in ("loss", "meanflow_error", "trajectory_far") if name in aux]
+    samples += [losses.per_sample_norm(aux["fake"])] if "fake" in aux else []
     made = {name: aux[name] for name in ("fake", "fake_angle") if name in aux}
-    return state, metrics | health(samples, state), made
+    return state, metrics | health(sum(samples), state), made
 
 
 def discriminator_update(nets: Nets, c, state: TrainState, batch: dict, frozen: dict):

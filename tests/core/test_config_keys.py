@@ -65,6 +65,8 @@ def test_every_key_is_read(tmp_path, monkeypatch):
             run(
                 recipe, f"configs/sprint.py:600m,{recipe}", {"teacher": str(tmp_path / "2")} | NOISE
             )
+        maps = {"meanflow.weight": 1.0, "model.flow_map": True, "trajectory.weight": 1.0}
+        run("maps", STAGES[1], {"teacher": str(tmp_path / "0")} | maps)
         images = {"data.images": (str(write_images(tmp_path / "pictures")),)}
         encode.main(encoding_words(tmp_path / "latents", **{"data__images": images["data.images"]}))
         latents = {"data.latents": (str(tmp_path / "latents"),), "data.holdout": 2}

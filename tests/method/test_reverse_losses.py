@@ -278,6 +278,36 @@ def test_trajectory_loss_is_zero_at_the_consistency_function_of_a_gaussian(power
         np.testing.assert_allclose(jax.grad(lambda s: loss(s)[0])(3.0), 2 * size, rtol=1e-6)
 
 
+@pytest.mark.parametrize("mean_norm", [False, True])
+def test_lengths_are_those_of_the_gradient_by_the_networks_output(mean_norm):
+    """Of the three losses that are not on images, by a network whose parameters are added to its output."""
+    random = np.random.default_rng(0)
+    shape = (5, 2, 2, 3)
+    x0, z, zero = (jnp.asarray(random.normal(size=shape) * size) for size in (SIGMA, SIGMA, 0))
+    t = jnp.asarray(random.uniform(0.3, 1.3, 5))
+    teacher, fake = gaussian(0.3, 0.4), gaussian(-0.2, 0.7)
+
+    def student(added, x, t):
+        return fake(x, t) + added, jnp.sin(t)
+
+    def scm(added):
+        how = dict(sigma_d=SIGMA, warmup=1.0, mean_norm=mean_norm)
+        return losses.scm_loss(student, teacher, added, x0, z, t, **how)
+
+    def flow_map(added):
+        average = lambda added, x, t, r: fake(x, t) + added  # noqa: E731
+        return losses.meanflow_loss(average, teacher, added, x0, z, t / 1.6, t / 4)
+
+    def path(added):
+        run = lambda x, t: student(added, x, t)[0]  # noqa: E731
+        return losses.trajectory_loss(run, x0, t, z, SIGMA)
+
+    for loss in (scm, flow_map, path):
+        gradient, aux = jax.grad(loss, has_aux=True)(zero)
+        found = losses.per_sample_norm(gradient) * len(t)
+        np.testing.assert_allclose(aux["length"], found, rtol=1e-9)
+
+
 def test_package_names_every_loss():
     names = ("dmd_loss", "fake_score_loss", "meanflow_loss", "rectify_loss", "twin_flow_loss")
     for name in (*names, "trajectory_loss"):
