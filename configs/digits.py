@@ -44,7 +44,7 @@ def teacher(c, world):
 
 def student(c, world):
     c.stage = "distill"
-    c.steps = 800 if world == "small" else 1600
+    c.steps = 720 if world == "small" else 1600
     c.model.guidance_embeds = True
     c.optimizer.learning_rate = 5e-4
     c.optimizer.decay_steps = c.steps
