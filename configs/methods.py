@@ -14,6 +14,7 @@ from sprint_jax.core.config import parse_arg
 
 SEEDS = (0, 1, 2)
 OFF = {f"{name}.weight": 0.0 for name in ("ladd", "dmd", "twinflow", "trajectory")}
+OFF |= {"images.balance": False, "images.max_time_probability": 0.5}
 BALANCED = {"images.balance": True, "images.max_time_probability": 1.0}
 DMD = BALANCED | {"dmd.weight": 1.0, "dmd.fake_updates": 2}
 TWINFLOW = BALANCED | {"twinflow.weight": 1.0}
@@ -33,6 +34,7 @@ METHODS = {
     "rcm_critic": OFF | DMD | CRITIC | {"ladd.weight": 0.5, "ladd.features": "fake"},
     "dmd": OFF | DMD | {"scm.weight": 0.0, "images.rollout": 2},
     "twinflow": OFF | TWINFLOW,
+    "scm_trajectory_twinflow": OFF | PATHS | TWINFLOW | {"scm.weight": 1.0},
     "trajectory": OFF | PATHS,
     "trajectory_rcm": OFF | PATHS | DMD | {"images.rollout": 2},
     "meanflow": OFF | {"scm.weight": 0.0, "meanflow.weight": 1.0, "model.flow_map": True},

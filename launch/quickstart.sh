@@ -21,7 +21,7 @@ environment "${EXTRAS:-}"
 stage "2/5 teacher: flow matching"
 $python -m sprint_jax.train --config configs/digits.py:teacher,small --workdir "$runs/teacher"
 
-stage "3/5 student: sCM + LADD distillation of the teacher"
+stage "3/5 student: sCM, trajectories of the teacher, TwinFlow"
 $python -m sprint_jax.train --config configs/digits.py:student,small \
   --config.teacher="$runs/teacher" --workdir "$runs/student"
 
