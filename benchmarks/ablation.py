@@ -46,7 +46,7 @@ def make(root: Path) -> None:
     """Trains, prepares, checks and distils."""
     data = {"data.dir": root / "data"}
     teacher = ["--config", "configs/digits.py:teacher,small"]
-    student = ["--config", "configs/digits.py:student,small"]
+    student = ["--config", "configs/digits.py:student,small,sprint"]
     base = {"model.timestep_scale": 1.0, "model.qk_norm": False, "log.sample_every": 10000}
     run_command("train", *teacher, *config_words(data | base), "--workdir", root / "base")
     where = ["--model", root / "base", "--workdir", root / "kept_qk", "--keep_time_embedding"]

@@ -43,7 +43,7 @@ METHODS = {
 
 def get_config(arg=None):
     (world,) = parse_arg(arg, ("full", "small"))
-    return digits.get_config(f"student,{world}")
+    return digits.get_config(f"student,{world},sprint")
 
 
 def sweep_updates():

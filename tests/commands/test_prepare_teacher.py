@@ -71,7 +71,7 @@ def test_command_prepares_trains_and_resumes(prepare, folder, data, tmp_path):
     assert (workdir / "prepared" / "prepared.json").stat().st_mtime_ns == written
     other = prepare("--protect", "0")
     assert other.code == 1 and "--protect" in other.error
-    c = tiny("configs/digits.py:student,small", data, teacher=str(workdir))
+    c = tiny("configs/digits.py:student,small,sprint", data, teacher=str(workdir))
     assert setup.find_teacher(c).is_teacher
 
 
@@ -118,7 +118,7 @@ def test_what_cannot_be_prepared_leaves_nothing(prepare, tmp_path, more, model, 
 
 
 def test_a_student_may_have_a_teacher_from_a_diffusers_folder(folder, data):
-    c = tiny("configs/digits.py:student,small", data, teacher=str(folder))
+    c = tiny("configs/digits.py:student,small,sprint", data, teacher=str(folder))
     mesh = setup.mesh_from(c)
     teacher = setup.build_nets(c, mesh).teacher
     frozen, origin = setup.load_frozen(c, feed.open_data(c, mesh), mesh)

@@ -19,7 +19,10 @@ from sprint_jax.core.config import Config
 from sprint_jax.data import feed
 
 pytestmark = pytest.mark.usefixtures("quick")
-SPECS = {"flow": "configs/digits.py:teacher,small", "distill": "configs/digits.py:student,small"}
+SPECS = {
+    "flow": "configs/digits.py:teacher,small",
+    "distill": "configs/digits.py:student,small,sprint",
+}
 STEPS, EVERY = 16, 4  # steps of a run, and between checkpoints
 
 

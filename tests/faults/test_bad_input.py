@@ -13,7 +13,7 @@ from sprint_jax import train
 from sprint_jax.checkpoints.checkpoint import Checkpoints
 
 TEACHER = "configs/digits.py:teacher,small"
-STUDENT = "configs/digits.py:student,small"
+STUDENT = "configs/digits.py:student,small,sprint"
 pytestmark = pytest.mark.usefixtures("quick")
 
 

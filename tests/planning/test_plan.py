@@ -26,7 +26,12 @@ TINY = (
     "--config.model.num_cross_attention_heads=1",
     "--config.data.batch_size=16",
 )
-STUDENT = ("--config", str(ROOT / "configs/digits.py:student,small"), *TINY, "--config.ladd.taps=1")
+STUDENT = (
+    "--config",
+    str(ROOT / "configs/digits.py:student,small,sprint"),
+    *TINY,
+    "--config.ladd.taps=1",
+)
 TEACHER = ("--config", str(ROOT / "configs/digits.py:teacher,small"), *TINY)
 FLOPS = {"flow": 1.0}
 

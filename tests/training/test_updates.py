@@ -22,7 +22,10 @@ from sprint_jax.training.exam import make_exam
 
 pytestmark = pytest.mark.usefixtures("quick")
 STEPS = 20
-SPECS = {"flow": "configs/digits.py:teacher,small", "distill": "configs/digits.py:student,small"}
+SPECS = {
+    "flow": "configs/digits.py:teacher,small",
+    "distill": "configs/digits.py:student,small,sprint",
+}
 # Of data, fsdp and tensor.
 MESHES = [*itertools.product(SPECS, [(2, 2, 2), (8,), (1, 8), (1, 4, 2)])]
 
