@@ -96,15 +96,11 @@ def words(spec: str, data: Path, workdir: Path, **changes: Any) -> list[str]:
 # Changes of a student's config: one recipe for each kind of fake score, critic, and way to make images.
 RECIPES = {
     "rcm": {"ladd.weight": 0.0, "dmd.weight": 1.0, "images.balance": True, "images.rollout": 2},
-    "meanflow": {
+    "flow map and trajectories": {
         "ladd.weight": 0.0,
         "scm.weight": 0.0,
         "meanflow.weight": 1.0,
         "model.flow_map": True,
-    },
-    "trajectory": {
-        "ladd.weight": 0.0,
-        "scm.weight": 0.0,
         "trajectory.weight": 1.0,
         "trajectory.steps": 3,
         "dmd.weight": 1.0,
