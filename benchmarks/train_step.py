@@ -59,7 +59,7 @@ def build(world, overrides):
     """``(c, nets, state, batch, given)`` of a student; given: ``frozen`` and the parts' inputs."""
     model = [word for word in overrides if word.startswith("--config.model.")]
     teacher = load_config(f"{DIGITS}:teacher,{world}", model)
-    c = load_config(f"{DIGITS}:student,{world}", overrides)
+    c = load_config(f"{DIGITS}:student,{world},sprint", overrides)
     mesh = sharding.make_mesh(1, 1, devices=jax.devices()[:1])
     nets = setup.build_nets(c, mesh, dict(teacher.model) | {"guidance_embeds": False})
     if c.model.scan or c.model.remat != "none" or c.accumulate != 1 or not nets.heads:

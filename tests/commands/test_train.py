@@ -119,7 +119,8 @@ def test_stopped_run_goes_on_bit_for_bit(
 ):
     """After kill -9 from the last checkpoint, after SIGTERM from the step in progress."""
     workdir, killed = tmp_path / "run", number == signal.SIGKILL
-    arguments = command(stage, workdir, log__checkpoint_every=EVERY if killed else 1000)
+    how = {"log__checkpoint_every": EVERY if killed else 1000, "log__sample_every": 8}
+    arguments = command(stage, workdir, **how)
 
     def ready():
         # One step more than the checkpoint, which must come again.
@@ -174,8 +175,10 @@ FLOW = COMMON | {"loss/flow"} | bins("flow_loss")
 DISTILL = COMMON | {"grad/heads", "logits/real", "logits/fake", "logits/misaligned"}
 DISTILL |= {f"loss/{n}" for n in ("total", "scm", "ladd", "critic")}
 DISTILL |= {"critic/auc", "share/scm", "share/images", "cosine/images", "length/ladd"}
+DISTILL |= {"length/scm"}
 DISTILL = DISTILL.union(*map(bins, ("tangent_norm", "teacher_gap", "error", "logvar")))
 CHECKS = {"check/jvp", "check/bfloat16_tangent"}
+EXAM = {"critic/held_out", "critic/readable", "unreadable/one_step"} | bins("unreadable")
 
 
 @pytest.mark.parametrize(
@@ -186,9 +189,13 @@ def test_metrics_hold_the_diagnostics(stage, expected, whole):
     binned = {name for name in expected if name[-3:-1] == "/t"}
     for step, record in found.items():
         checked = CHECKS if stage == "distill" and step % 4 == 0 else set()
+        checked = checked | EXAM if stage == "distill" and step % 8 == 0 else checked
         assert expected | checked | {"step"} == record.keys(), step
         # Only a bin of times may be empty.
-        assert {name for name, value in record.items() if value is None} <= binned | {"critic/auc"}
+        assert {name for name, value in record.items() if value is None} <= binned | {
+            "critic/auc",
+            "critic/readable",
+        }
         assert record["health/skipped"] == record["health/nonfinite_samples"] == 0
     for name in binned:
         assert any(record[name] is not None for record in found.values()) or stage == "flow", name
