@@ -1,4 +1,4 @@
-"""The published recipe on a small network: does it train, and what of it cannot work at this size?
+"""The published recipe on a small network: its curves, and what of it cannot work at this size.
 
     python benchmarks/published.py --root runs/published
 

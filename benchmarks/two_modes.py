@@ -1,4 +1,4 @@
-"""Two modes and nothing else: what each loss does to the blends between them at one step.
+"""Two modes and nothing else: the blends between them at one step, by the losses that a student has.
 
     python benchmarks/two_modes.py
 

@@ -1,4 +1,4 @@
-"""Every method on one digits teacher: which loss repairs one step, and what it costs the other steps.
+"""Every method on one digits teacher: the loss that repairs one step, and its cost to the other steps.
 
     python -m sprint_jax.train --config configs/digits.py:teacher --workdir runs/teacher
     python -m launch.sweep --config configs/methods.py --sweep updates --workdir runs/methods \\

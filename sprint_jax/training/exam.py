@@ -1,4 +1,4 @@
-"""What a judge of the data says of a student's one-step images, and of the critic that looks at them.
+"""The exam of a student's one-step images, and of the critic that looks at them, by a judge of the data.
 
 Only for data with a judge: `data.feed.Data.readable`. All is of the averaged parameters and held-out records.
 """
