@@ -28,7 +28,7 @@ SIZE |= {"out_channels": 12, "sample_size": 16}
 RUN = {f"model.{key}": value for key, value in SIZE.items()}
 RUN |= {"data.batch_size": 16, "data.holdout": 32, "mesh.fsdp": 1, "log.every": 5}
 RUN |= {"log.sample_every": 10**6, "log.checkpoint_every": 50}
-# A network this narrow learns at 100 times the rate, and a teacher must be one.
+# A network this narrow and new learns at 50 times the rate of a fine-tuning.
 TEACHER = {"steps": 400, "optimizer.learning_rate": 1e-3, "optimizer.warmup_steps": 50}
 TEACHER |= {"optimizer.decay_steps": 400, "ema_decay": 0.99}
 STUDENT = {"steps": 300, "log.diagnostics_every": 50}

@@ -89,9 +89,8 @@ def get_config(arg=None):
 
     # Stage 'distill': the student's images, of one pass for all losses on images (ladd, dmd, twinflow).
     c.images = ml_collections.ConfigDict()
-    c.images.max_time_probability = (
-        0.5  # share that is made from pure noise, others from noised images
-    )
+    # Share that is made from pure noise; the others are from noised images
+    c.images.max_time_probability = 0.5
     # 1 or more: from pure noise in 1 to so many steps, at times of dmd's; the last carries the gradient
     c.images.rollout = 0
     # True: weights are ratios of lengths of gradients by the network's output: a loss's on images, to that of
@@ -117,7 +116,7 @@ def get_config(arg=None):
 
     c.trajectory = (
         ml_collections.ConfigDict()
-    )  # stage 'distill': the ends of the teacher's trajectories
+    )  # stage 'distill': ends of the teacher's trajectories
     c.trajectory.weight = 0.0
     c.trajectory.steps = 6  # of the solver (DPM-Solver++), each of which is a point to learn from
     c.trajectory.spread = 2.0  # its times are shifted by a factor between 1 over this and this

@@ -11,7 +11,7 @@ keeps the student's losses those of SANA-Sprint, sCM and LADD, where others were
 The full world took 46 minutes for the teacher, on one of two CPU cores, and 42 for the student on both. On
 1,000 held-out prompts the teacher was right for 94.7 % in 20 steps, the student for 73.4, 87.8, 91.1 and
 93.4 % in 1, 2, 3 and 4. In the small world it was 5 minutes and 6.5, both cores: 93.0 %, and 72.0, 88.2, 92.0
-and 95.0 %, on 400 prompts; with ``sprint`` 5 minutes and 5, and 52.2, 82.3, 86.8 and 90.7 %.
+and 95.0 %, on 400 prompts.
 """
 
 from configs import default

@@ -15,14 +15,8 @@ FREE = ("steps", "teacher", "mesh.", "log.", "sampler.", "encode.threads")
 FREE += ("data.dir", "data.prefetch", "data.latents", "data.encoders")
 
 # Of the losses of a student.
-NOT_NEGATIVE = (
-    "ladd.r1",
-    "ladd.r2",
-    "ladd.penalty_noise",
-    "images.rollout",
-    "twinflow.twin_weight",
-)
-NOT_NEGATIVE += ("trajectory.power", "meanflow.power", "log.exam")
+NOT_NEGATIVE = ("ladd.r1", "ladd.r2", "ladd.penalty_noise", "images.rollout", "log.exam")
+NOT_NEGATIVE += ("twinflow.twin_weight", "trajectory.power", "meanflow.power")
 SHARES = ("images.max_time_probability", "meanflow.same_time")
 
 
