@@ -75,6 +75,7 @@ def scm_by_hand(p, T, x0, z, t, *, warmup, constant, mean_norm):
         "teacher_gap": np.sqrt(((F - F_teacher) ** 2).mean((1, 2, 3))),
         "error": error,
         "logvar": logvar,
+        "length": np.sqrt((to_F**2).sum((1, 2, 3))) * batch,
     }
     return per_sample.mean(), gradient, aux
 
