@@ -25,7 +25,8 @@ from jax.experimental import multihost_utils
 from ..core.errors import UserError
 from ..core.files import differences
 from ..core.fingerprint import describe, digest, leaf_table
-from . import orbax_io
+from ..core.storage import absolute, as_path
+from . import object_store, orbax_io
 from .orbax_io import Damaged, on_every_process, one_line
 
 Tree = Any
@@ -99,13 +100,13 @@ class Checkpoints(contextlib.AbstractContextManager):
     ):
         if keep < 1 or (every is not None and every < 1):
             raise UserError(f"checkpoints: keep={keep} and every={every} must be at least 1")
-        self.directory = epath.Path(directory).resolve()
+        self.directory = epath.Path(absolute(as_path(directory)))
         self.every = every
         self._async_bytes = async_gb * 1e9
         self._quiet = contextlib.ExitStack()
         self._quiet.enter_context(orbax_io.quiet_logs())
         try:
-            self._manager = orbax_io.make_writer(self.directory, keep)
+            self._manager = _writer_of(self.directory)(self.directory, keep)
         except OSError as error:
             self._quiet.close()
             raise UserError(f"checkpoint directory {self.directory}: {one_line(error)}") from error
@@ -129,14 +130,8 @@ class Checkpoints(contextlib.AbstractContextManager):
         content = [_json_value({**meta, "step": int(step)}), leaf_table(state)]
         record = {"meta": content[0], "leaves": content[1], "digest": digest(content)}
         size = sum(leaf.nbytes for leaf in jax.tree.leaves(state)) / jax.process_count()
-        stream = size > self._async_bytes
-        item = orbax_io.streamed(state) if stream else ocp.args.StandardSave(state)
-        args = ocp.args.Composite(state=item, meta=ocp.args.JsonSave(record))
         with self._write_errors():
-            started = self._manager.save(step, args=args, force=True)
-            if stream:
-                self._manager.wait_until_finished()
-            return started
+            return self._manager.save(step, state, record, size > self._async_bytes)
 
     @contextlib.contextmanager
     def _write_errors(self) -> Iterator[None]:
@@ -201,12 +196,25 @@ class Checkpoints(contextlib.AbstractContextManager):
     def wait(self) -> None:
         """Waits until the last save is complete; raises UserError if it could not be written."""
         with self._write_errors():
-            self._manager.wait_until_finished()
+            self._manager.wait()
 
     def close(self) -> None:
         """Waits, then frees threads; nothing else may be called afterwards."""
         with self._quiet, self._write_errors():
             self._manager.close()
+
+
+def complete_steps(directory: epath.Path) -> list[int]:
+    """The steps of the whole checkpoints in a directory."""
+    if orbax_io.writes_orbax(directory):
+        return ocp.utils.checkpoint_steps(directory)
+    return object_store.complete_steps(directory)
+
+
+def _writer_of(directory: epath.Path):
+    if orbax_io.writes_orbax(directory):
+        return orbax_io.OrbaxWriter
+    return object_store.ObjectStoreWriter
 
 
 def _newest_whole(
@@ -264,7 +272,7 @@ def load_params(
     if which not in ("ema", "raw"):
         raise UserError(f"params {which!r} is not known; choose 'ema' or 'raw'", exit_code=2)
     field = "params" if which == "raw" else "ema"
-    directory = epath.Path(workdir).resolve() / "checkpoints"
+    directory = epath.Path(absolute(as_path(workdir))) / "checkpoints"
     if not directory.is_dir():
         raise UserError(f"{workdir} is not a training workdir: it has no directory checkpoints")
 
@@ -279,7 +287,7 @@ def load_params(
         target = {field: jax.tree.map(_abstract, tree)}
         return _read_tree(checkpoint, record["leaves"], target)[field], record["meta"]
 
-    result, _ = _newest_whole(directory, ocp.utils.checkpoint_steps(directory), attempt)
+    result, _ = _newest_whole(directory, complete_steps(directory), attempt)
     if result is None:
         raise UserError(f"{directory} has no complete checkpoint yet; train longer")
     return result

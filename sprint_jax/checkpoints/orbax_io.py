@@ -7,6 +7,7 @@ would leave the others waiting. Its format is plain: one zarr array a leaf in an
 import contextlib
 import json
 import logging
+import os
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, TypeVar
 
@@ -47,29 +48,66 @@ def quiet_logs() -> Iterator[None]:
         logger.removeFilter(from_elsewhere)
 
 
-def make_writer(directory: epath.Path, keep: int) -> ocp.CheckpointManager:
-    """Returns a manager that keeps the newest ``keep`` checkpoints and saves a state in one of two ways.
+class OrbaxWriter:
+    """Writes checkpoints by Orbax, and keeps the newest ``keep``. Every process calls every method."""
 
-    With ``ocp.args.StandardSave`` the whole state is copied to the host at once, and written in the
-    background. With `streamed` at most `STREAM_GB` of it, or one larger leaf, are on the host at a time;
-    the caller must then wait before it overwrites the arrays.
-    """
-    registry = ocp.handlers.DefaultCheckpointHandlerRegistry()
-    registry.add("state", ocp.args.StandardSave)
-    # Without a function that says which leaves may wait, Orbax lets none wait and ignores the limit.
-    streaming = ocp.PyTreeCheckpointHandler(
-        save_device_host_concurrent_gb=STREAM_GB, is_prioritized_key_fn=lambda path: False
-    )
-    registry.add("state", ocp.args.PyTreeSave, streaming)
-    registry.add("meta", ocp.args.JsonSave)
-    options = ocp.CheckpointManagerOptions(max_to_keep=keep, cleanup_tmp_directories=True)
-    return ocp.CheckpointManager(directory, options=options, handler_registry=registry)
+    def __init__(self, directory: epath.Path, keep: int):
+        registry = ocp.handlers.DefaultCheckpointHandlerRegistry()
+        registry.add("state", ocp.args.StandardSave)
+        # Without a function that says which leaves may wait, Orbax lets none wait and ignores the limit.
+        streaming = ocp.PyTreeCheckpointHandler(
+            save_device_host_concurrent_gb=STREAM_GB, is_prioritized_key_fn=lambda path: False
+        )
+        registry.add("state", ocp.args.PyTreeSave, streaming)
+        registry.add("meta", ocp.args.JsonSave)
+        options = ocp.CheckpointManagerOptions(max_to_keep=keep, cleanup_tmp_directories=True)
+        self._manager = ocp.CheckpointManager(
+            directory, options=options, handler_registry=registry
+        )
+        self.all_steps = self._manager.all_steps  # that are there, or on their way
+        self.wait = self._manager.wait_until_finished  # raises what went wrong in the save that is running
+        self.reload = self._manager.reload  # looks again at what is there
+        self.close = self._manager.close
+
+    def save(self, step: int, state: Tree, record: dict[str, Any], stream: bool) -> bool:
+        """Starts to write a checkpoint: copies the state to the host at once, and goes on in the background.
+
+        With ``stream`` at most `STREAM_GB` of it, or one larger leaf, are on the host at a time, and the call
+        returns when all is written.
+        """
+        # A data file is built in memory, up to this size; TensorStore's own choice is 2 GB.
+        size = int(STREAM_GB * 1e9) // 2
+        item = (
+            ocp.args.PyTreeSave(state, ocdbt_target_data_file_size=size)
+            if stream
+            else ocp.args.StandardSave(state)
+        )
+        args = ocp.args.Composite(state=item, meta=ocp.args.JsonSave(record))
+        started = self._manager.save(step, args=args, force=True)
+        if stream:
+            self.wait()
+        return started
 
 
-def streamed(state: Tree) -> ocp.args.PyTreeSave:
-    """Returns the argument that makes the manager of `make_writer` stream a state."""
-    # A data file is built in memory, up to this size; TensorStore's own choice is 2 GB.
-    return ocp.args.PyTreeSave(state, ocdbt_target_data_file_size=int(STREAM_GB * 1e9) // 2)
+def writes_orbax(directory: epath.Path) -> bool:
+    """Whether Orbax can write there: on disks and on Google Cloud Storage, to this day not on S3."""
+    return not os.fspath(directory).startswith("s3://")
+
+
+def kvstore(folder: epath.Path, path: str = "") -> dict[str, Any]:
+    """TensorStore's place of a folder, or of what lies below it."""
+    name = os.fspath(folder / path) + "/"
+    scheme, separator, rest = name.partition("://")
+    if not separator:
+        return {"driver": "file", "path": name}
+    bucket, _, path = rest.partition("/")
+    place = {"driver": {"gs": "gcs"}.get(scheme, scheme), "bucket": bucket, "path": path}
+    # As botocore reads them, and TensorStore does not: stores that are not Amazon's.
+    endpoint = os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL")
+    if scheme == "s3" and endpoint:
+        region = os.environ.get("AWS_REGION") or os.environ.get("AWS_DEFAULT_REGION")
+        place |= {"endpoint": endpoint, "aws_region": region or "us-east-1"}
+    return place
 
 
 def read_json(checkpoint: epath.Path) -> Any:
@@ -86,8 +124,12 @@ def read_arrays(
       names: keys on the way to each, joined by dots, such as ``params.out.kernel``.
       targets: their shapes and shardings; each process reads the shards of its own devices.
     """
-    files = {"driver": "ocdbt", "base": f"{(checkpoint / 'state').as_uri()}/"}
-    stores = [ts.open({"driver": "zarr", "kvstore": files | {"path": f"{n}/"}}) for n in names]
+    if writes_orbax(checkpoint):
+        files = {"driver": "ocdbt", "base": kvstore(checkpoint / "state")}
+        places = [files | {"path": f"{name}/"} for name in names]
+    else:
+        places = [kvstore(checkpoint, f"state/{name}") for name in names]
+    stores = [ts.open({"driver": "zarr", "kvstore": place}) for place in places]
     arrays = []
     for target, opening in zip(targets, stores, strict=True):
         store = opening.result()

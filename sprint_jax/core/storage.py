@@ -1,0 +1,184 @@
+"""Paths on disks and in buckets (``gs://``, ``s3://``), with the methods of pathlib in both cases.
+
+A bucket has neither folders, renames nor appends. What is written there is written whole, an object at a time,
+and the object that makes the others count comes last. Credentials are those of the environment, as the
+provider's own tools find them; nothing here reads or prints them.
+"""
+
+import contextlib
+import hashlib
+import importlib.util
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator, Sequence
+from fnmatch import fnmatch
+from pathlib import Path
+from typing import Any
+
+from etils import epath
+
+from .errors import UserError
+
+AnyPath = Path | epath.Path
+# By scheme: the package that reads it, and the extra of this project that installs it.
+SCHEMES = {"gs": ("gcsfs", "gcs"), "s3": ("s3fs", "s3")}
+# Whose exceptions say what a provider or the network answered.
+PROVIDERS = ("aiobotocore", "aiohttp", "botocore", "gcsfs", "google", "s3fs")
+PART = 64 << 20  # bytes that are on the way at once while a file is copied
+
+
+def as_path(name: str | os.PathLike) -> AnyPath:
+    """The path of a name that a user gave; nothing is looked up.
+
+    Raises:
+      UserError: exit code 2, for a scheme that is not known, a bucket without a name, or a package that its
+        scheme needs and that is not installed.
+    """
+    text = os.fspath(name)
+    scheme, separator, rest = text.partition("://")
+    if not separator:
+        return Path(text)
+    if scheme == "file" and rest.startswith("/"):
+        return Path(rest)
+    if scheme not in SCHEMES:
+        raise UserError(f"{text}: {scheme}:// is not known; give a local path, gs:// or s3://", 2)
+    if not rest.strip("/").partition("/")[0]:
+        raise UserError(f"{text} names no bucket: {scheme}://BUCKET/PATH", 2)
+    package, extra = SCHEMES[scheme]
+    if importlib.util.find_spec(package) is None:
+        raise UserError(f"{text} needs {package}: pip install 'sprint_jax[{extra}]'", 2)
+    import fsspec
+
+    # Other processes write to the same places: what was listed once is asked for again.
+    fsspec.config.conf.setdefault(scheme, {}).setdefault("use_listings_cache", False)
+    return epath.Path(text.rstrip("/"))
+
+
+def in_bucket(path: str | os.PathLike) -> bool:
+    """Whether a path is of a bucket."""
+    return os.fspath(path).startswith(tuple(f"{scheme}://" for scheme in SCHEMES))
+
+
+def absolute(path: AnyPath) -> AnyPath:
+    """The path from the root, links resolved; that of a bucket is one already."""
+    return path if in_bucket(path) else path.resolve()
+
+
+def make_folder(path: AnyPath) -> None:
+    """Makes a folder and its parents, where there are such things."""
+    if not in_bucket(path):
+        path.mkdir(parents=True, exist_ok=True)
+
+
+def is_provider_error(error: BaseException) -> bool:
+    """Whether an exception is a provider's or the network's answer, and no bug."""
+    return type(error).__module__.partition(".")[0] in PROVIDERS
+
+
+def read_range(path: AnyPath, start: int, stop: int) -> bytes:
+    """The bytes of a file from ``start`` to ``stop`` or its end, in one request; raises OSError."""
+    if in_bucket(path):
+        return filesystem(path).cat_file(os.fspath(path), start=start, end=stop)
+    with path.open("rb") as file:
+        file.seek(start)
+        return file.read(stop - start)
+
+
+def filesystem(path: epath.Path) -> Any:
+    """fsspec's file system of a bucket's path."""
+    import fsspec
+
+    return fsspec.filesystem(os.fspath(path).partition("://")[0])
+
+
+def walk(path: AnyPath) -> dict[str, str]:
+    """The files below a folder of a bucket: path from there -> a word that changes with the content."""
+    files, root = filesystem(path), os.fspath(path).partition("://")[2]
+    found = files.find(os.fspath(path), detail=True)
+    return {
+        name[len(root) :].strip("/"): str(
+            next((info[key] for key in ("etag", "ETag", "md5Hash", "mtime") if info.get(key)), "")
+        )
+        + f" {info['size']}"
+        for name, info in sorted(found.items())
+    }
+
+
+def fetch(path: epath.Path, patterns: Sequence[str] = ("*",)) -> Path:
+    """A copy of a bucket's file or folder on this machine, in the user's cache, made unless it is there.
+
+    Args:
+      patterns: of the files that are wanted, by their path below the folder.
+
+    Raises:
+      UserError: there is nothing at this path.
+    """
+    files, name = filesystem(path), os.fspath(path)
+    found = walk(path)
+    wanted = {file: mark for file, mark in found.items() if any(fnmatch(file, p) for p in patterns)}
+    if not wanted:
+        raise UserError(f"{path} does not exist, or has no {', '.join(patterns)}")
+    home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    mark = hashlib.sha256(repr((name, sorted(wanted.items()))).encode()).hexdigest()[:16]
+    target = home / "sprint_jax_buckets" / mark / path.name
+    if not target.exists():
+        target.parent.mkdir(parents=True, exist_ok=True)
+        # Several processes may come to this; each makes a copy of its own, and one keeps its name.
+        partial = Path(tempfile.mkdtemp(prefix="partial-", dir=target.parent))
+        try:
+            for file in wanted:
+                local = partial / path.name / file if file else partial / path.name
+                local.parent.mkdir(parents=True, exist_ok=True)
+                files.get_file(f"{name}/{file}" if file else name, str(local))
+            with contextlib.suppress(OSError):  # another one was first
+                (partial / path.name).replace(target)
+        finally:
+            shutil.rmtree(partial, ignore_errors=True)
+    return target
+
+
+class Mirror:
+    """A local folder whose files go to a bucket, those that changed, whenever `push` is called.
+
+    Attributes:
+      local: the folder, temporary; it goes with `close`.
+    """
+
+    def __init__(self, place: epath.Path):
+        self.place = place
+        self.local = Path(tempfile.mkdtemp(prefix="sprint_jax-"))
+        self._pushed: dict[Path, tuple[int, int]] = {}
+
+    def push(self, last: str = "") -> None:
+        """Copies what is new or has changed since it was copied, ``last`` after all others."""
+        files = filesystem(self.place)
+        paths = [path for path in sorted(self.local.rglob("*")) if path.is_file()]
+        for path in sorted(paths, key=lambda path: path.name == last):
+            status = path.stat()
+            stamp = status.st_size, status.st_mtime_ns
+            if self._pushed.get(path) != stamp:
+                name = path.relative_to(self.local).as_posix()
+                files.put_file(str(path), os.fspath(self.place / name), chunksize=PART)
+                self._pushed[path] = stamp
+
+    def close(self) -> None:
+        """Removes the local folder."""
+        shutil.rmtree(self.local, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def local_output(place: AnyPath, last: str = "") -> Iterator[Path]:
+    """A local folder whose files lie at ``place`` at the end, ``last`` written last; nothing after an error.
+
+    ``place`` itself if it is local; that need not be there yet.
+    """
+    if not in_bucket(place):
+        yield place
+        return
+    mirror = Mirror(place)
+    try:
+        yield mirror.local
+        mirror.push(last)
+    finally:
+        mirror.close()

@@ -1,0 +1,102 @@
+"""Everything that may lie in a bucket, against servers of both protocols on the loopback."""
+
+import jax
+import numpy as np
+import pytest
+from helpers import bucket_servers
+from helpers.checkpoints import META, make_state
+
+from sprint_jax.checkpoints.checkpoint import Checkpoints, load_params
+from sprint_jax.core.storage import Mirror, as_path, fetch, local_output, read_range, walk
+
+pytestmark = pytest.mark.faults
+
+
+@pytest.fixture(scope="module", params=["gs", "s3"])
+def bucket(request):
+    with bucket_servers.bucket(request.param) as address:
+        yield address
+
+
+def test_paths_have_the_methods_of_pathlib(bucket):
+    folder = as_path(f"{bucket}/paths")
+    (folder / "a.txt").write_text("one")
+    (folder / "sub" / "b.bin").write_bytes(bytes(range(100)))
+    assert (folder / "a.txt").read_text() == "one"
+    assert (folder / "a.txt").is_file() and folder.is_dir() and not (folder / "c").exists()
+    assert {path.name for path in folder.iterdir()} == {"a.txt", "sub"}
+    assert read_range(folder / "sub" / "b.bin", 10, 13) == bytes([10, 11, 12])
+    assert sorted(walk(folder)) == ["a.txt", "sub/b.bin"]
+
+
+def test_a_copy_is_made_once_and_again_after_a_change(bucket, tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    folder = as_path(f"{bucket}/fetched")
+    for name in ("config.json", "deep/weights.bin", "notes.md"):
+        (folder / name).write_text(name)
+    local = fetch(folder, ("*.json", "*.bin"))
+    found = {path.relative_to(local).as_posix() for path in local.rglob("*") if path.is_file()}
+    assert found == {"config.json", "deep/weights.bin"}
+    assert fetch(folder, ("*.json", "*.bin")) == local
+    (folder / "config.json").write_text("other words")
+    again = fetch(folder, ("*.json", "*.bin"))
+    assert again != local and (again / "config.json").read_text() == "other words"
+
+
+def test_a_mirror_pushes_what_changed_and_an_output_its_last_file_last(bucket):
+    folder = as_path(f"{bucket}/mirror")
+    mirror = Mirror(folder)
+    (mirror.local / "deep").mkdir()
+    (mirror.local / "deep" / "one").write_text("1")
+    mirror.push()
+    (folder / "deep" / "one").write_text("not pushed again")
+    (mirror.local / "two").write_text("2")
+    mirror.push()
+    mirror.close()
+    assert (folder / "deep" / "one").read_text() == "not pushed again"
+    assert (folder / "two").read_text() == "2"
+    with pytest.raises(RuntimeError), local_output(as_path(f"{bucket}/broken")) as local:
+        (local / "half").write_text("half")
+        raise RuntimeError
+    assert not walk(as_path(f"{bucket}/broken"))
+
+
+def equal(a, b):
+    return jax.tree.all(
+        jax.tree.map(lambda x, y: np.asarray(x).tobytes() == np.asarray(y).tobytes(), a, b)
+    )
+
+
+@pytest.mark.parametrize("limit", [4.0, 0.0], ids=["at once", "streamed"])
+def test_checkpoints_are_restored_bit_for_bit_and_old_ones_go(bucket, limit):
+    directory = f"{bucket}/run{limit}/checkpoints"
+    with Checkpoints(directory, keep=2, async_gb=limit) as checkpoints:
+        for step in (1, 2, 3):
+            assert checkpoints.save(step, make_state(step), META)
+        assert not checkpoints.save(3, make_state(3), META)
+    with Checkpoints(directory, keep=2) as checkpoints:
+        state, meta = checkpoints.restore_latest(make_state(0), META)
+    assert meta["step"] == 3 and equal(state, make_state(3))
+    steps = {path.name for path in as_path(directory).iterdir()}
+    assert steps == {"2", "3"}
+    params, meta = load_params(f"{bucket}/run{limit}", "raw")
+    assert meta["step"] == 3 and equal(params, make_state(3).params)
+
+
+def test_a_checkpoint_that_was_cut_short_does_not_count(bucket):
+    directory = f"{bucket}/cut/checkpoints"
+    with Checkpoints(directory, keep=3) as checkpoints:
+        for step in (1, 2):
+            checkpoints.save(step, make_state(step), META)
+    marks = [name for name in walk(as_path(directory)) if name.startswith("2/")]
+    last = [name for name in marks if "/done/" in name or "commit_success" in name]
+    assert last
+    for name in last:
+        (as_path(directory) / name).unlink()
+    with Checkpoints(directory, keep=3) as checkpoints:
+        _, meta = checkpoints.restore_latest(make_state(0), META)
+        assert meta["step"] == 1
+        assert checkpoints.save(2, make_state(2), META)
+    with Checkpoints(directory, keep=3) as checkpoints:
+        _, meta = checkpoints.restore_latest(make_state(0), META)
+    assert meta["step"] == 2
