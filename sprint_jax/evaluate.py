@@ -10,13 +10,13 @@ and a sheet of pictures beside it, report.png.
 
 import argparse
 import shlex
-from pathlib import Path
 from typing import Any
 
 from .checkpoints.workdir import read_workdir_config
 from .core import cli
 from .core.errors import UserError
 from .core.files import without_nan, write_json_atomic
+from .core.storage import AnyPath, as_path, in_bucket
 from .digits.evaluation import (
     SHEET_SIZE,
     draw_and_measure,
@@ -80,7 +80,7 @@ def _parser() -> cli.Parser:
     return parser
 
 
-def _check(flags: argparse.Namespace) -> Path:
+def _check(flags: argparse.Namespace) -> AnyPath:
     """The path of the report, once everything that needs no network is known to be in order."""
     if flags.metrics != "digits":
         raise UserError(f"--metrics {flags.metrics}: this version has digits only", exit_code=2)
@@ -88,10 +88,10 @@ def _check(flags: argparse.Namespace) -> Path:
         raise UserError(
             f"--count must be at least {SHEET_SIZE}, --batch 1 and --seed 0", exit_code=2
         )
-    out = Path(flags.out)
+    out = as_path(flags.out)
     if out.suffix != ".json":
         raise UserError(f"--out {out} must end in .json", exit_code=2)
-    if not out.parent.is_dir():
+    if not in_bucket(out) and not out.parent.is_dir():
         raise UserError(f"--out {out}: the directory {out.parent} does not exist")
     return out
 

@@ -13,13 +13,12 @@ and a loader; --workdir may also be a pipeline folder of diffusers. See load.py 
 What was written is loaded and compared before it gets its name; after an error nothing is left.
 """
 
-from pathlib import Path
-
 import jax.numpy as jnp
 
 from .artifacts.export import export_diffusers, export_stablehlo, new_folder
 from .core import cli
 from .core.errors import UserError
+from .core.storage import as_path
 from .pipeline import SprintPipeline
 
 # Flags that only one format has.
@@ -34,7 +33,7 @@ def main(argv: list[str]) -> None:
             raise UserError(f"--{flag} is for --format {needed}", exit_code=2)
     height, width = cli.parse_size(flags.size)
     dtype = jnp.dtype(flags.dtype)
-    with new_folder(Path(flags.out)) as folder:
+    with new_folder(as_path(flags.out)) as folder:
         if flags.format == "diffusers":
             how = dict(params=flags.params, dtype=dtype, base=flags.base)
             report = export_diffusers(flags.workdir, folder, **how)
@@ -42,7 +41,7 @@ def main(argv: list[str]) -> None:
             pipe = SprintPipeline.from_pretrained(flags.workdir, dtype, flags.params)
             how = dict(params=flags.params, steps=flags.steps, height=height, width=width)
             report = export_stablehlo(pipe, flags.workdir, folder, **how)
-            report.append(f"run it: python {Path(flags.out) / 'load.py'}")
+            report.append(f"run it: python {flags.out}/load.py")
     print("\n".join([f"wrote {flags.out}", *report]))
 
 

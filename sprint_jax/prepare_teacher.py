@@ -11,10 +11,9 @@ and, after pruning, importance.png. Then `train` fine-tunes from there in stage 
 other, for ``--config.teacher=DIR``. The same line resumes, and does not operate twice.
 """
 
-from pathlib import Path
-
 from .core import cli
 from .core.errors import UserError
+from .core.storage import as_path
 from .parallel import distributed
 from .teacher.prepare import Options, prepare
 from .train import train
@@ -29,7 +28,7 @@ def main(argv: list[str]) -> None:
         raise UserError(f"config.stage is '{c.stage}': a teacher is of stage 'flow'", exit_code=2)
     if c.init:
         raise UserError("leave out --config.init: --model says what to start from", exit_code=2)
-    workdir = Path(flags.workdir)
+    workdir = as_path(flags.workdir)
     c = c.override({"init": str(workdir / PREPARED)})
     if flags.prune:
         c = c.override({"model.num_layers": flags.prune})

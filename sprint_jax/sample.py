@@ -18,6 +18,7 @@ from PIL import Image
 from .core import cli
 from .core.errors import UserError
 from .core.sheet import write_pictures
+from .core.storage import as_path, in_bucket, local_output
 from .pipeline import Request, SprintPipeline
 from .sampling import SOLVERS
 
@@ -49,8 +50,8 @@ def main(argv: list[str]) -> None:
         ]
         captions = [prompt for prompt in prompts for _ in range(flags.images_per_prompt)]
         write_pictures(out, images, captions, scale=flags.scale)
-        print(f"{len(images)} pictures: {out}/00000.png ... {len(images) - 1:05d}.png")
-        print(f"with captions: {out}/grid.png")
+    print(f"{len(images)} pictures: {flags.out}/00000.png ... {len(images) - 1:05d}.png")
+    print(f"with captions: {flags.out}/grid.png")
 
 
 def _parser() -> cli.Parser:
@@ -85,7 +86,7 @@ def _prompts(flags: argparse.Namespace) -> list[str]:
     prompts = [prompt.strip() for prompt in flags.prompt]
     if flags.prompts is not None:
         try:
-            lines = Path(flags.prompts).read_text(encoding="utf-8").splitlines()
+            lines = as_path(flags.prompts).read_text(encoding="utf-8").splitlines()
         except (OSError, UnicodeDecodeError) as error:
             reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8 text"
             raise UserError(f"--prompts {flags.prompts}: {reason}") from error
@@ -102,7 +103,7 @@ def _image(name: str | None) -> Image.Image | None:
     if name is None:
         return None
     try:
-        with Image.open(name) as image:
+        with as_path(name).open("rb") as file, Image.open(file) as image:
             return image.convert("RGB")
     except (OSError, ValueError, Image.DecompressionBombError) as error:
         reason = getattr(error, "strerror", None) or "it is not a picture that can be read"
@@ -111,8 +112,15 @@ def _image(name: str | None) -> Image.Image | None:
 
 @contextlib.contextmanager
 def _output_folder(name: str) -> Iterator[Path]:
-    """The folder of that name, made before anything is computed; one that it made goes after an error."""
-    out = Path(name)
+    """The folder of that name, made before anything is computed; one that it made goes after an error.
+
+    For one in a bucket a local folder, whose files go there at the end.
+    """
+    out = as_path(name)
+    if in_bucket(out):
+        with local_output(out) as local:
+            yield local
+        return
     made = [folder for folder in (out, *out.parents) if not folder.exists()]
     try:
         out.mkdir(parents=True, exist_ok=True)

@@ -14,12 +14,12 @@ Writes report.json, curves.png and samples.png. Exit code 0: ready; 4: not ready
 
 import argparse
 import sys
-from pathlib import Path
 
 from .checkpoints.workdir import read_workdir_config
 from .core import cli
 from .core.config import Config, load_config
 from .core.errors import UserError
+from .core.storage import as_path, local_output
 from .teacher.check import check_teacher
 
 NOT_READY = 4  # exit code
@@ -30,10 +30,11 @@ def main(argv: list[str]) -> None:
     overrides, rest = cli.split_overrides(argv)
     flags = _parser().parse_args(rest)
     c = _config(flags, overrides)
-    out = Path(flags.out)
+    out = as_path(flags.out)
     if out.exists() and not out.is_dir():
         raise UserError(f"--out {out} is a file; name a directory")
-    checks = check_teacher(c, flags.model, flags.before, out, flags.count, flags.batch)
+    with local_output(out) as folder:
+        checks = check_teacher(c, flags.model, flags.before, folder, flags.count, flags.batch)
     for each in checks:
         said = "ok" if each.passed else f"FAILED: {each.advice}"
         print(f"{each.name:9} {each.value:10.3g}  at most {each.limit:<7g} {each.what}: {said}")
@@ -48,7 +49,7 @@ def _config(flags: argparse.Namespace, overrides: list[str]) -> Config:
         raise UserError("--count and --batch must be at least 1", exit_code=2)
     if flags.config:
         return load_config(flags.config, overrides)
-    model = Path(flags.model)
+    model = as_path(flags.model)
     if not (model / "config.json").is_file() or not (model / "checkpoints").is_dir():
         raise UserError(
             f"--model {model} is not a workdir: say with --config which data to measure it on",

@@ -9,7 +9,6 @@ The same line starts a run, resumes it exactly, or reports that it is done. A ba
 
 import contextlib
 import functools
-from pathlib import Path
 
 import jax
 
@@ -18,6 +17,7 @@ from .core import cli
 from .core.config import Config
 from .core.files import write_json_atomic
 from .core.progress import Progress
+from .core.storage import AnyPath, as_path, make_folder
 from .data import feed
 from .data.loader import prefetch
 from .parallel import distributed, sharding
@@ -32,7 +32,7 @@ from .training.stages import compile_updates, lower_updates, stage_of
 from .training.updates import check_tangent
 
 
-def train(c: Config, workdir: Path, peers=None) -> None:
+def train(c: Config, workdir: AnyPath, peers=None) -> None:
     """Runs or resumes a run to its last step.
 
     Args:
@@ -67,7 +67,7 @@ def train(c: Config, workdir: Path, peers=None) -> None:
     profile = Profile(workdir / "profile", c.log)
 
     # --- Resume
-    workdir.mkdir(parents=True, exist_ok=True)
+    make_folder(workdir)
     meta = {"stage": c.stage, "teacher_hash": origin.get("hash", ""), "teacher": origin}
     meta |= {"data": data.identity} if data.identity else {}
     expected = {key: meta[key] for key in meta if key != "teacher"}
@@ -142,7 +142,7 @@ def main(argv: list[str]) -> None:
     distributed.add_flags(parser)
     flags, config = cli.parse_with_config(parser, argv)
     with distributed.joined(flags) as peers:
-        train(config, Path(flags.workdir), peers)
+        train(config, as_path(flags.workdir), peers)
 
 
 if __name__ == "__main__":

@@ -17,10 +17,13 @@ from ..core.config import Config
 from ..core.errors import UserError
 from ..core.files import write_json_atomic
 from ..core.fingerprint import fingerprint
+from ..core.storage import AnyPath, in_bucket, local_output
 from ..encoders.load import latent_size
 from . import pipeline_folder
 from .loading import SETTINGS, read_index
 from .stablehlo import export_pipeline
+
+LAST = ("model_index.json", "manifest.json")  # what readers begin with
 
 
 def export_diffusers(
@@ -88,12 +91,20 @@ def export_stablehlo(
 
 
 @contextlib.contextmanager
-def new_folder(out: Path) -> Iterator[Path]:
+def new_folder(out: AnyPath) -> Iterator[Path]:
     """A folder beside ``out`` to write into, which becomes ``out`` at the end, or goes after an error.
+
+    For a bucket it is a local one, whose files go there at the end, `LAST` last.
 
     Raises:
       UserError: ``out`` is there and not an empty folder, or none can be made there.
     """
+    if in_bucket(out):
+        if out.exists():
+            raise UserError(f"--out {out} exists: give a new folder, nothing is overwritten")
+        with local_output(out, LAST) as folder:
+            yield folder
+        return
     target = out.resolve()
     if target.exists() and not (target.is_dir() and not any(target.iterdir())):
         raise UserError(f"--out {out} exists: give a new folder, nothing is overwritten")

@@ -1,10 +1,10 @@
 """The one answer to "what lies at this path?": a workdir, a pipeline, a transformer, or a file of NVlabs."""
 
 from collections.abc import Sequence
-from pathlib import Path
 from typing import NamedTuple
 
 from ..core.errors import UserError
+from ..core.storage import AnyPath, as_path, fetch, in_bucket
 from ..interop import hub
 
 # In the words of an error message; a hub id stands for the folder that it is downloaded to.
@@ -17,25 +17,28 @@ KINDS = {
 
 
 class Found(NamedTuple):
-    """A place with weights: its kind, one of `KINDS`, and the local folder or file."""
+    """A place with weights: its kind, one of `KINDS`, and the folder or file, local but for workdirs."""
 
     kind: str
-    path: Path
+    path: AnyPath
 
 
-def locate(path: str | Path, kinds: Sequence[str], files: Sequence[str] = hub.FILES) -> Found:
-    """Says what lies at a path; a hub id is downloaded, once.
+def locate(path: str | AnyPath, kinds: Sequence[str], files: Sequence[str] = hub.FILES) -> Found:
+    """Says what lies at a path; what lies on the hub or in a bucket is downloaded, once, but for workdirs.
 
     Args:
-      path: a folder, a file, or the id of a repository on the Hugging Face hub.
+      path: a folder, a file, one in a bucket, or the id of a repository on the Hugging Face hub.
       kinds: those of `KINDS` that will do.
-      files: patterns of the files that are wanted of a hub repository.
+      files: patterns of the files that are wanted of a hub repository, or of a folder in a bucket.
 
     Raises:
       UserError: nothing of these kinds is there.
     """
-    local = hub.download(str(path), files) if hub.is_hub_id(path) else Path(path)
+    local = hub.download(str(path), files) if hub.is_hub_id(path) else as_path(path)
     found = _kind(local)
+    if in_bucket(local) and found in kinds and found != "workdir":
+        # Weights are mapped into memory, which takes a file here.
+        local = fetch(local, files if local.is_dir() else ("*",))
     if found in kinds:
         return Found(found, local)
     wanted = ", or ".join(KINDS[kind] for kind in kinds)
@@ -43,7 +46,7 @@ def locate(path: str | Path, kinds: Sequence[str], files: Sequence[str] = hub.FI
     raise UserError(f"{path} {problem if local.exists() else 'does not exist'}: give {wanted}")
 
 
-def _kind(path: Path) -> str | None:
+def _kind(path: AnyPath) -> str | None:
     if path.is_file():
         return "nvlabs" if path.suffix == ".pth" else None
     if (path / "config.json").is_file():

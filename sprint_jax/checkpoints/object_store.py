@@ -4,15 +4,15 @@
     STEP/meta/metadata     the JSON record
     STEP/done/K            process K has written all that is its own; last
 
-A checkpoint counts when as many processes have left their mark as each mark says. Orbax's own way for local disks
-ends with a rename, which a bucket does not have.
+A checkpoint counts when as many processes have left their mark as each mark says. Orbax's own way for local
+disks ends with a rename, which a bucket does not have.
 """
 
 import json
 import os
 import re
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
@@ -60,6 +60,7 @@ class ObjectStoreWriter:
         self._directory, self._keep = directory, keep
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self._running: Future | None = None
+        self._context = ts.Context()  # one, so that the store's clients are shared
         if jax.process_index() == 0:
             whole = complete_steps(directory)
             self._remove(step for step in _marks(directory) if step not in whole)
@@ -75,28 +76,39 @@ class ObjectStoreWriter:
         all are written at the end; else all are copied first, and written while the caller goes on."""
         self.wait()
         leaves = zip(describe(state), jax.tree.leaves(state), strict=True)
-        pieces = ((name, leaf.shape, leaf.dtype, *_shards(leaf)) for name, leaf in leaves)
-        self._running = self._pool.submit(
-            self._write, step, pieces if stream else list(pieces), record
+        pieces = (
+            (name.replace("/", "."), leaf.shape, leaf.dtype, *_shards(leaf))
+            for name, leaf in leaves
         )
+        groups = ([piece] for piece in pieces) if stream else [list(pieces)]
+        self._running = self._pool.submit(self._write, step, groups, record)
         self._steps.add(step)
         if stream:
             self.wait()
         return True
 
-    def _write(self, step: int, leaves: Iterable[tuple], record: dict[str, Any]) -> None:
+    def _write(self, step: int, leaves: Iterable[list[tuple]], record: dict[str, Any]) -> None:
         folder = self._directory / str(step)
-        for name, shape, dtype, chunk, pieces in leaves:
-            store = ts.open(
-                {"driver": "zarr", "kvstore": kvstore(folder, f"state/{name.replace('/', '.')}")},
-                create=True,
-                open=True,
-                dtype=ts.dtype(dtype),
-                shape=shape,
-                chunk_layout=ts.ChunkLayout(chunk_shape=chunk),
-            ).result()
-            for future in [store[place].write(value) for place, value in pieces]:
-                future.result()
+        for group in leaves:
+            stores = [
+                ts.open(
+                    {"driver": "zarr", "kvstore": kvstore(folder, f"state/{name}")},
+                    create=True,
+                    open=True,
+                    dtype=ts.dtype(dtype),
+                    shape=shape,
+                    chunk_layout=ts.ChunkLayout(chunk_shape=chunk),
+                    context=self._context,
+                )
+                for name, shape, dtype, chunk, _ in group
+            ]
+            writes = [
+                store.result()[place].write(value)
+                for store, (*_, pieces) in zip(stores, group, strict=True)
+                for place, value in pieces
+            ]
+            for write in writes:
+                write.result()
         count = jax.process_count()
         if jax.process_index() == 0:
             (folder / "meta" / "metadata").write_text(json.dumps(record))

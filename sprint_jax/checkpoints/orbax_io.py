@@ -61,11 +61,11 @@ class OrbaxWriter:
         registry.add("state", ocp.args.PyTreeSave, streaming)
         registry.add("meta", ocp.args.JsonSave)
         options = ocp.CheckpointManagerOptions(max_to_keep=keep, cleanup_tmp_directories=True)
-        self._manager = ocp.CheckpointManager(
-            directory, options=options, handler_registry=registry
-        )
+        self._manager = ocp.CheckpointManager(directory, options=options, handler_registry=registry)
         self.all_steps = self._manager.all_steps  # that are there, or on their way
-        self.wait = self._manager.wait_until_finished  # raises what went wrong in the save that is running
+        self.wait = (
+            self._manager.wait_until_finished
+        )  # raises what went wrong in the save that is running
         self.reload = self._manager.reload  # looks again at what is there
         self.close = self._manager.close
 
@@ -107,6 +107,8 @@ def kvstore(folder: epath.Path, path: str = "") -> dict[str, Any]:
     if scheme == "s3" and endpoint:
         region = os.environ.get("AWS_REGION") or os.environ.get("AWS_DEFAULT_REGION")
         place |= {"endpoint": endpoint, "aws_region": region or "us-east-1"}
+    if scheme == "s3" and "AWS_ACCESS_KEY_ID" in os.environ:
+        place["aws_credentials"] = {"type": "environment"}  # else it looks, and logs, everywhere
     return place
 
 
@@ -129,7 +131,8 @@ def read_arrays(
         places = [files | {"path": f"{name}/"} for name in names]
     else:
         places = [kvstore(checkpoint, f"state/{name}") for name in names]
-    stores = [ts.open({"driver": "zarr", "kvstore": place}) for place in places]
+    context = ts.Context()  # one, so that a store's clients are shared
+    stores = [ts.open({"driver": "zarr", "kvstore": place}, context=context) for place in places]
     arrays = []
     for target, opening in zip(targets, stores, strict=True):
         store = opening.result()

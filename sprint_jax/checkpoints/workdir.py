@@ -1,19 +1,19 @@
 """Files of a training workdir that others read: config.json, metrics.jsonl, log.txt."""
 
 import json
-from pathlib import Path
 from typing import Any
 
 from ..core.config import Config
 from ..core.errors import UserError
 from ..core.files import read_json
+from ..core.storage import AnyPath, as_path
 
 LOG_FILE = "log.txt"  # what a run prints, where nobody watches it
 
 
-def read_metrics(path: str | Path) -> list[dict[str, Any]]:
+def read_metrics(path: str | AnyPath) -> list[dict[str, Any]]:
     """The objects of a metrics.jsonl in file order; torn lines are left out."""
-    path = Path(path)
+    path = as_path(path)
     records = []
     for line in path.read_bytes().splitlines() if path.exists() else []:
         try:
@@ -25,13 +25,13 @@ def read_metrics(path: str | Path) -> list[dict[str, Any]]:
     return records
 
 
-def read_workdir_config(workdir: str | Path) -> Config:
+def read_workdir_config(workdir: str | AnyPath) -> Config:
     """The resolved config of a training workdir.
 
     Raises:
       UserError: if there is none, or it is damaged or not of a training.
     """
-    path = Path(workdir) / "config.json"
+    path = as_path(workdir) / "config.json"
     if not path.is_file():
         raise UserError(f"{workdir} is not a training workdir: it has no config.json")
     config = Config(read_json(path))

@@ -21,6 +21,7 @@ from typing import NoReturn
 
 from .config import Config, load_config
 from .errors import UserError
+from .storage import is_provider_error
 
 # Conditions of the machine, not of the code: they need no traceback.
 _MACHINE_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS)
@@ -43,6 +44,10 @@ def run_command(main: Callable[[list[str]], None]) -> None:
         _fail(f"{path}{error.strerror}", 1)
     except KeyboardInterrupt:
         _fail("interrupted", 130)
+    except Exception as error:
+        if not is_provider_error(error):
+            raise
+        _fail(f"the bucket's provider says: {type(error).__name__}: {error}", 1)
 
 
 def _fail(message: str, exit_code: int, abrupt: bool = False) -> NoReturn:

@@ -4,32 +4,35 @@ import json
 import math
 import os
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import jax
 
 from .errors import UserError
+from .storage import AnyPath, as_path, in_bucket
 
 
-def write_atomic(path: Path, content: bytes) -> None:
-    """Writes a file; a reader finds the old one or the new one, whole.
+def write_atomic(path: AnyPath, content: bytes) -> None:
+    """Writes a file, on a disk or in a bucket; a reader finds the old one or the new one, whole.
 
     Raises:
       UserError: naming the file, when it cannot be written.
     """
     temporary = path.with_name(f"{path.name}.tmp")
     try:
+        if in_bucket(path):  # where an object appears when it is whole
+            path.write_bytes(content)
+            return
         with temporary.open("wb") as file:
             file.write(content)
             file.flush()
             os.fsync(file.fileno())
         temporary.replace(path)
     except OSError as error:
-        raise UserError(f"cannot write {path}: {error.strerror}") from error
+        raise UserError(f"cannot write {path}: {error.strerror or error}") from error
 
 
-def write_json_atomic(path: str | Path, value: Any) -> None:
+def write_json_atomic(path: str | AnyPath, value: Any) -> None:
     """Writes ``value`` as indented JSON by `write_atomic`, on process 0 only.
 
     Raises:
@@ -38,10 +41,10 @@ def write_json_atomic(path: str | Path, value: Any) -> None:
     """
     if jax.process_index() == 0:
         text = json.dumps(value, indent=2, allow_nan=False) + "\n"
-        write_atomic(Path(path), text.encode())
+        write_atomic(as_path(path), text.encode())
 
 
-def read_json(path: Path) -> dict[str, Any]:
+def read_json(path: AnyPath) -> dict[str, Any]:
     """Reads a JSON file that holds a dict.
 
     Raises:

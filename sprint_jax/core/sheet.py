@@ -1,12 +1,15 @@
 """Picture sheets: a table of pictures with captions, and ticks for right and wrong."""
 
+import io
 import textwrap
 from collections.abc import Sequence
-from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
+
+from .files import write_atomic
+from .storage import AnyPath
 
 FONT_SIZE = 13
 GAP = 8
@@ -78,8 +81,15 @@ def draw_sheet(
     return sheet
 
 
+def save_picture(path: AnyPath, picture: Image.Image) -> None:
+    """Writes a PNG file, whole or not at all; raises UserError, naming it, when that cannot be done."""
+    content = io.BytesIO()
+    picture.save(content, "PNG")
+    write_atomic(path, content.getvalue())
+
+
 def write_pictures(
-    out: Path, images: list[Image.Image], captions: list[str], *, scale: int = 1
+    out: AnyPath, images: list[Image.Image], captions: list[str], *, scale: int = 1
 ) -> None:
     """Writes ``out``/00000.png ... and grid.png.
 
@@ -90,11 +100,11 @@ def write_pictures(
     """
     pictures = [np.asarray(image) for image in images]
     for index, picture in enumerate(pictures):
-        Image.fromarray(enlarge(picture, scale)).save(out / f"{index:05d}.png")
+        save_picture(out / f"{index:05d}.png", Image.fromarray(enlarge(picture, scale)))
     cells = [Cell(*pair) for pair in zip(pictures, captions, strict=True)][:GRID_LIMIT]
     columns = int(np.ceil(np.sqrt(len(cells))))
     rows = [cells[start : start + columns] for start in range(0, len(cells), columns)]
-    draw_sheet(rows).save(out / "grid.png")
+    save_picture(out / "grid.png", draw_sheet(rows))
 
 
 def _mark(draw: ImageDraw.ImageDraw, right: bool, x: int, y: int) -> None:

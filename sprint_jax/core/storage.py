@@ -150,11 +150,11 @@ class Mirror:
         self.local = Path(tempfile.mkdtemp(prefix="sprint_jax-"))
         self._pushed: dict[Path, tuple[int, int]] = {}
 
-    def push(self, last: str = "") -> None:
+    def push(self, last: tuple[str, ...] = ()) -> None:
         """Copies what is new or has changed since it was copied, ``last`` after all others."""
         files = filesystem(self.place)
         paths = [path for path in sorted(self.local.rglob("*")) if path.is_file()]
-        for path in sorted(paths, key=lambda path: path.name == last):
+        for path in sorted(paths, key=lambda path: path.name in last):
             status = path.stat()
             stamp = status.st_size, status.st_mtime_ns
             if self._pushed.get(path) != stamp:
@@ -168,7 +168,7 @@ class Mirror:
 
 
 @contextlib.contextmanager
-def local_output(place: AnyPath, last: str = "") -> Iterator[Path]:
+def local_output(place: AnyPath, last: tuple[str, ...] = ()) -> Iterator[Path]:
     """A local folder whose files lie at ``place`` at the end, ``last`` written last; nothing after an error.
 
     ``place`` itself if it is local; that need not be there yet.

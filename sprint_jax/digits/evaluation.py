@@ -7,10 +7,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from ..core.errors import UserError
 from ..core.pixels import to_bytes
 from ..core.progress import Progress
-from ..core.sheet import Cell, draw_sheet
+from ..core.sheet import Cell, draw_sheet, save_picture
 from .report import FRECHET_MINIMUM, Yardsticks, measure, number
 from .scenes import draw_images
 
@@ -106,10 +105,7 @@ def write_sheet(path: Path, sticks: Yardsticks, seed: int, pictures: dict) -> No
         [Cell(image, right=bool(right)) for image, right in zip(*columns, strict=True)]
         for columns in drawn.values()
     ]
-    try:
-        draw_sheet(rows, titles=prompts, names=list(drawn)).save(path)
-    except OSError as error:
-        raise UserError(f"cannot write {path}: {error.strerror}") from error
+    save_picture(path, draw_sheet(rows, titles=prompts, names=list(drawn)))
 
 
 def print_table(report: dict[str, Any]) -> None:

@@ -1,6 +1,8 @@
 """The preparation of a teacher: surgery and pruning of a network, written as a diffusers folder."""
 
+import contextlib
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -11,6 +13,7 @@ from ..core.config import Config
 from ..core.errors import UserError
 from ..core.files import differences, read_json, write_json_atomic
 from ..core.fingerprint import fingerprint
+from ..core.storage import AnyPath, absolute, as_path, in_bucket, local_output
 from ..data import feed
 from ..interop.diffusers import save_transformer
 from ..models.sana import from_fields
@@ -39,15 +42,15 @@ class Options(NamedTuple):
     timestep_scale: float = 1.0
 
 
-def prepare(c: Config, options: Options, folder: Path) -> None:
+def prepare(c: Config, options: Options, folder: AnyPath) -> None:
     """Writes ``folder``, whole or not at all; one that the same options made is left as it is.
 
     Raises:
       UserError: the source does not fit, or the folder was made with other options.
     """
-    if Path(options.model).exists():
-        options = options._replace(model=str(Path(options.model).resolve()))
-    if folder.is_dir():
+    if (path := as_path(options.model)).exists():
+        options = options._replace(model=str(absolute(path)))
+    if (folder / RECORD).is_file() if in_bucket(folder) else folder.is_dir():
         _check_same(folder, options)
         print(f"{folder} is there already; going on from it", flush=True)
         return
@@ -65,9 +68,30 @@ def prepare(c: Config, options: Options, folder: Path) -> None:
     params.pop("logvar_linear", None)
     record = {"options": options._asdict(), "kind": source.kind, "step": step}
     record["hash"] = fingerprint(params)
+    with _made(folder) as partial:
+        _write(c, options, source, params, mesh, record, partial)
+    print(f"{folder}: {'; '.join(record['changes']) or 'nothing to change'}", flush=True)
+
+
+@contextlib.contextmanager
+def _made(folder: AnyPath) -> Iterator[Path]:
+    """A folder to write into, which becomes ``folder`` at the end."""
+    if in_bucket(folder):
+        with local_output(folder, (RECORD,)) as local:
+            yield local
+        return
     partial = folder.with_name(f"{folder.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
+    yield partial
+    partial.replace(folder)
+
+
+def _write(
+    c: Config, options: Options, source: Weights, params: Any, mesh, record: dict, partial: Path
+) -> None:
+    """Operates on the parameters of ``source``, and writes them and the completed record."""
+    target = dict(c.model)
     fields, changes = source.fields, []
     if options.prune and options.prune < from_fields(fields).num_layers:
         fields, params, found = _prune(c, options, source, params, mesh, partial)
@@ -78,8 +102,6 @@ def prepare(c: Config, options: Options, folder: Path) -> None:
     record["changes"] = changes + more
     save_transformer(partial, target, params)
     write_json_atomic(partial / RECORD, record)
-    partial.replace(folder)
-    print(f"{folder}: {'; '.join(record['changes']) or 'nothing to change'}", flush=True)
 
 
 def _prune(

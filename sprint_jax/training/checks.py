@@ -1,12 +1,11 @@
 """Checks of a run before anything is computed: its workdir, its counts and its batch."""
 
-from pathlib import Path
-
 import jax
 
 from ..checkpoints.workdir import LOG_FILE, read_workdir_config
 from ..core.config import Config, diff
 from ..core.errors import UserError
+from ..core.storage import AnyPath
 from ..parallel.sharding import batch_ways
 from .setup import PREPARED
 from .stages import stage_of
@@ -20,7 +19,7 @@ NOT_NEGATIVE += ("twinflow.twin_weight", "trajectory.power", "meanflow.power")
 SHARES = ("images.max_time_probability", "meanflow.same_time")
 
 
-def check_workdir(workdir: Path, c: Config) -> None:
+def check_workdir(workdir: AnyPath, c: Config) -> None:
     """Refuses a workdir that is not this run's.
 
     Some files may be there before the run: `LOG_FILE`, which sweeps and batch systems write, the weights of

@@ -22,10 +22,12 @@ from ..checkpoints.workdir import read_metrics
 from ..core.errors import UserError
 from ..core.files import write_atomic
 from ..core.progress import Progress
+from ..core.storage import AnyPath, Mirror, as_path, in_bucket
 from .curves import draw_curves
 from .diagnostics import verdict
 
 SYNC_SECONDS = 5.0
+PUSH_SECONDS = 60.0  # to a bucket; with every checkpoint as well
 
 
 def _line(record: dict[str, Any]) -> bytes:
@@ -47,7 +49,8 @@ class MetricLog(contextlib.AbstractContextManager):
     Use as a context manager or call `close`.
 
     Args:
-      workdir: the run's directory; made if missing.
+      workdir: the run's directory; made if missing. Files for a bucket are written to a local folder, and go
+        there whole every minute and before every checkpoint.
       resume_step: the step that was restored, or None for a fresh start. Later steps will come again: their
         lines are dropped, as is a torn last line, and TensorBoard hides its own.
       progress: shows the losses of the lines that were deferred.
@@ -57,10 +60,10 @@ class MetricLog(contextlib.AbstractContextManager):
     """
 
     def __init__(
-        self, workdir: str | Path, *, resume_step: int | None, progress: Progress | None = None
+        self, workdir: str | AnyPath, *, resume_step: int | None, progress: Progress | None = None
     ):
-        self.workdir = Path(workdir)
-        self.path = self.workdir / "metrics.jsonl"
+        self._mirror = None
+        self.workdir = as_path(workdir)
         self._active = jax.process_index() == 0
         self._progress = progress
         self._deferred: tuple[int, dict[str, Any]] | None = None
@@ -70,9 +73,14 @@ class MetricLog(contextlib.AbstractContextManager):
         from .board import Board
 
         kept = -1 if resume_step is None else resume_step
+        records = read_metrics(self.workdir / "metrics.jsonl")
+        records = [record for record in records if record["step"] <= kept]
+        if in_bucket(self.workdir):  # where nothing can be appended to
+            self._mirror = Mirror(self.workdir)
+            self.workdir = self._mirror.local
+        self.path = self.workdir / "metrics.jsonl"
         with _writing(self.workdir):
             (self.workdir / "samples").mkdir(parents=True, exist_ok=True)
-            records = [record for record in read_metrics(self.path) if record["step"] <= kept]
             write_atomic(self.path, b"".join(map(_line, records)))
             self._file = self.path.open("ab")
             # File names hold the time in whole seconds: a quick restart would overwrite the first.
@@ -98,7 +106,7 @@ class MetricLog(contextlib.AbstractContextManager):
             self._file.write(_line({"step": int(step)} | dict.fromkeys(values) | finite))
             self._file.flush()
             self._board.scalars(int(step), finite)
-        if time.monotonic() - self._synced > SYNC_SECONDS:
+        if time.monotonic() - self._synced > (PUSH_SECONDS if self._mirror else SYNC_SECONDS):
             self.sync()
 
     def defer(self, step: int, metrics: Mapping[str, Any]) -> None:
@@ -126,12 +134,14 @@ class MetricLog(contextlib.AbstractContextManager):
             self._progress.update(step, shown)
 
     def sync(self) -> None:
-        """Forces the lines so far to disk, so that they outlive a failure of the machine."""
+        """Forces the lines so far to disk or into the bucket, so that they outlive a failure of the machine."""
         self.flush()
         if self._active:
             with _writing(self.workdir):
                 os.fsync(self._file.fileno())
                 self._board.flush()
+                if self._mirror:
+                    self._mirror.push()
             self._synced = time.monotonic()
 
     def image(self, step: int, name: str, pixels: np.ndarray) -> None:
@@ -176,4 +186,6 @@ class MetricLog(contextlib.AbstractContextManager):
         finally:  # what is deferred may belong to a device that failed
             self._file.close()
             self._board.close()
+            if self._mirror:
+                self._mirror.close()
             self._active = False

@@ -2,12 +2,12 @@
 
 import contextlib
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import jax
 
 from ..core.errors import UserError
+from ..core.storage import AnyPath, local_output
 
 
 class Profile(contextlib.AbstractContextManager):
@@ -25,7 +25,7 @@ class Profile(contextlib.AbstractContextManager):
       UserError: exit code 2, for a window or host that cannot be.
     """
 
-    def __init__(self, folder: Path, options: Mapping[str, Any]):
+    def __init__(self, folder: AnyPath, options: Mapping[str, Any]):
         start, steps, hosts = (options[f"profile_{key}"] for key in ("start", "steps", "hosts"))
         if start < 0 or steps < 1:
             raise UserError(
@@ -57,7 +57,8 @@ class Profile(contextlib.AbstractContextManager):
         """
         if self._mine and step == self._start:
             jax.block_until_ready(pending)
-            jax.profiler.start_trace(self._folder)
+            self._output = contextlib.ExitStack()
+            jax.profiler.start_trace(self._output.enter_context(local_output(self._folder)))
             self._running = True
         elif self._running and step >= self._stop:
             jax.block_until_ready(pending)
@@ -66,5 +67,6 @@ class Profile(contextlib.AbstractContextManager):
     def _end(self) -> None:
         if self._running:
             self._running = False
-            jax.profiler.stop_trace()
+            with self._output:
+                jax.profiler.stop_trace()
             print(f"trace: {self._folder}", flush=True)

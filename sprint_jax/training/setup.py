@@ -6,7 +6,6 @@ for a mesh of devices that need not exist.
 
 import functools
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -16,6 +15,7 @@ from ..checkpoints.weights import Weights, find_weights
 from ..core.config import Config
 from ..core.errors import UserError
 from ..core.fingerprint import fingerprint
+from ..core.storage import absolute, as_path
 from ..data.feed import Data, batch_shapes
 from ..losses.adversarial import PAIRS
 from ..models.blocks import compute_params
@@ -132,7 +132,8 @@ def load_frozen(c: Config, data: Data, mesh: jax.sharding.Mesh) -> tuple[dict, d
     params, step = find_teacher(c).load(lambda tree: state_shardings(mesh, tree))
     params = {name: part for name, part in params.items() if name != "logvar_linear"}
     frozen["teacher"] = params
-    path = Path(c.teacher).resolve() if Path(c.teacher).exists() else c.teacher
+    path = as_path(c.teacher)
+    path = absolute(path) if path.exists() else c.teacher
     return frozen, {"path": str(path), "step": step, "hash": fingerprint(params)}
 
 

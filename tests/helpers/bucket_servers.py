@@ -1,4 +1,4 @@
-"""Servers that speak the protocols of S3 and Google Cloud Storage on the loopback, each with an empty bucket."""
+"""Servers of the protocols of S3 and Google Cloud Storage on the loopback, each with an empty bucket."""
 
 import contextlib
 import os
@@ -34,7 +34,12 @@ def serve(scheme: str) -> Iterator[dict[str, str]]:
         environment |= {"AWS_ACCESS_KEY_ID": "test", "AWS_SECRET_ACCESS_KEY": "test"}
         make = urllib.request.Request(f"{address}/{BUCKET}", method="PUT")
     else:
-        command = [str(Path(__file__).with_name("gcs_server.py")), "start", "--in-memory", "--quiet"]
+        command = [
+            str(Path(__file__).with_name("gcs_server.py")),
+            "start",
+            "--in-memory",
+            "--quiet",
+        ]
         command += ["--host=127.0.0.1", f"--port={port}"]
         command += [f"--default-bucket={BUCKET}"]
         environment = {"STORAGE_EMULATOR_HOST": address, "TENSORSTORE_GCS_HTTP_URL": address}
