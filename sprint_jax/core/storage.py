@@ -85,6 +85,23 @@ def read_range(path: AnyPath, start: int, stop: int) -> bytes:
         return file.read(stop - start)
 
 
+def read_ranges(
+    paths: Sequence[AnyPath], starts: Sequence[int], stops: Sequence[int]
+) -> list[bytes]:
+    """The bytes of several ranges, those of a bucket all asked for at once; raises OSError."""
+    if not paths or not in_bucket(paths[0]):
+        return [read_range(*each) for each in zip(paths, starts, stops, strict=True)]
+    names = [os.fspath(path) for path in paths]
+    return filesystem(paths[0]).cat_ranges(names, list(starts), list(stops), on_error="raise")
+
+
+def size_of(path: AnyPath) -> int:
+    """The size of a file in bytes; raises OSError."""
+    if in_bucket(path):
+        return filesystem(path).size(os.fspath(path))
+    return path.stat().st_size
+
+
 def filesystem(path: epath.Path) -> Any:
     """fsspec's file system of a bucket's path."""
     import fsspec

@@ -43,7 +43,9 @@ def serve(scheme: str) -> Iterator[dict[str, str]]:
         command += ["--host=127.0.0.1", f"--port={port}"]
         command += [f"--default-bucket={BUCKET}"]
         environment = {"STORAGE_EMULATOR_HOST": address, "TENSORSTORE_GCS_HTTP_URL": address}
-        environment |= {"GCE_METADATA_HOST": "127.0.0.1:1"}  # no search for a machine's own account
+        # No search for a machine's own account, nor for kinds of buckets that the server does not have.
+        environment |= {"GCE_METADATA_HOST": "127.0.0.1:1"}
+        environment |= {"GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT": "false"}
         make = urllib.request.Request(f"{address}/storage/v1/b/{BUCKET}")
     quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
     process = subprocess.Popen([sys.executable, *command], **quiet)
