@@ -1,8 +1,9 @@
 """Batches of latents and text: the rows of an order, read from caches, or from images as they are drawn."""
 
+import bisect
 import dataclasses
 import functools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
 import chex
@@ -12,7 +13,8 @@ from ..core.errors import UserError
 from ..encoders.load import Encoders, encode_captions, encode_images
 from .buckets import read_fitted
 from .latents.cache import Cache, pad_texts
-from .order import Bucket, Order, Rows
+from .members import Bucket, Buckets
+from .order import Order, Rows
 from .rejects import RejectLog
 from .sources.caption_files import choose_caption
 from .sources.records import Caption, Rejected, Source
@@ -80,15 +82,15 @@ class ImageReader:
     every restart alike.
 
     Attributes:
-      buckets: of each source, the records that may be drawn, of `survey.survey`.
-      sizes: (height, width) in pixels that images are cut to.
+      buckets: of each source, the records that may be drawn.
+      factor: pixels per latent along a side.
       pool: threads that read and decode images.
       encode_size: images that are encoded at once, a multiple of the encoders' devices.
     """
 
     sources: Sequence[Source]
-    buckets: Sequence[Mapping[Bucket, np.ndarray]]
-    sizes: Sequence[tuple[int, int]]
+    buckets: Sequence[Buckets]
+    factor: int
     encoders: Encoders
     log: RejectLog
     pool: ThreadPoolExecutor
@@ -120,12 +122,17 @@ class ImageReader:
     ) -> tuple[np.ndarray, tuple[Caption, ...]]:
         """Image and captions of a record, or of the next in its bucket that can be used."""
         source, members = self.sources[number], self.buckets[number][bucket]
-        start = int(np.searchsorted(members, record))
-        for step in range(len(members)):
+        size = bucket[0] * self.factor, bucket[1] * self.factor
+        index, place = int(record), None
+        for _ in range(len(members)):
             try:
-                index = int(members[(start + step) % len(members)])
-                _, image, captions = read_fitted(source, index, self.sizes)
+                _, image, captions = read_fitted(source, index, [size])
                 return image, captions
             except Rejected as rejected:
                 self.log.add(rejected, source.name)
+            number_at = lambda place: int(members[np.array([place])][0])  # noqa: E731
+            if place is None:
+                place = bisect.bisect_left(range(len(members)), index, key=number_at)
+            place = (place + 1) % len(members)
+            index = number_at(place)
         raise UserError(f"{source.name}: none of {len(members)} images of one size can be used")

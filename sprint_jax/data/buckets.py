@@ -1,5 +1,7 @@
 """Aspect-ratio buckets: the published tables of sizes, and images resized and cut to them."""
 
+import math
+from collections import Counter
 from collections.abc import Sequence
 
 import numpy as np
@@ -8,6 +10,7 @@ from PIL import Image
 from ..core.cli import parse_size
 from ..core.errors import UserError
 from ..core.pixels import SIZES_1024, nearest_size
+from .members import Buckets
 from .sources.records import Caption, Rejected, Source
 
 # (height, width) of the published 2K models, from wide to tall (diffusers' ASPECT_RATIO_2048_BIN).
@@ -67,6 +70,58 @@ def check_factor(sizes: Sequence[tuple[int, int]], factor: int) -> None:
                 "autoencoder's factor; set data.sizes or another data.resolution",
                 exit_code=2,
             )
+
+
+def merge_sizes(
+    sizes: Sequence[tuple[int, int]], counts: Sequence[int], at_least: int
+) -> list[int]:
+    """Finds larger groups for images whose size too few others have, so that each group fills a batch.
+
+    The size of the fewest images joins the one nearest in aspect ratio, until no size has fewer than
+    ``at_least`` of the ``counts`` images, or one size is left.
+
+    Returns:
+      Of each size the number of the size that its images are cut to, [sizes].
+    """
+    ratios = [math.log(height / width) for height, width in sizes]
+    left = {k: int(count) for k, count in enumerate(counts) if count}
+    target = list(range(len(sizes)))
+    while len(left) > 1:
+        least = min(left, key=lambda k: (left[k], sizes[k]))
+        if left[least] >= at_least:
+            break
+        count = left.pop(least)
+        nearest = min(left, key=lambda k: (abs(ratios[k] - ratios[least]), sizes[k]))
+        left[nearest] += count
+        target = [nearest if k == least else k for k in target]
+    return target
+
+
+def describe_repeats(sources: Sequence[Buckets], factor: int, batch_size: int) -> str:
+    """Says of which sizes a batch repeats records, and how that is avoided; empty where none does.
+
+    Args:
+      sources: records of each by (h, w) of latents; factor: pixels per latent along a side.
+    """
+    counts: Counter = Counter()
+    for source in sources:
+        counts.update({size: len(members) for size, members in source.items()})
+    sizes = sorted(counts)
+    few = [size for size in sizes if 0 < counts[size] < batch_size]
+    if not few:
+        return ""
+    kept = sorted(set(merge_sizes(sizes, [counts[size] for size in sizes], batch_size)))
+    name = lambda size: f"{size[0] * factor}x{size[1] * factor}"  # noqa: E731
+    least = sorted(few, key=lambda size: (counts[size], size))[:3]
+    line = (
+        f"{len(few)} of {len(sizes)} sizes have fewer records than a batch of {batch_size}, such as "
+        f"{', '.join(f'{name(size)} ({counts[size]})' for size in least)}. Their batches repeat records, and "
+        "come as rarely as these are few. "
+    )
+    if len(kept) < len(sizes):
+        joined = ",".join(name(sizes[k]) for k in kept)
+        return line + f"Encode with --config.data.sizes={joined}, or train with smaller batches"
+    return line + "Train with smaller batches"
 
 
 def fit_image(image: np.ndarray, size: tuple[int, int]) -> np.ndarray:

@@ -5,7 +5,8 @@ import functools
 import hashlib
 import json
 import math
-from collections.abc import Callable, Mapping, Sequence
+import sys
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -24,16 +25,16 @@ from ..encoders.load import Encoders, encode_captions, latent_size, load_encoder
 from ..parallel.sharding import local_rows, make_mesh, same_everywhere
 from . import synthetic
 from .batches import Batch, ImageReader, Reader, make_batches, read_latents
-from .buckets import check_factor, choose_sizes
+from .buckets import check_factor, choose_sizes, describe_repeats
 from .latents.cache import Cache, open_cache, pad_texts
-from .order import Bucket, Order, Rows, hold_out, make_order, make_single_order
+from .members import Buckets
+from .order import VERSION, Order, Rows, hold_out, make_order, make_single_order
 from .rejects import RejectLog
 from .sources.open import TFDS, open_images
 from .sources.records import Source
-from .survey import survey
+from .survey import join_sizes, survey
 
 Shapes = dict[str, jax.ShapeDtypeStruct]
-Buckets = Mapping[Bucket, np.ndarray]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -49,7 +50,7 @@ class Data:
       prompts: makes text and mask of so many prompts for sample grids.
       decode: makes pictures of latents; None where there is no autoencoder, and nothing to look at.
       readable: whether a judge can read each of some uint8 pictures, bool [N]; None where there is no judge.
-      identity: a hash of the records in each bucket and of the encoders, where data may change under a run.
+      identity: of the order, the records in each bucket and the encoders, where they may change under a run.
     """
 
     batches: Callable[[int], Batch]
@@ -190,11 +191,12 @@ def _open_latents(c: Config, rows: Sequence[int]) -> Data:
                 f"{cache.folder} and {first.folder} are of different encoders: their latents "
                 "cannot be mixed"
             )
-    record = first[0]
+    record, size = first[0], first.manifest["buckets"][0]
     return _make_bucketed(
         c,
         rows,
         name=str(first.folder),
+        factor=size["pixels"][0] // size["latents"][0],
         buckets=[cache.buckets for cache in caches],
         make_reader=lambda _: functools.partial(read_latents, caches, c.data.caption_temperature),
         channels=record.latents.shape[-1],
@@ -213,11 +215,13 @@ def _open_images(c: Config, rows: Sequence[int], workdir: Path | None) -> Data:
     check_factor(sizes, factor)
     log = RejectLog(workdir, c.data.max_rejected, jax.process_index())
     how = dict(threads=threads, cache_dir=Path(c.data.dir))
-    buckets = [survey(source, sizes, factor, log, **how) for source in sources]
+    surveys = [survey(source, sizes, log, **how) for source in sources]
+    buckets, joined = join_sizes(surveys, sizes, factor, c.data.batch_size)
+    _say(joined)
     reader = ImageReader(
         sources=sources,
         buckets=buckets,
-        sizes=sizes,
+        factor=factor,
         encoders=encoders,
         log=log,
         pool=ThreadPoolExecutor(threads, thread_name_prefix="images"),
@@ -230,6 +234,7 @@ def _open_images(c: Config, rows: Sequence[int], workdir: Path | None) -> Data:
         c,
         rows,
         name=f"data.encoders '{c.data.encoders}'",
+        factor=factor,
         buckets=buckets,
         make_reader=lambda buckets: dataclasses.replace(reader, buckets=buckets),
         channels=encoders.identity["autoencoder"]["channels"],
@@ -240,11 +245,18 @@ def _open_images(c: Config, rows: Sequence[int], workdir: Path | None) -> Data:
     )
 
 
+def _say(line: str) -> None:
+    """Prints a line, if any, on stderr of process 0."""
+    if line and jax.process_index() == 0:
+        print(line, file=sys.stderr, flush=True)
+
+
 def _make_bucketed(
     c: Config,
     rows: Sequence[int],
     *,
     name: str,
+    factor: int,
     buckets: Sequence[Buckets],
     make_reader: Callable[[Sequence[Buckets]], Reader],
     channels: int,
@@ -256,6 +268,7 @@ def _make_bucketed(
     """`Data` of sources in buckets; a part of the first source may be held out.
 
     Args:
+      factor: pixels per latent along a side.
       buckets: of each source, its records by bucket; make_reader: makes a reader of such records.
       channels: of latents; dtype: of text; null: text [L, D] and mask [L] of the empty prompt.
       encoders: their identity.
@@ -269,6 +282,7 @@ def _make_bucketed(
     identity = _identify(buckets, encoders)
     first_part, kept = hold_out(buckets[0], c.data.holdout)
     training = [first_part, *buckets[1:]]
+    _say(describe_repeats(training, factor, c.data.batch_size))
     how = dict(batch_size=c.data.batch_size, seed=c.seed, weights=c.data.weights)
     order, read = make_order(training, **how), make_reader(training)
     common = order.buckets[0]
@@ -329,19 +343,18 @@ def _find_decoder(c: Config, cache: Cache) -> Callable[[Any], Any]:
 
 
 def _identify(buckets: Sequence[Buckets], encoders: str) -> str:
-    """A hash of the records of each source by bucket, and of the encoders.
+    """The version of the order, and a hash of the records of each source by bucket, and of the encoders.
 
     Raises UserError if the hosts do not see the same data.
     """
     digest = hashlib.sha256(encoders.encode())
     for source in buckets:
         for bucket in sorted(source):
-            digest.update(f"{bucket} {len(source[bucket])}".encode())
-            digest.update(np.ascontiguousarray(source[bucket], np.int64))
+            digest.update(f"{bucket} {len(source[bucket])}".encode() + source[bucket].hash())
     mine = np.frombuffer(digest.digest(), np.uint8)
     if (same_everywhere(mine) != mine).any():
         raise UserError(
             f"process {jax.process_index()} sees other data than process 0: do all hosts have the same "
             "config.data.latents or images, whole?"
         )
-    return digest.hexdigest()
+    return f"order {VERSION}, {digest.hexdigest()}"

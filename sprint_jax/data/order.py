@@ -2,12 +2,18 @@
 
 A bucket holds records of one size, and a batch is of one bucket, so that every batch has one shape. A bucket
 is an endless stream of epochs, each with every record once, in an order of its own; batches are cut from the
-stream, so one may span two epochs and none is smaller. Where there are several buckets, epoch e has the batches
-that begin in a bucket's e-th epoch, in random order: after them every record was drawn once, except those of a
-bucket's last, partial batch. Nothing has a position to save: a run that resumes at step i asks for batch i.
+stream, so one may span two epochs and none is smaller. Epoch e of the whole has those batches of each bucket
+that are full once its e-th epoch is through, in random order; what is left over comes first in the next one.
+So after e epochs every record was drawn e times, or e - 1 times where it is left over, and none more often.
+
+A bucket of fewer records than a batch would flood any epoch that had a batch of it. Its batches come as rarely
+as its records ask for: of 100 records at a batch of 500, in one of five epochs, with each record five times.
+
+Nothing has a position to save, and nothing a table of records: a run that resumes at step i asks for batch i.
 """
 
-import functools
+import bisect
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
@@ -15,10 +21,13 @@ import grain
 import numpy as np
 
 from ..core.errors import UserError
+from .members import Bucket, Buckets, Members, Without
+from .permutation import permute
 
-Bucket = tuple[int, int]
 Part = tuple[np.ndarray, np.ndarray]
 
+# Of this module's orders: part of what a run may not change when it resumes.
+VERSION = 2
 # Rows after which the pattern of a mixture repeats; its weights are rounded to 1 / PERIOD.
 PERIOD = 10_000
 
@@ -52,8 +61,7 @@ class _Stream(NamedTuple):
 def make_single_order(count: int, bucket: Bucket, *, batch_size: int, seed: int) -> Order:
     """Returns the order of one source with one bucket of ``count`` records; ``0 <= seed < 2**32``.
 
-    grain's shuffle needs no memory, so that a source may be of any length. It takes 6 us for a record, but
-    2 ms in a bucket of 16, and mixtures have small buckets: `make_order` permutes with NumPy instead.
+    Its shuffle is grain's, as it was before there were buckets: recipes have results by it.
 
     Raises:
       UserError: no records, or a batch size or seed out of range.
@@ -69,7 +77,7 @@ def make_single_order(count: int, bucket: Bucket, *, batch_size: int, seed: int)
 
 
 def make_order(
-    sources: Sequence[Mapping[Bucket, np.ndarray]],
+    sources: Sequence[Buckets],
     *,
     batch_size: int,
     seed: int,
@@ -79,11 +87,10 @@ def make_order(
 
     Without weights the records of all sources are one set, each drawn once per epoch. With weights a
     source has its share of the rows, whatever its size, spread evenly, and epochs of its own; within a
-    source all records are drawn equally often. Permutations are NumPy's RandomState, whose stream is
-    frozen: an order stays the same with every version of every library.
+    source all records are drawn equally often.
 
     Args:
-      sources: for each source, numbers of its records by bucket.
+      sources: for each source, its records by bucket.
       weights: one above 0 for each source, in any unit; or none.
 
     Raises:
@@ -93,25 +100,27 @@ def make_order(
     streams = _make_streams(sources, weights, seed)
     names = sorted(streams, key=lambda bucket: (-streams[bucket].length, bucket))
     lengths = np.array([streams[bucket].length for bucket in names], np.int64)
+    # The batches of small buckets begin at different times, or all would come in the same epoch.
+    turns = np.arange(len(names)) * (math.sqrt(5) - 1) / 2 % 1
+    offsets = np.where(lengths < batch_size, (turns * batch_size).astype(np.int64), 0)
 
     def begun(epoch: int) -> np.ndarray:
-        """Numbers of batches of each bucket that begin before an epoch of it."""
-        return -(-epoch * lengths // batch_size)
+        """Numbers of batches of each bucket that come before an epoch."""
+        return (epoch * lengths + offsets) // batch_size
 
-    @functools.lru_cache(maxsize=4)
-    def batches_of(epoch: int) -> np.ndarray:
-        """(bucket, its batch) of the batches of an epoch, [count, 2]."""
-        first, last = begun(epoch), begun(epoch + 1)
-        table = [(k, batch) for k in range(len(names)) for batch in range(first[k], last[k])]
-        order = np.random.RandomState([seed, epoch]).permutation(len(table))
-        return np.array(table, np.int64).reshape(-1, 2)[order]
+    def total(epoch: int) -> int:
+        return int(begun(epoch).sum())
 
     def rows(i: int) -> Rows:
-        # A bucket is at most one batch ahead of its records.
-        epoch = max(0, int((i - len(names)) * batch_size // lengths.sum()))
-        while begun(epoch + 1).sum() <= i:
-            epoch += 1
-        number, batch = batches_of(epoch)[i - begun(epoch).sum()]
+        # A bucket is less than a batch away from its share of all rows.
+        likely, more = (i * batch_size // int(lengths.sum()) for i in (i, len(names) + 1))
+        near = range(max(0, likely - more), likely + more + 3)
+        epoch = near[bisect.bisect_right(near, i, key=total) - 1]
+        before = begun(epoch)
+        ends = np.cumsum(begun(epoch + 1) - before)
+        place = permute(np.array([i - total(epoch)]), int(ends[-1]), (seed, epoch))[0]
+        number = int(np.searchsorted(ends, place, side="right"))
+        batch = int(begun(epoch + 1)[number] - (ends[number] - place))
         positions = np.arange(batch * batch_size, (batch + 1) * batch_size)
         return Rows(names[number], *streams[names[number]].at(positions))
 
@@ -127,23 +136,26 @@ def _check(count: int, batch_size: int, seed: int) -> None:
         raise UserError("the data source is empty: no batch can be made from it")
 
 
-def _make_streams(sources, weights: Sequence[float], seed: int) -> dict[Bucket, _Stream]:
+def _make_streams(
+    sources: Sequence[Buckets], weights: Sequence[float], seed: int
+) -> dict[Bucket, _Stream]:
     """The stream of every bucket that has records; its parts are the sources, or all of them as one."""
     mixed = len(weights) > 0
-    groups = [[k] for k in range(len(sources))] if mixed else [range(len(sources))]
+    numbers = list(range(len(sources)))
+    groups = [[k] for k in numbers] if mixed else [numbers]
     # How often each record of a group is drawn in an epoch.
     often = _frequencies(sources, weights) if mixed else np.ones(1)
     streams = {}
     for bucket in sorted({bucket for source in sources for bucket in source}):
-        parts, shares, seeds = [], [], []
+        parts, shares, keys = [], [], []
         for number, group in enumerate(groups):
-            found = [np.asarray(sources[k].get(bucket, ()), np.int64) for k in group]
-            if sum(map(len, found)):
-                parts.append((np.repeat(group, list(map(len, found))), np.concatenate(found)))
-                shares.append(often[number] * len(parts[-1][1]))
-                seeds.append([seed, *bucket, number] if mixed else [seed, *bucket])
+            found = {k: sources[k][bucket] for k in group if len(sources[k].get(bucket, ()))}
+            if found:
+                parts.append(found)
+                shares.append(often[number] * sum(map(len, found.values())))
+                keys.append((seed, *bucket, number))
         if parts:
-            streams[bucket] = _make_stream(parts, shares, seeds)
+            streams[bucket] = _make_stream(parts, shares, keys)
     return streams
 
 
@@ -160,14 +172,13 @@ def _frequencies(sources, weights: Sequence[float]) -> np.ndarray:
     return weights / weights.sum() * sum(counts) / counts
 
 
-def _make_stream(parts: Sequence[Part], shares: Sequence[float], seeds) -> _Stream:
-    """A stream of parts by their ``shares``, each with epochs of its own."""
+def _make_stream(
+    parts: Sequence[Mapping[int, Members]], shares: Sequence[float], keys: Sequence[tuple[int, ...]]
+) -> _Stream:
+    """A stream of parts, records of one source or of several, by their ``shares``, each with its own epochs."""
     part_at, before, per_period = _make_pattern(np.array(shares))
-    lengths = np.array([len(records) for _, records in parts])
-
-    @functools.lru_cache(maxsize=2 * len(parts))
-    def permute(k: int, epoch: int) -> np.ndarray:
-        return np.random.RandomState([*seeds[k], epoch]).permutation(lengths[k])
+    ends = [np.cumsum([len(members) for members in part.values()]) for part in parts]
+    lengths = np.array([each[-1] for each in ends])
 
     def at(positions: np.ndarray) -> Part:
         period, offset = np.divmod(positions, PERIOD)
@@ -175,10 +186,15 @@ def _make_stream(parts: Sequence[Part], shares: Sequence[float], seeds) -> _Stre
         within = period * per_period[chosen] + before[offset]
         epochs, places = np.divmod(within, lengths[chosen])
         sources, records = np.empty((2, len(positions)), np.int64)
-        for k, epoch in set(zip(chosen.tolist(), epochs.tolist(), strict=True)):
+        for k, epoch in sorted(set(zip(chosen.tolist(), epochs.tolist(), strict=True))):
             mine = (chosen == k) & (epochs == epoch)
-            index = permute(k, epoch)[places[mine]]
-            sources[mine], records[mine] = parts[k][0][index], parts[k][1][index]
+            places[mine] = permute(places[mine], int(lengths[k]), (*keys[k], epoch))
+        for k, part in enumerate(parts):
+            number = np.searchsorted(ends[k], places, side="right")
+            for place, (source, members) in enumerate(part.items()):
+                mine = (chosen == k) & (number == place)
+                sources[mine] = source
+                records[mine] = members[places[mine] - (ends[k][place] - len(members))]
         return sources, records
 
     return _Stream(max(1, round(float(sum(shares)))), at)
@@ -202,9 +218,7 @@ def _make_pattern(shares: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarra
     return part[order], before[order], count
 
 
-def hold_out(
-    buckets: Mapping[Bucket, np.ndarray], count: int
-) -> tuple[dict[Bucket, np.ndarray], dict[Bucket, np.ndarray]]:
+def hold_out(buckets: Buckets, count: int) -> tuple[Buckets, dict[Bucket, np.ndarray]]:
     """Splits a source's records into those of training and ``count`` that are kept from it.
 
     Each bucket gives its share, rounded, at places that depend on the bucket's length alone. Returns
@@ -218,10 +232,10 @@ def hold_out(
     training, held_out = {}, {}
     left, records_left = count, total
     for bucket in sorted(buckets):
-        records = np.asarray(buckets[bucket], np.int64)
-        mine = round(left * len(records) / records_left) if records_left else 0
-        left, records_left = left - mine, records_left - len(records)
-        places = np.random.RandomState([len(records)]).permutation(len(records))
-        held_out[bucket] = np.sort(records[places[:mine]])
-        training[bucket] = np.sort(records[places[mine:]])
+        members = buckets[bucket]
+        mine = round(left * len(members) / records_left) if records_left else 0
+        left, records_left = left - mine, records_left - len(members)
+        places = np.sort(permute(np.arange(mine), len(members), (len(members),)))
+        held_out[bucket] = members[places]
+        training[bucket] = Without(members, places) if mine else members
     return training, held_out

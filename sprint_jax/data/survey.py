@@ -8,38 +8,39 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
-import safetensors.numpy
 from tqdm import tqdm
 
 from ..core.files import write_atomic
 from ..core.pixels import nearest_size
-from .order import Bucket
+from .buckets import merge_sizes
+from .members import Buckets, Surveyed
 from .rejects import RejectLog
 from .sources.records import Rejected, Source
 
 CHUNK = 4096  # images whose headers a thread reads at a time
+PART = 256 * CHUNK  # images that are handed to the threads at once
 
 
 def survey(
     source: Source,
     sizes: Sequence[tuple[int, int]],
-    factor: int,
     log: RejectLog,
     *,
     threads: int,
     cache_dir: Path,
-) -> dict[Bucket, np.ndarray]:
-    """Finds the bucket of every image, once: the answer is kept in a file of ``cache_dir``.
+) -> Surveyed:
+    """Finds the size of every image, once: a byte an image is kept in a file of ``cache_dir``, and read there.
 
     Args:
-      sizes: (height, width) in pixels that images are cut to; factor: pixels per latent along a side.
+      sizes: (height, width) in pixels that images are cut to.
       log: gets the images that cannot be measured, every time.
 
     Returns:
-      (h, w) of latents -> numbers of records, increasing.
+      Of each record the number of its size, -1 for those that cannot be measured.
     """
     identity = hashlib.sha256(f"{source.identity} {list(sizes)}".encode()).hexdigest()
-    path = cache_dir / f"survey-{identity[:16]}.safetensors"
+    dtype = np.dtype(np.int8 if len(sizes) < 128 else np.int16)
+    path = cache_dir / f"survey-{identity[:16]}.{dtype.name}"
     log.count(len(source))
 
     def measure(index: int) -> int:
@@ -50,30 +51,65 @@ def survey(
             return -1
         return sizes.index(nearest_size(*size, sizes))
 
-    if path.is_file():
-        numbers = safetensors.numpy.load_file(path)["numbers"]
-        for index in np.flatnonzero(numbers < 0):
-            measure(int(index))
-    else:
-        numbers = np.empty(len(source), np.int16)
+    whole = len(source) * dtype.itemsize
+    if path.is_file() and path.stat().st_size == whole:
+        numbers = np.memmap(path, dtype, "r")
+        for start in range(0, len(source), PART):
+            for index in np.flatnonzero(numbers[start : start + PART] < 0):
+                measure(start + int(index))
+        return Surveyed(numbers, len(sizes))
+    numbers = np.empty(len(source), dtype)
 
-        def fill(start: int) -> None:
-            part = range(start, min(start + CHUNK, len(source)))
-            numbers[part.start : part.stop] = [measure(index) for index in part]
-            bar.update(len(part))
+    def fill(start: int) -> None:
+        part = range(start, min(start + CHUNK, len(source)))
+        numbers[part.start : part.stop] = [measure(index) for index in part]
+        bar.update(len(part))
 
-        with (
-            tqdm(desc=f"sizes of {source.name}", total=len(source), unit="image", delay=2) as bar,
-            ThreadPoolExecutor(threads) as pool,
-        ):
-            list(pool.map(fill, range(0, len(source), CHUNK)))
-        path.parent.mkdir(parents=True, exist_ok=True)
-        # Several processes may come to this; each writes a file of its own.
-        mine = path.with_name(f"{path.name}.{platform.node()}-{os.getpid()}")
-        write_atomic(mine, safetensors.numpy.save({"numbers": numbers}))
-        mine.replace(path)
-    found = {
-        (height // factor, width // factor): np.flatnonzero(numbers == number)
-        for number, (height, width) in enumerate(sizes)
-    }
-    return {bucket: found[bucket] for bucket in sorted(found) if len(found[bucket])}
+    with (
+        tqdm(desc=f"sizes of {source.name}", total=len(source), unit="image", delay=2) as bar,
+        ThreadPoolExecutor(threads) as pool,
+    ):
+        for start in range(0, len(source), PART):
+            list(pool.map(fill, range(start, min(start + PART, len(source)), CHUNK)))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    # Several processes may come to this; each writes a file of its own.
+    mine = path.with_name(f"{path.name}.{platform.node()}-{os.getpid()}")
+    write_atomic(mine, numbers.data)
+    mine.replace(path)
+    return Surveyed(np.memmap(path, dtype, "r"), len(sizes))
+
+
+def join_sizes(
+    surveys: Sequence[Surveyed],
+    sizes: Sequence[tuple[int, int]],
+    factor: int,
+    batch_size: int,
+) -> tuple[list[Buckets], str]:
+    """Makes buckets of surveyed sources; images whose size fills no batch go to the next size that does.
+
+    Args:
+      sizes: those of the surveys; factor: pixels per latent along a side.
+
+    Returns:
+      Of each source its records by (h, w) of latents, and a line about sizes that were joined, or an empty one.
+    """
+    counts = sum(each.counts for each in surveys)
+    target = merge_sizes(sizes, counts, batch_size)
+    buckets = []
+    for each in surveys:
+        found = {}
+        for kept in sorted(set(target)):
+            members = each.select([k for k, t in enumerate(target) if t == kept])
+            if len(members):
+                height, width = sizes[kept]
+                found[height // factor, width // factor] = members
+        buckets.append(found)
+    name = lambda k: f"{sizes[k][0]}x{sizes[k][1]}"  # noqa: E731
+    moved = [k for k, t in enumerate(target) if t != k and counts[k]]
+    if not moved:
+        return buckets, ""
+    joined = ", ".join(f"{name(k)} ({counts[k]}) to {name(target[k])}" for k in moved)
+    return buckets, (
+        f"{len(moved)} of {np.count_nonzero(counts)} sizes have too few images to fill a batch of "
+        f"{batch_size}, and are cut to the next that do: {joined}"
+    )

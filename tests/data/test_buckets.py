@@ -6,7 +6,14 @@ from PIL import Image
 
 from sprint_jax.core.errors import UserError
 from sprint_jax.core.pixels import SIZES_1024
-from sprint_jax.data.buckets import SIZES_2048, check_factor, choose_sizes, fit_image, size_table
+from sprint_jax.data.buckets import (
+    SIZES_2048,
+    check_factor,
+    choose_sizes,
+    fit_image,
+    merge_sizes,
+    size_table,
+)
 
 
 def picture(height: int, width: int) -> np.ndarray:
@@ -63,6 +70,28 @@ def test_sizes_that_cannot_be_are_named(call, named):
 def test_sizes_of_a_config_take_the_place_of_the_table():
     assert choose_sizes(1024, ("8x16", "16x8")) == ((8, 16), (16, 8))
     assert choose_sizes(512, ()) == size_table(512)
+
+
+@pytest.mark.parametrize(
+    ("counts", "at_least", "expected"),
+    [
+        ((9, 9, 9, 9), 9, (0, 1, 2, 3)),
+        ((9, 3, 9, 1), 9, (0, 2, 2, 2)),
+        ((6, 2, 3, 1), 4, (0, 2, 2, 2)),
+        ((4, 3, 2, 1), 6, (1, 1, 1, 1)),
+        ((1, 0, 0, 1), 9, (3, 1, 2, 3)),
+        ((0, 5, 0, 0), 9, (0, 1, 2, 3)),
+    ],
+)
+def test_sizes_join_the_next_in_aspect_until_each_fills_a_batch(counts, at_least, expected):
+    sizes = ((8, 32), (8, 16), (8, 12), (16, 8))
+    target = merge_sizes(sizes, counts, at_least)
+    # The same for every order of the sizes.
+    turned = merge_sizes(sizes[::-1], counts[::-1], at_least)
+    assert [3 - t for t in turned[::-1]] == target
+    left = {t: sum(n for n, u in zip(counts, target, strict=True) if u == t) for t in target}
+    assert min([n for n in left.values() if n]) >= min(at_least, sum(counts))
+    assert tuple(target) == expected
 
 
 @pytest.mark.parametrize(

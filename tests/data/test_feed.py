@@ -17,7 +17,8 @@ from sprint_jax import SprintPipeline, train
 from sprint_jax.core.errors import UserError
 from sprint_jax.data import feed
 from sprint_jax.data.loader import prefetch
-from sprint_jax.data.sources.image_records import write_image_records
+from sprint_jax.data.order import VERSION
+from sprint_jax.data.sources.image_records import RecordSource, write_image_records
 from sprint_jax.data.sources.records import Rejected
 from sprint_jax.digits.dataset import open_digits
 from sprint_jax.training import setup
@@ -94,6 +95,47 @@ def test_held_out_records_are_the_same_and_are_not_trained_on(packed, tmp_path):
     assert len(kept) == 6 and len(drawn) == 120 - 24 and not kept & drawn
     with pytest.raises(UserError, match=r"config\.data\.holdout"):
         cached.held_out(100)
+
+
+def test_sizes_that_fill_no_batch_are_joined_in_images_and_named_in_latents(
+    packed, tmp_path, capfd
+):
+    c = tiny(TEACHER, tmp_path, data__batch_size=32)
+    cached, online = open_both(c, packed)
+    repeated, joined = capfd.readouterr().err.splitlines()
+    assert "3 of 4 sizes" in repeated and "8x8 (24)" in repeated
+    assert "2 of 4 sizes" in joined and "8x20 (24) to 8x16" in joined
+    kept = repeated.partition("--config.data.sizes=")[2].partition(" ")[0].rstrip(",").split(",")
+    assert sorted(kept) == ["16x8", "8x16"]
+    assert len(cached.shapes) == 4 and len(online.shapes) == 2
+    encode_small(tmp_path / "two", Pictures(120), data__sizes=tuple(kept), **FLOATS)
+    again = opened(of_latents(c, tmp_path / "two"))
+    for i in range(4):
+        chex.assert_trees_all_equal(again.batches(i), online.batches(i), strict=True)
+    assert not capfd.readouterr().err.count("sizes have fewer")
+
+
+def test_a_run_of_another_version_of_the_order_has_another_identity(packed, tmp_path, monkeypatch):
+    c = of_latents(tiny(TEACHER, tmp_path), packed / "latents")
+    mine = opened(c).identity
+    monkeypatch.setattr(feed, "VERSION", VERSION + 1)
+    assert opened(c).identity != mine and mine.startswith(f"order {VERSION}, ")
+
+
+def test_a_survey_is_kept_and_made_anew_where_it_was_cut_short(packed, tmp_path, monkeypatch):
+    c = of_images(tiny(TEACHER, tmp_path), packed)
+    c = c.override({"data.dir": str(tmp_path)})
+    first = opened(c).identity
+    (kept,) = tmp_path.glob("survey-*")
+    assert kept.stat().st_size == 120
+    measured = []
+    measure = RecordSource.measure
+    monkeypatch.setattr(
+        RecordSource, "measure", lambda self, k: measured.append(k) or measure(self, k)
+    )
+    assert opened(c).identity == first and not measured
+    kept.write_bytes(kept.read_bytes()[:-1])
+    assert opened(c).identity == first and sorted(measured) == list(range(120))
 
 
 @pytest.mark.parametrize("source", ["digits", "synthetic"])

@@ -31,6 +31,7 @@ from array_record.python.array_record_module import ArrayRecordReader, ArrayReco
 
 from ...core.errors import UserError
 from ...core.files import read_json
+from ..members import Runs
 from ..sources.records import Caption
 
 FORMAT = 1  # of the folder; a reader refuses others
@@ -110,7 +111,7 @@ class Cache:
     """Random access to the records of a folder, from any thread. Open one with `open_cache`.
 
     Attributes:
-      buckets: (h, w) of latents -> numbers of its records, increasing, int64.
+      buckets: (h, w) of latents -> numbers of its records, increasing.
       null_text: features [L, D] float32 of the null prompt, and null_mask [L] int32.
       text_length: L, the most tokens that a caption has.
       identity: hash of the encoders; caches with the same one may be mixed.
@@ -126,9 +127,9 @@ class Cache:
             path = folder / SHARDS / shard["file"]
             parts.append(_Part(str(path), 0, shard["records"], shard["records"]))
             for height, width, count in shard["buckets"]:
-                runs.setdefault((height, width), []).append(np.arange(first, first + count))
+                runs.setdefault((height, width), []).append((first, count))
                 first += count
-        self.buckets = {size: np.concatenate(runs[size]) for size in sorted(runs)}
+        self.buckets = {size: Runs(*np.transpose(runs[size])) for size in sorted(runs)}
         self._records = ArrayRecordDataSource(parts)
 
     def __len__(self) -> int:

@@ -28,11 +28,13 @@ def draw_latents(path: Path, cache: Cache, job: Job, entries: Sequence[dict[str,
       cache: written by the job; entries: of all its units, in order, see `units.read_unit`.
     """
     examples: dict[tuple[int, int], list[tuple[int, int]]] = {}
-    bucket_of = {number: size for size, numbers in cache.buckets.items() for number in numbers}
+    runs = [run for shard in cache.manifest["shards"] for run in shard["buckets"]]
+    ends = np.cumsum([count for *_, count in runs])
     first = 0
     for entry in entries:
         for number, index in entry["examples"]:
-            examples.setdefault(bucket_of[first + number], []).append((first + number, index))
+            height, width, _ = runs[np.searchsorted(ends, first + number, side="right")]
+            examples.setdefault((height, width), []).append((first + number, index))
         first += sum(shard["records"] for shard in entry["shards"])
     common = sorted(examples, key=lambda size: -len(cache.buckets[size]))[:BUCKETS]
     rows = [_draw_row(cache, job, examples[size][:2]) for size in common]
