@@ -10,11 +10,10 @@ unit of records that is done. Several processes with --distributed share the uni
 of them must see.
 """
 
-from pathlib import Path
-
 from .core import cli
 from .core.config import Config
 from .core.errors import UserError
+from .core.storage import absolute, as_path, in_bucket
 from .data.feed import open_sources
 from .data.latents import encoding
 from .data.sources.records import Concatenation, Source
@@ -31,11 +30,12 @@ def main(argv: list[str]) -> None:
     )
     distributed.add_flags(parser)
     flags, c = cli.parse_with_config(parser, argv)
-    out = Path(flags.out)
+    out = as_path(flags.out)
     if flags.limit is not None and flags.limit < 1:
         raise UserError(f"--limit {flags.limit} must be at least 1", exit_code=2)
     for path in c.data.images:  # the preview would be one of them
-        if Path(path).is_dir() and out.resolve().is_relative_to(Path(path).resolve()):
+        folder = as_path(path) if in_bucket(path) == in_bucket(out) else None
+        if folder and folder.is_dir() and absolute(out).is_relative_to(absolute(folder)):
             raise UserError(f"--out {out} lies in the images of {path}: give a folder elsewhere", 2)
     cli.use_compilation_cache()
     with distributed.joined(flags) as peers:

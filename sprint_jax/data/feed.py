@@ -17,6 +17,7 @@ import numpy as np
 
 from ..core.config import Config
 from ..core.errors import UserError
+from ..core.storage import AnyPath
 from ..digits.dataset import Digits, open_digits
 from ..digits.encoders import digits_parts
 from ..digits.report import readable
@@ -65,7 +66,7 @@ class Data:
     identity: str = ""
 
 
-def open_data(c: Config, mesh: jax.sharding.Mesh, workdir: Path | None = None) -> Data:
+def open_data(c: Config, mesh: jax.sharding.Mesh, workdir: AnyPath | None = None) -> Data:
     """Opens the training data of a config; ``workdir`` gets rejected.jsonl of images that cannot be used.
 
     Raises:
@@ -208,7 +209,7 @@ def _open_latents(c: Config, rows: Sequence[int]) -> Data:
     )
 
 
-def _open_images(c: Config, rows: Sequence[int], workdir: Path | None) -> Data:
+def _open_images(c: Config, rows: Sequence[int], workdir: AnyPath | None) -> Data:
     sources, encoders = open_sources(c), _load_encoders(c)
     factor, threads = encoders.autoencoder.factor, c.encode.threads
     sizes = choose_sizes(c.data.resolution, c.data.sizes)

@@ -26,7 +26,7 @@ class NotReadable(ValueError):
 
 
 class Index(NamedTuple):
-    """The places of a file's chunks: ``starts`` and the last end, and the number of the ``first`` record of each."""
+    """The places of a file's chunks: ``starts`` and the last end, and the ``first`` record of each."""
 
     starts: np.ndarray
     first: np.ndarray

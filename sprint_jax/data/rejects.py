@@ -3,6 +3,7 @@
 import json
 import sys
 import threading
+import time
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,10 +13,12 @@ from tqdm import tqdm
 
 from ..core.errors import UserError
 from ..core.files import write_atomic
+from ..core.storage import AnyPath, in_bucket
 from .sources.records import Rejected
 
 REJECTED = "rejected.jsonl"
 FIRST = 100  # records seen before their share is judged: at the start a few mean nothing
+REWRITE_SECONDS = 30.0  # between two versions of the file in a bucket
 PRINTED = 20  # rejects that are printed; all are in the file
 
 
@@ -31,13 +34,13 @@ class Reject(NamedTuple):
         return json.dumps(self._asdict()).encode() + b"\n"
 
 
-def write_rejects(path: Path, rejects: Sequence[Reject]) -> None:
+def write_rejects(path: AnyPath, rejects: Sequence[Reject]) -> None:
     """Writes rejected.jsonl, whole; an empty file for no rejects. Raises UserError where it cannot."""
     write_atomic(path, b"".join(reject.line() for reject in rejects))
 
 
 def check_rejects(
-    rejects: Sequence[Reject], seen: int, limit: float, path: Path, *, total: int
+    rejects: Sequence[Reject], seen: int, limit: float, path: AnyPath, *, total: int
 ) -> None:
     """Raises UserError, with counts, kinds of reason and three examples, where too many cannot be used.
 
@@ -64,12 +67,12 @@ class RejectLog:
     The file is this process's rejected.jsonl in ``folder``, if any; what it names already is not added again.
     """
 
-    def __init__(self, folder: Path | None, limit: float, process: int = 0):
+    def __init__(self, folder: AnyPath | None, limit: float, process: int = 0):
         name = REJECTED.replace(".", f"-{process}.") if process else REJECTED
         self._path = None if folder is None else folder / name
         self._limit, self._total = limit, 0
         self._found: dict[tuple[str, str], Reject] = {}
-        self._lock = threading.Lock()
+        self._lock, self._due = threading.Lock(), 0.0
         content = b""
         if self._path is not None and self._path.is_file():
             content = self._path.read_bytes()
@@ -103,8 +106,18 @@ class RejectLog:
             tqdm.write(line, file=sys.stderr)
         if self._path is not None:
             try:
+                if in_bucket(self._path):
+                    self._rewrite(found.line())
+                    return
                 self._path.parent.mkdir(parents=True, exist_ok=True)
                 with self._path.open("ab") as file:
                     file.write(found.line())
             except OSError as error:
                 raise UserError(f"cannot write {self._path}: {error.strerror}") from error
+
+    def _rewrite(self, line: bytes) -> None:
+        """Adds a line to the file of a bucket, which takes whole files alone: not too often."""
+        self._written.add(line)
+        if time.monotonic() >= self._due:
+            write_atomic(self._path, b"".join(sorted(self._written)))
+            self._due = time.monotonic() + REWRITE_SECONDS

@@ -6,13 +6,17 @@ import random
 import time
 
 import pytest
-from helpers import bucket_servers, runs
+from helpers import bucket_servers, encode_worker, encoding, runs
+from helpers.encoding import encode_small
+from helpers.pods import start_one
 
 from sprint_jax import evaluate, export, sample
 from sprint_jax.checkpoints.checkpoint import complete_steps, load_params
 from sprint_jax.checkpoints.workdir import read_metrics
+from sprint_jax.core.errors import UserError
 from sprint_jax.core.fingerprint import fingerprint
 from sprint_jax.core.storage import as_path, walk
+from sprint_jax.data.latents.cache import open_cache
 
 pytestmark = [pytest.mark.faults, pytest.mark.usefixtures("quick")]
 
@@ -87,3 +91,36 @@ def test_it_is_sampled_measured_and_exported_into_the_bucket(trained, bucket):
 
 def test_no_folder_with_the_name_of_a_scheme_is_made(trained, bucket):
     assert not {name for name in os.listdir() if name.endswith(":")}
+
+
+def test_an_encoding_that_is_killed_ends_as_the_undisturbed_one_and_is_read_there(bucket, tmp_path):
+    whole, out = encode_small(tmp_path / "whole", encode__unit=4), f"{bucket}/latents"
+    command, kills = [encode_worker.__file__, *encoding.words(out, encode__unit=4)], 0
+    for attempt in range(10):
+        done = len(list(as_path(f"{out}/units").glob("*.json")))
+        process = start_one(command, devices=8)
+        if attempt < KILLS:
+            while len(list(as_path(f"{out}/units").glob("*.json"))) == done:
+                if process.poll() is not None:
+                    break
+                time.sleep(0.02)
+            kills += process.poll() is None
+            process.kill()
+        ended = runs.finish(process)
+        if ended.code == 0:
+            break
+    assert ended.code == 0, ended.err
+    assert kills
+    expected = encoding.hashes(whole)
+    assert {name for name in walk(as_path(out)) if not name.endswith(".png")} == set(expected)
+    for name in expected:
+        assert (as_path(out) / name).read_bytes() == (whole / name).read_bytes(), name
+    here, there = open_cache(whole), open_cache(out)
+    order = random.Random(0).sample(range(len(here)), len(here))
+    for mine, other in zip(here.__getitems__(order), there.__getitems__(order), strict=True):
+        assert mine.key == other.key and mine.captions == other.captions
+        assert mine.latents.tobytes() == other.latents.tobytes()
+        assert [text.tobytes() for text in mine.texts] == [text.tobytes() for text in other.texts]
+    (as_path(out) / "manifest.json").unlink()
+    with pytest.raises(UserError, match=r"manifest\.json is missing"):
+        open_cache(out)

@@ -31,7 +31,9 @@ from array_record.python.array_record_module import ArrayRecordReader, ArrayReco
 
 from ...core.errors import UserError
 from ...core.files import read_json
+from ...core.storage import AnyPath, as_path, in_bucket, local_output, read_range, size_of
 from ..members import Runs
+from ..ranged_records import RangedRecords
 from ..sources.records import Caption
 
 FORMAT = 1  # of the folder; a reader refuses others
@@ -117,7 +119,7 @@ class Cache:
       identity: hash of the encoders; caches with the same one may be mixed.
     """
 
-    def __init__(self, folder: Path, manifest: dict[str, Any], null: dict[str, np.ndarray]):
+    def __init__(self, folder: AnyPath, manifest: dict[str, Any], null: dict[str, np.ndarray]):
         self.folder, self.manifest = folder, manifest
         self.null_text, self.null_mask = null["text"], null["mask"]
         self.text_length = len(self.null_mask)
@@ -130,7 +132,11 @@ class Cache:
                 runs.setdefault((height, width), []).append((first, count))
                 first += count
         self.buckets = {size: Runs(*np.transpose(runs[size])) for size in sorted(runs)}
-        self._records = ArrayRecordDataSource(parts)
+        if in_bucket(folder):
+            paths = [folder / SHARDS / shard["file"] for shard in manifest["shards"]]
+            self._records = RangedRecords(paths, [shard["records"] for shard in manifest["shards"]])
+        else:
+            self._records = ArrayRecordDataSource(parts)
 
     def __len__(self) -> int:
         return len(self._records)
@@ -148,17 +154,18 @@ class Cache:
             ) from error
 
 
-def open_cache(folder: str | Path) -> Cache:
+def open_cache(folder: str | AnyPath) -> Cache:
     """Opens a folder that `encode` wrote, if it is all there.
 
     Every shard's size and last bytes are compared with the manifest: a copy that was interrupted is refused. A
-    record that is damaged further inside is found by its checksum when it is read.
+    record that is damaged further inside is found by its checksum when it is read; in a bucket that is the
+    provider's to see to.
 
     Raises:
       UserError: no manifest, one of another format, or a shard that is missing, cut short, changed, or not
         of this folder.
     """
-    folder = Path(folder)
+    folder = as_path(folder)
     if folder.is_dir() and not (folder / MANIFEST).is_file():
         raise UserError(
             f"{folder} is not a whole folder of latents ({MANIFEST} is missing): let sprint_jax.encode end, or "
@@ -182,11 +189,12 @@ def open_cache(folder: str | Path) -> Cache:
 
     with ThreadPoolExecutor(THREADS) as pool:
         list(pool.map(check, shards.values()))
-    _allow_open_files(len(shards))
+    if not in_bucket(folder):
+        _allow_open_files(len(shards))
     path = folder / NULL_TEXT
     if not path.is_file() or hash_file(path) != manifest["null_text_sha256"]:
         raise UserError(f"{path} is missing or not the one that was written: copy it again")
-    return Cache(folder, manifest, safetensors.numpy.load_file(path))
+    return Cache(folder, manifest, safetensors.numpy.load(path.read_bytes()))
 
 
 def _allow_open_files(count: int) -> None:
@@ -205,7 +213,9 @@ def _allow_open_files(count: int) -> None:
         )
 
 
-def write_shard(folder: Path, unit: int, records: Iterable[CachedRecord]) -> list[dict[str, Any]]:
+def write_shard(
+    folder: AnyPath, unit: int, records: Iterable[CachedRecord]
+) -> list[dict[str, Any]]:
     """Writes the records of a unit, those of a bucket together, as a shard that is whole or not there.
 
     Returns:
@@ -215,7 +225,11 @@ def write_shard(folder: Path, unit: int, records: Iterable[CachedRecord]) -> lis
     Raises:
       UserError: the file cannot be written, or does not read back.
     """
-    path = folder / f"{unit:05d}-0.array_record"
+    with local_output(folder) as local:
+        return _write_shard(local / f"{unit:05d}-0.array_record", records)
+
+
+def _write_shard(path: Path, records: Iterable[CachedRecord]) -> list[dict[str, Any]]:
     # Two processes that both take a unit for theirs do not write into one file.
     temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     runs: list[list[int]] = []
@@ -239,24 +253,22 @@ def write_shard(folder: Path, unit: int, records: Iterable[CachedRecord]) -> lis
             temporary.unlink()
             return []
         temporary.replace(path)
-        _sync(folder)
+        _sync(path.parent)
     except (OSError, RuntimeError) as error:
         raise UserError(f"cannot write {path}: {error}") from error
     return [{"file": path.name, "records": count, "buckets": runs} | described]
 
 
-def describe_end(path: Path) -> dict[str, int]:
+def describe_end(path: AnyPath) -> dict[str, int]:
     """Returns the number of bytes of a shard, and a CRC-32 of the last `TAIL` of them; zeros without a file."""
     try:
-        size = path.stat().st_size
-        with path.open("rb") as file:
-            file.seek(max(0, size - TAIL))
-            return {"bytes": size, "tail": zlib.crc32(file.read())}
+        size = size_of(path)
+        return {"bytes": size, "tail": zlib.crc32(read_range(path, max(0, size - TAIL), size))}
     except FileNotFoundError:
         return {"bytes": 0, "tail": 0}
 
 
-def hash_file(path: Path) -> str:
+def hash_file(path: AnyPath) -> str:
     """Hashes a small file: sha256, 64 hex digits."""
     return hashlib.sha256(path.read_bytes()).hexdigest()
 

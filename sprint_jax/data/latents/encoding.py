@@ -3,7 +3,6 @@
 import sys
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -12,6 +11,7 @@ import jax.numpy as jnp
 from ...core.config import Config
 from ...core.errors import UserError
 from ...core.progress import Progress
+from ...core.storage import AnyPath
 from ...encoders.load import load_encoders
 from ...parallel.sharding import batch_ways, make_mesh
 from ..buckets import check_factor, choose_sizes
@@ -25,7 +25,7 @@ PREVIEW = "preview.png"
 VISIBLE_SECONDS = 60.0  # until a file that one host wrote must be there for another
 
 
-def make_job(c: Config, source: Source, folder: Path, limit: int | None) -> Job:
+def make_job(c: Config, source: Source, folder: AnyPath, limit: int | None) -> Job:
     """Makes the job that a config describes, of at most ``limit`` records; loads the encoders on this host.
 
     Raises:
@@ -140,7 +140,7 @@ def _wait_for(find: Callable[[], Any], message: str) -> Any:
     return found
 
 
-def _report(made: dict[str, Any], folder: Path, how: str) -> None:
+def _report(made: dict[str, Any], folder: AnyPath, how: str) -> None:
     size = sum(shard["bytes"] for shard in made["shards"]) / 1e9
     buckets = len(made["buckets"])
     print(

@@ -1,16 +1,14 @@
 """A sheet of images beside what their stored latents decode to."""
 
-import io
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 from PIL import Image
 
-from ...core.files import write_atomic
 from ...core.pixels import to_bytes
-from ...core.sheet import Cell, draw_sheet
+from ...core.sheet import Cell, draw_sheet, save_picture
+from ...core.storage import AnyPath
 from ..buckets import read_fitted
 from .cache import Cache
 from .units import Job
@@ -20,7 +18,7 @@ SIDE = 256  # of the largest image on it
 LETTERS = 90  # of a caption
 
 
-def draw_latents(path: Path, cache: Cache, job: Job, entries: Sequence[dict[str, Any]]) -> None:
+def draw_latents(path: AnyPath, cache: Cache, job: Job, entries: Sequence[dict[str, Any]]) -> None:
     """Writes a sheet with one row for each bucket: originals as they were cut, and decoded beside them.
 
     Args:
@@ -41,9 +39,7 @@ def draw_latents(path: Path, cache: Cache, job: Job, entries: Sequence[dict[str,
     side = min(SIDE, max(max(cell.picture.shape) for row in rows for cell in row))
     framed = [[cell._replace(picture=_frame(cell.picture, side)) for cell in row] for row in rows]
     titles = ["original", "decoded"] * (max(map(len, rows)) // 2)
-    png = io.BytesIO()
-    draw_sheet(framed, titles=titles).save(png, "png")
-    write_atomic(path, png.getvalue())
+    save_picture(path, draw_sheet(framed, titles=titles))
 
 
 def _draw_row(cache: Cache, job: Job, examples: Sequence[tuple[int, int]]) -> list[Cell]:

@@ -4,7 +4,6 @@ import json
 import math
 from collections import Counter
 from collections.abc import Iterable
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -13,6 +12,7 @@ import safetensors.numpy
 from ...core.errors import UserError
 from ...core.files import differences, read_json, write_atomic, write_json_atomic
 from ...core.fingerprint import digest
+from ...core.storage import AnyPath, make_folder
 from ..rejects import REJECTED, Reject, check_rejects, write_rejects
 from .cache import FORMAT, MANIFEST, NULL_TEXT, SHARDS, hash_file
 from .units import UNITS, Job
@@ -34,7 +34,7 @@ def describe_job(job: Job) -> dict[str, Any]:
     }
 
 
-def check_plan(folder: Path, plan: dict[str, Any]) -> bool:
+def check_plan(folder: AnyPath, plan: dict[str, Any]) -> bool:
     """Returns whether a folder was begun with this plan (of `describe_job`); False for one that is not begun.
 
     Raises:
@@ -60,12 +60,12 @@ def _shorten(value: Any) -> str:
     return text if len(text) <= 40 else f"{text[:37]}..."
 
 
-def begin(folder: Path, plan: dict[str, Any]) -> None:
+def begin(folder: AnyPath, plan: dict[str, Any]) -> None:
     """Makes a folder that `check_plan` has found not begun, or not quite."""
-    folder.mkdir(parents=True, exist_ok=True)
+    make_folder(folder)
     write_json_atomic(folder / PLAN, plan)
     for part in (SHARDS, UNITS):
-        (folder / part).mkdir(exist_ok=True)
+        make_folder(folder / part)
 
 
 def check_rejected(job: Job, entries: list[dict[str, Any]], seen: int, limit: float) -> None:

@@ -11,7 +11,6 @@ import itertools
 import json
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import grain
@@ -19,6 +18,7 @@ import numpy as np
 
 from ...core.errors import UserError
 from ...core.files import read_json, write_atomic
+from ...core.storage import AnyPath, size_of
 from ...encoders.load import Encoders, encode_captions, encode_images
 from ..buckets import read_fitted
 from ..rejects import Reject
@@ -45,7 +45,7 @@ class Job:
       batch_size: images at once on this host's devices; threads: that read and decode.
     """
 
-    folder: Path
+    folder: AnyPath
     source: Source
     count: int
     encoders: Encoders
@@ -76,12 +76,12 @@ class Item(NamedTuple):
     array: np.ndarray
 
 
-def unit_path(folder: Path, unit: int) -> Path:
+def unit_path(folder: AnyPath, unit: int) -> AnyPath:
     """The file that commits a unit."""
     return folder / UNITS / f"{unit:05d}.json"
 
 
-def read_unit(folder: Path, unit: int) -> dict[str, Any] | None:
+def read_unit(folder: AnyPath, unit: int) -> dict[str, Any] | None:
     """Reads the entry of a unit; None for one that is to be done: not committed, or short of a shard."""
     path = unit_path(folder, unit)
     if not path.is_file():
@@ -89,7 +89,7 @@ def read_unit(folder: Path, unit: int) -> dict[str, Any] | None:
     entry = read_json(path)
     for shard in entry["shards"]:
         path = folder / SHARDS / shard["file"]
-        if not path.is_file() or path.stat().st_size != shard["bytes"]:
+        if not path.is_file() or size_of(path) != shard["bytes"]:
             return None
     return entry
 
