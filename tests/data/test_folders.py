@@ -10,6 +10,7 @@ from PIL import Image
 
 from sprint_jax.core.errors import UserError
 from sprint_jax.data.sources.folders import open_folder
+from sprint_jax.data.sources.open import open_images
 from sprint_jax.data.sources.records import Caption, Rejected
 
 PNG = image_sets.encode(Image.new("RGB", (3, 2), "red"), "PNG")
@@ -55,6 +56,39 @@ def test_what_is_no_image_is_refused_and_not_left_out(tmp_path):
     }
     with pytest.raises(Rejected, match=r"gone: .*gone\.png"):
         source.measure(2)
+
+
+def test_links_to_themselves_pipes_and_devices_are_named_and_never_read(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    ends = {"itself": "itself.png", "pipe": "pipe", "zero": "/dev/zero", "null": "/dev/null"}
+    # A file of the kernel says that it is regular and has 0 bytes, whatever comes when it is read.
+    ends["kernel"] = "/proc/self/smaps"
+    for name, end in ends.items():
+        (tmp_path / f"{name}.png").symlink_to(end)
+    os.mkfifo(tmp_path / "pipe2.png")
+    for number, end in enumerate(("1.txt", "pipe", "/dev/zero")):
+        (tmp_path / f"{number + 1}.txt").symlink_to(end)
+    source = write(tmp_path, dict.fromkeys(["1.png", "2.png", "3.png", "good.png"], PNG))
+    found = read(source)
+    place = list(found).index("itself")
+    assert found.pop("good") == [""] and found.pop("kernel") == "empty file"
+    assert set(found) == {"1", "2", "3", "itself", "null", "pipe", "pipe2", "zero"}
+    assert set(found.values()) == {"cannot be read"}
+    with pytest.raises(Rejected, match=r"itself: .*itself\.png"):
+        source.measure(place)
+
+
+@pytest.mark.parametrize("name", ["metadata.jsonl", "shard.tar", "x.array_record"])
+@pytest.mark.parametrize("end", ["pipe", "/dev/zero", "itself"])
+def test_files_that_are_read_as_a_whole_must_be_regular_ones(tmp_path, name, end):
+    os.mkfifo(tmp_path / "pipe")
+    write(tmp_path, {"a.png": PNG})
+    folder = tmp_path if name == "metadata.jsonl" else tmp_path / "shards"
+    folder.mkdir(exist_ok=True)
+    (folder / name).symlink_to(name if end == "itself" else tmp_path / end)
+    for path in (folder, folder / name):
+        with pytest.raises(UserError, match=name.replace(".", r"\.")):
+            open_images([path])
 
 
 def test_files_of_sana_belong_to_the_image_of_the_longest_name(tmp_path):

@@ -131,6 +131,73 @@ def test_damage_is_named_and_costs_no_more_than_its_neighbours(tmp_path, damage,
 
 
 @pytest.mark.parametrize("format", [tarfile.PAX_FORMAT, tarfile.GNU_FORMAT])
+def test_wherever_a_shard_is_cut_off_no_member_is_lost_without_a_word(tmp_path, format):
+    path = tmp_path / "a.tar"
+    files = lambda n: ((f"{n}.png", bytes(300 + 500 * n)), (f"{n}.txt", b"%d" % n))  # noqa: E731
+    members = [*files(0), *files(1), ("no dot", b"."), (f"d/{'n' * 120}.png", b"1"), *files(2)]
+    write_tar(path, members, format=format)
+    whole = {group.key: group for group in scan_tar(path)}
+    assert len(whole) == 4 and all(group.problem is None for group in whole.values())
+    content, end = (
+        path.read_bytes(),
+        max(at + size for group in whole.values() for at, size in group.members.values()),
+    )
+    # In headers, in contents and in padding; beyond are zeros.
+    cuts = {block + more for block in range(0, end + 512, 512) for more in (-5, 0, 1, 3, 300, 511)}
+    for cut in sorted(cut for cut in cuts if 0 < cut < end + 512 - end % 512):
+        path.write_bytes(content[:cut])
+        found = {group.key: group for group in scan_tar(path)}
+        good = {key for key, group in found.items() if group.problem is None}
+        assert all(found[key] == whole[key] for key in good), cut
+        assert good != whole.keys() or cut > end, cut
+        assert len(found) > len(good), cut
+
+
+def test_a_shard_cut_off_in_the_padding_behind_a_member_is_named(tmp_path):
+    path = tmp_path / "a.tar"
+    offsets = five(path)
+    os.truncate(path, offsets["3.txt"] + 512 + 300)  # its content is 1 byte
+    found = read(open_tars([path]))
+    size = offsets["3.txt"] + 812
+    assert found == {
+        **{str(n): [str(n)] for n in range(3)},
+        "3": "broken tar member",
+        f"a.tar@{size}": "broken tar",
+    }
+
+
+@pytest.mark.parametrize("size", [-1, -512, -(10**6)])
+def test_a_member_of_negative_size_is_named_and_costs_itself(tmp_path, size):
+    path = tmp_path / "a.tar"
+    with tarfile.open(path, "w", format=tarfile.GNU_FORMAT) as tar:
+        for number in range(4):
+            info = tarfile.TarInfo(f"{number}.png")
+            info.size = size if number == 1 else len(PNG)
+            tar.addfile(info) if number == 1 else tar.addfile(info, io.BytesIO(PNG))
+            tar.offset = tar.fileobj.tell()
+    found = read(open_tars([path]))
+    assert found == {"0": [""], "1": "broken tar member", "2": [""], "3": [""]}
+
+
+@pytest.mark.parametrize(
+    "kind", [tarfile.SYMTYPE, tarfile.LNKTYPE, tarfile.CHRTYPE, tarfile.BLKTYPE, tarfile.FIFOTYPE]
+)
+def test_members_that_are_no_regular_files_are_named_and_not_followed(tmp_path, kind):
+    path = tmp_path / "a.tar"
+    with tarfile.open(path, "w") as tar:
+        tar.add(tmp_path, "folder.d", recursive=False)
+        for name in ("0.png", "1.png", "1.txt", "2.png"):
+            info = tarfile.TarInfo(name)
+            if name == "1.txt":
+                info.type, info.linkname = kind, "1.txt"
+                tar.addfile(info)
+            else:
+                info.size = len(PNG)
+                tar.addfile(info, io.BytesIO(PNG))
+    assert read(open_tars([path])) == {"0": [""], "1": "not a regular file", "2": [""]}
+
+
+@pytest.mark.parametrize("format", [tarfile.PAX_FORMAT, tarfile.GNU_FORMAT])
 def test_a_member_whose_long_name_is_lost_is_not_taken_for_another(tmp_path, format):
     path, name = tmp_path / "a.tar", "d/" + "n" * 120
     members = [("0.png", PNG), (f"{name}.png", PNG), (f"{name}.txt", b"a"), ("1.png", PNG)]

@@ -1,6 +1,9 @@
 """Images and captions in files: a file each in a folder, or members of tar shards."""
 
 import contextlib
+import errno
+import os
+import stat
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
@@ -35,6 +38,16 @@ class Item(NamedTuple):
     entry: str = ""
     captions: tuple[Caption, ...] | None = None
     problem: str | None = None
+
+
+def open_regular(path: str | os.PathLike) -> BinaryIO:
+    """Opens a file to read from, if it is a regular one; pipes, devices and sockets are not even opened.
+
+    Raises OSError, ENODEV for what is no regular file.
+    """
+    if not stat.S_ISREG(os.stat(path).st_mode):
+        raise OSError(errno.ENODEV, "not a regular file", os.fspath(path))
+    return open(path, "rb")
 
 
 class FileSource:
@@ -78,10 +91,8 @@ class FileSource:
     def measure(self, index: int) -> tuple[str, tuple[int, int]]:
         """Reads key and (height, width) from the headers of the image; raises `Rejected`."""
         item = self._find(index)
-        with self._open(item.image, item.key) as file:
-            if item.image.size is not None:
-                file = ContainerIO(file, item.image.offset, item.image.size)
-            return item.key, measure_image(file, item.key)
+        with self._open(item.image, item.key) as (file, size):
+            return item.key, measure_image(ContainerIO(file, item.image.offset, size), item.key)
 
     def _find(self, index: int) -> Item:
         item = self._items[index]
@@ -90,17 +101,18 @@ class FileSource:
         return item
 
     @contextlib.contextmanager
-    def _open(self, span: Span, key: str) -> Iterator[BinaryIO]:
+    def _open(self, span: Span, key: str) -> Iterator[tuple[BinaryIO, int]]:
+        """The file of a span, and the bytes to read: of a whole file those of its size, if more would come."""
         try:
-            with (self._root / span.path).open("rb") as file:
-                yield file
+            with open_regular(self._root / span.path) as file:
+                yield file, os.fstat(file.fileno()).st_size if span.size is None else span.size
         except OSError as error:
             raise cannot_read(key, error, span.path) from error
 
     def _read(self, span: Span, key: str) -> bytes:
-        with self._open(span, key) as file:
+        with self._open(span, key) as (file, size):
             file.seek(span.offset)
-            data = file.read(-1 if span.size is None else span.size)
+            data = file.read(size)
         if span.size is not None and len(data) < span.size:
             raise Rejected(key, f"broken tar member: {span.path} has shrunk since it was indexed")
         return data

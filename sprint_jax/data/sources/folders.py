@@ -2,6 +2,7 @@
 
 import os
 import posixpath
+import stat
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
@@ -10,7 +11,7 @@ from tqdm import tqdm
 
 from ...core.errors import UserError
 from .caption_files import parse_json, read_captions
-from .files import FileSource, Item, Span, make_printable
+from .files import FileSource, Item, Span, make_printable, open_regular
 from .images import EXTENSIONS, MAX_PIXELS
 from .records import Caption, Rejected, hash_identity
 
@@ -59,7 +60,7 @@ def open_folder(folder: str | os.PathLike, name: str | None = None) -> FileSourc
 
 
 def _walk(folder: Path) -> Iterator[tuple[str, int]]:
-    """Paths below a folder, with ``/``, and sizes in bytes (-1 of a dangling link); hidden ones left out."""
+    """Paths below a folder, with ``/``, and sizes in bytes (-1 of what is no regular file); no hidden ones."""
     seen, waiting = set(), [""]
     while waiting:
         below = waiting.pop()
@@ -73,14 +74,24 @@ def _walk(folder: Path) -> Iterator[tuple[str, int]]:
                     path = posixpath.join(below, entry.name)
                     if entry.name.startswith("."):
                         continue
-                    if entry.is_dir():
+                    kind, size = _look_at(entry)
+                    if kind == stat.S_IFDIR:
                         waiting.append(path)
-                    elif entry.is_file():
-                        yield path, entry.stat().st_size
-                    elif entry.is_symlink():
-                        yield path, -1
+                    else:
+                        yield path, size if kind == stat.S_IFREG else -1
         except OSError as error:
             raise UserError(f"cannot read {folder / below}: {error.strerror}") from error
+
+
+def _look_at(entry: os.DirEntry) -> tuple[int, int]:
+    """Kind and size of a file; 0 for a link that leads nowhere, or to itself."""
+    try:
+        status = entry.stat()
+    except OSError:
+        if not entry.is_symlink():
+            raise
+        return 0, 0
+    return stat.S_IFMT(status.st_mode), status.st_size
 
 
 def is_image(path: str) -> bool:
@@ -121,7 +132,8 @@ def _apply_metadata(folder: Path, path: str, files: dict[str, int], items: dict[
     """Puts the captions of a metadata.jsonl into ``items``, and a problem for every line that is wrong."""
     below = posixpath.dirname(path)
     try:
-        lines = (folder / path).read_bytes().splitlines()
+        with open_regular(folder / path) as file:
+            lines = file.read(os.fstat(file.fileno()).st_size).splitlines()
     except OSError as error:
         raise UserError(f"cannot read {folder / path}: {error.strerror}") from error
     listed: dict[str, tuple[Caption, ...]] = {}

@@ -68,6 +68,10 @@ def _open_path(path: str) -> Source:
         files = [Path(file).expanduser() for file in sorted(found)]
         if not files:
             raise UserError(f"image source {path!r}: there is no such file or folder")
+    if other := [file for file in files if not file.is_file()]:
+        raise UserError(
+            f"image source {path!r}: {other[0]} is a folder, a device, a pipe or a dangling link"
+        )
     kinds = {_kind(file) for file in files}
     if kinds == {"tar"}:
         return open_tars(files, path)

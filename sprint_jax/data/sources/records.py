@@ -12,6 +12,7 @@ import numpy as np
 from ...core.errors import UserError
 
 _MISSING = (errno.ENOENT, errno.EACCES, errno.EPERM, errno.EISDIR, errno.ENOTDIR, errno.ELOOP)
+_MISSING += (errno.ENODEV, errno.ENAMETOOLONG)
 
 
 class Caption(NamedTuple):
@@ -95,7 +96,8 @@ class Concatenation:
 
 
 def cannot_read(key: str, error: OSError, path: object) -> Exception:
-    """Returns what to raise where a record's file cannot be read: `Rejected` for a missing or forbidden one.
+    """Returns what to raise where a record's file cannot be read: `Rejected` for a missing or forbidden one, or
+    what is no regular file.
 
     Anything else, such as an input/output error, is a UserError: it would lose good records.
     """

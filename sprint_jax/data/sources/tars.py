@@ -14,12 +14,12 @@ from tqdm import tqdm
 
 from ...core.errors import UserError
 from ...core.files import write_atomic
-from .files import FileSource, Item, Span, make_printable
+from .files import FileSource, Item, Span, make_printable, open_regular
 from .images import EXTENSIONS, MAX_PIXELS
 from .records import hash_identity
 
 THREADS = 8  # that index shards: on a network's disk they wait more than they work
-VERSION = 1  # of a kept index; another is made anew
+VERSION = 2  # of a kept index; another is made anew
 
 
 class Group(NamedTuple):
@@ -49,7 +49,10 @@ def open_tars(paths: Sequence[str | os.PathLike], name: str | None = None) -> Fi
         raise UserError(f"{name} has no image: are these tar shards in WebDataset's layout?")
     models = _find_models(shards)
     files = [*shards, *(file for files in models.values() for file in files)]
-    sizes = [(file.name, file.stat().st_size) for file in files]
+    try:
+        sizes = [(file.name, file.stat().st_size) for file in files]
+    except OSError as error:
+        raise UserError(f"cannot read {error.filename}: {error.strerror}") from error
     # A tar is filled up to whole blocks: its size alone does not show a change.
     identity = hash_identity("tar", [MAX_PIXELS, *sizes, *indexed])
     items = list(_make_items(shards, indexed, models))
@@ -95,9 +98,10 @@ def index_tar(path: Path) -> list[Group]:
     """Lists the groups of a shard in its order, from the kept index where that is of this very file.
 
     Members belong together by their path up to the first dot of the file name, which is the key, without
-    a leading ``./``; what follows the dot is the extension, in lower case (WebDataset's rule). Members
-    that are no files, hidden ones and those without a dot are left out. Damage becomes a group of its own,
-    named ``SHARD.tar@BYTE``, and the problem of the groups before and after it, which may lack members.
+    a leading ``./``; what follows the dot is the extension, in lower case (WebDataset's rule). Folders,
+    hidden members and those without a dot are left out. A link or a device is the problem of its group.
+    Damage becomes a group of its own, named ``SHARD.tar@BYTE``, and the problem of the groups before and
+    after it, which may lack members.
 
     The index is kept beside the shard as ``.NAME.index.json``, with the file's size and time of change; where
     it cannot be written, a line on stderr says so.
@@ -124,39 +128,52 @@ def scan_tar(path: Path) -> list[Group]:
 
     def spoil(key: str, problem: str) -> None:
         group = groups.get(key, Group(key, {}))
-        groups[key] = group._replace(problem=group.problem or f"broken tar{problem}")
+        groups[key] = group._replace(problem=group.problem or problem)
 
     size, end = path.stat().st_size, 0  # end: of the members so far
-    last = None
+    last, cut_off = None, False
     try:
-        with path.open("rb") as file, path.open("rb") as raw:
+        with open_regular(path) as file, open_regular(path) as raw:
             # Zeros and headers that cannot be read are passed block by block until one can.
             with tarfile.open(None, "r:", file, ignore_zeros=True) as tar:
-                while (member := tar.next()) is not None and tar.offset > end:
-                    split = _split_name(member.name) if member.isreg() else None
+                while (member := tar.next()) is not None:
+                    split = None if member.isdir() else _split_name(member.name)
                     key = split and split[0]
                     if not _is_zero(raw, end, member.offset):
-                        spoil(f"{path.name}@{end}", f": no member up to byte {member.offset}")
+                        spoil(
+                            f"{path.name}@{end}",
+                            f"broken tar: no member up to byte {member.offset}",
+                        )
                         # What is lost may belong to either; it may be the long name of the second.
                         for beside in filter(None, (last, key)):
-                            spoil(beside, f" member: beside the damage at byte {end}")
+                            spoil(beside, f"broken tar member: beside the damage at byte {end}")
+                    # A size below 0 would lead back.
+                    tar.offset = max(tar.offset, member.offset_data)
                     last, end = key, tar.offset
                     if split is None:
                         continue
                     members = groups.setdefault(key, Group(key, {})).members
+                    if not member.isreg():
+                        spoil(key, f"not a regular file: {member.name} is a link or a device")
+                        continue
                     if split[1] in members:
-                        spoil(key, f" member: {member.name} stands there twice")
-                    if member.offset_data + member.size > size:
-                        spoil(key, f" member: {member.name} is cut off at the end of the file")
+                        spoil(key, f"broken tar member: {member.name} stands there twice")
+                    if member.size < 0:
+                        spoil(key, f"broken tar member: {member.name} has a size of {member.size}")
+                        continue
+                    if cut_off := member.offset_data + member.size > size:
+                        problem = f"{member.name} is cut off at the end of the file"
+                        spoil(key, f"broken tar member: {problem}")
                     members[split[1]] = (member.offset_data, member.size)
             if size <= end or not _is_zero(raw, end, size):
                 raise tarfile.ReadError("no end mark" if size else "empty file")
     except (tarfile.TarError, ValueError, OverflowError) as error:
         # The file ends early, or a header has a size or an extension that cannot be.
-        if size >= end:
-            spoil(f"{path.name}@{end}", f": {error}; members may be missing")
+        if not cut_off:
+            end = min(end, size)
+            spoil(f"{path.name}@{end}", f"broken tar: {error}; members may be missing")
             if last is not None:
-                spoil(last, f" member: beside the damage at byte {end}")
+                spoil(last, f"broken tar member: beside the damage at byte {end}")
     return list(groups.values())
 
 
