@@ -14,7 +14,7 @@ import tempfile
 from collections.abc import Iterator, Sequence
 from fnmatch import fnmatch
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO, NamedTuple
 
 from etils import epath
 
@@ -102,24 +102,51 @@ def size_of(path: AnyPath) -> int:
     return path.stat().st_size
 
 
-def filesystem(path: epath.Path) -> Any:
+def filesystem(path: str | os.PathLike) -> Any:
     """fsspec's file system of a bucket's path."""
     import fsspec
 
     return fsspec.filesystem(os.fspath(path).partition("://")[0])
 
 
-def walk(path: AnyPath) -> dict[str, str]:
-    """The files below a folder of a bucket: path from there -> a word that changes with the content."""
+class Entry(NamedTuple):
+    """An object of a bucket: its size in bytes, and a word that changes with its content."""
+
+    size: int
+    mark: str
+
+
+def walk(path: AnyPath) -> dict[str, Entry]:
+    """The files below a folder of a bucket, by their path from there, sorted."""
     files, root = filesystem(path), os.fspath(path).partition("://")[2]
     found = files.find(os.fspath(path), detail=True)
-    return {
-        name[len(root) :].strip("/"): str(
-            next((info[key] for key in ("etag", "ETag", "md5Hash", "mtime") if info.get(key)), "")
-        )
-        + f" {info['size']}"
-        for name, info in sorted(found.items())
-    }
+    return {name[len(root) :].strip("/"): _entry(info) for name, info in sorted(found.items())}
+
+
+def stamp_of(path: AnyPath) -> list[int | str]:
+    """What changes with a file: its size, and time of change or the provider's mark; raises OSError."""
+    if in_bucket(path):
+        return list(_entry(filesystem(path).info(os.fspath(path))))
+    status = path.stat()
+    return [status.st_size, status.st_mtime_ns]
+
+
+def _entry(info: dict[str, Any]) -> Entry:
+    marks = (info[key] for key in ("etag", "ETag", "md5Hash", "mtime") if info.get(key))
+    return Entry(info["size"], str(next(marks, "")))
+
+
+def find(pattern: str) -> list[AnyPath]:
+    """The files that a pattern of a bucket names, sorted; ``**`` stands for any folders."""
+    scheme = pattern.partition("://")[0]
+    return [as_path(f"{scheme}://{name}") for name in sorted(filesystem(pattern).glob(pattern))]
+
+
+def open_file(path: AnyPath, block: int = 1 << 16) -> BinaryIO:
+    """Opens a file to read from, one of a bucket by at least ``block`` bytes at a time; raises OSError."""
+    if in_bucket(path):
+        return filesystem(path).open(os.fspath(path), "rb", block_size=block)
+    return path.open("rb")
 
 
 def fetch(path: epath.Path, patterns: Sequence[str] = ("*",)) -> Path:

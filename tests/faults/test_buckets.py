@@ -1,15 +1,26 @@
 """Everything that may lie in a bucket, against servers of both protocols on the loopback."""
 
+import shutil
+
 import jax
 import numpy as np
 import pytest
-from helpers import bucket_servers
+from array_record.python.array_record_data_source import ArrayRecordDataSource
+from array_record.python.array_record_module import ArrayRecordWriter
+from helpers import bucket_servers, image_sets
 from helpers.checkpoints import META, make_state
 
 from sprint_jax.checkpoints.checkpoint import Checkpoints, load_params
 from sprint_jax.core.storage import Mirror, as_path, fetch, local_output, read_range, walk
+from sprint_jax.data.sources.open import open_images
 
 pytestmark = pytest.mark.faults
+
+WRITERS = {
+    "folder": image_sets.write_folder,
+    "tar": image_sets.write_tars,
+    "array_record": image_sets.write_array_records,
+}
 
 
 @pytest.fixture(scope="module", params=["gs", "s3"])
@@ -100,3 +111,33 @@ def test_a_checkpoint_that_was_cut_short_does_not_count(bucket):
     with Checkpoints(directory, keep=3) as checkpoints:
         _, meta = checkpoints.restore_latest(make_state(0), META)
     assert meta["step"] == 2
+
+
+@pytest.mark.parametrize("form", WRITERS)
+def test_images_are_read_where_they_lie(bucket, tmp_path, form):
+    samples = image_sets.make_samples(40, damaged=True)
+    here = WRITERS[form](tmp_path / form, samples)
+    with local_output(as_path(f"{bucket}/{form}")) as local:
+        shutil.copytree(here, local, dirs_exist_ok=True)
+    (mine,), (there,) = open_images([str(here)]), open_images([f"{bucket}/{form}"])
+    assert image_sets.read_captions(there) == image_sets.read_captions(mine)
+    good = next(i for i in range(len(mine)) if samples[i].reason is None)
+    assert (there[good].image == mine[good].image).all() and there[good].key == mine[good].key
+    if form != "folder":
+        (found,) = open_images([f"{bucket}/{form}/set*[0-9]*"])
+        assert len(found) == len(mine)
+
+
+def test_a_compressed_file_is_copied_and_read(bucket, tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    samples = image_sets.make_samples(6)
+    here = image_sets.write_array_records(tmp_path / "plain", samples, files=1)
+    (plain,) = here.iterdir()
+    packed = tmp_path / plain.name
+    writer = ArrayRecordWriter(str(packed), "group_size:1,zstd")
+    for record in ArrayRecordDataSource([str(plain)]).__getitems__(range(6)):
+        writer.write(record)
+    writer.close()
+    (as_path(f"{bucket}/packed") / packed.name).write_bytes(packed.read_bytes())
+    (source,) = open_images([f"{bucket}/packed"])
+    assert {source[i].key for i in range(6)} == {sample.key for sample in samples}

@@ -10,6 +10,7 @@ from typing import Any, BinaryIO, NamedTuple
 
 from PIL.ContainerIO import ContainerIO
 
+from ...core.storage import AnyPath, as_path, in_bucket, open_file, read_range
 from .caption_files import captions_beside, parse_json
 from .images import decode_image, measure_image
 from .records import Caption, Record, Rejected, cannot_read
@@ -40,21 +41,28 @@ class Item(NamedTuple):
     problem: str | None = None
 
 
-def open_regular(path: str | os.PathLike) -> BinaryIO:
+def open_regular(path: AnyPath, block: int = 1 << 16) -> BinaryIO:
     """Opens a file to read from, if it is a regular one; pipes, devices and sockets are not even opened.
 
-    Raises OSError, ENODEV for what is no regular file.
+    In a bucket at least ``block`` bytes are asked for at a time. Raises OSError, ENODEV for what is no regular
+    file.
     """
-    if not stat.S_ISREG(os.stat(path).st_mode):
+    if not in_bucket(path) and not stat.S_ISREG(path.stat().st_mode):
         raise OSError(errno.ENODEV, "not a regular file", os.fspath(path))
-    return open(path, "rb")
+    return open_file(path, block)
+
+
+def length(file: BinaryIO) -> int:
+    """The size of an open file in bytes."""
+    size = getattr(file, "size", None)  # of a bucket's
+    return os.fstat(file.fileno()).st_size if size is None else size
 
 
 class FileSource:
     """Images in files, a `records.Source`; see `folders.open_folder` and `tars.open_tars`.
 
     Args:
-      root: the folder to which paths are relative.
+      root: the folder to which paths are relative; None if they are not.
       keep_models: Sana's files are about many images, and stay in memory once they are read.
     """
 
@@ -64,7 +72,7 @@ class FileSource:
         *,
         name: str,
         identity: str,
-        root: Path = Path(),
+        root: AnyPath | None = None,
         keep_models: bool = False,
     ):
         self.name, self.identity = name, identity
@@ -104,18 +112,33 @@ class FileSource:
     def _open(self, span: Span, key: str) -> Iterator[tuple[BinaryIO, int]]:
         """The file of a span, and the bytes to read: of a whole file those of its size, if more would come."""
         try:
-            with open_regular(self._root / span.path) as file:
-                yield file, os.fstat(file.fileno()).st_size if span.size is None else span.size
+            with open_regular(self._path(span)) as file:
+                yield file, length(file) if span.size is None else span.size
         except OSError as error:
             raise cannot_read(key, error, span.path) from error
 
     def _read(self, span: Span, key: str) -> bytes:
-        with self._open(span, key) as (file, size):
-            file.seek(span.offset)
-            data = file.read(size)
+        if in_bucket(path := self._path(span)):
+            data = self._download(path, span, key)
+        else:
+            with self._open(span, key) as (file, size):
+                file.seek(span.offset)
+                data = file.read(size)
         if span.size is not None and len(data) < span.size:
             raise Rejected(key, f"broken tar member: {span.path} has shrunk since it was indexed")
         return data
+
+    def _path(self, span: Span) -> AnyPath:
+        return as_path(span.path) if self._root is None else self._root / span.path
+
+    def _download(self, path: AnyPath, span: Span, key: str) -> bytes:
+        """A span of a bucket's file in one request."""
+        try:
+            if span.size is None:
+                return path.read_bytes()
+            return read_range(path, span.offset, span.offset + span.size)
+        except OSError as error:
+            raise cannot_read(key, error, span.path) from error
 
     def _read_model(self, path: str, key: str) -> Any:
         if self._values is None:

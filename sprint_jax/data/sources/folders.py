@@ -5,13 +5,13 @@ import posixpath
 import stat
 from collections import Counter
 from collections.abc import Iterator
-from pathlib import Path
 
 from tqdm import tqdm
 
 from ...core.errors import UserError
+from ...core.storage import AnyPath, as_path, in_bucket, walk
 from .caption_files import parse_json, read_captions
-from .files import FileSource, Item, Span, make_printable, open_regular
+from .files import FileSource, Item, Span, length, make_printable, open_regular
 from .images import EXTENSIONS, MAX_PIXELS
 from .records import Caption, Rejected, hash_identity
 
@@ -32,7 +32,7 @@ def open_folder(folder: str | os.PathLike, name: str | None = None) -> FileSourc
     The source is called ``name``, by default the folder's path. Raises UserError for a folder that is missing
     or cannot be read, no image in it, or two images of one key.
     """
-    folder = Path(folder).expanduser()
+    folder = as_path(folder).expanduser()
     name = name or str(folder)
     if not folder.is_dir():
         raise UserError(f"{folder} is not a folder of images")
@@ -59,8 +59,13 @@ def open_folder(folder: str | os.PathLike, name: str | None = None) -> FileSourc
     return FileSource(keyed, name=name, identity=identity, root=folder)
 
 
-def _walk(folder: Path) -> Iterator[tuple[str, int]]:
+def _walk(folder: AnyPath) -> Iterator[tuple[str, int]]:
     """Paths below a folder, with ``/``, and sizes in bytes (-1 of what is no regular file); no hidden ones."""
+    if in_bucket(folder):
+        for path, entry in walk(folder).items():
+            if not any(part.startswith(".") for part in path.split("/")):
+                yield path, entry.size
+        return
     seen, waiting = set(), [""]
     while waiting:
         below = waiting.pop()
@@ -128,12 +133,14 @@ def _find_images(files: dict[str, int]) -> dict[str, Item]:
     }
 
 
-def _apply_metadata(folder: Path, path: str, files: dict[str, int], items: dict[str, Item]) -> None:
+def _apply_metadata(
+    folder: AnyPath, path: str, files: dict[str, int], items: dict[str, Item]
+) -> None:
     """Puts the captions of a metadata.jsonl into ``items``, and a problem for every line that is wrong."""
     below = posixpath.dirname(path)
     try:
         with open_regular(folder / path) as file:
-            lines = file.read(os.fstat(file.fileno()).st_size).splitlines()
+            lines = file.read(length(file)).splitlines()
     except OSError as error:
         raise UserError(f"cannot read {folder / path}: {error.strerror}") from error
     listed: dict[str, tuple[Caption, ...]] = {}

@@ -18,6 +18,8 @@ from array_record.python.array_record_data_source import ArrayRecordDataSource
 from array_record.python.array_record_module import ArrayRecordWriter
 
 from ...core.errors import UserError
+from ...core.storage import AnyPath, as_path, fetch, in_bucket
+from ..ranged_records import NotReadable, RangedRecords
 from .caption_files import captions_beside, dump_captions
 from .images import MAX_PIXELS, decode_image, measure_image
 from .records import Caption, Record, Rejected, fingerprint, hash_identity
@@ -76,13 +78,13 @@ def open_array_records(paths: Sequence[str | os.PathLike], name: str | None = No
 
     Raises UserError for a file that is missing or broken, or no record in any of them.
     """
-    files = [Path(path).expanduser() for path in paths]
+    files = [_readable(as_path(path).expanduser()) for path in paths]
     name = name or ", ".join(map(str, files))
     starts, total = [], 0
     for file in files:
         starts.append(total)
         try:
-            total += len(ArrayRecordDataSource([str(file)]))
+            total += len(_open([file]))
         except (RuntimeError, ValueError, OSError) as error:
             raise UserError(f"{file} is not a whole ArrayRecord file: {error}") from error
     if not total:
@@ -93,12 +95,30 @@ def open_array_records(paths: Sequence[str | os.PathLike], name: str | None = No
         return f"{files[number].name}@{index - starts[number]}"
 
     return RecordSource(
-        ArrayRecordDataSource([str(file) for file in files]),
+        _open(files),
         locate=locate,
         parse=_parse,
         name=name,
         identity=hash_identity("array_record", [MAX_PIXELS, *map(fingerprint, files)]),
     )
+
+
+def _readable(file: AnyPath) -> AnyPath:
+    """The file; for one in a bucket that is compressed, a copy here."""
+    if in_bucket(file):
+        try:
+            RangedRecords([file])[0]
+        except NotReadable:
+            return fetch(file)
+        except IndexError:
+            return file
+    return file
+
+
+def _open(files: Sequence[AnyPath]) -> Sequence[bytes]:
+    if all(in_bucket(file) for file in files):
+        return RangedRecords(files)
+    return ArrayRecordDataSource([str(fetch(file) if in_bucket(file) else file) for file in files])
 
 
 def _parse(record: bytes, where: str) -> tuple[str, bytes, tuple[Caption, ...]]:

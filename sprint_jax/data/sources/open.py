@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from ...core.errors import UserError
+from ...core.storage import AnyPath, as_path, find, in_bucket
 from .folders import is_image, open_folder
 from .image_records import PATTERN, open_array_records
 from .records import Source
@@ -51,7 +52,7 @@ def open_images(
 
 
 def _open_path(path: str) -> Source:
-    expanded = Path(path).expanduser()
+    expanded = as_path(path).expanduser()
     if expanded.is_dir():
         inside = sorted(file for file in expanded.iterdir() if not file.name.startswith("."))
         files = [file for file in inside if _kind(file) is not None]
@@ -64,11 +65,15 @@ def _open_path(path: str) -> Source:
         if lone := [file for file in inside if is_image(file.name)]:
             raise UserError(f"{path} has both {files[0].name} and {lone[0].name}: keep them apart")
     else:
-        found = [path] if expanded.is_file() else glob.glob(str(expanded), recursive=True)
-        files = [Path(file).expanduser() for file in sorted(found)]
+        if expanded.is_file():
+            files = [expanded]
+        elif in_bucket(expanded):
+            files = find(path)
+        else:
+            files = [Path(file) for file in sorted(glob.glob(str(expanded), recursive=True))]
         if not files:
             raise UserError(f"image source {path!r}: there is no such file or folder")
-    if other := [file for file in files if not file.is_file()]:
+    if other := [file for file in files if not in_bucket(file) and not file.is_file()]:
         raise UserError(
             f"image source {path!r}: {other[0]} is a folder, a device, a pipe or a dangling link"
         )
@@ -84,7 +89,7 @@ def _open_path(path: str) -> Source:
     )
 
 
-def _kind(file: Path) -> str | None:
+def _kind(file: AnyPath) -> str | None:
     if PATTERN.fullmatch(file.name):
         return "array_record"
     return "tar" if file.suffix == ".tar" else None

@@ -4,12 +4,12 @@ import bisect
 import errno
 import hashlib
 from collections.abc import Iterable, Sequence
-from pathlib import Path
 from typing import NamedTuple, Protocol
 
 import numpy as np
 
 from ...core.errors import UserError
+from ...core.storage import AnyPath, read_range, size_of
 
 _MISSING = (errno.ENOENT, errno.EACCES, errno.EPERM, errno.EISDIR, errno.ENOTDIR, errno.ELOOP)
 _MISSING += (errno.ENODEV, errno.ENAMETOOLONG)
@@ -115,12 +115,11 @@ def hash_identity(kind: str, parts: Iterable[object]) -> str:
     return digest.hexdigest()
 
 
-def fingerprint(path: Path) -> tuple[str, int, str]:
+def fingerprint(path: AnyPath) -> tuple[str, int, str]:
     """Name, size and hash of the last 256 KiB of a file, where ArrayRecord keeps the places of its records.
 
     The size alone does not show a change: files are filled up to whole blocks. Raises OSError.
     """
-    with path.open("rb") as file:
-        size = file.seek(0, 2)
-        file.seek(max(0, size - (1 << 18)))
-        return path.name, size, hashlib.sha256(file.read()).hexdigest()
+    size = size_of(path)
+    tail = read_range(path, max(0, size - (1 << 18)), size)
+    return path.name, size, hashlib.sha256(tail).hexdigest()

@@ -14,11 +14,13 @@ from tqdm import tqdm
 
 from ...core.errors import UserError
 from ...core.files import write_atomic
+from ...core.storage import AnyPath, as_path, in_bucket, size_of, stamp_of
 from .files import FileSource, Item, Span, make_printable, open_regular
 from .images import EXTENSIONS, MAX_PIXELS
 from .records import hash_identity
 
 THREADS = 8  # that index shards: on a network's disk they wait more than they work
+SCAN = 8 << 20  # bytes of a bucket's shard that are asked for at a time, to look for headers
 VERSION = 2  # of a kept index; another is made anew
 
 
@@ -40,7 +42,7 @@ def open_tars(paths: Sequence[str | os.PathLike], name: str | None = None) -> Fi
     The source is called ``name``, by default the paths. Raises UserError for a shard that cannot be read, or
     no image in any of them.
     """
-    shards = [Path(path).expanduser() for path in paths]
+    shards = [as_path(path).expanduser() for path in paths]
     name = name or ", ".join(map(str, shards))
     with concurrent.futures.ThreadPoolExecutor(THREADS) as pool:
         bar = dict(delay=5, mininterval=5, leave=False, unit="shard")
@@ -50,7 +52,7 @@ def open_tars(paths: Sequence[str | os.PathLike], name: str | None = None) -> Fi
     models = _find_models(shards)
     files = [*shards, *(file for files in models.values() for file in files)]
     try:
-        sizes = [(file.name, file.stat().st_size) for file in files]
+        sizes = [(file.name, size_of(file)) for file in files]
     except OSError as error:
         raise UserError(f"cannot read {error.filename}: {error.strerror}") from error
     # A tar is filled up to whole blocks: its size alone does not show a change.
@@ -59,12 +61,14 @@ def open_tars(paths: Sequence[str | os.PathLike], name: str | None = None) -> Fi
     return FileSource(items, name=name, identity=identity, keep_models=True)
 
 
-def _make_items(shards, indexed, models: dict[Path, list[Path]]) -> Iterator[Item]:
+def _make_items(shards, indexed, models: dict[AnyPath, list[AnyPath]]) -> Iterator[Item]:
     counts = Counter(group.key for groups in indexed for group in groups)
     once = len(counts) == counts.total()
-    common = os.path.commonpath([path.absolute().parent for path in shards])
-    for path, groups in zip(shards, indexed, strict=True):
-        shard = path.absolute().relative_to(common).with_suffix("").as_posix()
+    names = [os.fspath(path if in_bucket(path) else path.absolute()) for path in shards]
+    places = [name.rpartition("://")[2] for name in names]
+    common = os.path.commonpath([os.path.dirname(place) for place in places])
+    for path, place, groups in zip(shards, places, indexed, strict=True):
+        shard = Path(os.path.relpath(place, common)).with_suffix("").as_posix()
         file, others = str(path), tuple(map(str, models.get(path, ())))
         for group in groups:
             key, bad_name = make_printable(group.key if once else f"{shard}/{group.key}")
@@ -79,9 +83,9 @@ def _make_items(shards, indexed, models: dict[Path, list[Path]]) -> Iterator[Ite
             yield Item(key, image, *captions, others, group.key, problem=problem)
 
 
-def _find_models(shards: Sequence[Path]) -> dict[Path, list[Path]]:
+def _find_models(shards: Sequence[AnyPath]) -> dict[AnyPath, list[AnyPath]]:
     """Sana's files beside each shard, sorted; a file belongs to the shard of the longest fitting name."""
-    files: dict[Path, list[Path]] = {}
+    files: dict[AnyPath, list[AnyPath]] = {}
     known = set(shards)
     for folder in sorted({path.parent for path in shards}):
         for file in sorted(folder.glob("[!.]*_*.json")):
@@ -94,7 +98,7 @@ def _find_models(shards: Sequence[Path]) -> dict[Path, list[Path]]:
     return files
 
 
-def index_tar(path: Path) -> list[Group]:
+def index_tar(path: AnyPath) -> list[Group]:
     """Lists the groups of a shard in its order, from the kept index where that is of this very file.
 
     Members belong together by their path up to the first dot of the file name, which is the key, without
@@ -111,8 +115,7 @@ def index_tar(path: Path) -> list[Group]:
     """
     kept = path.with_name(f".{path.name}.index.json")
     try:
-        status = path.stat()
-        stamp = [VERSION, status.st_size, status.st_mtime_ns]
+        stamp = [VERSION, *stamp_of(path)]
         groups = _read_index(kept, stamp)
         if groups is None:
             groups = scan_tar(path)
@@ -122,7 +125,7 @@ def index_tar(path: Path) -> list[Group]:
     return groups
 
 
-def scan_tar(path: Path) -> list[Group]:
+def scan_tar(path: AnyPath) -> list[Group]:
     """Makes the index of a shard; reads headers only. Raises OSError."""
     groups: dict[str, Group] = {}
 
@@ -130,10 +133,10 @@ def scan_tar(path: Path) -> list[Group]:
         group = groups.get(key, Group(key, {}))
         groups[key] = group._replace(problem=group.problem or problem)
 
-    size, end = path.stat().st_size, 0  # end: of the members so far
+    size, end = size_of(path), 0  # end: of the members so far
     last, cut_off = None, False
     try:
-        with open_regular(path) as file, open_regular(path) as raw:
+        with open_regular(path, SCAN) as file, open_regular(path, SCAN) as raw:
             # Zeros and headers that cannot be read are passed block by block until one can.
             with tarfile.open(None, "r:", file, ignore_zeros=True) as tar:
                 while (member := tar.next()) is not None:
@@ -191,7 +194,7 @@ def _is_zero(file: BinaryIO, start: int, stop: int) -> bool:
     return not any(file.read(min(blocks.step, stop - at)).strip(b"\0") for at in blocks)
 
 
-def _read_index(path: Path, stamp: list[int]) -> list[Group] | None:
+def _read_index(path: AnyPath, stamp: list[int]) -> list[Group] | None:
     """The kept index, or None where it is missing, torn or of another file."""
     try:
         value = json.loads(path.read_bytes())
@@ -205,11 +208,14 @@ def _read_index(path: Path, stamp: list[int]) -> list[Group] | None:
         return None  # it is made again
 
 
-def _write_index(path: Path, stamp: list[int], groups: list[Group]) -> None:
+def _write_index(path: AnyPath, stamp: list[int], groups: list[Group]) -> None:
     content = json.dumps({"stamp": stamp, "groups": groups}, separators=(",", ":")).encode()
-    # Several processes may index a shard at once: each writes a file of its own.
-    own = path.with_name(f"{path.name}.{os.getpid()}")
     try:
+        if in_bucket(path):
+            write_atomic(path, content)
+            return
+        # Several processes may index a shard at once: each writes a file of its own.
+        own = path.with_name(f"{path.name}.{os.getpid()}")
         write_atomic(own, content)
         own.replace(path)
     except (OSError, UserError) as error:
