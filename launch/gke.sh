@@ -4,7 +4,7 @@
 #     -- --config configs/digits.py:teacher --workdir DIR
 #   --backend tpu|cuda, --chips 4 (per host), --max_restarts 10, --dry_run (prints the manifest)
 # IMAGE: the checkout in its working directory, with .venv made by launch/_env.sh (extra tpu or cuda).
-# DIR: a volume that all pods share; add it to the manifest that --dry_run prints.
+# DIR: gs://BUCKET/run (extra gcs), or a volume that all pods share; add that to what --dry_run prints.
 set -euo pipefail
 # shellcheck source=launch/_pod.sh
 source "$(dirname "$0")/_pod.sh"

@@ -4,7 +4,7 @@
 #   TPU_NAME and TPU_ZONE stand in for the first two, as for launch/sweep.py --backend pod
 #   --dir sprint_jax (the checkout on every host), --backend tpu|cpu, --max_restarts 10, --dry_run
 # Before: create the slice, and clone the repository on all hosts with the same ssh --worker=all.
-# --workdir must be one disk for all hosts, such as Filestore or a bucket mounted by Cloud Storage FUSE.
+# --workdir must be one place for all hosts: gs://BUCKET/run, with the extra gcs, or a disk such as Filestore.
 # Addresses and numbers of the processes come from the TPU: jax.distributed asks it.
 set -euo pipefail
 # shellcheck source=launch/_pod.sh
