@@ -74,7 +74,7 @@ COUNTS += ["log.every", "log.sample_every", "log.checkpoint_every", "log.keep"]
         ("model.num_attention_heads=2", ["cross-attention", "64"]),
         ("model.dtype=float16", ["'float16'", "bfloat16"]),
         ("model.remat=some", ["'some'", "dots"]),
-        ("seed=-1", ["seed -1"]),
+        ("seed=-1", ["seed=-1"]),
     ],
 )
 def test_values_that_cannot_work(word, parts, refused, tmp_path):
