@@ -21,6 +21,8 @@ from . import sampling
 from .artifacts.loading import load_parts
 from .core.errors import UserError
 from .core.pixels import nearest_size, resize_and_crop, to_bytes, to_pixels
+from .core.ranges import REQUEST
+from .core.schema import check
 from .models import functions
 from .models.sana import SanaTransformer
 from .sampling import SOLVERS
@@ -47,6 +49,9 @@ class Request:
         cut to the size asked for.
       solver: for a teacher, one of `sampling.SOLVERS` (default 'dpm').
       batch_size: at most so many pictures at once.
+
+    Raises:
+      UserError: exit code 2, for a value out of its range in `core.ranges`.
     """
 
     steps: int | None = None
@@ -61,6 +66,9 @@ class Request:
     binning: bool = False
     solver: str | None = None
     batch_size: int = 64
+
+    def __post_init__(self):
+        check(vars(self), REQUEST, "", exit_code=2)
 
 
 class SprintPipeline:

@@ -17,6 +17,8 @@ from PIL import Image
 
 from .core import cli
 from .core.errors import UserError
+from .core.files import check_writable
+from .core.schema import check, whole
 from .core.sheet import write_pictures
 from .pipeline import Request, SprintPipeline
 from .sampling import SOLVERS
@@ -31,9 +33,7 @@ def main(argv: list[str]) -> None:
     cli.use_compilation_cache()
     prompts = _prompts(flags)
     height, width = cli.parse_size(flags.size)
-    for flag in ("scale", "batch", "images_per_prompt"):
-        if getattr(flags, flag) < 1:
-            raise UserError(f"--{flag.replace('_', '-')} must be at least 1", exit_code=2)
+    check({"--scale": flags.scale}, {"--scale": whole(1, 64)}, "", exit_code=2)
     same = {field.name for field in dataclasses.fields(Request)} - OTHERWISE
     request = Request(
         height=height,
@@ -113,12 +113,15 @@ def _image(name: str | None) -> Image.Image | None:
 def _output_folder(name: str) -> Iterator[Path]:
     """The folder of that name, made before anything is computed; one that it made goes after an error."""
     out = Path(name)
-    made = [folder for folder in (out, *out.parents) if not folder.exists()]
     try:
+        made = [folder for folder in (out, *out.parents) if not folder.exists()]
         out.mkdir(parents=True, exist_ok=True)
     except (FileExistsError, NotADirectoryError) as error:
         raise UserError(f"--out {name}: there is a file in its place; name a directory") from error
+    except OSError as error:
+        raise UserError(f"--out {name} cannot be made: {error.strerror}") from error
     try:
+        check_writable(out)
         yield out
     except BaseException:
         for folder in made:

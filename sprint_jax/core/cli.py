@@ -28,6 +28,7 @@ _PLACES = ("DIR", "FILE", "FILE.json", "FOLDER", "PATH")
 
 # Conditions of the machine, not of the code: they need no traceback.
 _MACHINE_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS)
+_MACHINE_ERRORS += (errno.EIO, errno.ENAMETOOLONG, errno.ELOOP, errno.ENOTDIR, errno.EISDIR)
 
 
 def run_command(main: Callable[[list[str]], None]) -> None:
@@ -60,7 +61,8 @@ def _fail(message: str, exit_code: int, abrupt: bool = False) -> NoReturn:
 class Parser(argparse.ArgumentParser):
     """An argparse parser whose errors are `UserError` (exit code 2) and name the nearest flag.
 
-    Flags cannot be abbreviated; places (``metavar="DIR"`` and the like) are no URLs. Subparsers made by ``add_subparsers`` behave alike.
+    Flags cannot be abbreviated; places (``metavar="DIR"`` and the like) are no URLs. Subparsers made by
+    ``add_subparsers`` behave alike.
     """
 
     def __init__(self, *args, **kwargs):
@@ -82,7 +84,7 @@ class Parser(argparse.ArgumentParser):
                 flag, value = action.option_strings[0], getattr(namespace, action.dest, None)
                 if value == "":
                     self.error(f"{flag} is empty")
-                check({flag: value or ""}, {flag: LOCAL}, "", exit_code=2)
+                check({flag: str(value or "")}, {flag: LOCAL}, "", exit_code=2)
         return namespace, rest
 
     def _require_known(self, flag: str) -> None:

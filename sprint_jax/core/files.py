@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -29,6 +30,20 @@ def write_atomic(path: Path, content: bytes) -> None:
         raise UserError(f"cannot write {path}: {error.strerror}") from error
 
 
+def check_writable(folder: Path, flag: str = "--out") -> None:
+    """Refuses a folder that cannot be made or written to, before what goes there is computed; makes nothing.
+
+    Raises:
+      UserError: naming the flag and the folder.
+    """
+    try:
+        there = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+        with tempfile.TemporaryFile(dir=there):
+            pass
+    except OSError as error:
+        raise UserError(f"{flag} {folder} cannot be written: {error.strerror}") from error
+
+
 def write_json_atomic(path: str | Path, value: Any) -> None:
     """Writes ``value`` as indented JSON by `write_atomic`, on process 0 only.
 
@@ -53,6 +68,8 @@ def read_json(path: Path) -> dict[str, Any]:
         raise UserError(f"{path} is missing") from None
     except (OSError, ValueError) as error:
         raise UserError(f"{path} cannot be read ({error}); is it damaged?") from error
+    except RecursionError:
+        raise UserError(f"{path} cannot be read: its lists or dicts are too deep") from None
     if not isinstance(value, dict):
         raise UserError(f"{path} holds {type(value).__name__}, not a dict")
     return value

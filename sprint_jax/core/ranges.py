@@ -56,6 +56,21 @@ OPTIMIZER = dict(
 
 _DEVICES = either(COUNT, one_of(-1))
 
+# Fields of pipeline.Request.
+REQUEST = dict(
+    steps=optional(whole(1, 1000)),
+    guidance=optional(GUIDANCE),
+    seed=SEED,
+    height=optional(whole(1, 2**13)),
+    width=optional(whole(1, 2**13)),
+    images_per_prompt=whole(1, 10**5),
+    strength=number(above=0, high=1),
+    negative=TEXT,
+    binning=FLAG,
+    solver=optional(TEXT),
+    batch_size=COUNT,
+)
+
 SECTIONS = {
     "": dict(
         stage=TEXT,

@@ -3,22 +3,25 @@
 import math
 import re
 from collections.abc import Callable, Mapping
+from numbers import Integral, Real
 from typing import Any, NamedTuple
 
 from .errors import UserError
 
+LARGE = 2**1000
+
 
 class Kind(NamedTuple):
-    """A kind of value: ``says`` completes "must be ..." in a message, ``holds`` tells whether a value is one."""
+    """A kind of value: ``says`` completes "must be ...", ``holds`` tells whether a value is of it."""
 
     says: str
     holds: Callable[[Any], bool]
 
 
 def whole(low: int | None = None, high: int | None = None) -> Kind:
-    """A whole number from ``low`` to ``high``, both included; True and 1.0 are none."""
+    """A whole number from ``low`` to ``high``, both included, NumPy's too; True and 1.0 are none."""
     inside = _range(low, high)
-    return Kind(f"a whole number{inside.says}", lambda v: type(v) is int and inside.holds(v))
+    return Kind(f"a whole number{inside.says}", lambda v: _is(v, Integral) and inside.holds(v))
 
 
 def number(
@@ -33,8 +36,8 @@ def number(
 
     def holds(value):
         # A whole number of a JSON file may be too large for a float.
-        real = type(value) is float or (type(value) is int and abs(value) < 2**1000)
-        return real and math.isfinite(value) and inside.holds(value)
+        small = _is(value, Real) and (not isinstance(value, int) or abs(value) < LARGE)
+        return small and math.isfinite(value) and inside.holds(value)
 
     return Kind(f"a number{inside.says}" if inside.says else "a finite number", holds)
 
@@ -91,10 +94,14 @@ def check(
 
 def _shown(value: Any) -> str:
     """A value for a message; Python refuses to print whole numbers of more than some thousand digits."""
-    if type(value) is int and abs(value) >= 2**1000:
+    if isinstance(value, int) and abs(value) >= LARGE:
         return f"{'-' if value < 0 else ''}2^{value.bit_length()}"
     text = repr(value) if isinstance(value, str | list | tuple | dict) else str(value)
     return text if len(text) <= 80 else f"{text[:80]}..."
+
+
+def _is(value: Any, kind: type) -> bool:
+    return isinstance(value, kind) and not isinstance(value, bool)
 
 
 def _range(low=None, high=None, above=None, below=None) -> Kind:
