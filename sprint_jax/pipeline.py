@@ -122,6 +122,7 @@ class SprintPipeline:
         params: str = "ema",
         *,
         mesh: jax.sharding.Mesh | None = None,
+        allow_nonfinite: bool = False,
     ) -> "SprintPipeline":
         """Loads a student or a teacher.
 
@@ -132,11 +133,12 @@ class SprintPipeline:
           params: of a workdir, 'ema' or 'raw'.
           mesh: of `parallel.sharding.make_mesh`, over which parameters are split; by default they lie on
             the default device.
+          allow_nonfinite: takes a network whose parameters hold NaN or infinity, to look at it.
 
         Raises:
           UserError: if path is none of these, or something in it is missing, damaged or not supported.
         """
-        return cls(**load_parts(path, dtype, params, mesh))
+        return cls(**load_parts(path, dtype, params, mesh, allow_nonfinite))
 
     def __call__(
         self, prompts: Sequence[str], steps: int | None = None, **options

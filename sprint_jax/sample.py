@@ -43,7 +43,8 @@ def main(argv: list[str]) -> None:
         **{name: getattr(flags, name) for name in same},
     )
     with _output_folder(flags.out) as out:
-        pipe = SprintPipeline.from_pretrained(flags.model, jnp.dtype(flags.dtype), flags.params)
+        how = dict(params=flags.params, allow_nonfinite=flags.allow_nonfinite)
+        pipe = SprintPipeline.from_pretrained(flags.model, jnp.dtype(flags.dtype), **how)
         images = [
             Image.fromarray(picture) for batch in pipe.draw(prompts, request) for picture in batch
         ]
@@ -65,6 +66,7 @@ def _parser() -> cli.Parser:
     add("--size", metavar="HxW", help="in pixels (default: as in training)")
     add("--out", required=True, metavar="DIR", help="where the pictures go; made if missing")
     add("--params", choices=("ema", "raw"), default="ema", help="which weights (default ema)")
+    add("--allow-nonfinite", action="store_true", help="draw with weights that hold NaN or inf")
     add("--images-per-prompt", type=int, default=1, metavar="N", help="default 1")
     add("--image", metavar="FILE", help="a picture to change instead of noise (students)")
     add("--strength", type=float, default=0.6, metavar="S", help="of its change, 0 to 1 (0.6)")

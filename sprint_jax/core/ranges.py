@@ -6,6 +6,7 @@ Words that name a choice, such as ``optimizer.name``, are checked where the choi
 import math
 from typing import Any
 
+from .errors import UserError
 from .schema import FLAG, LOCAL, TEXT, Kind, check, either, number, one_of, optional, several, whole
 
 SEED = whole(0, 2**32 - 1)  # JAX takes no more: 2**32 + 1 would draw what 1 draws
@@ -13,6 +14,8 @@ COUNT = whole(1, 2**31 - 1)
 SIZE = whole(
     1, 2**20
 )  # of one axis of an array: anything above is a slip, and would take the memory
+WIDTH = 2**16  # of a network, at most
+LAYERS = whole(1, 1000)
 SHARE = number(0, 1)
 POSITIVE = number(above=0)
 NOT_NEGATIVE = number(0)
@@ -22,15 +25,15 @@ MIDPOINT = number(above=0, below=math.pi / 2)
 # Fields of models.sana.SanaTransformer; diffusers' transformer/config.json has the same.
 MODEL = dict(
     patch_size=whole(1, 64),
-    attention_head_dim=SIZE,
-    num_attention_heads=SIZE,
-    num_cross_attention_heads=SIZE,
-    cross_attention_head_dim=SIZE,
+    attention_head_dim=whole(1, WIDTH),
+    num_attention_heads=whole(1, WIDTH),
+    num_cross_attention_heads=whole(1, WIDTH),
+    cross_attention_head_dim=whole(1, WIDTH),
     caption_channels=SIZE,
     in_channels=SIZE,
     out_channels=SIZE,
     sample_size=whole(1, 2**16),
-    num_layers=whole(1, 1000),
+    num_layers=LAYERS,
     mlp_ratio=number(0.01, 1000),
     attention_bias=FLAG,
     qk_norm=FLAG,
@@ -202,3 +205,7 @@ def check_ranges(leaves: dict[str, Any]) -> None:
       UserError: exit code 2, naming the key, the value and the range.
     """
     check(leaves, RANGES, "config.", exit_code=2)
+    for name in leaves:
+        parent = name.rpartition(".")[0]
+        if parent in RANGES:
+            raise UserError(f"config.{parent} must be {RANGES[parent].says}, not a section", 2)

@@ -241,7 +241,7 @@ def test_paths_that_are_no_pipeline(tmp_path, folders):
         (tmp_path / "nothing", "ema", "nothing"),
         (tmp_path, "ema", f"{tmp_path} .*config.json.*model_index.json"),
         (folders["distill"], "best", "'ema' or 'raw'"),
-        (foreign, "ema", r"foreign.config\.json .*'model'"),
+        (foreign, "ema", r"foreign.config\.json .*'sigma_d'"),
     ):
         with pytest.raises(UserError, match=named):
             SprintPipeline.from_pretrained(path, params=params)
