@@ -50,7 +50,7 @@ MODEL = dict(
 OPTIMIZER = dict(
     learning_rate=NOT_NEGATIVE,
     warmup_steps=whole(0),
-    decay_steps=whole(0),
+    decay_steps=whole(-1),
     clip_norm=NOT_NEGATIVE,
     weight_decay=NOT_NEGATIVE,
     b1=number(0, below=1),
