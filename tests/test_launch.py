@@ -89,7 +89,11 @@ def test_dry_run_prints_the_training_for_a_backend(name, backend):
         ("gke.sh", [*GKE, "--hosts", "0", "--", "x"], "--hosts 0"),
         ("gke.sh", [*GKE, "--chips", "08", "--", "x"], "--chips 08"),
         ("gke.sh", [*GKE, "--max_restarts", "1.5", "--", "x"], "--max_restarts 1.5"),
-        ("tpu_pod.sh", ["--tpu", "a", "--zone", "b", "--max_restarts", "x", "--", "x"], "_restarts x"),
+        (
+            "tpu_pod.sh",
+            ["--tpu", "a", "--zone", "b", "--max_restarts", "x", "--", "x"],
+            "_restarts x",
+        ),
     ],
 )
 def test_wrong_usage_is_one_line(script, words, message):
