@@ -11,12 +11,14 @@ from ..checkpoints.locate import locate
 from ..checkpoints.workdir import is_student, read_workdir_config
 from ..core.errors import UserError
 from ..core.files import read_json
+from ..core.fingerprint import describe
 from ..core.ranges import GUIDANCE, MIDPOINT, POSITIVE, SIZE
 from ..core.schema import TEXT, check, one_of, optional, several
 from ..encoders.load import latent_size, load_encoders, open_autoencoder, open_text_encoder
 from ..encoders.text import load_tokenizer
 from ..interop.diffusers import load_transformer
-from ..models.sana import from_fields
+from ..interop.sana import example_inputs
+from ..models.sana import SanaTransformer, from_fields
 from ..parallel.sharding import state_shardings
 from .pipeline_folder import PARTS, check_widths
 
@@ -71,6 +73,7 @@ def _from_workdir(
     model = from_fields(c.model, **changes)
     how = dict(shardings=shardings, allow_nonfinite=allow_nonfinite)
     tree, meta = load_params(str(folder), params, **how)
+    _check_shapes(folder, model, tree)
     return dict(
         model=model.clone(dtype=jnp.dtype(dtype)),
         params=jax.tree.map(lambda leaf: leaf.astype(dtype), tree),
@@ -84,6 +87,20 @@ def _from_workdir(
         size=tuple(factor * side for side in latent_size(c)),
         meta=meta,
     )
+
+
+def _check_shapes(folder: Path, model: SanaTransformer, params: Any) -> None:
+    """Refuses parameters of a workdir that are not those of the network in its config."""
+    inputs = functools.partial(example_inputs, model)
+    key = jax.random.key(0)
+    wanted = describe(jax.eval_shape(lambda key: model.init(key, *inputs()), key)["params"])
+    found = describe({key: params[key] for key in params if key != "logvar_linear"})
+    for name in sorted(wanted.keys() | found.keys()):
+        shapes = [table.get(name, {}).get("shape", "absent") for table in (wanted, found)]
+        if shapes[0] != shapes[1]:
+            raise UserError(
+                f"{folder}/config.json: the network's {name} is {shapes[0]}, but {shapes[1]} in the checkpoint"
+            )
 
 
 def _from_folder(folder: Path, dtype: Any, shardings: Any, allow_nonfinite: bool) -> dict[str, Any]:
