@@ -1,8 +1,7 @@
 # shellcheck shell=bash disable=SC2034  # variables are for the scripts that source this
 # Sourced by the scripts that start processes:
-#
-#   usage_error WORDS          one line, exit code 2
-#   read_flags NAMES WORD...   --NAME VALUE into $NAME, --dry_run, and what comes after -- into $words
+#   read_flags NAMES WORD...   --NAME VALUE into $NAME, --dry_run, and what comes after -- into $words;
+#                              where $NAME is a whole number, VALUE must be one
 #   use_backend cpu|cuda|tpu   $extras of the environment, and exported variables for JAX
 #   show_or_run WORD...        a command: run, or printed with --dry_run
 
@@ -12,15 +11,17 @@ usage_error() {
 }
 
 read_flags() {
-  local known=" $1 "
+  local known=" $1 " _name
   dry_run='' words=()
   shift
   while [ $# -gt 0 ] && [ "$1" != -- ]; do
-    if [ "$1" = --dry_run ]; then
-      dry_run=1
+    if [ "$1" = --dry_run ]; then dry_run=1
     elif [[ "$1" == --* && "$known" == *" ${1#--} "* ]]; then
       [ $# -gt 1 ] || usage_error "$1 needs a value"
-      printf -v "${1#--}" %s "$2"
+      _name="${1#--}" # not a name of a flag: it would hide its variable
+      [[ ! "${!_name}" =~ ^[0-9]+$ || "$2" =~ ^(0|[1-9][0-9]{0,8})$ ]] ||
+        usage_error "$1 $2 must be a whole number"
+      printf -v "$_name" %s "$2"
       shift
     else
       usage_error "unknown flag $1, known are dry_run$known; the rest comes after --"
@@ -33,9 +34,8 @@ read_flags() {
 
 use_backend() {
   local flags=''
-  extras="$1"
+  extras="${1#cpu}"
   case "$1" in
-    cpu) extras='' ;;
     # The scheduler moves collectives of FSDP under computation; without it they wait in line. Compared
     # with one large program, many small collectives cost latency each: 128 MB are combined into one.
     cuda) flags="--xla_gpu_enable_latency_hiding_scheduler=true\
@@ -43,6 +43,7 @@ use_backend() {
  --xla_gpu_reduce_scatter_combine_threshold_bytes=134217728" ;;
     # Gathers of FSDP's parameters run inside the fusions that compute meanwhile.
     tpu) export LIBTPU_INIT_ARGS="--xla_tpu_enable_async_collective_fusion_fuse_all_gather=true" ;;
+    cpu) ;;
     *) usage_error "--backend $1 is not one of cpu, cuda, tpu" ;;
   esac
   # Named, so that a missing driver is an error and not a slow run on the CPU.

@@ -13,6 +13,7 @@ read_flags "name image hosts topology accelerator chips backend max_restarts" "$
 if [ -z "$name" ] || [ -z "$image" ] || [ -z "$accelerator" ]; then
   usage_error "--name, --image and --accelerator are needed"
 fi
+[ "$hosts" -gt 0 ] && [ "$chips" -gt 0 ] || usage_error "--hosts $hosts, --chips $chips: one or more"
 use_backend "$backend"
 resource=google.com/tpu node="cloud.google.com/gke-tpu-accelerator: $accelerator"
 [ "$backend" != cuda ] || resource=nvidia.com/gpu node="cloud.google.com/gke-accelerator: $accelerator"

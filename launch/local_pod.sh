@@ -12,7 +12,7 @@ count="${1:-}"
 [[ "$count" =~ ^[1-9][0-9]*$ ]] || usage_error "the first argument must be the number of processes"
 devices=1 port=$((20000 + RANDOM % 10000))
 read_flags "devices port" "${@:2}"
-[[ "$devices" =~ ^[1-9][0-9]*$ ]] || usage_error "--devices $devices must be a number above 0"
+[ "$devices" -gt 0 ] || usage_error "--devices $devices must be a number above 0"
 
 # Virtual devices stand in for chips. With fewer cores than devices they may have to wait for one
 # another for longer than XLA's 40 seconds.

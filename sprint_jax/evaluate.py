@@ -15,7 +15,9 @@ from typing import Any
 from .checkpoints.workdir import read_workdir_config
 from .core import cli
 from .core.errors import UserError
-from .core.files import without_nan, write_json_atomic
+from .core.files import check_writable, without_nan, write_json_atomic
+from .core.ranges import COUNT, GUIDANCE, SEED
+from .core.schema import check, optional, whole
 from .core.storage import AnyPath, as_path, in_bucket
 from .digits.evaluation import (
     SHEET_SIZE,
@@ -84,15 +86,15 @@ def _check(flags: argparse.Namespace) -> AnyPath:
     """The path of the report, once everything that needs no network is known to be in order."""
     if flags.metrics != "digits":
         raise UserError(f"--metrics {flags.metrics}: this version has digits only", exit_code=2)
-    if flags.count < SHEET_SIZE or flags.batch < 1 or flags.seed < 0:
-        raise UserError(
-            f"--count must be at least {SHEET_SIZE}, --batch 1 and --seed 0", exit_code=2
-        )
+    kinds = {"count": whole(SHEET_SIZE, 10**6), "guidance": optional(GUIDANCE)}
+    kinds |= {"batch": COUNT, "seed": SEED}
+    check(vars(flags), kinds, "--", exit_code=2)
     out = as_path(flags.out)
     if out.suffix != ".json":
         raise UserError(f"--out {out} must end in .json", exit_code=2)
     if not in_bucket(out) and not out.parent.is_dir():
         raise UserError(f"--out {out}: the directory {out.parent} does not exist")
+    check_writable(out.parent)
     return out
 
 

@@ -21,6 +21,8 @@ from . import sampling
 from .artifacts.loading import load_parts
 from .core.errors import UserError
 from .core.pixels import nearest_size, resize_and_crop, to_bytes, to_pixels
+from .core.ranges import REQUEST
+from .core.schema import check
 from .models import functions
 from .models.sana import SanaTransformer
 from .sampling import SOLVERS
@@ -47,6 +49,9 @@ class Request:
         cut to the size asked for.
       solver: for a teacher, one of `sampling.SOLVERS` (default 'dpm').
       batch_size: at most so many pictures at once.
+
+    Raises:
+      UserError: exit code 2, for a value out of its range in `core.ranges`.
     """
 
     steps: int | None = None
@@ -61,6 +66,9 @@ class Request:
     binning: bool = False
     solver: str | None = None
     batch_size: int = 64
+
+    def __post_init__(self):
+        check(vars(self), REQUEST, "", exit_code=2)
 
 
 class SprintPipeline:
@@ -114,6 +122,7 @@ class SprintPipeline:
         params: str = "ema",
         *,
         mesh: jax.sharding.Mesh | None = None,
+        allow_nonfinite: bool = False,
     ) -> "SprintPipeline":
         """Loads a student or a teacher.
 
@@ -124,11 +133,12 @@ class SprintPipeline:
           params: of a workdir, 'ema' or 'raw'.
           mesh: of `parallel.sharding.make_mesh`, over which parameters are split; by default they lie on
             the default device.
+          allow_nonfinite: takes a network whose parameters hold NaN or infinity, to look at it.
 
         Raises:
           UserError: if path is none of these, or something in it is missing, damaged or not supported.
         """
-        return cls(**load_parts(path, dtype, params, mesh))
+        return cls(**load_parts(path, dtype, params, mesh, allow_nonfinite))
 
     def __call__(
         self, prompts: Sequence[str], steps: int | None = None, **options

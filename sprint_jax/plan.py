@@ -20,7 +20,7 @@ import jax
 
 from .core import cli
 from .core.errors import UserError
-from .core.files import write_json_atomic
+from .core.files import check_writable, write_json_atomic
 from .planning.layout import image_flops, plan_layout
 from .planning.report import picture, sweep_table, table
 from .planning.search import SUMMARY, best, check_keys, sweep
@@ -51,6 +51,8 @@ def main(argv: list[str]) -> None:
     keys = check_keys(flags.sweep) if flags.sweep else ()
     if flags.out and flags.out.suffix != ".json":
         raise UserError(f"--out {flags.out} must end in .json", exit_code=2)
+    if flags.out:
+        check_writable(flags.out.parent)
     topology = open_topology(flags.topology, flags.slices)
     flops = image_flops(c, topology)
 

@@ -17,6 +17,8 @@ from PIL import Image
 
 from .core import cli
 from .core.errors import UserError
+from .core.files import check_writable
+from .core.schema import check, whole
 from .core.sheet import write_pictures
 from .core.storage import as_path, in_bucket, local_output
 from .pipeline import Request, SprintPipeline
@@ -32,9 +34,7 @@ def main(argv: list[str]) -> None:
     cli.use_compilation_cache()
     prompts = _prompts(flags)
     height, width = cli.parse_size(flags.size)
-    for flag in ("scale", "batch", "images_per_prompt"):
-        if getattr(flags, flag) < 1:
-            raise UserError(f"--{flag.replace('_', '-')} must be at least 1", exit_code=2)
+    check({"--scale": flags.scale}, {"--scale": whole(1, 64)}, "", exit_code=2)
     same = {field.name for field in dataclasses.fields(Request)} - OTHERWISE
     request = Request(
         height=height,
@@ -44,7 +44,8 @@ def main(argv: list[str]) -> None:
         **{name: getattr(flags, name) for name in same},
     )
     with _output_folder(flags.out) as out:
-        pipe = SprintPipeline.from_pretrained(flags.model, jnp.dtype(flags.dtype), flags.params)
+        how = dict(params=flags.params, allow_nonfinite=flags.allow_nonfinite)
+        pipe = SprintPipeline.from_pretrained(flags.model, jnp.dtype(flags.dtype), **how)
         images = [
             Image.fromarray(picture) for batch in pipe.draw(prompts, request) for picture in batch
         ]
@@ -66,6 +67,7 @@ def _parser() -> cli.Parser:
     add("--size", metavar="HxW", help="in pixels (default: as in training)")
     add("--out", required=True, metavar="DIR", help="where the pictures go; made if missing")
     add("--params", choices=("ema", "raw"), default="ema", help="which weights (default ema)")
+    add("--allow-nonfinite", action="store_true", help="draw with weights that hold NaN or inf")
     add("--images-per-prompt", type=int, default=1, metavar="N", help="default 1")
     add("--image", metavar="FILE", help="a picture to change instead of noise (students)")
     add("--strength", type=float, default=0.6, metavar="S", help="of its change, 0 to 1 (0.6)")
@@ -118,15 +120,19 @@ def _output_folder(name: str) -> Iterator[Path]:
     """
     out = as_path(name)
     if in_bucket(out):
+        check_writable(out)
         with local_output(out) as local:
             yield local
         return
-    made = [folder for folder in (out, *out.parents) if not folder.exists()]
     try:
+        made = [folder for folder in (out, *out.parents) if not folder.exists()]
         out.mkdir(parents=True, exist_ok=True)
     except (FileExistsError, NotADirectoryError) as error:
         raise UserError(f"--out {name}: there is a file in its place; name a directory") from error
+    except OSError as error:
+        raise UserError(f"--out {name} cannot be made: {error.strerror}") from error
     try:
+        check_writable(out)
         yield out
     except BaseException:
         for folder in made:

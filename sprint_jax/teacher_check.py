@@ -19,6 +19,9 @@ from .checkpoints.workdir import read_workdir_config
 from .core import cli
 from .core.config import Config, load_config
 from .core.errors import UserError
+from .core.files import check_writable
+from .core.ranges import COUNT
+from .core.schema import check
 from .core.storage import as_path, local_output
 from .teacher.check import check_teacher
 
@@ -33,6 +36,7 @@ def main(argv: list[str]) -> None:
     out = as_path(flags.out)
     if out.exists() and not out.is_dir():
         raise UserError(f"--out {out} is a file; name a directory")
+    check_writable(out)
     with local_output(out) as folder:
         checks = check_teacher(c, flags.model, flags.before, folder, flags.count, flags.batch)
     for each in checks:
@@ -45,8 +49,7 @@ def main(argv: list[str]) -> None:
 
 
 def _config(flags: argparse.Namespace, overrides: list[str]) -> Config:
-    if flags.count < 1 or flags.batch < 1:
-        raise UserError("--count and --batch must be at least 1", exit_code=2)
+    check(vars(flags), {"count": COUNT, "batch": COUNT}, "--", exit_code=2)
     if flags.config:
         return load_config(flags.config, overrides)
     model = as_path(flags.model)

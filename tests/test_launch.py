@@ -83,6 +83,17 @@ def test_dry_run_prints_the_training_for_a_backend(name, backend):
         ("tpu_pod.sh", ["--tpu", "a", "--", "x"], "--zone"),
         ("gke.sh", ["--name", "a", "--", "x"], "--image"),
         ("supervise.sh", ["--max_restarts"], "--max_restarts"),
+        ("supervise.sh", ["--max_restarts", "ten", "--", "true"], "--max_restarts ten"),
+        ("supervise.sh", ["--backoff", "-1", "--", "true"], "--backoff -1"),
+        ("gke.sh", [*GKE, "--hosts", "four", "--", "x"], "--hosts four"),
+        ("gke.sh", [*GKE, "--hosts", "0", "--", "x"], "--hosts 0"),
+        ("gke.sh", [*GKE, "--chips", "08", "--", "x"], "--chips 08"),
+        ("gke.sh", [*GKE, "--max_restarts", "1.5", "--", "x"], "--max_restarts 1.5"),
+        (
+            "tpu_pod.sh",
+            ["--tpu", "a", "--zone", "b", "--max_restarts", "x", "--", "x"],
+            "_restarts x",
+        ),
     ],
 )
 def test_wrong_usage_is_one_line(script, words, message):

@@ -11,12 +11,16 @@ from ..checkpoints.locate import locate
 from ..checkpoints.workdir import is_student, read_workdir_config
 from ..core.errors import UserError
 from ..core.files import read_json
+from ..core.fingerprint import describe
+from ..core.ranges import GUIDANCE, MIDPOINT, POSITIVE, SIZE
+from ..core.schema import TEXT, check, one_of, optional, several
 from ..encoders.load import latent_size, load_encoders, open_autoencoder, open_text_encoder
 from ..encoders.text import load_tokenizer
 from ..interop.diffusers import load_transformer
-from ..models.sana import from_fields
+from ..interop.sana import example_inputs
+from ..models.sana import SanaTransformer, from_fields
 from ..parallel.sharding import state_shardings
-from .pipeline_folder import check_widths
+from .pipeline_folder import PARTS, check_widths
 
 # Settings for which diffusers has no place; beside model_index.json, from `export`.
 SETTINGS = "sprint_jax.json"
@@ -28,19 +32,31 @@ CLASSES = {
     "SanaPipeline": False,
 }
 
+# Values in files of a pipeline folder; other keys are not read.
+INDEX = {"_class_name": one_of(*CLASSES)}
+INDEX |= dict.fromkeys(("transformer", *PARTS, "scheduler"), several(optional(TEXT), 2, 2))
+SCHEDULER = dict.fromkeys(("sigma_data", "flow_shift", "shift"), POSITIVE)
+SETTING = {"midpoint": MIDPOINT, "guidance": GUIDANCE, "latents": several(SIZE, 2, 2)}
+
 
 def load_parts(
-    path: str | Path, dtype: Any, params: str, mesh: jax.sharding.Mesh | None
+    path: str | Path,
+    dtype: Any,
+    params: str,
+    mesh: jax.sharding.Mesh | None,
+    allow_nonfinite: bool = False,
 ) -> dict[str, Any]:
     """Arguments of `pipeline.SprintPipeline`; see its ``from_pretrained``."""
     shardings = functools.partial(state_shardings, mesh) if mesh is not None else None
     kind, folder = locate(path, ("workdir", "pipeline"))
     if kind == "workdir":
-        return _from_workdir(folder, dtype, params, shardings)
-    return _from_folder(folder, dtype, shardings)
+        return _from_workdir(folder, dtype, params, shardings, allow_nonfinite)
+    return _from_folder(folder, dtype, shardings, allow_nonfinite)
 
 
-def _from_workdir(folder: Path, dtype, params: str, shardings) -> dict[str, Any]:
+def _from_workdir(
+    folder: Path, dtype, params: str, shardings, allow_nonfinite: bool
+) -> dict[str, Any]:
     # Imported here, so that other models load without Orbax.
     from ..checkpoints.checkpoint import load_params
 
@@ -55,7 +71,9 @@ def _from_workdir(folder: Path, dtype, params: str, shardings) -> dict[str, Any]
     # The published student is its teacher plus an embedding of guidance.
     changes = {"guidance_embeds": True} if is_student(c) else {}
     model = from_fields(c.model, **changes)
-    tree, meta = load_params(str(folder), params, shardings=shardings)
+    how = dict(shardings=shardings, allow_nonfinite=allow_nonfinite)
+    tree, meta = load_params(str(folder), params, **how)
+    _check_shapes(folder, model, tree)
     return dict(
         model=model.clone(dtype=jnp.dtype(dtype)),
         params=jax.tree.map(lambda leaf: leaf.astype(dtype), tree),
@@ -71,7 +89,21 @@ def _from_workdir(folder: Path, dtype, params: str, shardings) -> dict[str, Any]
     )
 
 
-def _from_folder(folder: Path, dtype: Any, shardings: Any) -> dict[str, Any]:
+def _check_shapes(folder: Path, model: SanaTransformer, params: Any) -> None:
+    """Refuses parameters of a workdir that are not those of the network in its config."""
+    inputs = functools.partial(example_inputs, model)
+    key = jax.random.key(0)
+    wanted = describe(jax.eval_shape(lambda key: model.init(key, *inputs()), key)["params"])
+    found = describe({key: params[key] for key in params if key != "logvar_linear"})
+    for name in sorted(wanted.keys() | found.keys()):
+        shapes = [table.get(name, {}).get("shape", "absent") for table in (wanted, found)]
+        if shapes[0] != shapes[1]:
+            raise UserError(
+                f"{folder}/config.json: the network's {name} is {shapes[0]}, but {shapes[1]} in the checkpoint"
+            )
+
+
+def _from_folder(folder: Path, dtype: Any, shardings: Any, allow_nonfinite: bool) -> dict[str, Any]:
     """From ``transformer``, ``vae``, ``text_encoder``, ``tokenizer`` and ``scheduler`` of diffusers.
 
     Raises:
@@ -79,10 +111,12 @@ def _from_folder(folder: Path, dtype: Any, shardings: Any) -> dict[str, Any]:
     """
     student = CLASSES[read_index(folder)["_class_name"]]
     scheduler = read_json(folder / "scheduler" / "scheduler_config.json")
+    check(scheduler, SCHEDULER, f"{folder}/scheduler/scheduler_config.json: ")
     # The small parts first: a mistake in them should not wait for gigabytes.
     tokenizer = load_tokenizer(folder / "tokenizer")
     autoencoder = open_autoencoder(folder, dtype, shardings)
-    fields, tree = load_transformer(folder / "transformer", dtype, shardings=shardings)
+    how = dict(shardings=shardings, allow_nonfinite=allow_nonfinite)
+    fields, tree = load_transformer(folder / "transformer", dtype, **how)
     model = from_fields(fields, dtype=jnp.dtype(dtype).name)
     if model.guidance_embeds != student:
         raise UserError(
@@ -93,7 +127,9 @@ def _from_folder(folder: Path, dtype: Any, shardings: Any) -> dict[str, Any]:
     check_widths(folder, model, autoencoder.channels, text_encoder.gemma.hidden_size)
     settings = {"midpoint": 1.3, "guidance": 4.5, "latents": [model.sample_size] * 2}
     if (folder / SETTINGS).is_file():
-        settings |= read_json(folder / SETTINGS)
+        found = read_json(folder / SETTINGS)
+        check(found, SETTING, f"{folder / SETTINGS}: ")
+        settings |= found
     return dict(
         model=model,
         params=tree,
@@ -117,9 +153,5 @@ def read_index(folder: Path) -> dict[str, Any]:
       UserError: it is missing, damaged or of another class.
     """
     index = read_json(folder / "model_index.json")
-    found = index.get("_class_name")
-    if found not in CLASSES:
-        raise UserError(
-            f"{folder}/model_index.json is of class {found!r}, not one of {', '.join(CLASSES)}"
-        )
+    check({"_class_name": None} | index, INDEX, f"{folder}/model_index.json: ")
     return index

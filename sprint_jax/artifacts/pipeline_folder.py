@@ -59,7 +59,7 @@ def check_base(base: Path, index: dict[str, Any], fields: dict[str, Any]) -> Non
     """
     model = from_fields(fields)
     for part in PARTS:
-        if not (base / part).is_dir() or index.get(part, [None])[0] is None:
+        if not (base / part).is_dir() or None in index.get(part, [None]):
             raise UserError(f"--base {base} has no {part}: give a whole pipeline folder")
         weights = [*(base / part).glob("*.safetensors"), *(base / part).glob("*.bin")]
         if part != "tokenizer" and not weights:

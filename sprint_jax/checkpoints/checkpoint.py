@@ -24,7 +24,7 @@ from jax.experimental import multihost_utils
 
 from ..core.errors import UserError
 from ..core.files import differences
-from ..core.fingerprint import describe, digest, leaf_table
+from ..core.fingerprint import describe, digest, leaf_table, nonfinite_leaves
 from ..core.storage import absolute, as_path
 from . import object_store, orbax_io
 from .orbax_io import Damaged, on_every_process, one_line
@@ -41,6 +41,8 @@ def _read_record(checkpoint: epath.Path) -> dict[str, Any]:
         raise Damaged("it was not written by sprint_jax")
     if record["digest"] != digest([record["meta"], record["leaves"]]):
         raise Damaged("its meta differs from the hash that was saved with it")
+    if record["meta"].get("step") != int(checkpoint.name):
+        raise Damaged(f"it is of step {record['meta'].get('step')}: a copy under another number")
     return record
 
 
@@ -224,7 +226,9 @@ def _newest_whole(
 ) -> tuple[tuple[Tree, Meta] | None, list[int]]:
     """The result of the first attempt, newest step first, that finds no damage; and the damaged steps."""
     damaged = []
-    for step in sorted(steps, reverse=True):
+    # Orbax passes over a file in the place of a checkpoint; here it is named.
+    files = [int(p.name) for p in directory.iterdir() if p.name.isdigit() and not p.is_dir()]
+    for step in sorted({*steps, *files}, reverse=True):
         try:
             return attempt(directory / str(step)), damaged
         except Damaged as error:
@@ -255,6 +259,7 @@ def load_params(
     workdir: str,
     which: str = "ema",
     shardings: Tree | Callable[[Tree], Tree] | None = None,
+    allow_nonfinite: bool = False,
 ) -> tuple[Tree, Meta]:
     """Loads the parameters of the newest whole checkpoint of a workdir; changes nothing on disk.
 
@@ -262,12 +267,13 @@ def load_params(
       which: 'ema' (the average) or 'raw' (the trained parameters themselves).
       shardings: where the leaves go: one Sharding, a tree (or tree prefix) of them, or a function
         from the tree of ShapeDtypeStructs to one of these; None: the first local device.
+      allow_nonfinite: takes NaN and infinity as well.
 
     Returns:
       (nested dict of jax arrays with the saved dtypes, meta with key ``step``).
 
     Raises:
-      UserError: not a workdir, no such parameters, or no whole checkpoint.
+      UserError: not a workdir, no such parameters, some that are not finite, or no whole checkpoint.
     """
     if which not in ("ema", "raw"):
         raise UserError(f"params {which!r} is not known; choose 'ema' or 'raw'", exit_code=2)
@@ -285,7 +291,12 @@ def load_params(
         if wanted is not None:
             tree = jax.tree.map(_abstract, tree, jax.tree.broadcast(wanted, tree))
         target = {field: jax.tree.map(_abstract, tree)}
-        return _read_tree(checkpoint, record["leaves"], target)[field], record["meta"]
+        params = _read_tree(checkpoint, record["leaves"], target)[field]
+        bad = [] if allow_nonfinite else nonfinite_leaves(params)
+        if bad:
+            more = f" and {len(bad) - 1} more" if bad[1:] else ""
+            raise UserError(f"checkpoint {checkpoint}: {field}/{bad[0]}{more} hold NaN or infinity")
+        return params, record["meta"]
 
     result, _ = _newest_whole(directory, complete_steps(directory), attempt)
     if result is None:

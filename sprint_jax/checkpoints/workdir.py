@@ -3,11 +3,14 @@
 import json
 from typing import Any
 
-from ..core.config import Config
+from ..core.config import Config, flatten
 from ..core.errors import UserError
 from ..core.files import read_json
 from ..core.storage import AnyPath, as_path
 
+# Keys without which nothing can be done with a workdir.
+NEEDED = ("stage", "sigma_d", "model.sample_size", "data.source", "data.world", "data.encoders")
+NEEDED += ("flow.shift", "sampler.midpoint", "log.sample_guidance")
 LOG_FILE = "log.txt"  # what a run prints, where nobody watches it
 
 
@@ -34,8 +37,11 @@ def read_workdir_config(workdir: str | AnyPath) -> Config:
     path = as_path(workdir) / "config.json"
     if not path.is_file():
         raise UserError(f"{workdir} is not a training workdir: it has no config.json")
-    config = Config(read_json(path))
-    missing = [key for key in ("stage", "model", "data", "sampler", "flow") if key not in config]
+    try:
+        config = Config(read_json(path))
+    except ValueError as error:  # UserError, and of ml_collections for names that are no keys
+        raise UserError(f"{path}: {error}") from error
+    missing = [key for key in NEEDED if key not in flatten(config)]
     if missing:
         raise UserError(f"{path} is not of a training: it has no key {missing[0]!r}")
     return config

@@ -21,10 +21,15 @@ from typing import NoReturn
 
 from .config import Config, load_config
 from .errors import UserError
+from .schema import PLACE, check
 from .storage import is_provider_error
+
+# Flags with these for a value name a place.
+_PLACES = ("DIR", "FILE", "FILE.json", "FOLDER", "PATH")
 
 # Conditions of the machine, not of the code: they need no traceback.
 _MACHINE_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS)
+_MACHINE_ERRORS += (errno.EIO, errno.ENAMETOOLONG, errno.ELOOP, errno.ENOTDIR, errno.EISDIR)
 
 
 def run_command(main: Callable[[list[str]], None]) -> None:
@@ -61,7 +66,8 @@ def _fail(message: str, exit_code: int, abrupt: bool = False) -> NoReturn:
 class Parser(argparse.ArgumentParser):
     """An argparse parser whose errors are `UserError` (exit code 2) and name the nearest flag.
 
-    Flags cannot be abbreviated. Subparsers made by ``add_subparsers`` behave alike.
+    Flags cannot be abbreviated; places (``metavar="DIR"`` and the like) are no URLs. Subparsers made by
+    ``add_subparsers`` behave alike.
     """
 
     def __init__(self, *args, **kwargs):
@@ -77,7 +83,14 @@ class Parser(argparse.ArgumentParser):
                     break
                 if token.startswith("--") and " " not in token:
                     self._require_known(token.partition("=")[0])
-        return super().parse_known_args(args, namespace)
+        namespace, rest = super().parse_known_args(args, namespace)
+        for action in self._actions:
+            if action.metavar in _PLACES:
+                flag, value = action.option_strings[0], getattr(namespace, action.dest, None)
+                if value == "":
+                    self.error(f"{flag} is empty")
+                check({flag: str(value or "")}, {flag: PLACE}, "", exit_code=2)
+        return namespace, rest
 
     def _require_known(self, flag: str) -> None:
         known = [name for name in self._option_string_actions if name.startswith("--")]

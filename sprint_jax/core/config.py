@@ -11,11 +11,13 @@ tuples (or lists) of those, or nested ConfigDicts::
 ``configs/`` is importable meanwhile, so a file may start with ``from configs import default``.
 """
 
+import contextlib
 import difflib
 import importlib.util
 import math
 import sys
-from collections.abc import Callable, Iterable, Mapping, Sequence
+import traceback
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -23,6 +25,7 @@ from typing import Any
 from ml_collections import ConfigDict, FrozenConfigDict
 
 from .errors import UserError
+from .ranges import check_ranges
 
 KINDS = {
     bool: "true or false",
@@ -40,11 +43,13 @@ class Config(FrozenConfigDict):
     unpacks: ``Model(**config.model)``. Lists become tuples.
 
     Raises:
-      UserError: for a value of no supported type.
+      UserError: for a value of no supported type, or out of its range in `core.ranges`.
     """
 
     def __init__(self, values: Mapping[str, Any] | ConfigDict):
-        super().__init__(_checked(values, ""))
+        values = _checked(values, "")
+        check_ranges(flatten(values))
+        super().__init__(values)
 
     def override(self, overrides: Mapping[str, Any] | Sequence[str]) -> "Config":
         """Returns a copy with some leaves replaced, each by a value of the type it had.
@@ -72,7 +77,7 @@ class Config(FrozenConfigDict):
                 if isinstance(new, bool | None) and not isinstance(old, type(new) | None):
                     raise TypeError
                 values.update_from_flattened_dict({name: new})
-            except (TypeError, ValueError):
+            except (TypeError, ValueError, OverflowError):
                 kind = KINDS[type(old)]
                 message = f"--config.{name}={value} must be {kind}, as {old!r} is"
                 raise UserError(message, exit_code=2) from None
@@ -103,17 +108,15 @@ def load_config(spec: str, overrides: Mapping[str, Any] | Sequence[str] = ()) ->
       overrides: as `Config.override` takes them.
 
     Raises:
-      UserError: exit code 2 for a missing file, a file without ``get_config``, an ``arg`` that it
-        refuses (it raises ValueError), and for wrong overrides.
+      UserError: exit code 2 for a missing file, one that fails (naming its line), a file without
+        ``get_config``, an ``arg`` that it refuses (it raises ValueError), and for wrong overrides.
     """
     name, colon, arg = spec.partition(":")
     get_config = getattr(_run_file(spec), "get_config", None)
     if not callable(get_config):
         raise UserError(f"{name} defines no function get_config(arg)", exit_code=2)
-    try:
+    with _errors_of(spec):
         values = get_config(arg if colon else None)
-    except ValueError as error:
-        raise UserError(f"--config={spec}: {error}", exit_code=2) from error
     if not isinstance(values, ConfigDict):
         message = f"{name}: get_config must return an ml_collections.ConfigDict, not {values!r:.80}"
         raise UserError(message, exit_code=2)
@@ -165,10 +168,32 @@ def _run_file(spec: str) -> ModuleType:
     parent = str(path.resolve().parent.parent)
     sys.path.insert(0, parent)
     try:
-        module_spec.loader.exec_module(module)
+        with _errors_of(spec):
+            module_spec.loader.exec_module(module)
     finally:
         sys.path.remove(parent)
     return module
+
+
+@contextlib.contextmanager
+def _errors_of(spec: str) -> Iterator[None]:
+    """Turns whatever a config file raises into one line that names the file's line."""
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:  # of a file that anybody may have written
+        path = spec.partition(":")[0]
+        if isinstance(error, SyntaxError):
+            file, line = error.filename or path, error.lineno
+        else:
+            # The last line of the file or of its neighbours, not of a library that it called.
+            folder, frames = Path(path).resolve().parent, traceback.extract_tb(error.__traceback__)
+            own = [f for f in frames if Path(f.filename).resolve().is_relative_to(folder)]
+            file, line = (own or frames)[-1].filename, (own or frames)[-1].lineno
+        kind = "" if type(error) is ValueError else f"{type(error).__name__}: "  # a refusal
+        message = " ".join(f"--config={spec}: {kind}{error} ({file}, line {line})".split())
+        raise UserError(message, exit_code=2) from error
 
 
 def _checked(values: Mapping[str, Any] | ConfigDict, prefix: str) -> dict[str, Any]:

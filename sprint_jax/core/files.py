@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import tempfile
 from collections.abc import Iterator
 from typing import Any
 
@@ -10,6 +11,8 @@ import jax
 
 from .errors import UserError
 from .storage import AnyPath, as_path, in_bucket
+
+PROBE = ".sprint_jax-can-write"  # an object that is written and removed again
 
 
 def write_atomic(path: AnyPath, content: bytes) -> None:
@@ -30,6 +33,24 @@ def write_atomic(path: AnyPath, content: bytes) -> None:
         temporary.replace(path)
     except OSError as error:
         raise UserError(f"cannot write {path}: {error.strerror or error}") from error
+
+
+def check_writable(folder: AnyPath, flag: str = "--out") -> None:
+    """Refuses a folder that cannot be made or written to, before what goes there is computed; leaves nothing.
+
+    Raises:
+      UserError: naming the flag and the folder.
+    """
+    try:
+        if in_bucket(folder):
+            (folder / PROBE).write_bytes(b"")
+            (folder / PROBE).unlink()
+            return
+        there = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+        with tempfile.TemporaryFile(dir=there):
+            pass
+    except OSError as error:
+        raise UserError(f"{flag} {folder} cannot be written: {error.strerror or error}") from error
 
 
 def write_json_atomic(path: str | AnyPath, value: Any) -> None:
@@ -56,6 +77,8 @@ def read_json(path: AnyPath) -> dict[str, Any]:
         raise UserError(f"{path} is missing") from None
     except (OSError, ValueError) as error:
         raise UserError(f"{path} cannot be read ({error}); is it damaged?") from error
+    except RecursionError:
+        raise UserError(f"{path} cannot be read: its lists or dicts are too deep") from None
     if not isinstance(value, dict):
         raise UserError(f"{path} holds {type(value).__name__}, not a dict")
     return value

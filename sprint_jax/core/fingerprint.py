@@ -84,6 +84,17 @@ def leaf_table(tree: Tree) -> dict[str, dict[str, Any]]:
     return table
 
 
+@jax.jit
+def _all_finite(tree: Tree) -> Tree:
+    return jax.tree.map(lambda leaf: jnp.isfinite(leaf).all(), tree)
+
+
+def nonfinite_leaves(tree: Tree) -> list[str]:
+    """Returns the names of the leaves that hold NaN or infinity; every process of a run must call it."""
+    flat, _ = jax.tree_util.tree_flatten_with_path(jax.device_get(_all_finite(tree)))
+    return [leaf_name(path) for path, finite in flat if not finite]
+
+
 def digest(value: Any) -> str:
     """Returns the sha256 of a JSON-able value, 64 hex digits."""
     text = json.dumps(value, sort_keys=True, separators=(",", ":"))

@@ -43,7 +43,7 @@ def as_path(name: str | os.PathLike) -> AnyPath:
         return Path(rest)
     if scheme not in SCHEMES:
         raise UserError(f"{text}: {scheme}:// is not known; give a local path, gs:// or s3://", 2)
-    if not rest.strip("/").partition("/")[0]:
+    if not rest.partition("/")[0]:
         raise UserError(f"{text} names no bucket: {scheme}://BUCKET/PATH", 2)
     package, extra = SCHEMES[scheme]
     if importlib.util.find_spec(package) is None:

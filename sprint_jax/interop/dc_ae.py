@@ -3,14 +3,24 @@
 import re
 
 import jax
+from einops import EinopsError
 
+from ..core.errors import UserError
 from ..models.dc_ae import AutoencoderDC
 from .tables import CONV, DEPTHWISE, LINEAR, POINTWISE, SAME, Entry, Layout, grouped, make_table
 
 
 def dc_ae_table(autoencoder: AutoencoderDC) -> dict[str, Entry]:
-    """Returns the table of an autoencoder, encoder and decoder."""
-    shapes = jax.eval_shape(autoencoder.init, jax.random.key(0))
+    """Returns the table of an autoencoder, encoder and decoder.
+
+    Raises:
+      UserError: widths do not divide as the shortcuts and the heads of attention want it.
+    """
+    try:
+        shapes = jax.eval_shape(autoencoder.init, jax.random.key(0))
+    except (TypeError, ValueError, ZeroDivisionError, EinopsError) as error:
+        reason = str(error).strip().partition("\n")[0]
+        raise UserError(f"autoencoder config: its widths do not fit together: {reason}") from error
     return make_table(shapes, _name, _layout)
 
 

@@ -27,6 +27,7 @@ def load_transformer(
     *,
     fields: dict[str, Any] | None = None,
     shardings: Callable | None = None,
+    allow_nonfinite: bool = False,
 ) -> tuple[dict[str, Any], Any]:
     """Loads the transformer of a diffusers folder (``transformer/`` of a pipeline) or one safetensors file.
 
@@ -34,7 +35,7 @@ def load_transformer(
       path: a folder with ``config.json`` and weights, in one file or by an index; or one file.
       dtype: of the parameters returned.
       fields: of SanaTransformer, e.g. one of ``SIZES``, for a file that has no ``config.json`` beside it.
-      shardings: see `files.load_params`.
+      shardings, allow_nonfinite: see `files.load_params`.
 
     Returns:
       ``(fields, params)``: fields for ``SanaTransformer(**fields)``, with ``logvar`` where
@@ -42,7 +43,7 @@ def load_transformer(
 
     Raises:
       UserError: a file is missing, cut short or of another class; a config key or a tensor is unknown,
-        missing or misshapen.
+        missing or misshapen, or not finite.
     """
     path = Path(path)
     folder = path.parent if path.is_file() else path
@@ -50,10 +51,10 @@ def load_transformer(
         config = read_config(folder, "SanaTransformer2DModel")
         fields = fields_from_config(config, f"{folder}/config.json")
     fields = {key: value for key, value in fields.items() if key != "logvar"}
-    params = load_params(sana_table(fields), open_safetensors(path, STEM), dtype, shardings)
+    how = dtype, shardings, allow_nonfinite
+    params = load_params(sana_table(fields), open_safetensors(path, STEM), *how)
     if (folder / LOGVAR).is_file():
-        side = open_safetensors(folder / LOGVAR)
-        params |= load_params(logvar_table(fields), side, dtype, shardings)
+        params |= load_params(logvar_table(fields), open_safetensors(folder / LOGVAR), *how)
         fields["logvar"] = True
     return fields, params
 
@@ -107,7 +108,10 @@ def load_autoencoder(
     unknown = sorted(set(config) - fields)
     if unknown:
         raise UserError(f"{folder}/config.json: key '{unknown[0]}' is unknown")
-    autoencoder = AutoencoderDC(**{key: _tuples(value) for key, value in config.items()})
+    try:
+        autoencoder = AutoencoderDC(**{key: _tuples(value) for key, value in config.items()})
+    except UserError as error:
+        raise UserError(f"{folder}/config.json: {error}") from error
     tensors = open_safetensors(folder, STEM)
     return autoencoder, load_params(dc_ae_table(autoencoder), tensors, dtype, shardings)
 

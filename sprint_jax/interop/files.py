@@ -4,7 +4,6 @@ Parameters go from the file to their devices leaf by leaf: beside its own share,
 more than one leaf.
 """
 
-import json
 import math
 import re
 import zipfile
@@ -20,11 +19,13 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from ..core.errors import UserError
-from ..core.files import write_json_atomic
+from ..core.files import read_json, write_json_atomic
+from ..core.schema import TEXT, Kind, check
 from .tables import Entry, check_names
 
 Tree = Any
 
+FILE_NAME = Kind("a file's name", lambda v: TEXT.holds(v) and v == Path(v).name != "")
 SHARD_BYTES = 5 * 10**9  # the largest file that hubs and file systems take without complaint
 
 
@@ -87,11 +88,11 @@ def _weight_files(folder: Path, stem: str) -> list[Path]:
         if single.exists():
             return [single]
         if index.exists():
-            try:
-                names = json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()
-                return [folder / name for name in sorted(set(names))]
-            except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-                raise UserError(f"{index} cannot be read: {error!r}") from error
+            weight_map = read_json(index).get("weight_map")
+            if not isinstance(weight_map, dict) or not weight_map:
+                raise UserError(f"{index} has no weight_map from tensors to files")
+            check(weight_map, dict.fromkeys(weight_map, FILE_NAME), f"{index}: weight_map ")
+            return [folder / name for name in sorted(set(weight_map.values()))]
     return [folder / f"{stem}.safetensors"]
 
 
@@ -171,6 +172,7 @@ def load_params(
     tensors: Tensors,
     dtype: Any,
     shardings: Callable[[Tree], Tree] | None = None,
+    allow_nonfinite: bool = False,
 ) -> Tree:
     """Loads our parameters, each leaf straight to its devices.
 
@@ -180,9 +182,10 @@ def load_params(
       dtype: of the result.
       shardings: a function of the tree of `jax.ShapeDtypeStruct` that returns the tree of shardings, e.g. a
         partial `parallel.sharding.state_shardings`; None puts all on the default device.
+      allow_nonfinite: takes NaN and infinity as well.
 
     Raises:
-      UserError: see `tables.check_names`.
+      UserError: a tensor holds NaN or infinity; and see `tables.check_names`.
     """
     check_names(table, tensors.shapes, tensors.origin)
     parts: dict[tuple, list[tuple[str, Entry]]] = {}
@@ -204,6 +207,10 @@ def load_params(
         for name, entry in parts[path]:
             place = buffer if entry.layer is None else buffer[entry.layer]
             place[...] = entry.layout.read(tensors.read(name))
+            if not allow_nonfinite and not is_finite(place):
+                raise UserError(
+                    f"{tensors.origin}: tensor {name} holds NaN or infinity: it is of a failed run or damaged"
+                )
         if shardings:
             piece = buffer.__getitem__
             leaf = jax.make_array_from_callback(buffer.shape, places[path], piece)
@@ -213,6 +220,18 @@ def load_params(
         leaves[path] = jax.block_until_ready(leaf)
         del buffer
     return unflatten_dict(leaves)
+
+
+def is_finite(array: np.ndarray) -> bool:
+    """Whether an array of floats of any kind holds no NaN and no infinity; makes no copy of it."""
+    # Bits of positive numbers grow with them, up to infinity and NaN; negative ones have the top bit as well.
+    size = array.dtype.itemsize
+    limit = np.asarray([np.inf, -np.inf]).astype(array.dtype)
+    signed, unsigned = f"i{size}", f"u{size}"
+    if not array.size:
+        return True
+    positive = array.view(signed).max() < limit.view(signed)[0]
+    return bool(positive and array.view(unsigned).max() < limit.view(unsigned)[1])
 
 
 def to_torch(params: Tree, entry: Entry, dtype: Any = None) -> np.ndarray:

@@ -10,7 +10,8 @@ import jax.numpy as jnp
 
 from ..core.errors import UserError
 from ..core.files import read_json, write_json_atomic
-from ..models.gemma2 import Gemma2
+from ..core.schema import check
+from ..models.gemma2 import KINDS, Gemma2
 from .files import Tensors, load_params, open_safetensors, save_safetensors
 from .tables import LINEAR, SAME, Entry, make_table
 
@@ -100,17 +101,12 @@ def _from_config(config: dict[str, Any], origin: str, dtype: Any) -> Gemma2:
         if not isinstance(rope, dict) or rope | {"rope_theta": 0} != _PLAIN_ROPE:
             raise UserError(f"{origin}: rope_parameters {rope!r} are not supported")
         fields["rope_theta"] = rope.get("rope_theta", defaults["rope_theta"])
-    types = fields.pop("layer_types", None)
-    for key, value in fields.items():
-        kinds = int if isinstance(defaults[key], int) else (int, float)
-        absent = value is None and key in ("attn_logit_softcapping", "sliding_window")
-        if not absent and (not isinstance(value, kinds) or value <= 0):
-            kind = "whole number" if kinds is int else "number"
-            raise UserError(f"{origin}: {key} {value!r} must be a {kind} above 0")
-    if not isinstance(types, list | None):
-        raise UserError(f"{origin}: layer_types {types!r} must be a list")
-    types = tuple(types) if types else None
-    return Gemma2(**fields, layer_types=types, dtype=jnp.dtype(dtype))
+    check(fields, KINDS, f"{origin}: ")
+    types = tuple(fields.pop("layer_types", None) or ()) or None
+    try:
+        return Gemma2(**fields, layer_types=types, dtype=jnp.dtype(dtype))
+    except UserError as error:
+        raise UserError(f"{origin}: {error}") from error
 
 
 def _without_head(tensors: Tensors) -> Tensors:

@@ -7,6 +7,8 @@ import jax
 import jax.numpy as jnp
 
 from ..core.errors import UserError
+from ..core.ranges import MODEL, SHARE, SIZE
+from ..core.schema import check, optional
 from ..models.sana import SanaTransformer, from_fields
 from .tables import DEPTHWISE, LINEAR, POINTWISE, SAME, Entry, Layout, make_table
 
@@ -30,6 +32,8 @@ _SHARED = (
 )
 # Config keys with the one value that the network supports, which is also diffusers' default.
 _FIXED = {"norm_elementwise_affine": False, "norm_eps": 1e-6, "guidance_embeds_scale": 0.1}
+_KINDS = {key: MODEL[key] for key in _SHARED} | {"dropout": SHARE, "cross_attention_dim": SIZE}
+_KINDS |= {"out_channels": optional(SIZE)}
 _QK_NORM = "rms_norm_across_heads"
 
 
@@ -45,9 +49,10 @@ def sana_table(fields: dict[str, Any]) -> dict[str, Entry]:
             "a flow map has the time to which it jumps as an input, which SANA's published classes lack: "
             "use its workdir, or --format stablehlo"
         )
-    shapes = jax.eval_shape(model.init, jax.random.key(0), *example_inputs(model))["params"]
+    # The inputs are shapes as well: a config may ask for any size.
+    shapes = jax.eval_shape(lambda key: model.init(key, *example_inputs(model)), jax.random.key(0))
     return make_table(
-        shapes,
+        shapes["params"],
         lambda path: _name(path, model.guidance_embeds),
         lambda path, _: _layout(path, model),
         stacked="transformer_blocks",
@@ -79,6 +84,7 @@ def fields_from_config(config: dict[str, Any], origin: str) -> dict[str, Any]:
     unknown = sorted(set(config) - known)
     if unknown:
         raise UserError(f"{origin}: key '{unknown[0]}' is unknown")
+    check(config, _KINDS, f"{origin}: ")
     for key, value in _FIXED.items():
         if config.get(key, value) != value:
             raise UserError(f"{origin}: {key} {config[key]!r} is not supported, only {value!r}")
@@ -90,7 +96,10 @@ def fields_from_config(config: dict[str, Any], origin: str) -> dict[str, Any]:
         fields["out_channels"] = fields.get("in_channels", 32)
     if fields.get("guidance_embeds"):
         fields["timestep_scale"] = 0.001
-    model = from_fields(fields)
+    try:
+        model = from_fields(fields)
+    except UserError as error:
+        raise UserError(f"{origin}: {error}") from error
     width = config.get("cross_attention_dim", model.features)
     if width != model.features:
         raise UserError(

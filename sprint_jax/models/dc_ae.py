@@ -15,6 +15,8 @@ from einops import rearrange
 from flax import linen as nn
 
 from ..core.errors import UserError
+from ..core.ranges import POSITIVE, WIDTH
+from ..core.schema import FLAG, Kind, check, either, one_of, several, whole
 from .convolution import Conv3x3, depthwise_conv, group_mean, pixel_shuffle, pixel_unshuffle
 from .layers import GLUMBConv, Linear, RMSNorm, linear_attention, wide
 from .tiling import Tiling
@@ -22,6 +24,34 @@ from .tiling import Tiling
 Array = jax.Array
 
 ACTIVATIONS = {"silu": nn.silu, "relu": nn.relu}
+
+_BLOCKS = ("ResBlock", "EfficientViTBlock")
+_STAGES = 10  # at most; each but the first halves the sides
+
+
+def _by_stage(*words: str) -> Kind:
+    return either(one_of(*words), several(one_of(*words), 1, _STAGES))
+
+
+# Values that fields of AutoencoderDC may have.
+KINDS = dict(
+    in_channels=whole(1, 64),
+    latent_channels=whole(1, WIDTH),
+    attention_head_dim=whole(1, WIDTH),
+    upsample_block_type=one_of("interpolate", "pixel_shuffle"),
+    downsample_block_type=one_of("Conv", "pixel_unshuffle"),
+    decoder_norm_types=_by_stage("rms_norm"),
+    decoder_act_fns=_by_stage(*ACTIVATIONS),
+    decoder_conv_act_fn=one_of(*ACTIVATIONS),
+    encoder_out_shortcut=FLAG,
+    decoder_in_shortcut=FLAG,
+    scaling_factor=POSITIVE,
+)
+for _half in ("encoder", "decoder"):
+    KINDS[f"{_half}_block_types"] = _by_stage(*_BLOCKS)
+    KINDS[f"{_half}_block_out_channels"] = several(whole(1, WIDTH), 1, _STAGES)
+    KINDS[f"{_half}_layers_per_block"] = several(whole(0, 100), 1, _STAGES)
+    KINDS[f"{_half}_qkv_multiscales"] = several(several(whole(1, 99)), 1, _STAGES)
 
 
 class ResBlock(nn.Module):
@@ -208,7 +238,8 @@ class AutoencoderDC:
     Parameters are ``{'encoder': ..., 'decoder': ...}``; either half works without the other.
 
     Raises:
-      UserError: a block type, norm or activation that no published SANA autoencoder has.
+      UserError: a block type, norm or activation that no published SANA autoencoder has, a value that cannot
+        be, or lists of different lengths.
     """
 
     in_channels: int = 3
@@ -233,16 +264,15 @@ class AutoencoderDC:
     dtype: Any = jnp.float32
 
     def __post_init__(self):
-        blocks = ("ResBlock", "EfficientViTBlock")
-        known = {"encoder_block_types": blocks, "decoder_block_types": blocks}
-        known |= dict.fromkeys(("decoder_act_fns", "decoder_conv_act_fn"), tuple(ACTIVATIONS))
-        known["decoder_norm_types"] = ("rms_norm",)
-        for field, allowed in known.items():
+        check(vars(self), KINDS, "autoencoder config: ")
+        stages = len(self.encoder_block_out_channels)
+        for field in KINDS:
             value = getattr(self, field)
-            for entry in (value,) if isinstance(value, str) else value:
-                if entry not in allowed:
-                    one = f"'{entry}' is not one of {', '.join(allowed)}"
-                    raise UserError(f"autoencoder config: {field} {one}")
+            if isinstance(value, tuple) and len(value) != stages:
+                raise UserError(
+                    f"autoencoder config: {field} has {len(value)} stages, "
+                    f"encoder_block_out_channels has {stages}"
+                )
 
     def block(self, half: str, i: int, dtype: Any, name: str) -> nn.Module:
         """Returns a block of stage ``i`` of the encoder or the decoder."""

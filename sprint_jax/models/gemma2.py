@@ -19,9 +19,28 @@ from einops import rearrange
 from flax import linen as nn
 
 from ..core.errors import UserError
+from ..core.ranges import COUNT, LAYERS, POSITIVE, SIZE, WIDTH
+from ..core.schema import TEXT, optional, several, whole
 from .layers import Linear, wide
 
 Array = jax.Array
+
+# Values that fields of Gemma2 may have in a file.
+KINDS = dict(
+    vocab_size=whole(1, 2**24),
+    hidden_size=whole(1, WIDTH),
+    intermediate_size=SIZE,
+    num_hidden_layers=LAYERS,
+    num_attention_heads=whole(1, WIDTH),
+    num_key_value_heads=whole(1, WIDTH),
+    head_dim=whole(1, WIDTH),
+    rope_theta=POSITIVE,
+    rms_norm_eps=POSITIVE,
+    query_pre_attn_scalar=POSITIVE,
+    attn_logit_softcapping=optional(POSITIVE),
+    sliding_window=optional(COUNT),
+    layer_types=optional(several(TEXT)),
+)
 
 
 class Prefix(NamedTuple):

@@ -18,6 +18,8 @@ from flax import linen as nn
 from jax.ad_checkpoint import checkpoint_name
 
 from ..core.errors import UserError
+from ..core.ranges import MODEL, WIDTH
+from ..core.schema import check, whole
 from .blocks import POLICIES, compute_params, remat, run_blocks
 from .layers import (
     CaptionProjection,
@@ -265,9 +267,11 @@ def from_fields(fields: dict, **changes) -> SanaTransformer:
       **changes: fields that override them.
 
     Raises:
-      UserError: the two head counts do not give the same width, or a name is not known.
+      UserError: a value is out of its range in `core.ranges`, the two head counts do not give the same width,
+        or a name is not known.
     """
     fields = {"dtype": "float32", "remat": "none"} | dict(fields) | changes
+    check(fields, MODEL, "model.", exit_code=2)
     names = {"dtype": ("float32", "bfloat16"), "remat": ("none", *POLICIES)}
     for key, known in names.items():
         if fields[key] not in known:
@@ -276,6 +280,8 @@ def from_fields(fields: dict, **changes) -> SanaTransformer:
     fields["interpolation_scale"] = fields.get("interpolation_scale") or None
     model = SanaTransformer(**fields)
     cross = model.num_cross_attention_heads * model.cross_attention_head_dim
+    width = {"num_attention_heads x attention_head_dim": model.features}
+    check(width, dict.fromkeys(width, whole(1, WIDTH)), "model: ", exit_code=2)
     if cross != model.features:
         raise UserError(
             f"model: cross-attention heads x dim is {cross}, but num_attention_heads x attention_head_dim is "

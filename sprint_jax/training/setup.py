@@ -20,10 +20,11 @@ from ..data.feed import Data, batch_shapes
 from ..losses.adversarial import PAIRS
 from ..models.blocks import compute_params
 from ..models.discriminator import DiscriminatorHeads, init_heads
-from ..models.sana import from_fields
+from ..models.sana import SanaTransformer, from_fields
 from ..parallel.sharding import (
     Partition,
     batch_sharding,
+    batch_ways,
     make_mesh,
     place_shapes,
     replicated,
@@ -34,6 +35,8 @@ from .stages import stage_of
 from .state import Nets, TrainState, overlay, trained_of
 
 Tree = Any
+# Fields of a network in which a student may differ from its teacher: it computes the same at step 0.
+OWN = ("guidance_embeds", "flow_map", "logvar", "dtype", "remat", "scan", "partition")
 PREPARED = "prepared"  # where `prepare_teacher` puts the weights that a run starts from
 
 
@@ -49,7 +52,8 @@ def build_nets(c: Config, mesh: jax.sharding.Mesh, teacher_fields: dict | None =
       teacher_fields: SanaTransformer's fields of the teacher; by default those of ``c.teacher``.
 
     Raises:
-      UserError: for an unknown stage, a distillation without a teacher, or taps out of range.
+      UserError: for an unknown stage, a distillation without a teacher or of another network than it, or
+        taps out of range.
     """
     optimizer = make_optimizer(c.optimizer.name, **_without(c.optimizer, "name"))
     partition = Partition(mesh) if mesh.size > 1 else None
@@ -62,6 +66,7 @@ def build_nets(c: Config, mesh: jax.sharding.Mesh, teacher_fields: dict | None =
     runtime = {key: c.model[key] for key in ("dtype", "remat", "scan")}
     teacher = from_fields(dict(teacher_fields) | runtime, partition=partition)
     model = from_fields(c.model, guidance_embeds=True, logvar=True, partition=partition)
+    _check_same(c, model, teacher)
     if c.scm.jvp_dtype not in ("", "float32", "bfloat16"):
         raise UserError(
             f"config.scm.jvp_dtype '{c.scm.jvp_dtype}' is not one of float32, bfloat16, or empty",
@@ -75,6 +80,27 @@ def build_nets(c: Config, mesh: jax.sharding.Mesh, teacher_fields: dict | None =
     if c.dmd.weight:
         fake_optimizer = make_optimizer(c.optimizer.name, **c.dmd.optimizer)
     return Nets(model, teacher, heads, optimizer, disc_optimizer, fake_optimizer)
+
+
+def _check_same(c: Config, model: SanaTransformer, teacher: SanaTransformer) -> None:
+    """Refuses a student that would be another network than its teacher, though the weights may fit both."""
+    for name in c.model:
+        if name in OWN or (name == "sample_size" and not model.interpolation_scale):
+            continue  # the size alone decides nothing without positions
+        mine, theirs = getattr(model, name), getattr(teacher, name)
+        if mine != theirs:
+            made = {"num_layers": f" --prune {mine}", "timestep_scale": ""}
+            made |= {"qk_norm": ""} if mine else {}
+            how = f"set --config.model.{name}={0 if theirs is None else theirs}"
+            if name in made:
+                how += (
+                    f", or make such a teacher: python -m sprint_jax.prepare_teacher --config CONFIG "
+                    f"--config.model.{name}={mine} --model {c.teacher} --workdir DIR{made[name]}"
+                )
+            raise UserError(
+                f"config.model.{name}={mine}, but {theirs} in --config.teacher={c.teacher}: {how}",
+                2,
+            )
 
 
 def _check_critic(c: Config, num_layers: int) -> None:
@@ -151,7 +177,42 @@ def init_state(
     init = _initializer(c, nets, batch)
     arguments = (frozen.get("teacher"), warm, jax.random.key(c.seed))
     shardings = state_shardings(mesh, jax.eval_shape(init, *arguments))
-    return jax.jit(init, out_shardings=shardings)(*arguments)
+    state = jax.jit(init, out_shardings=shardings)(*arguments)
+    if nets.teacher is not None and not c.init:
+        check_start(nets, state.params, frozen["teacher"], mesh)
+    return state
+
+
+def check_start(nets: Nets, params: Tree, teacher: Tree, mesh: jax.sharding.Mesh) -> None:
+    """Asserts that a student that starts from its teacher computes what the teacher does, in float32.
+
+    Args:
+      params, teacher: of the student, and of the teacher as they were loaded.
+
+    Raises:
+      UserError: outputs for one small random batch differ by more than roundings.
+    """
+    exact = dict(dtype=jnp.float32, remat="none")
+
+    @functools.partial(jax.jit, out_shardings=replicated(mesh))
+    def compare(params, teacher):
+        keys = jax.random.split(jax.random.key(0), 3)
+        rows, side = batch_ways(mesh), 2 * nets.model.patch_size
+        x = jax.random.normal(keys[0], (rows, side, side, nets.model.in_channels))
+        t = jax.random.uniform(keys[1], (rows,))
+        text = jax.random.normal(keys[2], (rows, 4, nets.model.caption_channels))
+        inputs = x, t, text, jnp.ones((rows, 4), jnp.int32)
+        mine = nets.model.clone(**exact).apply({"params": params}, *inputs, jnp.full(rows, 0.45))
+        theirs = nets.teacher.clone(**exact).apply({"params": teacher}, *inputs)
+        return jnp.abs(mine - theirs).max(), jnp.abs(theirs).max()
+
+    with jax.default_matmul_precision("float32"):
+        difference, largest = map(float, compare(params, teacher))
+    if not difference <= 1e-3 * largest:
+        raise UserError(
+            "the student does not start as its teacher: outputs of up to "
+            f"{largest:.3g} differ by {difference:.3g}"
+        )
 
 
 def _initializer(

@@ -1,5 +1,6 @@
 """Checkpoints: bit-equal resume, refusals, other meshes, partial loads."""
 
+import functools
 import resource
 import shutil
 
@@ -12,8 +13,12 @@ from helpers.compare import assert_same_bits
 from helpers.refusals import refuse
 from jax.sharding import NamedSharding, PartitionSpec
 
-from sprint_jax.checkpoints.checkpoint import Checkpoints, load_params
+from sprint_jax.checkpoints import checkpoint as checkpoint_module
+from sprint_jax.checkpoints.checkpoint import Checkpoints
 from sprint_jax.core.errors import UserError
+
+# The saved states are of random bits, NaN among them.
+load_params = functools.partial(checkpoint_module.load_params, allow_nonfinite=True)
 
 
 @pytest.mark.parametrize("async_gb", [4.0, 0.0])
@@ -73,6 +78,22 @@ def test_leftover_of_a_killed_save_is_ignored_and_removed(copied):
         assert_same_bits(state, states[20])
         assert checkpoints.save(30, states[10], META)
     assert not torn.exists()
+
+
+@pytest.mark.parametrize("number", ["file", "copy"])
+def test_a_number_that_is_no_checkpoint_of_this_step_is_named(copied, capfd, number):
+    workdir, states = copied
+    false = workdir / "checkpoints" / "30"
+    if number == "file":
+        false.write_text("")
+    else:
+        shutil.copytree(workdir / "checkpoints" / "20", false)
+    assert_same_bits(load_params(workdir, "raw")[0], states[20].params)
+    assert f"checkpoint {false} " in capfd.readouterr().err
+    assert_same_bits(restore(workdir)[0], states[20])
+    assert f"checkpoint {false} " in capfd.readouterr().err
+    with Checkpoints(workdir / "checkpoints", keep=3) as checkpoints:
+        assert checkpoints.save(30, states[10], META)
 
 
 @pytest.mark.parametrize(
@@ -151,6 +172,12 @@ def test_load_params(saved, which, field):
     assert_same_bits(params, getattr(states[20], field))
     assert meta == {**META, "step": 20}
     assert all(len(x.devices()) == 1 for x in jax.tree.leaves(params))
+
+
+def test_load_params_refuses_what_is_not_finite(saved):
+    checkpoint = saved[0] / "checkpoints" / "20"
+    named = [str(checkpoint), "ema/transformer_blocks/kernel"]
+    refuse(checkpoint_module.load_params, saved[0], parts=named, exit_code=1)
 
 
 def test_load_params_reads_nothing_else(copied, capfd):

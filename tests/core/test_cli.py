@@ -15,16 +15,16 @@ from sprint_jax.core.errors import UserError
 @pytest.fixture
 def parser():
     parser = cli.make_parser("sample", "Writes pictures.\n\n  a line of its own")
-    parser.add_argument("--model", required=True)
-    parser.add_argument("--prompts")
+    parser.add_argument("--model", required=True, metavar="DIR")
+    parser.add_argument("--prompts", metavar="FILE")
     parser.add_argument("--prompt")
     parser.add_argument("--steps", type=int, choices=(1, 2, 3, 4), default=2)
     return parser
 
 
 def test_flags_and_help(parser, capsys):
-    flags = parser.parse_args(["--model", "runs/a", "--steps=4", "--prompt", "a - b --c"])
-    assert (flags.model, flags.steps, flags.prompt) == ("runs/a", 4, "a - b --c")
+    flags = parser.parse_args(["--model", "runs/a", "--steps=4", "--prompt", "s3://b - --c"])
+    assert (flags.model, flags.steps, flags.prompt) == ("runs/a", 4, "s3://b - --c")
     with pytest.raises(SystemExit, match="0"):
         parser.parse_args(["--help"])
     text = capsys.readouterr().out
@@ -43,6 +43,9 @@ def test_flags_and_help(parser, capsys):
         (["--model", "x", "--steps", "two"], ["--steps", "two"]),
         (["--model"], ["--model"]),
         (["--model", "x", "stray"], ["stray"]),
+        (["--model", "az://bucket/run"], ["--model=", "az://bucket/run"]),
+        (["--model", "x", "--prompts=ftp://host/p.txt"], ["--prompts=", "ftp://"]),
+        (["--model="], ["--model", "empty"]),
     ],
 )
 def test_wrong_usage_names_the_flag(argv, parts, parser):

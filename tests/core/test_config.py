@@ -15,6 +15,7 @@ VALUES = {
     "resume": True,
     "teacher": "",
     "limit": None,
+    "offset": 3,
     "mesh": (1, -1),
     "betas": (0.9, 1),
     "empty": (),
@@ -63,7 +64,7 @@ def test_reads_like_a_mapping_cannot_be_changed_and_survives_json_and_pickle():
 @pytest.mark.parametrize(
     ("key", "text", "value"),
     [
-        ("steps", "-7", -7),
+        ("offset", "-7", -7),
         ("rate", "2", 2.0),
         ("rate", "1e-4", 1e-4),
         ("rate", "inf", float("inf")),
@@ -144,6 +145,20 @@ def test_load_config_names_what_is_wrong(config_file, tmp_path):
     for body, part in (("", "get_config"), ("def get_config(arg): return {}", "ConfigDict")):
         config_file.write_text(body)
         refuse(load_config, str(config_file), parts=[str(config_file), part])
-    config_file.write_text("def get_config(arg): return 1 / 0")
-    with pytest.raises(ZeroDivisionError):  # a bug keeps its traceback
-        load_config(str(config_file))
+
+
+@pytest.mark.parametrize(
+    ("body", "line", "part"),
+    [
+        ("\ndef get_config(arg)\n    return 1", 2, "SyntaxError"),
+        ("import nowhere_to_be_found", 1, "nowhere_to_be_found"),
+        ("def get_config(arg):\n    return 1 / 0", 2, "ZeroDivisionError"),
+        ("def get_config(arg):\n    return int('x')", 2, "'x'"),
+        # Raised in a library: its own line would not help.
+        (CONFIG_FILE.replace("return c", "c.stpes = c.stpes + 1"), 12, "stpes"),
+        (CONFIG_FILE.replace("STEPS,", "STEPS / 0,"), 9, "ZeroDivisionError"),
+    ],
+)
+def test_an_error_in_a_config_file_names_its_line(config_file, body, line, part):
+    config_file.write_text(body)
+    refuse(load_config, str(config_file), parts=[str(config_file), f"line {line})", part])

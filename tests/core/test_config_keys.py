@@ -7,13 +7,15 @@ import pytest
 from helpers.encoding import SMALL
 from helpers.encoding import words as encoding_words
 from helpers.recording import Recording
+from helpers.refusals import refuse
 from helpers.runs import ROOT, quick_compilation, words, write_digits
 from PIL import Image
 
 from configs import default
 from sprint_jax import encode, train
 from sprint_jax.core import cli
-from sprint_jax.core.config import flatten, load_config
+from sprint_jax.core.config import Config, flatten, load_config
+from sprint_jax.core.ranges import RANGES
 
 # Trainings by config file: a teacher, then its student.
 STAGES = ("configs/digits.py:teacher,small", "configs/digits.py:student,small")
@@ -26,6 +28,42 @@ NOISE |= {"model.attention_head_dim": 8, "model.cross_attention_head_dim": 8, "l
 def test_configs_have_all_keys_and_no_others(spec):
     keys = flatten(default.get_config()).keys()
     assert flatten(load_config(str(ROOT / spec))).keys() == keys and len(keys) > 60
+
+
+DEFAULT = default.get_config()
+DEFAULTS, DEFAULT_FILE = flatten(DEFAULT), ROOT / "configs/default.py"
+WRONG = {
+    "optimizer.learning_rate": [-1e-3],
+    "ema_decay": [1.1, -0.1],
+    "flow.caption_dropout": [7.0],
+}
+WRONG |= {"sigma_d": [0.0, -0.5], "scm.time_std": [-1.0], "scm.tangent_warmup": [-1]}
+WRONG |= {"optimizer.warmup_steps": [-1], "optimizer.clip_norm": [-0.1], "optimizer.b2": [1.0]}
+WRONG |= {"model.num_layers": [0, -1, 10**6], "model.patch_size": [0, 10**9], "seed": [-1, 2**32]}
+WRONG |= {"data.latents": ["az://bucket/latents"], "data.latent_size": ["8", "8,0"], "steps": [0]}
+WRONG |= {"teacher": ["ftp://host/run"], "scm.guidance": ["4,-1", "inf,"], "mesh.fsdp": [0, -2]}
+WRONG |= {"sampler.midpoint": [0.0, 1.6], "trajectory.spread": [0.5], "log.profile_hosts": ["-1,"]}
+
+
+def test_every_key_has_a_range_and_its_default_is_inside():
+    assert RANGES.keys() == DEFAULTS.keys() | {"model.logvar"}  # not a run's to choose
+    for key, value in DEFAULTS.items():
+        assert RANGES[key].holds(value), key
+        assert not RANGES[key].holds([[value]]) and not RANGES[key].holds({}), key
+
+
+@pytest.mark.parametrize("key", [key for key, value in DEFAULTS.items() if type(value) is float])
+def test_numbers_are_finite(key):
+    config = Config(DEFAULT)
+    for bad in ("inf", "-inf", float("nan"), 10**400):
+        refuse(config.override, {key: bad}, parts=[f"config.{key}="])
+
+
+@pytest.mark.parametrize("key", WRONG)
+def test_values_out_of_range_are_refused_when_a_config_is_read(key):
+    for bad in WRONG[key]:
+        word = [f"--config.{key}={bad}"]
+        refuse(load_config, str(DEFAULT_FILE), word, parts=[f"config.{key}="])
 
 
 def no_compilation(lowered):

@@ -74,7 +74,7 @@ COUNTS += ["log.every", "log.sample_every", "log.checkpoint_every", "log.keep"]
         ("model.num_attention_heads=2", ["cross-attention", "64"]),
         ("model.dtype=float16", ["'float16'", "bfloat16"]),
         ("model.remat=some", ["'some'", "dots"]),
-        ("seed=-1", ["seed -1"]),
+        ("seed=-1", ["seed=-1"]),
     ],
 )
 def test_values_that_cannot_work(word, parts, refused, tmp_path):
@@ -84,7 +84,6 @@ def test_values_that_cannot_work(word, parts, refused, tmp_path):
 
 def test_weights_that_are_none(refused, models, tmp_path):
     run, teacher, student = tmp_path / "run", str(models["flow"]), str(models["distill"])
-    wide = str(make_workdir(tmp_path / "full", "flow", "full"))
     bare = tmp_path / "bare"
     shutil.copytree(teacher, bare)
     shutil.rmtree(bare / "checkpoints" / str(STEP))
@@ -93,7 +92,16 @@ def test_weights_that_are_none(refused, models, tmp_path):
     refused(STUDENT, run, 1, "nowhere", teacher="nowhere")
     refused(TEACHER, run, 1, "nowhere", init="nowhere")
     refused(STUDENT, run, 1, student, teacher=student)
-    refused(STUDENT, run, 1, "--config.teacher=", "shape", teacher=wide, model__num_layers=3)
+    command = "prepare_teacher"
+    for key, value, theirs, more in (
+        ("num_layers", 3, 2, [command, "--prune 3"]),
+        ("mlp_ratio", 2.0, 2.5, []),
+        ("timestep_scale", 1.0, 0.001, [command, "timestep_scale=1.0"]),
+        ("qk_norm", False, True, []),
+        ("interpolation_scale", 2.0, 1.0, ["interpolation_scale=1.0"]),
+    ):
+        parts = [f"config.model.{key}={value}", f"but {theirs} in --config.teacher={teacher}"]
+        refused(STUDENT, run, 2, *parts, *more, teacher=teacher, **{f"model__{key}": value})
     refused(STUDENT, run, 1, str(bare), teacher=str(bare))
     for taps in ((2,), (1, 0), (1, 1)):
         refused(STUDENT, run, 2, f"ladd.taps={taps}", "2", teacher=teacher, ladd__taps=taps)

@@ -20,6 +20,7 @@ def tiny_config(stage: str, world: str = "small"):
     c.stage = stage
     c.data.world = world
     c.log.sample_guidance = 3.0
+    c.model.interpolation_scale = 1.0  # as in configs/digits.py
     c.model.num_layers = 2
     c.model.num_attention_heads = 1
     c.model.num_cross_attention_heads = 1

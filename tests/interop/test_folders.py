@@ -23,7 +23,7 @@ from sprint_jax.core.errors import UserError
 from sprint_jax.interop import dc_ae, diffusers, gemma2, nvlabs
 from sprint_jax.interop.diffusers import LOGVAR, load_transformer, save_transformer
 from sprint_jax.interop.discriminator import load_heads, save_heads
-from sprint_jax.interop.files import save_safetensors
+from sprint_jax.interop.files import is_finite, save_safetensors
 from sprint_jax.interop.sana import sana_table
 from sprint_jax.models.discriminator import init_heads
 from sprint_jax.models.sana import SanaTransformer
@@ -172,7 +172,9 @@ def refused(kind: Kind, folder: Path, *names: str) -> None:
     assert sorted(folder.parent.rglob("*")) == before
 
 
-@pytest.mark.parametrize("content", [None, "{", "[]", '{"_class_name": "Other"}'])
+@pytest.mark.parametrize(
+    "content", [None, "{", "[]", '{"_class_name": "Other"}', '{"_class_name": []}', "[" * 100_000]
+)
 def test_damaged_configs_are_refused(tmp_path, kind, content):
     folder, _ = copy(kind, tmp_path)
     (folder / "config.json").unlink()
@@ -207,6 +209,23 @@ def test_wrong_tensors_are_refused(tmp_path, kind, change):
     refused(kind, folder, str(folder), "tensor x" if change == "unknown" else name, *shapes)
 
 
+@pytest.mark.parametrize("value", [np.nan, -np.inf])
+def test_tensors_that_are_not_finite_are_refused(tmp_path, kind, value):
+    folder, weights = copy(kind, tmp_path)
+    tensors = load_file(weights)
+    tensors[kind.tensor].flat[-1] = value
+    save_file(tensors, weights)
+    refused(kind, folder, str(folder), f"tensor {kind.tensor} ")
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32", "float64"])
+def test_finite_numbers_of_every_kind(dtype):
+    good = np.asarray([0, -0.0, 1, -1, jnp.finfo(dtype).max, jnp.finfo(dtype).min]).astype(dtype)
+    assert is_finite(good) and is_finite(good[:0])
+    for bad in np.asarray([np.inf, -np.inf, np.nan, -np.nan]).astype(dtype):
+        assert not is_finite(np.append(good, bad))
+
+
 def test_damaged_indices_are_refused(tmp_path):
     kind = KINDS["student"]
     folder, weights = copy(kind, tmp_path)
@@ -236,9 +255,21 @@ SCALED = {"rope_theta": 500.0, "rope_type": "linear", "factor": 2.0}
         ("student", {"num_attention_heads": 4}, ["num_attention_heads"]),
         ("student", {"num_layers": 3}, ["transformer_blocks.2."]),
         ("student", {"guidance_embeds": False}, ["time_embed."]),
+        ("student", {"patch_size": 10**9}, ["config.json: patch_size=1000000000"]),
+        ("student", {"num_layers": -1}, ["config.json: num_layers=-1"]),
+        ("student", {"num_attention_heads": 60000}, ["config.json: ", "num_attention_heads"]),
+        ("student", {"sample_size": None}, ["config.json: sample_size=None"]),
+        ("student", {"mlp_ratio": 1e400}, ["config.json: mlp_ratio=inf"]),
+        ("student", {"in_channels": [3]}, ["config.json: in_channels=[3]"]),
+        ("student", {"qk_norm": {}}, ["config.json: qk_norm {}"]),
+        ("dc_ae", {"scaling_factor": 0}, ["config.json: ", "scaling_factor=0"]),
+        ("dc_ae", {"encoder_block_out_channels": None}, ["encoder_block_out_channels=None"]),
+        ("dc_ae", {"decoder_layers_per_block": [1]}, ["decoder_layers_per_block", "1"]),
+        ("dc_ae", {"latent_channels": 7}, ["config.json: ", "widths"]),
+        ("gemma2", {"vocab_size": 10**30}, ["config.json: vocab_size=1000"]),
         ("dc_ae", {"gain": 2}, ["gain"]),
-        ("dc_ae", {"decoder_block_types": "Conv"}, ["decoder_block_types 'Conv'"]),
-        ("dc_ae", {"decoder_norm_types": "batch_norm"}, ["decoder_norm_types 'batch_norm'"]),
+        ("dc_ae", {"decoder_block_types": "Conv"}, ["decoder_block_types='Conv'"]),
+        ("dc_ae", {"decoder_norm_types": "batch_norm"}, ["decoder_norm_types='batch_norm'"]),
         ("gemma2", {"architectures": ["GemmaModel"]}, ["architectures ", "GemmaModel"]),
         ("gemma2", {"architectures": [["a"]]}, ["architectures "]),
         ("gemma2", {"model_type": "gemma3"}, ["model_type 'gemma3'"]),
@@ -253,10 +284,10 @@ SCALED = {"rope_theta": 500.0, "rope_type": "linear", "factor": 2.0}
         ("gemma2", {"head_dim": 7}, ["head_dim 7"]),
         ("gemma2", {"layer_types": ["full_attention"]}, ["1 layer_types", "3 layers"]),
         ("gemma2", {"layer_types": ["chunked"] * 3}, ["layer_types", "chunked"]),
-        ("gemma2", {"layer_types": "all"}, ["layer_types 'all'"]),
-        ("gemma2", {"hidden_size": 2.5}, ["hidden_size 2.5"]),
-        ("gemma2", {"rms_norm_eps": "no"}, ["rms_norm_eps 'no'"]),
-        ("gemma2", {"sliding_window": 0}, ["sliding_window 0"]),
+        ("gemma2", {"layer_types": "all"}, ["layer_types='all'"]),
+        ("gemma2", {"hidden_size": 2.5}, ["hidden_size=2.5"]),
+        ("gemma2", {"rms_norm_eps": "no"}, ["rms_norm_eps='no'"]),
+        ("gemma2", {"sliding_window": 0}, ["sliding_window=0"]),
     ],
 )
 def test_configs_of_other_networks_are_refused(tmp_path, which, changes, names):
