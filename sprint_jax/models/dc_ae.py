@@ -17,6 +17,7 @@ from flax import linen as nn
 from ..core.errors import UserError
 from .convolution import Conv3x3, depthwise_conv, group_mean, pixel_shuffle, pixel_unshuffle
 from .layers import GLUMBConv, Linear, RMSNorm, linear_attention, wide
+from .precision import einsum
 from .tiling import Tiling
 
 Array = jax.Array
@@ -84,7 +85,7 @@ class MultiscaleProjection(nn.Module):
         blur = self.param("proj_in", init, (self.size, self.size, d))
         kernel = self.param("proj_out", init, (d // c, c, c))
         x = rearrange(depthwise_conv(qkv, blur), "b h w (g i) -> b h w g i", i=c)
-        x = jnp.einsum("bhwgi,gio->bhwgo", x, kernel.astype(self.dtype))
+        x = einsum("bhwgi,gio->bhwgo", x, kernel.astype(self.dtype))
         return x.reshape(qkv.shape)
 
 
