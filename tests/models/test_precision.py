@@ -1,4 +1,4 @@
-"""What is float32 is float32 on accelerators, whose branches agree with the CPU's."""
+"""Float32 that is float32 on accelerators, and their branches beside the CPU's."""
 
 import dataclasses
 import functools
