@@ -196,7 +196,7 @@ def model_fields(size):
         flow_map=False,  # a student that is given the time to which it jumps (meanflow)
         timestep_scale=1.0,
         interpolation_scale=0.0,  # 0: no positions; 1.0 for 2K, 2.0 for 4K models
-        dtype="float32",  # of matmuls: float32 or bfloat16
+        dtype="float32",  # of matmuls: float32 (no TF32, on any device) or bfloat16
         remat="none",  # what backward passes recompute: none, full, dots, dots_no_batch, offload
         scan=True,
     )

@@ -12,6 +12,8 @@ import argparse
 import shlex
 from typing import Any
 
+import jax.numpy as jnp
+
 from .checkpoints.workdir import read_workdir_config
 from .core import cli
 from .core.errors import UserError
@@ -119,12 +121,13 @@ def _origin(folder: str, pipe: SprintPipeline) -> dict[str, Any]:
 
 def _pipelines(flags: argparse.Namespace) -> tuple[SprintPipeline | None, SprintPipeline | None]:
     """(student, teacher); None for what is not given."""
-    model = SprintPipeline.from_pretrained(flags.model, params=flags.params)
+    # In float32 on every device: its numbers are compared with others.
+    model = SprintPipeline.from_pretrained(flags.model, jnp.float32, flags.params)
     if flags.teacher is None:
         return (model, None) if model.is_student else (None, model)
     if not model.is_student:
         raise UserError(f"--model {flags.model} is a teacher itself: leave out --teacher")
-    teacher = SprintPipeline.from_pretrained(flags.teacher)
+    teacher = SprintPipeline.from_pretrained(flags.teacher, jnp.float32)
     if teacher.is_student:
         raise UserError(f"--teacher {flags.teacher} is a student: name the workdir of its teacher")
     return model, teacher

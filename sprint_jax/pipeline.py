@@ -8,6 +8,7 @@ steps with classifier-free guidance.
 """
 
 import dataclasses
+import functools
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,14 @@ from PIL import Image
 from . import sampling
 from .artifacts.loading import load_parts
 from .core.errors import UserError
-from .core.pixels import nearest_size, resize_and_crop, to_bytes, to_pixels
+from .core.pixels import (
+    batch_rows,
+    decode_bytes,
+    map_pictures,
+    nearest_size,
+    resize_and_crop,
+    to_pixels,
+)
 from .core.ranges import REQUEST
 from .core.schema import check
 from .models import functions
@@ -48,7 +56,8 @@ class Request:
       binning: draw at the nearest of the sizes that 1024-pixel models were trained on, then scale and
         cut to the size asked for.
       solver: for a teacher, one of `sampling.SOLVERS` (default 'dpm').
-      batch_size: at most so many pictures at once.
+      batch_size: at most so many pictures at once. Fewer are filled up to a power of two, so that numbers of
+        prompts share programs; and however many are drawn, they are decoded a few megapixels at a time.
 
     Raises:
       UserError: exit code 2, for a value out of its range in `core.ranges`.
@@ -118,7 +127,7 @@ class SprintPipeline:
     def from_pretrained(
         cls,
         path: str | Path,
-        dtype: Any = jnp.float32,
+        dtype: Any = None,
         params: str = "ema",
         *,
         mesh: jax.sharding.Mesh | None = None,
@@ -129,7 +138,8 @@ class SprintPipeline:
         Args:
           path: the workdir of a training, a pipeline folder of diffusers (SanaSprintPipeline or
             SanaPipeline), or the id of one on the Hugging Face hub, which is downloaded once.
-          dtype: of parameters and of the networks' matmuls; samplers stay float32.
+          dtype: of parameters and of the networks' matmuls, by default float32 on CPU and bfloat16 on
+            accelerators; samplers stay float32.
           params: of a workdir, 'ema' or 'raw'.
           mesh: of `parallel.sharding.make_mesh`, over which parameters are split; by default they lie on
             the default device.
@@ -138,6 +148,8 @@ class SprintPipeline:
         Raises:
           UserError: if path is none of these, or something in it is missing, damaged or not supported.
         """
+        if dtype is None:
+            dtype = jnp.float32 if jax.default_backend() == "cpu" else jnp.bfloat16
         return cls(**load_parts(path, dtype, params, mesh, allow_nonfinite))
 
     def __call__(
@@ -182,20 +194,17 @@ class SprintPipeline:
             options["strength"] = request.strength
         else:
             steps_run = steps
-        size = min(request.batch_size, count)
-        for start in range(0, count, size):
-            # A short last batch is filled up, so that every batch runs the same program.
-            indices = np.minimum(np.arange(start, start + size), count - 1)
+        finish = functools.partial(resize_and_crop, height=asked[0], width=asked[1])
+        for indices in batch_rows(count, request.batch_size):
             text, mask = self.encode_text([prompts[i] for i in indices])
             noise, step_noise = self.draw_noise(request.seed, indices, shape, steps_run)
             if pixels is not None:
-                options["start"] = self.autoencoder.encode(pixels[indices])
+                encode, area = self.autoencoder.encode, pixels.shape[1] * pixels.shape[2]
+                options["start"] = jnp.concatenate(map_pictures(encode, pixels[indices], area))
             options["step_noise"] = step_noise
             x0 = self.denoise(text, mask, noise, steps=steps, **options)
-            pictures = self.autoencoder.decode(x0)
-            if request.binning:
-                pictures = resize_and_crop(pictures, *asked)
-            yield to_bytes(np.asarray(pictures)[: count - start])
+            drawn = indices[-1] - indices[0] + 1
+            yield decode_bytes(self.autoencoder, x0, finish if request.binning else None)[:drawn]
 
     def encode_text(self, prompts: Sequence[str]) -> tuple[Array, Array]:
         """Text features [B, L, D] float32 and mask [B, L] int32 (1 keeps)."""
@@ -203,7 +212,9 @@ class SprintPipeline:
 
     def decode(self, x0: Array) -> Array:
         """Latents [B, h, w, C] to pixels [B, H, W, 3], clipped to [-1, 1]."""
-        return jnp.clip(self.autoencoder.decode(x0), -1, 1)
+        area = x0.shape[1] * x0.shape[2] * self.autoencoder.factor**2
+        parts = map_pictures(self.autoencoder.decode, x0, area)
+        return jnp.clip(jnp.concatenate(parts), -1, 1)
 
     def latent_shape(self, height: int | None = None, width: int | None = None) -> tuple:
         """(h, w, C) of the latents of a picture, by default of the training's size.

@@ -44,8 +44,9 @@ def main(argv: list[str]) -> None:
         **{name: getattr(flags, name) for name in same},
     )
     with _output_folder(flags.out) as out:
+        dtype = jnp.dtype(flags.dtype) if flags.dtype else None
         how = dict(params=flags.params, allow_nonfinite=flags.allow_nonfinite)
-        pipe = SprintPipeline.from_pretrained(flags.model, jnp.dtype(flags.dtype), **how)
+        pipe = SprintPipeline.from_pretrained(flags.model, dtype, **how)
         images = [
             Image.fromarray(picture) for batch in pipe.draw(prompts, request) for picture in batch
         ]
@@ -77,7 +78,11 @@ def _parser() -> cli.Parser:
         action="store_true",
         help="draw at a size that 1024-pixel models know, then cut",
     )
-    add("--dtype", choices=("float32", "bfloat16"), default="float32", help="default float32")
+    add(
+        "--dtype",
+        choices=("float32", "bfloat16"),
+        help="of the networks (default float32 on CPU, bfloat16 on accelerators)",
+    )
     add("--solver", choices=SOLVERS, help="for a teacher (default dpm)")
     add("--scale", type=int, default=1, metavar="N", help="enlarge the files by a whole factor")
     add("--batch", type=int, default=64, metavar="N", help="pictures at once (default 64)")

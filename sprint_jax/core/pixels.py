@@ -1,6 +1,7 @@
-"""Pictures between files and networks: bytes, the sizes of 1024-pixel models, resizing."""
+"""Pictures between files and networks: bytes, the sizes of 1024-pixel models, resizing, decoding in batches."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -21,10 +22,22 @@ SIZES_1024 = (
     + ((1472, 704), (1536, 640), (1600, 640), (1728, 576), (2048, 512))
 )
 
+# A DC-AE takes about 1.3 GiB for a megapixel in float32, half of that in bfloat16.
+AT_ONCE = 2**21  # pixels: two pictures of 1024 x 1024
 
-def to_bytes(pixels: np.ndarray) -> np.ndarray:
-    """Returns pixels in [-1, 1] of any shape as uint8 0..255, rounded."""
-    return np.rint((np.clip(pixels, -1, 1) + 1) * 127.5).astype(np.uint8)
+
+def to_bytes(pixels: np.ndarray | Array) -> np.ndarray | Array:
+    """Returns pixels in [-1, 1] of any shape as uint8 0..255, rounded; on the device where they are."""
+    return _round_on_device(pixels) if isinstance(pixels, Array) else _round(pixels, np)
+
+
+def _round(pixels: Any, xp: Any) -> Any:
+    return xp.rint((xp.clip(pixels, -1, 1) + 1) * 127.5).astype(np.uint8)
+
+
+@jax.jit
+def _round_on_device(pixels: Array) -> Array:
+    return _round(pixels, jnp)
 
 
 def nearest_size(height: int, width: int, sizes: Sequence[tuple[int, int]] = SIZES_1024):
@@ -47,8 +60,8 @@ def resize_and_crop(pixels: Array, height: int, width: int) -> Array:
 
 def to_pixels(
     images: Image.Image | np.ndarray | Sequence, count: int, height: int, width: int
-) -> Array:
-    """Returns images to start from as float32 pixels [count, height, width, 3] in [-1, 1].
+) -> np.ndarray:
+    """Returns images to start from as float32 pixels [count, height, width, 3] in [-1, 1], read-only.
 
     Args:
       images: one image for all, or one for each of ``count`` pictures. PIL images of any size and mode are
@@ -63,7 +76,7 @@ def to_pixels(
         raise UserError(f"{len(images)} images for {count} pictures: give one, or one for each")
     rows = np.stack([_read(image, height, width) for image in images])
     rows = rows.astype(np.float32) / 127.5 - 1
-    return jnp.broadcast_to(rows, (count, *rows.shape[1:]))
+    return np.broadcast_to(rows, (count, *rows.shape[1:]))
 
 
 def _read(image: Image.Image | np.ndarray, height: int, width: int) -> np.ndarray:
@@ -77,3 +90,46 @@ def _read(image: Image.Image | np.ndarray, height: int, width: int) -> np.ndarra
     if image.size != (width, height):
         image = image.resize((width, height), Image.Resampling.LANCZOS)
     return np.asarray(image)
+
+
+def batch_rows(count: int, most: int) -> list[np.ndarray]:
+    """Cuts rows 0 ... count - 1 into batches of one size, filled up with the last row.
+
+    The size is ``most``, or a smaller power of two that holds all, so that few programs do for any number.
+    """
+    size = min(most, 1 << (count - 1).bit_length())
+    starts = range(0, count, size)
+    return [np.minimum(np.arange(start, start + size), count - 1) for start in starts]
+
+
+def map_pictures(function: Callable, rows: Any, pixels: int, at_once: int = AT_ONCE) -> list:
+    """Applies a function to rows [B, ...], as many together as have ``at_once`` pixels, at least one.
+
+    Args:
+      pixels: of one row's picture.
+
+    Returns:
+      The results; their rows together are those of ``rows``.
+    """
+    batches = batch_rows(len(rows), max(1, at_once // pixels))
+    return [function(rows[batch])[: batch[-1] - batch[0] + 1] for batch in batches]
+
+
+def decode_bytes(
+    autoencoder: Any, latents: Any, finish: Callable | None = None, at_once: int = AT_ONCE
+) -> np.ndarray:
+    """Decodes latents [B, h, w, C] to uint8 pictures [B, H, W, 3] in the host's memory.
+
+    Bytes are made where pixels are. Memory on the device is that of ``at_once`` pixels, whatever B is.
+
+    Args:
+      autoencoder: of `SprintPipeline`.
+      finish: changes pixels [b, H, W, 3] before they are rounded.
+    """
+
+    def decode(rows):
+        pixels = autoencoder.decode(rows)
+        return np.asarray(to_bytes(finish(pixels) if finish else pixels))
+
+    area = latents.shape[1] * latents.shape[2] * autoencoder.factor**2
+    return np.concatenate(map_pictures(decode, latents, area, at_once))

@@ -8,6 +8,7 @@ import numpy as np
 from PIL import Image
 
 from ..core.cli import parse_size
+from ..core.config import Config
 from ..core.errors import UserError
 from ..core.pixels import SIZES_1024, nearest_size
 from .members import Buckets
@@ -59,6 +60,15 @@ def choose_sizes(resolution: int, sizes: Sequence[str]) -> tuple[tuple[int, int]
     if len(set(table)) < len(table):
         raise UserError("data.sizes names a size twice", exit_code=2)
     return table
+
+
+def count_sizes(c: Config) -> int:
+    """Returns for how many sizes of pictures a run of a config compiles its updates, at most; reads no data.
+
+    Latents that are there may be of fewer sizes than ``data.resolution`` and ``data.sizes`` say.
+    """
+    many = c.data.source in ("latents", "images")
+    return len(choose_sizes(c.data.resolution, c.data.sizes)) if many else 1
 
 
 def check_factor(sizes: Sequence[tuple[int, int]], factor: int) -> None:

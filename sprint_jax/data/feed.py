@@ -17,12 +17,20 @@ import numpy as np
 
 from ..core.config import Config
 from ..core.errors import UserError
+from ..core.pixels import decode_bytes
 from ..core.storage import AnyPath
 from ..digits.dataset import Digits, open_digits
 from ..digits.encoders import digits_parts
 from ..digits.report import readable
 from ..digits.scenes import held_out_prompts, to_float
-from ..encoders.load import Encoders, encode_captions, latent_size, load_encoders
+from ..encoders.load import (
+    BESIDE_TRAINING,
+    Encoders,
+    encode_captions,
+    latent_size,
+    load_decoder,
+    load_encoders,
+)
 from ..parallel.sharding import local_rows, make_mesh, same_everywhere
 from . import synthetic
 from .batches import Batch, ImageReader, Reader, make_batches, read_latents
@@ -49,7 +57,7 @@ class Data:
       null_text, null_mask: [L, D] and [L], of the empty prompt.
       held_out: makes a batch of so many records that training does not see, whole on this host.
       prompts: makes text and mask of so many prompts for sample grids.
-      decode: makes pictures of latents; None where there is no autoencoder, and nothing to look at.
+      decode: makes pictures, uint8 [B, H, W, 3], of latents; None where there is no autoencoder.
       readable: whether a judge can read each of some uint8 pictures, bool [N]; None where there is no judge.
       identity: of the order, the records in each bucket and the encoders, where they may change under a run.
     """
@@ -61,7 +69,7 @@ class Data:
     null_mask: np.ndarray
     held_out: Callable[[int], Batch]
     prompts: Callable[[int], tuple[np.ndarray, np.ndarray]] | None = None
-    decode: Callable[[Any], Any] | None = None
+    decode: Callable[[Any], np.ndarray] | None = None
     readable: Callable[[np.ndarray], np.ndarray] | None = None
     identity: str = ""
 
@@ -172,7 +180,7 @@ def _open_digits(c: Config, rows: Sequence[int]) -> Data:
         null_mask=null_mask[0],
         held_out=held_out,
         prompts=lambda count: text_encoder.encode(held_out_prompts(c.data.world, count, 0)),
-        decode=autoencoder.decode,
+        decode=functools.partial(decode_bytes, autoencoder),
         readable=lambda pictures: readable(c.data.world, pictures),
     )
 
@@ -204,7 +212,7 @@ def _open_latents(c: Config, rows: Sequence[int]) -> Data:
         dtype=record.texts[0].dtype,
         null=(first.null_text, first.null_mask),
         # For pictures of samples alone.
-        decode=_find_decoder(c, first) if c.data.encoders else None,
+        decode=_load_decoder(c, first) if c.data.encoders else None,
         encoders=first.identity,
     )
 
@@ -241,7 +249,7 @@ def _open_images(c: Config, rows: Sequence[int], workdir: AnyPath | None) -> Dat
         channels=encoders.identity["autoencoder"]["channels"],
         dtype=jnp.float32,
         null=(same_everywhere(text[0]), mask[0]),
-        decode=encoders.autoencoder.decode,
+        decode=functools.partial(decode_bytes, encoders.autoencoder, at_once=BESIDE_TRAINING),
         encoders=json.dumps(encoders.identity, sort_keys=True),
     )
 
@@ -263,7 +271,7 @@ def _make_bucketed(
     channels: int,
     dtype: Any,
     null: tuple[np.ndarray, np.ndarray],
-    decode: Callable[[Any], Any] | None,
+    decode: Callable[[Any], np.ndarray] | None,
     encoders: str,
 ) -> Data:
     """`Data` of sources in buckets; a part of the first source may be held out.
@@ -329,18 +337,9 @@ def _load_encoders(c: Config) -> Encoders:
     return load_encoders(c.data.encoders, jnp.dtype(c.encode.dtype), mesh, text_batch_size=sizes[1])
 
 
-def _find_decoder(c: Config, cache: Cache) -> Callable[[Any], Any]:
-    """The decoder of a cache's latents. Raises UserError if ``data.encoders`` has another autoencoder."""
-    encoders = _load_encoders(c)
-    found, made = (
-        identity["autoencoder"] | {"params": None}
-        for identity in (encoders.identity, cache.manifest["encoders"])
-    )
-    if found != made:
-        raise UserError(
-            f"config.data.encoders={c.data.encoders} has not the autoencoder that made {cache.folder}"
-        )
-    return encoders.autoencoder.decode
+def _load_decoder(c: Config, cache: Cache) -> Callable[[Any], np.ndarray]:
+    made = cache.manifest["encoders"]["autoencoder"]
+    return load_decoder(c.data.encoders, jnp.dtype(c.encode.dtype), made, cache.folder)
 
 
 def _identify(buckets: Sequence[Buckets], encoders: str) -> str:

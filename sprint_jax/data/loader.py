@@ -5,6 +5,8 @@ import threading
 from collections.abc import Callable, Iterator
 from typing import Any
 
+ON_DEVICE = 2  # batches beside those that wait
+
 
 def prefetch(
     batches: Callable[[int], Any],
@@ -19,7 +21,8 @@ def prefetch(
 
     Args:
       batches: a function of the batch number that may be called from a thread.
-      depth: how many placed batches may wait, at least 1, while one more may be ready on the host.
+      depth: how many placed batches may wait, at least 1, while one more may be ready on the host; with the
+        one in use and the one before it, `ON_DEVICE` more are on the devices.
       place: puts a batch where it is used, on devices for example, from the same thread.
     """
     waiting: queue.Queue = queue.Queue()

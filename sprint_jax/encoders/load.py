@@ -17,13 +17,16 @@ import numpy as np
 from ..checkpoints.locate import locate
 from ..core.errors import UserError
 from ..core.fingerprint import digest, fingerprint
-from ..interop.diffusers import load_autoencoder
+from ..core.pixels import decode_bytes
+from ..interop.diffusers import load_autoencoder, read_autoencoder
 from ..interop.gemma2 import load_text_encoder
+from ..models.dc_ae import AutoencoderDC
 from ..parallel.sharding import batch_sharding, batch_ways, state_shardings
 from .autoencoder import Autoencoder
 from .text import PromptTokenizer, TextEncoder, load_tokenizer
 
 Array = jax.Array
+BESIDE_TRAINING = 2**20  # pixels that are decoded at once where a run has most of the memory
 # The files of a pipeline on the hub, without its transformer.
 FILES = [
     f"{part}/*{end}"
@@ -70,16 +73,61 @@ def load_encoders(
         shardings = functools.partial(state_shardings, mesh)
     if path in ("", "digits"):
         return _digits_encoders(sharding)
-    try:
-        folder = locate(path, ("pipeline",), FILES).path
-    except UserError as error:
-        raise UserError(f"data.encoders {error}") from error
+    folder = _locate(path, FILES)
     tokenizer = load_tokenizer(folder / "tokenizer")
     autoencoder = open_autoencoder(folder, dtype, shardings)
     how = dict(batch_size=text_batch_size, sharding=sharding)
     text_encoder = open_text_encoder(folder, tokenizer, dtype, shardings, **how)
     identity = _identify(autoencoder, text_encoder)
     return Encoders(autoencoder, text_encoder, identity, sharding)
+
+
+def load_decoder(
+    path: str, dtype: Any, made: dict[str, Any], cache: Path
+) -> Callable[[Any], np.ndarray]:
+    """Loads the decoder of an autoencoder, and no more, for pictures of samples during a training.
+
+    Its weights stay in the host's memory, and are on a device while it decodes. Process 0 reads them at once,
+    others when they decode first.
+
+    Args:
+      path, dtype: as of `load_encoders`.
+      made: the identity of the autoencoder that made the latents in the folder ``cache``.
+
+    Returns:
+      ``decode(latents [B, h, w, C]) -> pictures``, uint8 [B, H, W, 3] (`pixels.decode_bytes`).
+
+    Raises:
+      UserError: as `load_encoders`; or this is another autoencoder.
+    """
+    folder = None
+    if path in ("", "digits"):
+        found = _digits_encoders(None).identity["autoencoder"]
+    else:
+        folder = _locate(path, [name for name in FILES if name.startswith("vae/")]) / "vae"
+        found = _identify_autoencoder(read_autoencoder(folder))
+    if found | {"params": None} != made | {"params": None}:
+        raise UserError(f"config.data.encoders={path} has not the autoencoder that made {cache}")
+
+    @functools.cache
+    def autoencoder():
+        if folder is None:
+            return _digits_encoders(None).autoencoder
+        config, params = load_autoencoder(folder, dtype)
+        config = dataclasses.replace(config, dtype=jnp.dtype(dtype))
+        # A copy: on CPU an array of NumPy would be a view that keeps the device's.
+        return Autoencoder(config, {"decoder": jax.tree.map(np.array, params["decoder"])})
+
+    if jax.process_index() == 0:
+        autoencoder()
+    return lambda latents: decode_bytes(autoencoder(), latents, at_once=BESIDE_TRAINING)
+
+
+def _locate(path: str, files: Sequence[str]) -> Path:
+    try:
+        return locate(path, ("pipeline",), files).path
+    except UserError as error:
+        raise UserError(f"data.encoders {error}") from error
 
 
 def latent_size(c: Any) -> tuple[int, int]:
@@ -112,12 +160,8 @@ def _identify(autoencoder: Autoencoder, text_encoder: TextEncoder) -> dict[str, 
     instruction = text_encoder.instruction or ""
     return {
         "autoencoder": {
-            "kind": type(autoencoder.config).__name__,
-            "config": _config_digest(autoencoder.config),
+            **_identify_autoencoder(autoencoder.config),
             "params": fingerprint(autoencoder.params),
-            "factor": autoencoder.factor,
-            "channels": autoencoder.channels,
-            "scaling_factor": autoencoder.config.scaling_factor,
         },
         "text_encoder": {
             "kind": type(text_encoder.gemma).__name__,
@@ -129,6 +173,16 @@ def _identify(autoencoder: Autoencoder, text_encoder: TextEncoder) -> dict[str, 
             "length": text_encoder.length,
             "lower": text_encoder.lower,
         },
+    }
+
+
+def _identify_autoencoder(config: AutoencoderDC) -> dict[str, Any]:
+    return {
+        "kind": type(config).__name__,
+        "config": _config_digest(config),
+        "factor": config.factor,
+        "channels": config.latent_channels,
+        "scaling_factor": config.scaling_factor,
     }
 
 

@@ -16,6 +16,7 @@ import tokenizers
 
 from ..core.errors import UserError
 from ..core.files import read_json
+from ..core.pixels import batch_rows
 from ..models.gemma2 import Gemma2, Prefix
 
 Array = jax.Array
@@ -149,8 +150,7 @@ class TextEncoder:
       instruction: text before every prompt of `encode`, or None.
       length: of the features, in tokens.
       lower: as in `prepare`.
-      batch_size: prompts at once; a short last batch is filled, so that all batches of a request run the
-        same program.
+      batch_size: prompts at once; batches of fewer are filled to a power of two (`pixels.batch_rows`).
       sharding: of batches over devices; every batch is then filled to ``batch_size``, which it must divide.
 
     Raises:
@@ -204,10 +204,9 @@ class TextEncoder:
         # A prompt with several pictures is encoded once.
         unique = {prompt: row for row, prompt in enumerate(dict.fromkeys(prompts))}
         tokens = tokenize(self.tokenizer, list(unique), instruction, self.length, self.lower)
-        size = self.batch_size if self.sharding else min(self.batch_size, len(unique))
-        batches = []
-        for start in range(0, len(unique), size):
-            rows = np.minimum(np.arange(start, start + size), len(unique) - 1)
+        size, batches = self.batch_size, []
+        for rows in batch_rows(len(unique), size):
+            rows = np.resize(rows, size) if self.sharding else rows
             ids, mask = tokens.ids[rows], tokens.mask[rows]
             prefix = self._prefix_of(ids) if instruction else None
             if self.sharding:

@@ -103,17 +103,22 @@ def load_autoencoder(
       ``(autoencoder, params)``; ``autoencoder.dtype`` is float32 whatever the parameters are in.
     """
     folder = Path(folder)
+    autoencoder = read_autoencoder(folder)
+    tensors = open_safetensors(folder, STEM)
+    return autoencoder, load_params(dc_ae_table(autoencoder), tensors, dtype, shardings)
+
+
+def read_autoencoder(folder: Path) -> AutoencoderDC:
+    """Reads the config of the autoencoder of a diffusers folder, without its weights."""
     config = read_config(folder, "AutoencoderDC")
     fields = {field.name for field in dataclasses.fields(AutoencoderDC)} - {"dtype"}
     unknown = sorted(set(config) - fields)
     if unknown:
         raise UserError(f"{folder}/config.json: key '{unknown[0]}' is unknown")
     try:
-        autoencoder = AutoencoderDC(**{key: _tuples(value) for key, value in config.items()})
+        return AutoencoderDC(**{key: _tuples(value) for key, value in config.items()})
     except UserError as error:
         raise UserError(f"{folder}/config.json: {error}") from error
-    tensors = open_safetensors(folder, STEM)
-    return autoencoder, load_params(dc_ae_table(autoencoder), tensors, dtype, shardings)
 
 
 def save_autoencoder(

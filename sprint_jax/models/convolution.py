@@ -7,6 +7,8 @@ import jax.numpy as jnp
 from einops import rearrange
 from flax import linen as nn
 
+from .precision import precision_of
+
 Array = jax.Array
 
 
@@ -63,11 +65,10 @@ def convolve(
     stride: int = 1,
     groups: int = 1,
     pads: Any = None,
-    precision: Any = None,
 ) -> Array:
     """2-D cross-correlation of [B, H, W, C]; ``pads`` of rows and columns are k // 2 by default."""
     pads = pads or ((kernel.shape[0] // 2,) * 2,) * 2
-    how = dict(dimension_numbers=("NHWC", "HWIO", "NHWC"), precision=precision)
+    how = dict(dimension_numbers=("NHWC", "HWIO", "NHWC"), precision=precision_of(x, kernel))
     how |= dict(window_strides=(stride, stride), padding=pads, feature_group_count=groups)
     return jax.lax.conv_general_dilated(x, kernel, **how)
 

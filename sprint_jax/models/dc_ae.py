@@ -19,6 +19,7 @@ from ..core.ranges import POSITIVE, WIDTH
 from ..core.schema import FLAG, Kind, check, either, one_of, several, whole
 from .convolution import Conv3x3, depthwise_conv, group_mean, pixel_shuffle, pixel_unshuffle
 from .layers import GLUMBConv, Linear, RMSNorm, linear_attention, wide
+from .precision import einsum
 from .tiling import Tiling
 
 Array = jax.Array
@@ -114,7 +115,7 @@ class MultiscaleProjection(nn.Module):
         blur = self.param("proj_in", init, (self.size, self.size, d))
         kernel = self.param("proj_out", init, (d // c, c, c))
         x = rearrange(depthwise_conv(qkv, blur), "b h w (g i) -> b h w g i", i=c)
-        x = jnp.einsum("bhwgi,gio->bhwgo", x, kernel.astype(self.dtype))
+        x = einsum("bhwgi,gio->bhwgo", x, kernel.astype(self.dtype))
         return x.reshape(qkv.shape)
 
 

@@ -44,9 +44,7 @@ def depthwise_conv3x3(x: jax.Array, kernel: jax.Array, bias: jax.Array) -> jax.A
 
 
 def _grouped(x, kernel):
-    # Under 0.3 % of a transformer's FLOPs: not worth TF32 or bfloat16 passes on float32.
-    highest = jax.lax.Precision.HIGHEST
-    return convolve(x, kernel[:, :, None], groups=x.shape[-1], precision=highest)
+    return convolve(x, kernel[:, :, None], groups=x.shape[-1])
 
 
 def _shifts(x):

@@ -17,6 +17,7 @@ from flax import linen as nn
 from jax.ad_checkpoint import checkpoint_name
 
 from .layers import layer_norm, wide
+from .precision import einsum
 
 Array = jax.Array
 
@@ -38,7 +39,8 @@ class SpectralConv1d(nn.Module):
         # A sum of matmuls over rolled tokens: a 1-D convolution's gradient is slow on CPU, and this
         # is what a matrix unit runs anyway.
         half = self.kernel_size // 2
-        taps = (jnp.roll(x, half - i, axis=1) @ kernel[i] for i in range(self.kernel_size))
+        rolled = (jnp.roll(x, half - i, axis=1) for i in range(self.kernel_size))
+        taps = (einsum("bni,io->bno", *pair) for pair in zip(rolled, kernel, strict=True))
         return checkpoint_name(sum(taps) + bias.astype(self.dtype)[None, None], "convolution")
 
 
@@ -48,7 +50,7 @@ def spectral_norm(kernel: Array, uv: dict[str, Array]) -> Array:
     The vectors ``u`` [out] and ``v`` [k, in] are constants: gradients reach the kernel only.
     """
     u, v = jax.lax.stop_gradient((uv["u"], uv["v"]))
-    return jnp.einsum("kio,ki,o->", kernel, v, u)
+    return einsum("kio,ki,o->", kernel, v, u)
 
 
 def update_spectral(params, spectral, epsilon: float = 1e-12):
@@ -63,8 +65,8 @@ def update_spectral(params, spectral, epsilon: float = 1e-12):
         return a / jnp.maximum(jnp.sqrt(jnp.square(a).sum()), epsilon)
 
     def iterate(kernel, uv):
-        v = normalize(jnp.einsum("kio,o->ki", kernel, uv["u"]))
-        return {"u": normalize(jnp.einsum("kio,ki->o", kernel, v)), "v": v}
+        v = normalize(einsum("kio,o->ki", kernel, uv["u"]))
+        return {"u": normalize(einsum("kio,ki->o", kernel, v)), "v": v}
 
     params = jax.lax.stop_gradient(params)
     return {
@@ -97,8 +99,8 @@ def init_spectral(params, key: Array, iterations: int = 15):
 class LocalBatchNorm(nn.Module):
     """Batch norm over groups of about ``group`` samples and all tokens, without running statistics.
 
-    The batch is cut into ``ceil(B / group)`` contiguous groups whose sizes differ by at most one, so
-    that any batch size works; where groups divide the batch, this is the published layer.
+    The batch is cut into ``ceil(B / group)`` contiguous groups whose sizes differ by at most one, the larger
+    ones first, so that any batch size works; where groups divide the batch, this is the published layer.
     """
 
     group: int = 8
@@ -112,15 +114,17 @@ class LocalBatchNorm(nn.Module):
 
     def normalize(self, x: Array) -> Array:
         """Tokens [B, N, d] of mean 0 and variance 1 within each group, float32."""
-        batch = x.shape[0]
-        groups = -(-batch // self.group)
-        member = np.arange(batch) * groups // batch
-        average = (member == np.arange(groups)[:, None]).astype(np.float32)
-        average /= average.sum(1, keepdims=True)
+        groups = -(-x.shape[0] // self.group)
+        size, larger = divmod(x.shape[0], groups)
+
+        def shared(a, size):  # [n size, d] -> each row's mean over its group of ``size``
+            mean = a.reshape(-1, size, a.shape[-1]).mean(1, keepdims=True)
+            return jnp.broadcast_to(mean, (len(mean), size, a.shape[-1])).reshape(a.shape)
 
         def group_mean(a):  # [B, N, d] -> each sample's group mean [B, 1, d]
-            means = jnp.einsum("gb,bd->gd", average, a.mean(1), precision=jax.lax.Precision.HIGHEST)
-            return means[member][:, None]
+            first, rest = jnp.split(a.mean(1), [larger * (size + 1)])
+            parts = [shared(first, size + 1)] if larger else []
+            return jnp.concatenate([*parts, shared(rest, size)])[:, None]
 
         x = wide(x)
         x = x - group_mean(x)

@@ -22,6 +22,7 @@ from ..core.errors import UserError
 from ..core.ranges import COUNT, LAYERS, POSITIVE, SIZE, WIDTH
 from ..core.schema import TEXT, optional, several, whole
 from .layers import Linear, wide
+from .precision import einsum
 
 Array = jax.Array
 
@@ -243,13 +244,13 @@ class Attention(nn.Module):
             k, v = (jnp.concatenate(pair, axis=1) for pair in zip(past, new, strict=True))
         # Each key serves a group of adjacent queries.
         q = rearrange(q, "b t (n g) c -> b t n g c", n=c.num_key_value_heads)
-        scores = jnp.einsum("btngc,bsnc->bngts", q, k, preferred_element_type=wide(q).dtype)
+        scores = einsum("btngc,bsnc->bngts", q, k, preferred_element_type=wide(q).dtype)
         scores = scores * c.query_pre_attn_scalar**-0.5
         if c.attn_logit_softcapping is not None:
             scores = c.attn_logit_softcapping * jnp.tanh(scores / c.attn_logit_softcapping)
         scores = jnp.where(visible[:, None, None], scores, jnp.finfo(scores.dtype).min)
         weights = jax.nn.softmax(scores, axis=-1).astype(c.dtype)
-        out = jnp.einsum("bngts,bsnc->btngc", weights, v).reshape(*x.shape[:2], -1)
+        out = einsum("bngts,bsnc->btngc", weights, v).reshape(*x.shape[:2], -1)
         return _linear(c, c.hidden_size, "o_proj")(out), new
 
 

@@ -5,8 +5,10 @@ import math
 import jax
 
 from ..core.config import Config
+from ..data.buckets import count_sizes
+from ..data.loader import ON_DEVICE
 from ..training.stages import stage_of
-from .chips import roofline
+from .chips import GIB, roofline
 from .compile import Program, abstract, compile_update, lower
 from .counts import analyze, collective_sums, total
 from .hlo import argument_bytes
@@ -57,7 +59,10 @@ def plan_layout(c: Config, topology: Topology, flops: dict[str, float], full: bo
     for sizes in arguments:
         leaves |= {name: size for name, size in sizes.items() if name in leaves}
     distinct = list({id(program): program for program in programs}.values())
-    held, code = _by_kind(leaves), sum(program.code for program in distinct)
+    held, buckets = _by_kind(leaves), count_sizes(c)
+    held["batch"] *= c.data.prefetch + ON_DEVICE
+    # A run holds the programs of all sizes of pictures, which differ by their shapes alone.
+    code = buckets * sum(program.code for program in distinct)
     peaks = [held]
     for program, sizes in zip(programs, arguments, strict=True):
         # Arguments that an update does not read, such as the EMA in the discriminator's, are held all the same.
@@ -86,6 +91,7 @@ def plan_layout(c: Config, topology: Topology, flops: dict[str, float], full: bo
         "chip": topology.chip_name,
         "devices": len(devices),
         "remat": c.model.remat,
+        "programs": buckets * len(distinct),
         "code_is_estimated": not all(program.code_is_known for program in programs),
         "involuntary_rematerializations": [line for p in distinct for line in p.warnings],
         "replicated_share": _replicated(trees[0], mesh),
@@ -208,6 +214,11 @@ def _warnings(plan: dict) -> list[str]:
         found.append(
             f"{100 * plan['replicated_share']:.0f} % of a device's state is whole on every device: "
             f"mesh.fsdp={plan['mesh']['fsdp']} divides neither axis of these arrays; a smaller one may"
+        )
+    if plan["memory"]["code"] > 0.1 * plan["limit_bytes"]:
+        found.append(
+            f"the code of {plan['programs']} programs takes {plan['memory']['code'] / GIB:.1f} GiB: train on "
+            "fewer sizes of pictures (data.sizes)"
         )
     if count := len(plan["involuntary_rematerializations"]):
         found.append(f"the partitioner replicated {count} tensor(s) whole to reshard them")

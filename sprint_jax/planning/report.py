@@ -14,8 +14,9 @@ def table(plan: dict) -> str:
     ]
     memory = {kind: size for kind, size in plan["memory"].items() if size}
     lines += [f"  {kind:<14}{size / GIB:9.3f}" for kind, size in memory.items()]
-    if plan["code_is_estimated"] and memory.get("code"):
-        lines[-1] += "  (estimated)"
+    if memory.get("code"):
+        how = ", estimated" if plan["code_is_estimated"] else ""
+        lines[-1] += f"  ({plan['programs']} programs{how})"
     used, limit, spare = (
         plan[key] / GIB for key in ("bytes_per_device", "limit_bytes", "spare_bytes")
     )

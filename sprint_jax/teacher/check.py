@@ -12,7 +12,6 @@ from ..checkpoints.weights import Weights, find_weights
 from ..core.config import Config
 from ..core.errors import UserError
 from ..core.files import without_nan, write_json_atomic
-from ..core.pixels import to_bytes
 from ..core.progress import Progress
 from ..core.sheet import Cell, draw_sheet
 from ..data import feed
@@ -109,7 +108,7 @@ def _measure_all(
     if data.decode is None:
         return found, {}
     shown = {name: np.nan_to_num(latents[:SHEET_ROWS]) for name, latents in drawn.items()}
-    return found, {name: to_bytes(np.asarray(data.decode(x))) for name, x in shown.items()}
+    return found, {name: data.decode(x) for name, x in shown.items()}
 
 
 def _find_teacher(path: str) -> Weights:

@@ -106,8 +106,7 @@ def transform_errors(model: SanaTransformer, params: Any, setting: Setting) -> d
         x0 = trigflow.predict_x0(x_t, trig(x_t / sigma_d, angle), angle, sigma_d) / sigma_d
         return v, again, trigflow.flow_predict_x0(x, v, t), x0
 
-    with jax.default_matmul_precision("highest"):
-        v, again, x0, trig_x0 = (np.asarray(a) for a in forms(params, batch))
+    v, again, x0, trig_x0 = (np.asarray(a) for a in forms(params, batch))
     pairs = {"velocity": (again, v), "x0": (trig_x0, x0)}
     return {name: float(np.abs(a - b).max() / np.abs(b).max()) for name, (a, b) in pairs.items()}
 

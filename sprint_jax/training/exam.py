@@ -12,7 +12,6 @@ import numpy as np
 
 from .. import trigflow
 from ..core.config import Config
-from ..core.pixels import to_bytes
 from ..data.feed import Data
 from ..losses.adversarial import rank_of_fakes
 from ..parallel.sharding import in_use, replicated
@@ -67,7 +66,7 @@ def make_exam(
 
     def exam(state: TrainState, frozen: dict) -> dict[str, float]:
         images, logits = jax.device_get(look(state, frozen))
-        pictures = [to_bytes(np.asarray(data.decode(each))) for each in images]
+        pictures = [data.decode(each) for each in images]
         readable = data.readable(np.concatenate(pictures)).reshape(len(images), count)
         names = [*(f"t{i}" for i in range(BINS)), "one_step"]
         shares = zip(names, 1 - readable.mean(1), strict=True)

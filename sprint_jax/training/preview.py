@@ -12,7 +12,6 @@ from PIL import Image
 
 from .. import sampling
 from ..core.config import Config
-from ..core.pixels import to_bytes
 from ..core.sheet import enlarge
 from ..data.feed import Data
 from ..models import functions
@@ -21,8 +20,6 @@ from .stages import stage_of
 from .state import Nets
 
 Tree = Any
-
-DECODED = 4  # pictures at once: at 1024 pixels a decoder needs some GB for them
 
 
 def make_preview(
@@ -73,10 +70,9 @@ def make_preview(
     return preview
 
 
-def _strip(decode: Callable[[Any], Any], latents: np.ndarray) -> np.ndarray:
+def _strip(decode: Callable[[Any], np.ndarray], latents: np.ndarray) -> np.ndarray:
     """Decodes latents [n, h, w, C] into pictures side by side: uint8 [H, W, 3], each 64 to 256 pixels high."""
-    parts = [latents[i : i + DECODED] for i in range(0, len(latents), DECODED)]
-    pixels = np.concatenate([np.asarray(decode(part)) for part in parts])
-    strip = rearrange(to_bytes(pixels), "n h w c -> h (n w) c")
-    picture = Image.fromarray(enlarge(strip, max(1, 64 // pixels.shape[1])))
-    return np.asarray(picture.reduce(max(1, pixels.shape[1] // 256)))
+    pictures = decode(latents)
+    strip = rearrange(pictures, "n h w c -> h (n w) c")
+    picture = Image.fromarray(enlarge(strip, max(1, 64 // pictures.shape[1])))
+    return np.asarray(picture.reduce(max(1, pictures.shape[1] // 256)))

@@ -108,10 +108,24 @@ def test_a_program_is_compiled_once_for_steps_and_shape(folders):
     pipe = SprintPipeline.from_pretrained(folders["distill"])
     for seed, guidance in ((0, 3.0), (1, 4.5)):
         pipe(PROMPTS, steps=2, seed=seed, guidance=guidance)
-    pipe(PROMPTS * 3, steps=2, batch_size=3)
+    # Three and four prompts share a program, and batches of a longer request.
+    assert len(pipe([*PROMPTS, PROMPTS[0]], steps=2)) == 4
+    assert len(pipe(PROMPTS * 3, steps=2, batch_size=4)) == 9
     assert pipe._latents._cache_size() == 1
     pipe(PROMPTS, steps=3)
     assert pipe._latents._cache_size() == 2
+
+
+def test_what_fills_a_batch_changes_no_picture(student):
+    pictures = arrays(student([*PROMPTS, "a 1"], steps=2, seed=3))
+    np.testing.assert_array_equal(arrays(student(PROMPTS, steps=2, seed=3)), pictures[:3])
+
+
+def test_accelerators_default_to_bfloat16(folders, monkeypatch):
+    assert SprintPipeline.from_pretrained(folders["distill"]).model.dtype == jnp.float32
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    pipe = SprintPipeline.from_pretrained(folders["distill"])
+    assert pipe.model.dtype == jnp.bfloat16
 
 
 def test_an_image_is_changed_by_its_strength(student):

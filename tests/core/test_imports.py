@@ -40,7 +40,7 @@ MAY_IMPORT = {
     + METHOD,
     # Rows are checked before the first one runs, and ranked by the metric of their stage.
     "sweeps": "core checkpoints training.checks training.stages",
-    "planning": f"core models parallel training {METHOD}",
+    "planning": f"core models parallel training data.buckets data.loader {METHOD}",
     # Scripts that measure quality judge pictures of digits.
     "benchmarking": "core models digits interop losses trigflow pipeline",
 }

@@ -1,11 +1,13 @@
 """Tests of pictures."""
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from PIL import Image
 
 from sprint_jax.core import pixels as pictures
 from sprint_jax.core.errors import UserError
+from sprint_jax.digits.encoders import SpaceToDepth
 
 
 def test_bytes_cover_the_range_and_round():
@@ -53,3 +55,49 @@ def test_images_become_pixels():
 def test_what_is_no_image(images, message):
     with pytest.raises(UserError, match=message):
         pictures.to_pixels(images, 3, 8, 4)
+
+
+@pytest.mark.parametrize("most", [1, 3, 4, 250])
+def test_any_number_of_rows_takes_few_sizes(most):
+    sizes = set()
+    for count in range(1, 70):
+        rows = pictures.batch_rows(count, most)
+        sizes |= {len(batch) for batch in rows}
+        every = np.concatenate(rows)
+        np.testing.assert_array_equal(every[:count], np.arange(count))
+        assert set(every[count:]) <= {count - 1}
+        assert len(every) < count + len(rows[0]) <= max(2 * count, count + most)
+    powers = {1, 2, 4, 8, 16, 32, 64, 128}
+    assert sizes == {size for size in powers if size < most} | ({most} - {250})
+
+
+class Recorder:
+    """An autoencoder that remembers how many pictures it decodes at once, and makes one pixel of each."""
+
+    factor = 32
+
+    def __init__(self):
+        self.batches = []
+
+    def decode(self, latents):
+        self.batches.append(len(latents))
+        return latents[:, :1, :1, :3]
+
+
+@pytest.mark.parametrize(("side", "expected"), [(1024, [2] * 32), (512, [8] * 8), (2048, [1] * 64)])
+def test_pictures_are_decoded_by_megapixels(side, expected):
+    autoencoder = Recorder()
+    latents = np.broadcast_to(np.float32(0.1), (64, side // 32, side // 32, 32))
+    assert (
+        len(pictures.decode_bytes(autoencoder, latents)) == 64 and autoencoder.batches == expected
+    )
+
+
+def test_bytes_are_those_of_the_whole_batch():
+    random = np.random.default_rng(0)
+    latents = random.standard_normal((5, 4, 6, 12)).astype(np.float32)
+    expected = pictures.to_bytes(SpaceToDepth().decode(latents))
+    for made in (latents, jnp.asarray(latents)):
+        found = pictures.decode_bytes(SpaceToDepth(), made, at_once=2 * 96)
+        assert found.dtype == np.uint8 and isinstance(found, np.ndarray)
+        np.testing.assert_array_equal(found, expected)

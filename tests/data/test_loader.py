@@ -3,12 +3,13 @@
 import contextlib
 import threading
 import time
+import weakref
 from itertools import islice
 
 import pytest
 
 from sprint_jax.core.errors import UserError
-from sprint_jax.data.loader import prefetch
+from sprint_jax.data.loader import ON_DEVICE, prefetch
 
 
 def prefetch_threads():
@@ -19,6 +20,31 @@ def test_batches_come_numbered_from_the_start_asked_for():
     with contextlib.closing(prefetch(lambda i: 10 * i, 7, 3)) as ahead:
         assert list(islice(ahead, 20)) == [(i, 10 * i) for i in range(7, 27)]
     assert not prefetch_threads()
+
+
+@pytest.mark.parametrize("depth", [1, 4])
+def test_devices_hold_the_batches_that_a_plan_counts(depth):
+    alive, most, lock = 0, 0, threading.Lock()
+
+    class Placed:
+        pass
+
+    def count(change):
+        nonlocal alive, most
+        with lock:
+            alive, most = alive + change, max(most, alive + change)
+
+    def place(_):
+        count(1)
+        batch = Placed()
+        weakref.finalize(batch, count, -1)
+        return batch
+
+    with contextlib.closing(prefetch(lambda i: i, 0, depth, place)) as ahead:
+        for _ in range(20):
+            _batch = next(ahead)  # until then it is the one before, as in a training
+            time.sleep(0.01)
+    assert depth + 1 <= most <= depth + ON_DEVICE
 
 
 def test_no_more_than_depth_batches_are_placed_ahead():

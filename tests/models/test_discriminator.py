@@ -4,6 +4,7 @@ Logits and power iterations are compared with torch's in tests/parity.
 """
 
 import math
+import re
 
 import chex
 import jax
@@ -17,6 +18,7 @@ from sprint_jax.models.discriminator import DiscriminatorHeads, LocalBatchNorm, 
 pytestmark = pytest.mark.usefixtures("quick")
 
 WIDTH = 6
+TENSOR = re.compile(r"tensor<((?:\d+x)+)")
 
 
 def draw_features(batch=3, height=3, width=4, heads=2, seed=0):
@@ -86,7 +88,7 @@ def test_only_update_spectral_moves_the_vectors():
 
 
 @pytest.mark.parametrize(
-    "sizes", [[1], [3], [8], [5, 4], [8, 7], [8, 8], [6, 6, 5], [8, 8, 8]], ids=str
+    "sizes", [[1], [3], [8], [5, 4], [8, 7], [8, 8], [6, 6, 5], [7, 7, 7, 6, 6]], ids=str
 )
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
 def test_local_batch_norm(sizes, dtype):
@@ -105,6 +107,18 @@ def test_local_batch_norm(sizes, dtype):
     rtol = 0 if dtype == jnp.float32 else 2**-8
     expected = np.concatenate(normed) * weight + bias
     np.testing.assert_allclose(np.asarray(actual, np.float64), expected, rtol=rtol, atol=2e-5)
+
+
+def test_local_batch_norm_holds_no_table_of_samples_by_samples():
+    for batch in (4096, 4099):
+        tokens = jax.ShapeDtypeStruct((batch, 2, 3), jnp.float32)
+        norm = lambda x: jax.vjp(LocalBatchNorm().normalize, x)[1](x)  # noqa: E731
+        program = jax.jit(norm).lower(tokens).as_text()
+        sizes = [
+            math.prod(map(int, re.findall(r"(\d+)x", each))) for each in TENSOR.findall(program)
+        ]
+        # Of the tokens, or one more sample for each group.
+        assert len(sizes) > 10 and max(sizes) <= 7 * batch
 
 
 def test_token_norm_is_a_layer_norm():

@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import math
 
 import pytest
 from helpers.runs import ROOT, quick_compilation, run_here
@@ -9,9 +10,10 @@ from helpers.runs import ROOT, quick_compilation, run_here
 from sprint_jax import plan
 from sprint_jax.core.config import load_config
 from sprint_jax.core.errors import UserError
+from sprint_jax.data.feed import batch_shapes
 from sprint_jax.planning import compile as plan_compile
-from sprint_jax.planning import search, topology
-from sprint_jax.planning.compile import compile_update, lower, out_of_memory
+from sprint_jax.planning import layout, search, topology
+from sprint_jax.planning.compile import Program, compile_update, lower, out_of_memory
 from sprint_jax.planning.counts import analyze
 from sprint_jax.planning.layout import KINDS, image_flops, plan_layout
 from sprint_jax.planning.topology import open_topology
@@ -226,3 +228,22 @@ def test_a_tpu_program_that_is_too_large(teacher):
     c = teacher.override({"data.batch_size": 400000})
     found = plan_layout(c, open_topology("v5e:2x2"), FLOPS)
     assert not found["fits"] and found["spare_bytes"] < 0
+
+
+@pytest.mark.parametrize(
+    ("source", "sizes", "count"),
+    [("synthetic", "", 1), ("latents", "", 33), ("images", "512x512,256x1024", 2)],
+)
+def test_programs_of_all_sizes_and_all_batches_on_the_devices_are_counted(
+    teacher, monkeypatch, source, sizes, count
+):
+    made = Program("", 0.0, 2e6, False, 0.0, [], True, [])
+    monkeypatch.setattr(layout, "compile_update", lambda *_: made)
+    changes = {"data.source": source, "data.sizes": tuple(sizes.split(",")) if sizes else ()}
+    c = teacher.override(changes | {"data.prefetch": 3, "data.latent_size": (4, 4)})
+    plan = plan_layout(c, open_topology("local", 1), FLOPS)
+    assert plan["programs"] == count and plan["memory"]["code"] == count * 2e6
+    shapes = batch_shapes(c).values()
+    whole = sum(math.prod(each.shape) * each.dtype.itemsize for each in shapes)
+    # One in use, the one before it, and three that wait; on eight devices.
+    assert plan["memory"]["batch"] == 5 * whole / 8

@@ -15,7 +15,6 @@ from helpers.runs import RECIPES, build, copy, tiny
 from helpers.workdirs import make_workdir
 
 from sprint_jax.core.fingerprint import leaf_table
-from sprint_jax.core.pixels import to_bytes
 from sprint_jax.parallel import sharding
 from sprint_jax.training import setup, updates
 from sprint_jax.training.exam import make_exam
@@ -164,7 +163,7 @@ def test_exam_of_one_step_images_and_of_the_critic(singles):
     assert 0 <= found["critic/readable"] <= 1 and 0 <= found["critic/held_out"] <= 1
     assert seen[0].shape == (9 * 8, 8, 8, 3) and seen[0].dtype == np.uint8
     # Near data an untrained student leaves the records as they are; from pure noise it cannot know them.
-    records = to_bytes(np.asarray(data.decode(data.held_out(8)["latents"]))).astype(float)
+    records = data.decode(data.held_out(8)["latents"]).astype(float)
     errors = [np.abs(part - records).mean() for part in seen[0].reshape(9, *records.shape)]
     assert errors[0] < 0.3 * errors[-1]
     unjudged = dataclasses.replace(built.data, readable=None)

@@ -1,0 +1,30 @@
+"""Matrix products that are float32 on every device where their operands are.
+
+By default JAX lets A100 and later GPUs round float32 operands to TF32 (10 bits of mantissa), and TPUs to
+bfloat16 (7 bits): a central difference of such a network measures the rounding. Every matmul and convolution of
+`models` takes its precision from here: float32 operands are multiplied as float32, and what may be rounded is
+bfloat16 by its dtype. On CPU the programs are the same either way.
+"""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+Array = jax.Array
+
+
+def precision_of(*operands: Array) -> jax.lax.Precision | None:
+    """Returns 'highest' for operands that meet in float32 or wider, the default for narrower ones."""
+    wide = jnp.finfo(jnp.result_type(*operands)).bits >= 32
+    return jax.lax.Precision.HIGHEST if wide else None
+
+
+def dot_general(a: Array, b: Array, dimensions: Any, precision: Any = None, **how: Any) -> Array:
+    """Computes `jax.lax.dot_general` at `precision_of` its operands, for modules of Flax."""
+    return jax.lax.dot_general(a, b, dimensions, precision=precision or precision_of(a, b), **how)
+
+
+def einsum(subscripts: str, *operands: Array, **how: Any) -> Array:
+    """Computes `jnp.einsum` at `precision_of` its operands."""
+    return jnp.einsum(subscripts, *operands, precision=precision_of(*operands), **how)
