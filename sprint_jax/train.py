@@ -13,10 +13,10 @@ from pathlib import Path
 
 import jax
 
-from .checkpoints.checkpoint import Checkpoints
+from .checkpoints.checkpoint import Checkpoints, saved_steps
+from .checkpoints.workdir import write_workdir_config
 from .core import cli
 from .core.config import Config
-from .core.files import write_json_atomic
 from .core.progress import Progress
 from .data import feed
 from .data.loader import prefetch
@@ -45,7 +45,7 @@ def train(c: Config, workdir: Path, peers=None) -> None:
         too many updates in a row were not finite.
     """
     # --- Checks, devices, data, networks
-    checks.check_workdir(workdir, c)
+    changes = checks.check_workdir(workdir, c)
     checks.check_values(c)
     mesh = setup.mesh_from(c)
     checks.check_batch(c, mesh)
@@ -57,7 +57,8 @@ def train(c: Config, workdir: Path, peers=None) -> None:
     to_devices = functools.partial(sharding.to_devices, mesh)
     shapes = [sharding.place_shapes(batch, sharding.batch_sharding(mesh)) for batch in data.shapes]
     data.batches(0)  # what is wrong with the data is said before anything is compiled
-    state = setup.init_state(c, nets, shapes[0], frozen, mesh)
+    state, saved = setup.state_shapes(c, nets, shapes[0], frozen, mesh), saved_steps(workdir)
+    first = None if saved else setup.init_state(c, nets, shapes[0], frozen, mesh)
     frozen = setup.at_compute_precision(nets, frozen)
     lowered = [lower_updates(c, nets, state, batch, frozen) for batch in shapes]
     everywhere, diagnose = sharding.replicated(mesh), None
@@ -73,9 +74,9 @@ def train(c: Config, workdir: Path, peers=None) -> None:
     expected = {key: meta[key] for key in meta if key != "teacher"}
     every = c.log.checkpoint_every
     checkpoints = Checkpoints(workdir / "checkpoints", keep=c.log.keep, every=every)
-    state, *_ = checkpoints.restore_latest(state, expected, donate=True) or (state,)
+    state, *_ = checkpoints.restore_latest(state, expected) or (first,)
     start = int(state.step)
-    write_json_atomic(workdir / "config.json", c.to_dict())
+    write_workdir_config(workdir, c, start, changes)
     if start >= c.steps:
         print(f"{workdir} is at step {start} of {c.steps}: nothing to do", flush=True)
         return

@@ -14,6 +14,7 @@ import contextlib
 import json
 import sys
 from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
 from typing import Any
 
 import flax
@@ -153,7 +154,7 @@ class Checkpoints(contextlib.AbstractContextManager):
             ) from error
 
     def restore_latest(
-        self, abstract_state: Tree, expect_meta: Meta | None = None, donate: bool = False
+        self, abstract_state: Tree, expect_meta: Meta | None = None
     ) -> tuple[Tree, Meta] | None:
         """Returns (state, meta) of the newest whole checkpoint; None when the directory has none at all.
 
@@ -166,8 +167,6 @@ class Checkpoints(contextlib.AbstractContextManager):
             a sharding a leaf goes to the first local device.
           expect_meta: keys that the checkpoint's meta must have with equal values; nested dicts are
             compared whole.
-          donate: frees the arrays of ``abstract_state`` before reading, so that no device must hold
-            two states.
 
         Raises:
           UserError: meta or leaves that do not fit, naming them; or checkpoints of which none is
@@ -181,8 +180,6 @@ class Checkpoints(contextlib.AbstractContextManager):
             record = _read_record(checkpoint)
             leaves = {"leaves": _signatures(record["leaves"])}
             _check_same(checkpoint, expected, record["meta"] | leaves)
-            for leaf in jax.tree.leaves(abstract_state) if donate else ():
-                leaf.delete()
             return _read_tree(checkpoint, record["leaves"], target), record["meta"]
 
         result, damaged = _newest_whole(self.directory, self._manager.all_steps(), attempt)
@@ -207,6 +204,12 @@ class Checkpoints(contextlib.AbstractContextManager):
         """Waits, then frees threads; nothing else may be called afterwards."""
         with self._quiet, self._write_errors():
             self._manager.close()
+
+
+def saved_steps(workdir: Path) -> list[int]:
+    """The steps of a workdir's checkpoints, whole or damaged; none where there is no workdir."""
+    directory = epath.Path(workdir) / "checkpoints"
+    return sorted(ocp.utils.checkpoint_steps(directory)) if directory.is_dir() else []
 
 
 def _newest_whole(

@@ -4,11 +4,16 @@ import json
 from pathlib import Path
 from typing import Any
 
+import jax
+
 from ..core.config import Config
 from ..core.errors import UserError
-from ..core.files import read_json
+from ..core.files import read_json, write_json_atomic
 
 LOG_FILE = "log.txt"  # what a run prints, where nobody watches it
+HISTORY = (
+    "history"  # in config.json, beside the config: [{"step": 120, "changed": {KEY: [OLD, NEW]}}]
+)
 
 
 def read_metrics(path: str | Path) -> list[dict[str, Any]]:
@@ -34,11 +39,31 @@ def read_workdir_config(workdir: str | Path) -> Config:
     path = Path(workdir) / "config.json"
     if not path.is_file():
         raise UserError(f"{workdir} is not a training workdir: it has no config.json")
-    config = Config(read_json(path))
+    content = read_json(path)
+    content.pop(HISTORY, None)
+    config = Config(content)
     missing = [key for key in ("stage", "model", "data", "sampler", "flow") if key not in config]
     if missing:
         raise UserError(f"{path} is not of a training: it has no key {missing[0]!r}")
     return config
+
+
+def write_workdir_config(
+    workdir: Path, config: Config, step: int, changes: dict[str, list]
+) -> None:
+    """Writes config.json, on process 0 only, with the history of what changed at which step, and says it.
+
+    Args:
+      changes: {dotted key: [old, new]} since the last time; "absent" stands for a key that was not there.
+    """
+    path = workdir / "config.json"
+    history = read_json(path).get(HISTORY, []) if path.is_file() else []
+    if changes and step:
+        history.append({"step": step, "changed": changes})
+        words = [f"{key} {old} -> {new}" for key, (old, new) in changes.items()]
+        if jax.process_index() == 0:
+            print(f"{workdir}: from step {step} on {', '.join(words)}", flush=True)
+    write_json_atomic(path, config.to_dict() | ({HISTORY: history} if history else {}))
 
 
 def is_student(config: Config) -> bool:
