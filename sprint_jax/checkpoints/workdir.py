@@ -1,19 +1,87 @@
-"""Files of a training workdir that others read: config.json, metrics.jsonl, log.txt."""
+"""Files of a training workdir that others read, and the lock of the process that writes them."""
 
+import contextlib
 import json
+import os
+import socket
+import sys
+import time
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import jax
 
 from ..core.config import Config
 from ..core.errors import UserError
-from ..core.files import read_json, write_json_atomic
+from ..core.files import read_json, try_lock, write_json_atomic
 
 LOG_FILE = "log.txt"  # what a run prints, where nobody watches it
+LOCK_FILE = ".lock"  # says which process trains here, and is locked by it
 HISTORY = (
     "history"  # in config.json, beside the config: [{"step": 120, "changed": {KEY: [OLD, NEW]}}]
 )
+
+
+@contextlib.contextmanager
+def claim(workdir: Path, patience: float = 60.0) -> Iterator[str]:
+    """Holds a workdir for this process, made if missing; waits for a process that holds it.
+
+    The lock goes when its process ends, however it ends. Yields the content of `LOCK_FILE`, which no other
+    process writes. Folders that were made here and stayed empty are removed at the end.
+
+    Raises:
+      UserError: it cannot be made, or is still held after ``patience`` seconds.
+    """
+    if workdir.exists() and not workdir.is_dir():
+        raise UserError(f"--workdir {workdir} is a file; name a directory")
+    made = [folder for folder in (workdir, *workdir.parents) if not folder.exists()]
+    path = workdir / LOCK_FILE
+    try:
+        workdir.mkdir(parents=True, exist_ok=True)
+        file = _locked(path, patience)
+    except OSError as error:
+        raise UserError(f"--workdir {workdir} cannot be written: {error.strerror}") from error
+    mark = f"process {os.getpid()} on host {socket.gethostname()} since {time.ctime()}"
+    try:
+        file.truncate(0)
+        file.write(mark)
+        file.flush()
+        yield mark
+    finally:
+        with contextlib.suppress(OSError):  # of a disk that broke meanwhile
+            path.unlink()
+        file.close()
+        for folder in made:
+            with contextlib.suppress(OSError):
+                folder.rmdir()
+
+
+def _locked(path: Path, patience: float) -> TextIO:
+    """Opens and locks a lock file, once nobody else holds it."""
+    deadline, told = time.monotonic() + patience, False
+    while True:
+        path.parent.mkdir(parents=True, exist_ok=True)  # its holder may have removed it
+        file = path.open("a+")
+        held = not try_lock(file)
+        # A lock of a file that its holder has removed meanwhile holds nobody off.
+        if not held and path.exists() and os.path.samestat(os.fstat(file.fileno()), path.stat()):
+            return file
+        file.seek(0)
+        holder = file.read() or "another process"
+        file.close()
+        if held and time.monotonic() > deadline:
+            raise UserError(
+                f"--workdir {path.parent} is in use: {holder} trains there; one run at a time, or another "
+                "--workdir"
+            )
+        if held and not told:
+            line = (
+                f"--workdir {path.parent} is in use: {holder}; waiting {patience:g} s for its end"
+            )
+            print(line, file=sys.stderr, flush=True)
+            told = True
+        time.sleep(0.2)
 
 
 def read_metrics(path: str | Path) -> list[dict[str, Any]]:
