@@ -33,6 +33,7 @@ def main(argv: list[str]) -> None:
     out = Path(flags.out)
     if out.exists() and not out.is_dir():
         raise UserError(f"--out {out} is a file; name a directory")
+    cli.use_compilation_cache()
     checks = check_teacher(c, flags.model, flags.before, out, flags.count, flags.batch)
     for each in checks:
         said = "ok" if each.passed else f"FAILED: {each.advice}"

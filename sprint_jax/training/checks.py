@@ -1,13 +1,16 @@
 """Checks of a run before anything is computed: its workdir, its counts and its batch."""
 
+import contextlib
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 import jax
 
-from ..checkpoints.workdir import LOG_FILE, read_workdir_config
+from ..checkpoints.workdir import LOCK_FILE, LOG_FILE, claim, read_workdir_config
 from ..core.config import Config, flatten
 from ..core.errors import UserError
+from ..parallel.peers import Peers
 from ..parallel.sharding import batch_ways
 from .setup import PREPARED
 from .stages import stage_of
@@ -37,8 +40,9 @@ def check_workdir(workdir: Path, c: Config) -> dict[str, list]:
     """Refuses a workdir that is not this run's, and finds what this run changes in it.
 
     Some files may be there before the run: `LOG_FILE`, which sweeps and batch systems write, the weights of
-    `prepare_teacher` and the list of rejected images. A run may go on with other values of all keys but the
-    `FIXED` ones. Keys that only one version of the code has are no obstacle: a new one has its value from now.
+    `prepare_teacher`, the list of rejected images, and what is there while it starts. A run may go on with
+    other values of all keys but the `FIXED` ones. Keys that only one version of the code has are no obstacle: a
+    new one has its value from now.
 
     Returns:
       {dotted key: [old, new]} of a run that goes on, with "absent" for a key that was or is not there.
@@ -48,8 +52,10 @@ def check_workdir(workdir: Path, c: Config) -> dict[str, list]:
     """
     if workdir.exists() and not workdir.is_dir():
         raise UserError(f"--workdir {workdir} is a file; name a directory")
-    early = {LOG_FILE, PREPARED, f"{PREPARED}.partial"}
+    early = {LOG_FILE, LOCK_FILE, PREPARED, f"{PREPARED}.partial", "config.json.tmp"}
     found = list(workdir.iterdir()) if workdir.is_dir() else []
+    if workdir / "checkpoints" in found and not any((workdir / "checkpoints").iterdir()):
+        early.add("checkpoints")  # of older versions, killed before they wrote config.json
     if all(path.name in early or path.match("rejected*.jsonl*") for path in found):
         return {}
     old, new = flatten(read_workdir_config(workdir)), flatten(c)
@@ -140,6 +146,33 @@ def _check_losses(c: Config) -> None:
     if (c.ladd.r1 or c.ladd.r2) and not c.ladd.token_norm:
         raise UserError(
             "config.ladd.r1 and r2 are of each image by itself, batch norm is not: set config.ladd.token_norm",
+            exit_code=2,
+        )
+
+
+@contextlib.contextmanager
+def hold_workdir(workdir: Path, peers: Peers | None) -> Iterator[None]:
+    """Holds a workdir for this run, once all its processes have proved that they see the same one.
+
+    Raises:
+      UserError: see `checkpoints.workdir.claim` and `Peers.see_same`.
+    """
+    if peers is not None and peers.index:
+        peers.see_same(workdir / LOCK_FILE)
+        yield
+        return
+    with claim(workdir) as mark:
+        if peers is not None:
+            peers.see_same(workdir / LOCK_FILE, mark)
+        yield
+
+
+def check_sizes(c: Config, sizes: Iterable[tuple[int, int]]) -> None:
+    """Refuses data of which some latents do not split into the network's patches."""
+    p = c.model.patch_size
+    if wrong := [f"{h}x{w}" for h, w in sizes if h % p or w % p]:
+        raise UserError(
+            f"config.model.patch_size={p} does not divide latents of {', '.join(wrong)}",
             exit_code=2,
         )
 

@@ -4,6 +4,7 @@ import json
 import shutil
 from types import SimpleNamespace
 
+import jax
 import numpy as np
 import pytest
 from helpers import runs
@@ -28,12 +29,12 @@ def models(tmp_path_factory):
 def run(data, monkeypatch, capfd):
     """``run(spec, workdir, **changes)``: six steps with an update that only counts them."""
 
-    def update(state, batch, frozen):
+    def count(state, batch, frozen):
         return state.replace(step=state.step + 1), {"health/in_a_row": np.zeros(())}
 
-    def run(spec, workdir, **changes):
+    def run(spec, workdir, update=count, **changes):
         monkeypatch.setattr(
-            train, "lower_updates", lambda *_: [SimpleNamespace(compile=lambda: update)]
+            train, "lower_updates", lambda *_, **__: [SimpleNamespace(compile=lambda: update)]
         )
         monkeypatch.setattr(train, "make_preview", lambda *_: None)
         changes = {"steps": 6, "log__checkpoint_every": 2} | changes
@@ -186,6 +187,41 @@ def test_a_run_is_mended_and_its_history_kept(run, tmp_path):
     assert run(TEACHER, workdir, **changes | {"steps": 9}).code == 0
     last = {"step": 8, "changed": {"steps": [8, 9]}}
     assert json.loads(path.read_text())["history"] == [first, last]
+
+
+@pytest.mark.parametrize("message", ["RESOURCE_EXHAUSTED: 17 GB", "INTERNAL: something else"])
+def test_out_of_memory_says_what_to_change(run, tmp_path, message):
+    """As a device says it; an error of another kind stays what it is."""
+
+    def update(state, batch, frozen):
+        raise jax.errors.JaxRuntimeError(message)
+
+    if "INTERNAL" in message:
+        with pytest.raises(jax.errors.JaxRuntimeError, match=message):
+            run(TEACHER, tmp_path / "run", update)
+    else:
+        parts = ["17 GB", "batch_size", "accumulate", "remat", "fsdp"]
+        check(run(TEACHER, tmp_path / "run", update), 4, *parts)
+
+
+def test_a_start_that_is_killed_anywhere_is_begun_anew(run, tmp_path, monkeypatch):
+    """Before and after each of its first writes; the same line then trains."""
+    whole = []
+    for name in ("write_workdir_config", "Checkpoints"):
+        for after in (False, True):
+            original, workdir = getattr(train, name), tmp_path / f"{name}{after}"
+
+            def killed(*words, original=original, after=after, **more):
+                if after:
+                    original(*words, **more)
+                raise KeyboardInterrupt
+
+            with monkeypatch.context() as patch:
+                patch.setattr(train, name, killed)
+                assert run(TEACHER, workdir).code == 130
+            assert run(TEACHER, workdir).code == 0
+            whole.append(runs.records(workdir))
+    assert list(whole[0]) == [1, 2, 3, 4, 5, 6] and all(each == whole[0] for each in whole)
 
 
 def test_teacher_that_changed_under_its_student(run, models, tmp_path):
