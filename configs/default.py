@@ -6,6 +6,9 @@ Run one with:
 
 This file is a library of defaults and costs nothing by itself. A section of one stage says so; the other
 stage does not read it, and setting its keys changes nothing there.
+
+A run of an older version goes on with the defaults of the keys that it did not have: a new key's default leaves
+everything as it was.
 """
 
 import ml_collections
@@ -208,7 +211,8 @@ def optimizer_fields(learning_rate):
         dict(
             learning_rate=learning_rate,
             warmup_steps=100,  # linear, in updates
-            decay_steps=0,  # cosine to 0 over so many updates after the warm-up; 0: constant
+            # Cosine to 0 over so many updates after the warm-up; 0: constant; -1: over all of `steps`
+            decay_steps=0,
             clip_norm=1.0,  # of the global gradient norm; 0: off
             weight_decay=0.0,
             b1=0.9,

@@ -44,7 +44,7 @@ def teacher(c, world):
     c.stage = "flow"
     c.steps = 1800 if world == "small" else 4000
     c.optimizer.learning_rate = 1.5e-3
-    c.optimizer.decay_steps = c.steps
+    c.optimizer.decay_steps = -1
 
 
 def student(c, world):
@@ -53,7 +53,7 @@ def student(c, world):
     c.model.guidance_embeds = True
     # More of it gains one step and loses several; a longer run can afford more.
     c.optimizer.learning_rate = 3e-4 if world == "small" else 5e-4
-    c.optimizer.decay_steps = c.steps
+    c.optimizer.decay_steps = -1
     c.optimizer.b2 = 0.99
     c.scm.guidance = (2.5, 3.0, 3.5)
     # Less noise than the published 0.2: pictures of 384 numbers are decided at smaller angles.
@@ -75,7 +75,7 @@ def student(c, world):
 
 def short(c):
     """What is best in few minutes: sCM, the teacher's own trajectories, and TwinFlow for one step."""
-    c.steps = c.optimizer.decay_steps = 720
+    c.steps = 720
     c.data.batch_size = 16
     c.optimizer.learning_rate = 1e-3
     c.ladd.weight = 0.0

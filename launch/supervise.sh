@@ -2,7 +2,8 @@
 # Starts a command again when it crashed: from its last checkpoint, as the same line always does.
 #   launch/supervise.sh --max_restarts 10 -- .venv/bin/python -m sprint_jax.train ...
 # It is not started again after success (0), wrong usage (2), too many updates that were not finite
-# (3), Ctrl-C (130) or SIGTERM (143): that would end in the same way, or is what somebody asked for.
+# (3), too little memory (4), Ctrl-C (130) or SIGTERM (143): that would end in the same way, or is what
+# somebody asked for.
 # A pause of --backoff seconds (5) doubles with every restart, up to 5 minutes; a run of an hour
 # starts the count anew. SIGTERM is passed on, and then nothing is started again.
 set -euo pipefail
@@ -32,7 +33,7 @@ while true; do
     wait "$child" && code=0 || code=$?
     kill -0 "$child" 2>/dev/null || break
   done
-  case "$code" in 0 | 2 | 3 | 130 | 143) exit "$code" ;; esac
+  case "$code" in 0 | 2 | 3 | 4 | 130 | 143) exit "$code" ;; esac
   [ -z "$stopping" ] || exit "$code"
   [ $((SECONDS - begun)) -lt 3600 ] || restarts=0
   if [ "$restarts" -ge "$max_restarts" ]; then

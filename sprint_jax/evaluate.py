@@ -42,6 +42,7 @@ def main(argv: list[str]) -> None:
     """The command; ``argv`` are its words. Raises UserError for what cannot be measured."""
     flags = _parser().parse_args(argv)
     out = _check(flags)
+    cli.use_compilation_cache()
     world = _world(flags)
     student, teacher = _pipelines(flags)
     first = student or teacher

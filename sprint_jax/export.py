@@ -33,6 +33,7 @@ def main(argv: list[str]) -> None:
             raise UserError(f"--{flag} is for --format {needed}", exit_code=2)
     height, width = cli.parse_size(flags.size)
     dtype = jnp.dtype(flags.dtype)
+    cli.use_compilation_cache()
     with new_folder(as_path(flags.out)) as folder:
         if flags.format == "diffusers":
             how = dict(params=flags.params, dtype=dtype, base=flags.base)

@@ -32,6 +32,7 @@ def main(argv: list[str]) -> None:
     c = c.override({"init": str(workdir / PREPARED)})
     if flags.prune:
         c = c.override({"model.num_layers": flags.prune})
+    cli.use_compilation_cache()
     options = Options(**{name: getattr(flags, name) for name in Options._fields})
     with distributed.joined(flags) as peers:
         checks.check_values(c)

@@ -36,6 +36,7 @@ def main(argv: list[str]) -> None:
     out = as_path(flags.out)
     if out.exists() and not out.is_dir():
         raise UserError(f"--out {out} is a file; name a directory")
+    cli.use_compilation_cache()
     check_writable(out)
     with local_output(out) as folder:
         checks = check_teacher(c, flags.model, flags.before, folder, flags.count, flags.batch)

@@ -12,16 +12,16 @@ import functools
 
 import jax
 
-from .checkpoints.checkpoint import Checkpoints
+from .checkpoints.checkpoint import Checkpoints, saved_steps
+from .checkpoints.workdir import write_workdir_config
 from .core import cli
 from .core.config import Config
-from .core.files import write_json_atomic
 from .core.progress import Progress
 from .core.storage import AnyPath, as_path, make_folder
 from .data import feed
 from .data.loader import prefetch
 from .parallel import distributed, sharding
-from .parallel.interrupt import Stop, check_finite, end_stopped
+from .parallel.interrupt import Stop, check_finite, end_stopped, named_memory
 from .training import checks, setup
 from .training.clock import Clock
 from .training.exam import make_exam
@@ -42,24 +42,37 @@ def train(c: Config, workdir: AnyPath, peers=None) -> None:
 
     Raises:
       UserError: for whatever in config, workdir or data cannot work, before the first step; and when
-        too many updates in a row were not finite.
+        memory is not enough, or too many updates in a row were not finite.
     """
+    with Stop(peers) as stop, named_memory(stop), checks.hold_workdir(workdir, peers):
+        _train(c, workdir, stop, peers)
+
+
+def _train(c: Config, workdir: AnyPath, stop: Stop, peers) -> None:
     # --- Checks, devices, data, networks
-    checks.check_workdir(workdir, c)
+    changes = checks.check_workdir(workdir, c)
     checks.check_values(c)
     mesh = setup.mesh_from(c)
     checks.check_batch(c, mesh)
     if peers:
         peers.meet("checked")  # before process 0 puts something into the workdir
     nets = setup.build_nets(c, mesh)
+    stop.phase("opening the data")
     data = feed.open_data(c, mesh, workdir)
+    checks.check_sizes(c, [batch["latents"].shape[1:3] for batch in data.shapes])
+    stop.phase("reading frozen weights")
     frozen, origin = setup.load_frozen(c, data, mesh)
     to_devices = functools.partial(sharding.to_devices, mesh)
     shapes = [sharding.place_shapes(batch, sharding.batch_sharding(mesh)) for batch in data.shapes]
+    stop.phase("reading the first batch")
     data.batches(0)  # what is wrong with the data is said before anything is compiled
-    state = setup.init_state(c, nets, shapes[0], frozen, mesh)
+    stop.phase("making the first state")
+    like, saved = setup.state_shapes(c, nets, shapes[0], frozen, mesh), saved_steps(workdir)
+    first = None if saved else setup.init_state(c, nets, shapes[0], frozen, mesh)
     frozen = setup.at_compute_precision(nets, frozen)
-    lowered = [lower_updates(c, nets, state, batch, frozen) for batch in shapes]
+    lower = functools.partial(lower_updates, c, nets, like, frozen=frozen)
+    stop.phase("tracing the updates")
+    lowered = lower(shapes[0])
     everywhere, diagnose = sharding.replicated(mesh), None
     if stage_of(c).distills:
         diagnose = jax.jit(functools.partial(check_tangent, nets, c), out_shardings=everywhere)
@@ -67,28 +80,44 @@ def train(c: Config, workdir: AnyPath, peers=None) -> None:
     profile = Profile(workdir / "profile", c.log)
 
     # --- Resume
+    if peers:
+        peers.meet("prepared")  # no collective waits for those whose start takes longer
+    stop.phase("restoring")
     make_folder(workdir)
+    if not saved:  # before checkpoints/, since a folder that has those without a config is nobody's
+        write_workdir_config(workdir, c, 0, {})
     meta = {"stage": c.stage, "teacher_hash": origin.get("hash", ""), "teacher": origin}
     meta |= {"data": data.identity} if data.identity else {}
     expected = {key: meta[key] for key in meta if key != "teacher"}
     every = c.log.checkpoint_every
     checkpoints = Checkpoints(workdir / "checkpoints", keep=c.log.keep, every=every)
-    state, *_ = checkpoints.restore_latest(state, expected, donate=True) or (state,)
+    state, *_ = checkpoints.restore_latest(like, expected) or (first,)
     start = int(state.step)
-    write_json_atomic(workdir / "config.json", c.to_dict())
+    if saved:
+        write_workdir_config(workdir, c, start, changes)
     if start >= c.steps:
         print(f"{workdir} is at step {start} of {c.steps}: nothing to do", flush=True)
         return
 
     # --- Loop: the host prepares one step while the devices work on the one before.
     print(f"{setup.describe(c, state, mesh)}; compiling", flush=True)
-    programs = compile_updates(lowered)
-    updates = {batch["latents"].shape: each for batch, each in zip(shapes, programs, strict=True)}
-    passes = range(len(programs[0]))
+    stop.phase("compiling")
+    compiling = compile_updates(lowered, lower, shapes)
+    passes = range(len(lowered))
     stream = prefetch(data.batches, start * len(passes), c.data.prefetch, to_devices)
     lines = MetricLog(workdir, resume_step=start, progress=Progress(c.steps, start))
-    stop, in_a_row, clock = Stop(peers), 0, Clock(start, c.data.batch_size)
-    with checkpoints, profile, contextlib.closing(stream) as batches, lines as log:
+    in_a_row, clock = 0, Clock(start, c.data.batch_size)
+    with (
+        compiling as updates,
+        checkpoints,
+        profile,
+        contextlib.closing(stream) as batches,
+        lines as log,
+    ):
+        updates(shapes[0])
+        if peers:
+            peers.meet("compiled")
+        stop.begin()
         for step in range(start + 1, c.steps + 1):
             profile.at(step, state)
             metrics = {}
@@ -96,8 +125,10 @@ def train(c: Config, workdir: AnyPath, peers=None) -> None:
                 with clock("data_wait"):
                     number, batch = next(batches)
                 with clock("step"):
-                    update = updates[batch["latents"].shape][k]
-                    state, more = update(state, batch, frozen)
+                    if not (programs := updates(batch, wait=False)):
+                        stop.phase("compiling")
+                        programs = updates(batch)
+                    state, more = programs[k](state, batch, frozen)
                 metrics |= more
             stopping = stop.after(step)
             last = step == c.steps or stopping
@@ -110,8 +141,11 @@ def train(c: Config, workdir: AnyPath, peers=None) -> None:
                 bad = int(jax.device_get(in_a_row if sample or save else before))
             with clock("log"):
                 log.flush()  # the line of the step before
+                if sample:
+                    stop.phase("drawing samples")
                 metrics |= exam(state, frozen) if exam and sample else {}
             if diagnose and step % c.log.diagnostics_every == 0:
+                stop.phase("checking the tangent")
                 if batch["latents"].shape != shapes[0]["latents"].shape:
                     batch = to_devices(data.batches(data.next_of_first(number)))
                 metrics |= diagnose(state, batch, frozen)
@@ -125,6 +159,8 @@ def train(c: Config, workdir: AnyPath, peers=None) -> None:
                     log.curves()
                 if save:
                     log.sync()  # so that no crash leaves the metrics behind the checkpoint
+            if save:
+                stop.phase("writing a checkpoint")
             with clock("checkpoint"):
                 checkpoints.save(step, state, meta, force=last)
             if stopping:
@@ -141,6 +177,7 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--workdir", required=True, metavar="DIR", help="made, or resumed")
     distributed.add_flags(parser)
     flags, config = cli.parse_with_config(parser, argv)
+    cli.use_compilation_cache()
     with distributed.joined(flags) as peers:
         train(config, as_path(flags.workdir), peers)
 

@@ -126,7 +126,7 @@ def supervise(*words, script):
 
 
 @pytest.mark.parametrize(
-    "code, starts", [(0, 1), (2, 1), (3, 1), (143, 1), (1, 3), (75, 3), (137, 3)]
+    "code, starts", [(0, 1), (2, 1), (3, 1), (4, 1), (143, 1), (1, 3), (75, 3), (137, 3)]
 )
 def test_supervisor_restarts_crashes_only(code, starts, tmp_path):
     command = supervise("--max_restarts", "2", script=f"echo x >>{tmp_path}/starts; exit {code}")

@@ -1,8 +1,10 @@
 """Exports of a trained model, written beside their place, compared with the model, and then named."""
 
 import contextlib
+import glob
 import os
 import shutil
+import socket
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -15,7 +17,7 @@ from ..checkpoints.locate import locate
 from ..checkpoints.workdir import is_student, read_workdir_config
 from ..core.config import Config
 from ..core.errors import UserError
-from ..core.files import write_json_atomic
+from ..core.files import try_lock, write_json_atomic
 from ..core.fingerprint import fingerprint
 from ..core.storage import AnyPath, in_bucket, local_output
 from ..encoders.load import latent_size
@@ -94,7 +96,8 @@ def export_stablehlo(
 def new_folder(out: AnyPath) -> Iterator[Path]:
     """A folder beside ``out`` to write into, which becomes ``out`` at the end, or goes after an error.
 
-    For a bucket it is a local one, whose files go there at the end, `LAST` last.
+    It is locked by its process; one whose process was killed is removed by the next export to ``out``. For
+    a bucket it is a local one, whose files go there at the end, `LAST` last.
 
     Raises:
       UserError: ``out`` is there and not an empty folder, or none can be made there.
@@ -108,14 +111,17 @@ def new_folder(out: AnyPath) -> Iterator[Path]:
     target = out.resolve()
     if target.exists() and not (target.is_dir() and not any(target.iterdir())):
         raise UserError(f"--out {out} exists: give a new folder, nothing is overwritten")
-    partial = target.with_name(f"{target.name}.partial-{os.getpid()}")
+    partial = target.with_name(f"{target.name}.partial-{socket.gethostname()}-{os.getpid()}")
     made = [folder for folder in partial.parents if not folder.exists()]
     try:
         try:
             partial.mkdir(parents=True)
         except OSError as error:
             raise UserError(f"--out {out} cannot be made: {error.strerror}") from error
-        yield partial
+        with _open(partial) as lock:
+            try_lock(lock)
+            _remove_abandoned(target, partial)
+            yield partial
         _allow_reading(partial)
         partial.replace(target)
     except BaseException:
@@ -124,6 +130,27 @@ def new_folder(out: AnyPath) -> Iterator[Path]:
             with contextlib.suppress(OSError):
                 folder.rmdir()
         raise
+
+
+@contextlib.contextmanager
+def _open(folder: Path) -> Iterator[int]:
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        yield descriptor
+    finally:
+        os.close(descriptor)
+
+
+def _remove_abandoned(target: Path, mine: Path) -> None:
+    """Removes what killed exports to ``target`` have left: nobody holds its lock."""
+    with _open(mine) as again:
+        if try_lock(again):  # this disk has no locks
+            return
+    for folder in target.parent.glob(f"{glob.escape(target.name)}.partial-*"):
+        # Another export may remove or finish it meanwhile.
+        with contextlib.suppress(OSError), _open(folder) as descriptor:
+            if try_lock(descriptor):
+                shutil.rmtree(folder)
 
 
 def _allow_reading(folder: Path) -> None:

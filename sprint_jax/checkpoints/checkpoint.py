@@ -25,7 +25,7 @@ from jax.experimental import multihost_utils
 from ..core.errors import UserError
 from ..core.files import differences
 from ..core.fingerprint import describe, digest, leaf_table, nonfinite_leaves
-from ..core.storage import absolute, as_path
+from ..core.storage import AnyPath, absolute, as_path
 from . import object_store, orbax_io
 from .orbax_io import Damaged, on_every_process, one_line
 
@@ -150,7 +150,7 @@ class Checkpoints(contextlib.AbstractContextManager):
             ) from error
 
     def restore_latest(
-        self, abstract_state: Tree, expect_meta: Meta | None = None, donate: bool = False
+        self, abstract_state: Tree, expect_meta: Meta | None = None
     ) -> tuple[Tree, Meta] | None:
         """Returns (state, meta) of the newest whole checkpoint; None when the directory has none at all.
 
@@ -163,8 +163,6 @@ class Checkpoints(contextlib.AbstractContextManager):
             a sharding a leaf goes to the first local device.
           expect_meta: keys that the checkpoint's meta must have with equal values; nested dicts are
             compared whole.
-          donate: frees the arrays of ``abstract_state`` before reading, so that no device must hold
-            two states.
 
         Raises:
           UserError: meta or leaves that do not fit, naming them; or checkpoints of which none is
@@ -178,8 +176,6 @@ class Checkpoints(contextlib.AbstractContextManager):
             record = _read_record(checkpoint)
             leaves = {"leaves": _signatures(record["leaves"])}
             _check_same(checkpoint, expected, record["meta"] | leaves)
-            for leaf in jax.tree.leaves(abstract_state) if donate else ():
-                leaf.delete()
             return _read_tree(checkpoint, record["leaves"], target), record["meta"]
 
         result, damaged = _newest_whole(self.directory, self._manager.all_steps(), attempt)
@@ -217,6 +213,12 @@ def _writer_of(directory: epath.Path):
     if orbax_io.writes_orbax(directory):
         return orbax_io.OrbaxWriter
     return object_store.ObjectStoreWriter
+
+
+def saved_steps(workdir: AnyPath) -> list[int]:
+    """The steps of a workdir's checkpoints, whole or damaged; none where there is no workdir."""
+    directory = epath.Path(workdir) / "checkpoints"
+    return sorted(complete_steps(directory)) if directory.is_dir() else []
 
 
 def _newest_whole(

@@ -5,8 +5,8 @@ A command is a module with ``main(argv)`` that ends with::
     if __name__ == "__main__":
         cli.run_command(main)
 
-Exit codes: 0 success, 1 failure, 2 wrong usage, 130 interrupted; training has 3, 75 and 143 as well
-(README, Pods and clusters), and teacher_check 4 for a teacher that is not ready.
+Exit codes: 0 success, 1 failure, 2 wrong usage, 130 interrupted; training has 3, 4, 75 and 143 as well
+(docs/clusters.md), and teacher_check 4 for a teacher that is not ready.
 """
 
 import argparse
@@ -108,7 +108,7 @@ def make_parser(command: str, description: str | None) -> Parser:
 
 
 def use_compilation_cache() -> None:
-    """Keeps compiled programs in ``~/.cache/sprint_jax`` (or below ``XDG_CACHE_HOME``), up to 4 GB.
+    """Keeps compiled programs in ``~/.cache/sprint_jax`` (or below ``XDG_CACHE_HOME``), up to 20 GB.
 
     Where ``JAX_COMPILATION_CACHE_DIR`` is set, even to nothing, JAX's own settings hold.
     """
@@ -119,7 +119,7 @@ def use_compilation_cache() -> None:
     home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
     jax.config.update("jax_compilation_cache_dir", str(Path(home) / "sprint_jax"))
     # With a limit JAX locks the folder, which commands that run side by side need.
-    jax.config.update("jax_compilation_cache_max_size", 4 * 10**9)
+    jax.config.update("jax_compilation_cache_max_size", 20 * 10**9)
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
 
 

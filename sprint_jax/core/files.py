@@ -1,5 +1,7 @@
 """Files: written whole or not at all, and JSON read with one clear error."""
 
+import errno
+import fcntl
 import json
 import math
 import os
@@ -63,6 +65,21 @@ def write_json_atomic(path: str | AnyPath, value: Any) -> None:
     if jax.process_index() == 0:
         text = json.dumps(value, indent=2, allow_nan=False) + "\n"
         write_atomic(as_path(path), text.encode())
+
+
+def try_lock(file: Any) -> bool:
+    """Locks an open file or folder until it is closed, or says False: another process holds it.
+
+    On disks without locks it says True; there nobody is held off.
+    """
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError as error:
+        if error.errno not in (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP):
+            raise
+    return True
 
 
 def read_json(path: AnyPath) -> dict[str, Any]:

@@ -36,6 +36,7 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
         ("join_timeout", float, 300.0, "SECONDS", "how long to wait until all have joined"),
         ("peer_timeout", float, 30.0, "SECONDS", "a process that is silent for so long is gone"),
         ("stall_timeout", float, 1800.0, "SECONDS", "a run without a step for so long is stuck"),
+        ("start_timeout", float, 7200.0, "SECONDS", "the same for each phase of its start"),
     ):
         group.add_argument(f"--{name}", type=kind, default=default, metavar=metavar, help=text)
 
@@ -92,7 +93,7 @@ def joined(flags: argparse.Namespace) -> Iterator[Peers | None]:
     # The client has no public name; Orbax takes it from there as well.
     state = jax._src.distributed.global_state
     _initialize(state, place, flags)
-    timeouts = flags.peer_timeout, flags.stall_timeout
+    timeouts = flags.peer_timeout, flags.stall_timeout, flags.start_timeout
     peers = Peers(state.client, state.process_id, state.num_processes, *timeouts)
     peers.watch()
     try:

@@ -1,7 +1,6 @@
 """The running of a sweep: its rows as trainings on this machine or jobs on SLURM, and its results."""
 
 import contextlib
-import fcntl
 import json
 import os
 import signal
@@ -14,6 +13,7 @@ from pathlib import Path
 
 from ..checkpoints.workdir import LOG_FILE
 from ..core.errors import UserError
+from ..core.files import try_lock
 from .report import Ranking, draw, rank, write_results
 from .rows import Row
 from .slurm import submit_rows
@@ -31,10 +31,8 @@ def claim(workdir: Path, spec: str, name: str) -> Iterator[None]:
     workdir.mkdir(parents=True, exist_ok=True)
     record = json.dumps({"config": spec, "sweep": name}, indent=2) + "\n"
     with open(workdir / "sweep.json", "a+", buffering=1) as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise UserError(f"another sweep runs in --workdir {workdir}") from error
+        if not try_lock(file):
+            raise UserError(f"another sweep runs in --workdir {workdir}")
         file.seek(0)
         found = file.read()
         if found not in ("", record):

@@ -10,6 +10,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import optax
 
 from ..checkpoints.weights import Weights, find_weights
 from ..core.config import Config
@@ -55,7 +56,7 @@ def build_nets(c: Config, mesh: jax.sharding.Mesh, teacher_fields: dict | None =
       UserError: for an unknown stage, a distillation without a teacher or of another network than it, or
         taps out of range.
     """
-    optimizer = make_optimizer(c.optimizer.name, **_without(c.optimizer, "name"))
+    optimizer = _make_optimizer(c, c.optimizer, updates=1)
     partition = Partition(mesh) if mesh.size > 1 else None
     if not stage_of(c).distills:
         model = from_fields(c.model, guidance_embeds=False, partition=partition)
@@ -76,9 +77,9 @@ def build_nets(c: Config, mesh: jax.sharding.Mesh, teacher_fields: dict | None =
     if c.ladd.weight:
         _check_critic(c, teacher.num_layers)
         heads = DiscriminatorHeads(model.dtype, c.ladd.token_norm, c.ladd.kernel)
-        disc_optimizer = make_optimizer(c.optimizer.name, **c.ladd.optimizer)
+        disc_optimizer = _make_optimizer(c, c.ladd.optimizer, c.ladd.updates)
     if c.dmd.weight:
-        fake_optimizer = make_optimizer(c.optimizer.name, **c.dmd.optimizer)
+        fake_optimizer = _make_optimizer(c, c.dmd.optimizer, c.dmd.fake_updates)
     return Nets(model, teacher, heads, optimizer, disc_optimizer, fake_optimizer)
 
 
@@ -140,8 +141,12 @@ def find_teacher(c: Config) -> Weights:
     return teacher
 
 
-def _without(section: Config, *keys: str) -> dict:
-    return {key: section[key] for key in section if key not in keys}
+def _make_optimizer(c: Config, section: Config, updates: int) -> optax.GradientTransformation:
+    """The optimizer of a section, of a network that learns so many times a step."""
+    fields = {key: section[key] for key in section if key != "name"}
+    if section.decay_steps < 0:
+        fields["decay_steps"] = c.steps * updates
+    return make_optimizer(c.optimizer.name, **fields)
 
 
 def load_frozen(c: Config, data: Data, mesh: jax.sharding.Mesh) -> tuple[dict, dict]:
@@ -213,6 +218,15 @@ def check_start(nets: Nets, params: Tree, teacher: Tree, mesh: jax.sharding.Mesh
             "the student does not start as its teacher: outputs of up to "
             f"{largest:.3g} differ by {difference:.3g}"
         )
+
+
+def state_shapes(
+    c: Config, nets: Nets, batch: dict, frozen: dict, mesh: jax.sharding.Mesh
+) -> TrainState:
+    """The shapes, dtypes and shardings of `init_state`'s result; nothing is read or made."""
+    init, key = _initializer(c, nets, batch), jax.eval_shape(lambda: jax.random.key(0))
+    state = jax.eval_shape(init, frozen.get("teacher"), {}, key)
+    return place_shapes(state, state_shardings(mesh, state))
 
 
 def _initializer(

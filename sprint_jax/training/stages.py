@@ -1,13 +1,14 @@
 """The stages of training, one literal table, and the compiled updates of a run."""
 
 import concurrent.futures
+import contextlib
 import functools
 import os
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
 import jax
-from tqdm import tqdm
 
 from ..core.config import Config
 from ..core.errors import UserError
@@ -75,13 +76,39 @@ def lower_updates(c: Config, nets: Nets, state: TrainState, batch: dict, frozen:
     return [lowered[update] for update in updates]
 
 
-def compile_updates(lowered: list[list]) -> list[list]:
-    """Compiles the updates of every batch shape, several at a time: there may be dozens."""
-    with concurrent.futures.ThreadPoolExecutor(COMPILERS) as pool:
-        compiled = pool.map(_compile, lowered)
-        return list(
-            tqdm(compiled, "compiling", len(lowered), unit="shape", disable=not lowered[1:])
-        )
+@contextlib.contextmanager
+def compile_updates(
+    first: list, lower: Callable[[dict], list], shapes: Sequence[dict]
+) -> Iterator[Callable[[dict], list | None]]:
+    """Compiles the updates of every batch shape in the background: there may be dozens.
+
+    Args:
+      first: the lowered updates of the first shape.
+      lower: `lower_updates` of the others, which are traced one after the other.
+
+    Yields:
+      ``updates(batch, wait)``: the compiled updates of a batch's shape, in order; None if they are not ready
+      and ``wait`` is false. What ends the tracing or compiling of a shape is raised there.
+    """
+    tracing, names = threading.Lock(), [batch["latents"].shape for batch in shapes]
+
+    def make(batch: dict) -> list:
+        with tracing:  # it is Python, and would not be faster side by side
+            lowered = lower(batch)
+        return _compile(lowered)
+
+    pool = concurrent.futures.ThreadPoolExecutor(COMPILERS, "compiling")
+    made = [pool.submit(_compile, first), *(pool.submit(make, batch) for batch in shapes[1:])]
+    programs = dict(zip(names, made, strict=True))
+
+    def updates(batch: dict, wait: bool = True) -> list | None:
+        program = programs[batch["latents"].shape]
+        return program.result() if wait or program.done() else None
+
+    try:
+        yield updates
+    finally:
+        pool.shutdown(cancel_futures=True)
 
 
 def _compile(updates: list) -> list:

@@ -1,6 +1,7 @@
 """Exports hold the trained network, and an export that fails leaves nothing behind."""
 
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -20,6 +21,7 @@ from sprint_jax import SprintPipeline, export
 from sprint_jax.artifacts import pipeline_folder, stablehlo
 from sprint_jax.checkpoints.checkpoint import load_params
 from sprint_jax.checkpoints.weights import find_weights
+from sprint_jax.core.files import try_lock
 from sprint_jax.interop.diffusers import load_transformer
 from sprint_jax.sampling import student_schedule
 
@@ -218,6 +220,27 @@ def test_interrupted_export_leaves_nothing(tmp_path):
         (folder / "half").touch()
         raise KeyboardInterrupt
     assert everything(tmp_path) == []
+
+
+def test_what_a_killed_export_left_goes_with_the_next(tmp_path):
+    """One that is locked is still at work, and is left alone as is a folder of another name."""
+    killed, working, other = (
+        tmp_path / f"{name}.partial-elsewhere-{number}"
+        for name, number in (("out", 7), ("out", 8), ("outer", 7))
+    )
+    for folder in (killed, working, other):
+        folder.mkdir()
+        (folder / "half").touch()
+    descriptor = os.open(working, os.O_RDONLY)
+    try:
+        assert try_lock(descriptor)
+        with export.new_folder(tmp_path / "out") as folder:
+            (folder / "whole").touch()
+    finally:
+        os.close(descriptor)
+    kept = (tmp_path / "out", working, other)
+    assert sorted(tmp_path.iterdir()) == sorted(kept)
+    assert [path.name for folder in kept for path in folder.iterdir()] == ["whole", "half", "half"]
 
 
 @pytest.fixture(scope="module")

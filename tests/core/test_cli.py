@@ -7,6 +7,7 @@ from types import SimpleNamespace
 import jax
 import pytest
 from helpers.refusals import refuse
+from helpers.runs import ROOT
 
 from sprint_jax.core import cli
 from sprint_jax.core.errors import UserError
@@ -110,6 +111,15 @@ def test_bugs_keep_their_traceback(bug, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["command"])
     with pytest.raises(type(bug), match="a bug"):
         cli.run_command(main)
+
+
+@pytest.mark.parametrize(
+    "command",
+    ["train", "sample", "encode", "evaluate", "export", "prepare_teacher", "teacher_check"],
+)
+def test_every_command_that_computes_keeps_its_programs(command):
+    """`plan` and `benchmark` do not: they measure compiling."""
+    assert "cli.use_compilation_cache()" in (ROOT / "sprint_jax" / f"{command}.py").read_text()
 
 
 def test_compiled_programs_are_kept_unless_the_user_decides(tmp_path, monkeypatch):

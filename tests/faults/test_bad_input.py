@@ -4,6 +4,7 @@ import json
 import shutil
 from types import SimpleNamespace
 
+import jax
 import numpy as np
 import pytest
 from helpers import runs
@@ -11,6 +12,7 @@ from helpers.workdirs import STEP, make_workdir, random_params, tiny_config
 
 from sprint_jax import train
 from sprint_jax.checkpoints.checkpoint import Checkpoints
+from sprint_jax.checkpoints.workdir import read_workdir_config
 
 TEACHER = "configs/digits.py:teacher,small"
 STUDENT = "configs/digits.py:student,small,sprint"
@@ -27,12 +29,12 @@ def models(tmp_path_factory):
 def run(data, monkeypatch, capfd):
     """``run(spec, workdir, **changes)``: six steps with an update that only counts them."""
 
-    def update(state, batch, frozen):
+    def count(state, batch, frozen):
         return state.replace(step=state.step + 1), {"health/in_a_row": np.zeros(())}
 
-    def run(spec, workdir, **changes):
+    def run(spec, workdir, update=count, **changes):
         monkeypatch.setattr(
-            train, "lower_updates", lambda *_: [SimpleNamespace(compile=lambda: update)]
+            train, "lower_updates", lambda *_, **__: [SimpleNamespace(compile=lambda: update)]
         )
         monkeypatch.setattr(train, "make_preview", lambda *_: None)
         changes = {"steps": 6, "log__checkpoint_every": 2} | changes
@@ -75,11 +77,13 @@ COUNTS += ["log.every", "log.sample_every", "log.checkpoint_every", "log.keep"]
         ("model.dtype=float16", ["'float16'", "bfloat16"]),
         ("model.remat=some", ["'some'", "dots"]),
         ("seed=-1", ["seed=-1"]),
+        # It would train 100 updates of warm-up, as many as this, and then nothing.
+        ("optimizer.decay_steps=1", ["optimizer.decay_steps=1", "at update 101 of 102", "-1"]),
     ],
 )
 def test_values_that_cannot_work(word, parts, refused, tmp_path):
     key, _, value = word.partition("=")
-    refused(TEACHER, tmp_path, 2, *parts, **{key.replace(".", "__"): value})
+    refused(TEACHER, tmp_path, 2, *parts, **{"steps": 102, key.replace(".", "__"): value})
 
 
 def test_weights_that_are_none(refused, models, tmp_path):
@@ -146,14 +150,86 @@ def test_workdir_of_another_config(run, tmp_path):
     workdir = tmp_path / "run"
     assert run(TEACHER, workdir).code == 0
     before = (workdir / "config.json").read_bytes()
-    ended = run(TEACHER, workdir, ema_decay=0.9, seed=3, steps=8)
-    check(ended, 1, str(workdir), "ema_decay", "1 more")
+    ended = run(TEACHER, workdir, sigma_d=0.6, seed=3, steps=8)
+    check(ended, 1, str(workdir), "seed is 0 there and 3 here", "1 more")
     check(run("configs/digits.py:teacher,full", workdir), 1, "data.world")
+    for changes in (
+        {"model__qk_norm": False},
+        {"data__batch_size": 32},
+        {"optimizer__name": "came"},
+    ):
+        (key,) = changes
+        check(run(TEACHER, workdir, **changes), 1, key.replace("__", "."))
+    # Off, the optimizer would have another form.
+    check(run(TEACHER, workdir, optimizer__clip_norm=0.0), 1, "optimizer.clip_norm is 1.0 there")
     assert (workdir / "config.json").read_bytes() == before
-    # Keys that do not decide the numbers of a step may change.
-    ended = run(TEACHER, workdir, steps=8, log__every=2, data__prefetch=1, mesh__fsdp=2)
+
+
+def test_a_run_is_mended_and_its_history_kept(run, tmp_path):
+    workdir = tmp_path / "run"
+    assert run(TEACHER, workdir).code == 0
+    # As another version left it, which lacks one key and has one of its own.
+    path = workdir / "config.json"
+    config = json.loads(path.read_text())
+    assert config["data"].pop("holdout") == 0 and "history" not in config
+    path.write_text(json.dumps(config | {"retired": 1.5}))
+    mended = {"optimizer.learning_rate": [1.5e-3, 1e-4], "optimizer.clip_norm": [1.0, 0.5]}
+    mended |= {"max_nonfinite": [20, 5], "accumulate": [1, 2], "ema_decay": [0.998, 0.9]}
+    mended |= {"model.remat": ["none", "full"], "mesh.fsdp": [1, 2], "steps": [6, 8]}
+    mended |= {"log.every": [1, 2], "data.prefetch": [4, 1]}
+    # A checkpoint has the weights that `init` was for.
+    mended |= {"init": ["", "nowhere"]}
+    changes = {key.replace(".", "__"): new for key, (_, new) in mended.items()}
+    ended = run(TEACHER, workdir, **changes)
     assert ended.code == 0 and list(runs.records(workdir)) == [1, 2, 3, 4, 5, 6, 8]
-    assert json.loads((workdir / "config.json").read_text())["steps"] == 8
+    (line,) = [line for line in ended.out.splitlines() if "from step 6 on" in line]
+    for key, (old, new) in mended.items():
+        assert f"{key} {old} -> {new}" in line
+    versions = {"data.holdout": ["absent", 0], "retired": [1.5, "absent"]}
+    config = read_workdir_config(workdir)
+    assert config.steps == 8 and config.max_nonfinite == 5 and "retired" not in config
+    # The same line changes nothing more; another one adds to the history.
+    assert run(TEACHER, workdir, **changes).code == 0
+    first = {"step": 6, "changed": mended | versions}
+    assert json.loads(path.read_text())["history"] == [first]
+    assert run(TEACHER, workdir, **changes | {"steps": 9}).code == 0
+    last = {"step": 8, "changed": {"steps": [8, 9]}}
+    assert json.loads(path.read_text())["history"] == [first, last]
+
+
+@pytest.mark.parametrize("message", ["RESOURCE_EXHAUSTED: 17 GB", "INTERNAL: something else"])
+def test_out_of_memory_says_what_to_change(run, tmp_path, message):
+    """As a device says it; an error of another kind stays what it is."""
+
+    def update(state, batch, frozen):
+        raise jax.errors.JaxRuntimeError(message)
+
+    if "INTERNAL" in message:
+        with pytest.raises(jax.errors.JaxRuntimeError, match=message):
+            run(TEACHER, tmp_path / "run", update)
+    else:
+        parts = ["17 GB", "batch_size", "accumulate", "remat", "fsdp"]
+        check(run(TEACHER, tmp_path / "run", update), 4, *parts)
+
+
+def test_a_start_that_is_killed_anywhere_is_begun_anew(run, tmp_path, monkeypatch):
+    """Before and after each of its first writes; the same line then trains."""
+    whole = []
+    for name in ("write_workdir_config", "Checkpoints"):
+        for after in (False, True):
+            original, workdir = getattr(train, name), tmp_path / f"{name}{after}"
+
+            def killed(*words, original=original, after=after, **more):
+                if after:
+                    original(*words, **more)
+                raise KeyboardInterrupt
+
+            with monkeypatch.context() as patch:
+                patch.setattr(train, name, killed)
+                assert run(TEACHER, workdir).code == 130
+            assert run(TEACHER, workdir).code == 0
+            whole.append(runs.records(workdir))
+    assert list(whole[0]) == [1, 2, 3, 4, 5, 6] and all(each == whole[0] for each in whole)
 
 
 def test_teacher_that_changed_under_its_student(run, models, tmp_path):

@@ -65,10 +65,10 @@ class Store(dict):
         pass
 
 
-def test_the_clock_of_steps_starts_with_the_first_and_names_who_is_behind(monkeypatch):
+def test_the_clock_is_of_phases_then_of_steps_and_names_who_is_behind(monkeypatch):
     now, store = [0.0], Store()
     monkeypatch.setattr(peers, "time", types.SimpleNamespace(monotonic=lambda: now[0]))
-    pair = [Peers(store, index, 2, silence=30, stall=60) for index in range(2)]
+    pair = [Peers(store, index, 2, silence=30, stall=60, start=600) for index in range(2)]
 
     def after(seconds, *steps):
         """Lets time go by, with signs of life; then the processes begin these steps."""
@@ -81,34 +81,62 @@ def test_the_clock_of_steps_starts_with_the_first_and_names_who_is_behind(monkey
             each.at_step(step)
         return verdicts
 
-    assert after(600, 7, 7) == [None, None]  # starting is not standing still
-    assert after(600, 8, 8) == [None, None]  # nor is the first step
+    def phase(name, *pair):
+        for each in pair:
+            each.at_phase(name)
+
+    def verdict(words):
+        found, same = after(20)
+        assert found == same and found.startswith(f"{LOST_PEER} {words}"), found
+        store.clear()
+
+    # Starting is not standing still, as long as one phase follows the other.
+    for name in ("opening the data", "compiling"):
+        phase(name, *pair)
+        assert after(600) == [None, None]
+    verdict("no progress for 600 s: every process hangs while compiling")
+    # Whoever is further waits for the one that is behind, which has a clock of its own.
+    phase("restoring", *pair)
+    after(300)
+    phase("compiling", pair[0])
+    assert after(300) == [None, None]
+    verdict(f"no progress for 600 s: process 1 of 2 on host {HOST} hangs while restoring")
+    phase("compiling", pair[1])
+    assert after(10, 7, 7) == [None, None]
+    assert after(600, 8, 8) == [None, None]  # the first step is part of the start
     assert after(60) == [None, None]
     pair[1].meet("a point where process 1 waits for process 0")
-    pair[0].at_step(9)
+    verdict(f"no step for 60 s: process 0 of 2 on host {HOST} hangs at step 8")
+    pair[0].meet("a point where process 1 waits for process 0")
     assert after(60) == [None, None]
-    verdict, same = after(10)
-    assert verdict.startswith(f"{LOST_PEER} no step for 60 s: process 1 of 2 on host {HOST} ")
-    assert verdict == same
+    verdict("no step for 60 s: every process hangs at step 8")
+    # What happens between two steps may take longer than one.
+    for each in pair:
+        each.at_step(9)
+    after(10)
+    phase("drawing samples", pair[1])
+    pair[0].at_step(10)
+    assert after(600) == [None, None]
+    verdict(f"no progress for 600 s: process 1 of 2 on host {HOST} hangs while drawing samples")
 
 
 def test_a_signal_counts_one_step_later_in_all_processes():
     """One to spread it over the devices, and all processes read the same number."""
     handler = signal.getsignal(signal.SIGTERM)
     seen = []
-    try:
-        stop = Stop(types.SimpleNamespace(at_step=seen.append))
+    with Stop(types.SimpleNamespace(at_step=seen.append, index=0)) as stop:
+        stop.begin()
         assert [stop.after(step) for step in (1, 2, 3)] == [0, 0, 0]
         signal.raise_signal(signal.SIGTERM)
         assert [stop.after(step) for step in (4, 5, 6)] == [0, signal.SIGTERM, signal.SIGTERM]
         assert seen == [1, 2, 3, 4, 5, 6]
-        # A process by itself stops after the step in progress.
-        alone = Stop()
+    # A process by itself stops after the step in progress.
+    with Stop() as alone:
+        alone.begin()
         assert alone.after(1) == 0
         signal.raise_signal(signal.SIGTERM)
         assert alone.after(2) == signal.SIGTERM
-    finally:
-        signal.signal(signal.SIGTERM, handler)
+    assert signal.getsignal(signal.SIGTERM) == handler
 
 
 @pytest.mark.parametrize("there", [(0, 2), (1,)])
@@ -177,3 +205,40 @@ def test_a_stuck_process_is_named(tmp_path):
     """Starting takes longer than these two seconds, and does not count."""
     for ended in finish_pod(work(tmp_path, "--hang", "1", "--stall_timeout", "2")):
         assert ended.code == LOST_PEER and f"process 1 of 2 on host {HOST} " in ended.error
+
+
+def test_a_long_start_is_no_stall_and_a_stuck_one_is_named(tmp_path):
+    """Five seconds of start against two for a step; then one that stands still for longer than three."""
+    long = ["--phases", "5", "--steps", "3", "--stall_timeout", "2", "--start_timeout", "30"]
+    assert [ended.code for ended in finish_pod(work(tmp_path, *long))] == [0, 0]
+    stuck = ["--phases", "2", "--stuck", "1", "--start_timeout", "3"]
+    for ended in finish_pod(work(tmp_path, *stuck)):
+        words = f"no progress for 3 s: process 1 of 2 on host {HOST} hangs while phase 1"
+        assert ended.code == LOST_PEER and words in ended.error
+
+
+@pytest.mark.parametrize("victim", [0, 1])
+def test_a_signal_before_the_first_step_ends_all_processes(victim, tmp_path):
+    """The one that gets it waits where no signal reaches Python, the other for it."""
+    pod = work(tmp_path, "--phases", "1", "--stuck", str(victim))
+    wait_for(lambda: len(list(tmp_path.iterdir())) == 2, *pod)
+    pod[victim].send_signal(signal.SIGTERM)
+    both = finish_pod(pod, timeout=60)
+    assert [ended.code for ended in both] == [128 + signal.SIGTERM] * 2, both
+    assert "while phase 0, before the first step" in both[victim].out
+    assert f"process {victim} of 2 on host {HOST} was stopped" in both[1 - victim].error
+
+
+def test_processes_that_see_different_folders(tmp_path):
+    """As on hosts that do not share a disk: one line for each, and nothing is left in the folders."""
+    where = {"JAX_COORDINATOR_ADDRESS": f"localhost:{pods.free_port()}", "JAX_NUM_PROCESSES": "2"}
+    words = [*WORKER, "--distributed", "--steps", "3", "--peer_timeout", "5", "--workdir"]
+    folders = [str(tmp_path / name) for name in ("here", "there")]
+    start = lambda i, folder: start_one([*words, folder], 1, JAX_PROCESS_ID=str(i), **where)  # noqa: E731
+    for ended in finish_pod([start(i, folder) for i, folder in enumerate(folders)], timeout=120):
+        assert ended.code == 2, ended
+        line = pods.errors(ended)[0]
+        assert f"process 1 on host {HOST} of 2 processes cannot see {tmp_path}" in line
+    assert not list(tmp_path.rglob("*"))
+    same = [start(i, folders[0]) for i in range(2)]
+    assert [ended.code for ended in finish_pod(same, timeout=120)] == [0, 0]

@@ -5,7 +5,6 @@ shares the compilation cache of the tests (see conftest.py).
 """
 
 import contextlib
-import signal
 import subprocess
 import sys
 import time
@@ -147,7 +146,6 @@ class Ended(NamedTuple):
 
 def run_here(arguments: list[str], monkeypatch, capfd, main=train.main) -> Ended:
     """Runs a command in this process, through `cli.run_command`, as ``python -m`` would."""
-    handler = signal.getsignal(signal.SIGTERM)
     capfd.readouterr()
     with monkeypatch.context() as patch:
         patch.setattr(sys, "argv", ["command", *arguments])
@@ -156,18 +154,12 @@ def run_here(arguments: list[str], monkeypatch, capfd, main=train.main) -> Ended
             code = 0
         except SystemExit as stop:
             code = stop.code
-        finally:
-            signal.signal(signal.SIGTERM, handler)
     return Ended(code, *capfd.readouterr())
 
 
 def train_here(c: Config, workdir: Path) -> Path:
-    """Runs `train.train` without what it does to the process; returns the workdir."""
-    handler = signal.getsignal(signal.SIGTERM)
-    try:
-        train.train(c, workdir)
-    finally:
-        signal.signal(signal.SIGTERM, handler)
+    """Runs `train.train`; returns the workdir."""
+    train.train(c, workdir)
     return workdir
 
 

@@ -51,8 +51,8 @@ def test_the_host_never_waits_for_the_step_in_progress(data, tmp_path, monkeypat
     c = tiny(TEACHER, data, steps=12, log__every=3, **never)
     lower, get = train.lower_updates, jax.device_get
 
-    def lower_updates(*arguments):
-        (lowered,) = lower(*arguments)
+    def lower_updates(*arguments, **more):
+        (lowered,) = lower(*arguments, **more)
 
         class Program:
             def compile(self):

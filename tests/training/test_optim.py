@@ -6,7 +6,9 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from helpers.runs import ROOT
 
+from sprint_jax.core.config import load_config
 from sprint_jax.core.errors import UserError
 from sprint_jax.training.optim import (
     decay_mask,
@@ -16,6 +18,7 @@ from sprint_jax.training.optim import (
     path_names,
     scale_by_came,
 )
+from sprint_jax.training.setup import build_nets, mesh_from
 
 
 def normal(seed, *shape):
@@ -231,6 +234,25 @@ def test_learning_rate_schedule():
     got = [float(cosine(n)) for n in (0, 2, 4, 9, 14, 99)]
     np.testing.assert_allclose(got, [0, 1, 2, 1, 0, 0], atol=1e-6)
     assert float(cosine(6)) == pytest.approx(1 + np.cos(np.pi * 0.2), rel=1e-6)
+
+
+def test_decay_over_all_steps_grows_with_them():
+    """Sizes of the updates of a run that is resumed for twice as long, by its config alone."""
+
+    def sizes(steps):
+        changes = {"steps": steps, "optimizer.warmup_steps": 0, "optimizer.clip_norm": 0.0}
+        c = load_config(str(ROOT / "configs" / "digits.py:teacher,small"), changes)
+        optimizer = build_nets(c, mesh_from(c)).optimizer
+        params = {"w": jnp.ones(())}
+        state = optimizer.init(params)
+        for _ in range(8):
+            update, state = optimizer.update(params, state, params)
+            yield -float(update["w"]) / c.optimizer.learning_rate
+
+    half, whole = (1 + np.cos(np.pi * np.arange(8) / n) for n in (4, 8))
+    half[4:] = 0
+    np.testing.assert_allclose(list(sizes(4)), half / 2, atol=1e-4)
+    np.testing.assert_allclose(list(sizes(8)), whole / 2, atol=1e-4)
 
 
 def test_unknown_name_is_a_user_error():

@@ -1,0 +1,54 @@
+"""Programs of many batch shapes, compiled in the background of a run."""
+
+import threading
+from types import SimpleNamespace
+
+import jax
+import pytest
+
+from sprint_jax.core.errors import UserError
+from sprint_jax.training.stages import COMPILERS, compile_updates
+
+
+def shapes(*heights):
+    return [{"latents": jax.ShapeDtypeStruct((8, height, 4, 3), "float32")} for height in heights]
+
+
+def program(name):
+    return SimpleNamespace(compile=lambda: name)
+
+
+def test_the_first_shape_waits_for_no_other():
+    """The second is held up until it is asked for; the third fails where it is asked for, and nowhere else."""
+    first, second, third = batches = shapes(4, 8, 12)
+    go, traced = threading.Event(), []
+
+    def lower(batch):
+        traced.append(batch["latents"].shape[1])
+        assert go.wait(60)
+        if batch is third:
+            raise UserError("no such shape")
+        return [program("update of 8"), program("critic of 8")]
+
+    with compile_updates([program("update of 4")], lower, batches) as updates:
+        assert updates(first) == ["update of 4"]
+        assert updates(second, wait=False) is None
+        go.set()
+        assert updates(second) == ["update of 8", "critic of 8"] == updates(second, wait=False)
+        with pytest.raises(UserError, match="no such shape"):
+            updates(third)
+    assert traced == [8, 12]
+
+
+def test_a_run_that_ends_early_compiles_nothing_more():
+    batches, traced, go = shapes(*range(1, 200)), [], threading.Event()
+
+    def lower(batch):
+        traced.append(batch)
+        assert go.wait(60)
+        return []
+
+    with compile_updates([program("update")], lower, batches) as updates:
+        updates(batches[0])
+        threading.Timer(0.5, go.set).start()
+    assert len(traced) <= COMPILERS
