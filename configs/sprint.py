@@ -8,8 +8,9 @@ Words: ``600m`` or ``1600m``, and the losses: ``sprint`` (sCM + LADD), ``rcm`` (
 ``twinflow``, or ``apt`` (an adversarial finish of a student, ``--config.init=DIR``). The values of ``sprint``
 are those of the published YAML files and of the paper. The files have 16 images per GPU and do not say how many
 GPUs; 512 in all is our choice. Those of the others are scaled from publications on other teachers, as each
-function says. ``--config.data.latents=DIR`` names what `sprint_jax.encode` wrote; ``--config.data.source=synthetic`` trains on noise, to measure. What a
-step costs on a TPU slice is in docs/planning.md. No full training was run.
+function says. ``--config.data.latents=DIR`` names what `sprint_jax.encode` wrote;
+``--config.data.source=synthetic`` trains on noise, to measure. What a step costs on a TPU slice is in
+docs/planning.md. No full training was run.
 """
 
 import ml_collections
