@@ -110,10 +110,11 @@ def load_autoencoder(
         raise UserError(f"{folder}/config.json: key '{unknown[0]}' is unknown")
     try:
         autoencoder = AutoencoderDC(**{key: _tuples(value) for key, value in config.items()})
+        table = dc_ae_table(autoencoder)
     except UserError as error:
         raise UserError(f"{folder}/config.json: {error}") from error
     tensors = open_safetensors(folder, STEM)
-    return autoencoder, load_params(dc_ae_table(autoencoder), tensors, dtype, shardings)
+    return autoencoder, load_params(table, tensors, dtype, shardings)
 
 
 def save_autoencoder(
