@@ -5,7 +5,8 @@ Run one with:
     python -m sprint_jax.train --config configs/digits.py:teacher --workdir runs/teacher
 
 This file is a library of defaults and costs nothing by itself. A section of one stage says so; the other
-stage does not read it, and setting its keys changes nothing there.
+stage does not read it, and setting its keys changes nothing there. The values that a key may take are
+one table, `sprint_jax/core/ranges.py`; a config with another value is refused when it is read.
 
 A run of an older version goes on with the defaults of the keys that it did not have: a new key's default leaves
 everything as it was.

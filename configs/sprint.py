@@ -6,10 +6,11 @@
 
 Words: ``600m`` or ``1600m``, and the losses: ``sprint`` (sCM + LADD), ``rcm`` (sCM + reverse divergence),
 ``twinflow``, or ``apt`` (an adversarial finish of a student, ``--config.init=DIR``). The values of ``sprint``
-are those of the published YAML files and of the paper, with their batch of 16 per GPU on 32 GPUs; those of the
-others are scaled from publications on other teachers, as each function says. ``--config.data.latents=DIR``
-names what `sprint_jax.encode` wrote; ``--config.data.source=synthetic`` trains on noise, to measure. What a
-step costs on a TPU slice is in docs/planning.md. No full training was run.
+are those of the published YAML files and of the paper. The files have 16 images per GPU and do not say how many
+GPUs; 512 in all is our choice. Those of the others are scaled from publications on other teachers, as each
+function says. ``--config.data.latents=DIR`` names what `sprint_jax.encode` wrote;
+``--config.data.source=synthetic`` trains on noise, to measure. What a step costs on a TPU slice is in
+docs/planning.md. No full training was run.
 """
 
 import ml_collections
@@ -26,8 +27,12 @@ def get_config(arg=None):
     c.model = default.model_fields(size)
     large_model(c)
     c.data.batch_size = 512
-    c.optimizer = came(2e-6, warmup_steps=5000)
-    c.ladd.optimizer = judge(2e-6)
+    # The published code's `auto_lr: sqrt`, for both optimizers. Another batch wants another rate.
+    rate = 2e-6 * (c.data.batch_size / 256) ** 0.5
+    c.optimizer = came(rate, warmup_steps=5000)
+    c.ladd.optimizer = judge(rate)
+    # Our choice: published runs have no average. The ramp, (1 + step) / (10 + step), is what counts in a run of
+    # this length: 0.9994 at its end; it meets 0.9999 after 90,000 steps.
     c.ema_decay = 0.9999
     {"sprint": lambda c: None, "rcm": rcm, "twinflow": twinflow, "apt": apt}[method](c)
     return c
@@ -44,6 +49,7 @@ def rcm(c):
     c.dmd.warmup = c.scm.tangent_warmup = 1000
     c.dmd.fake_updates = 4
     c.dmd.shift = 5.0
+    c.optimizer.learning_rate = 2e-6  # and a fifth of it for the fake score
     c.dmd.optimizer = judge(4e-7)
     c.images.rollout = 4
     c.scm.time_mean = 0.0  # its log-normal(0.7, 1.6) for sigma_d = 1

@@ -101,7 +101,7 @@ def diff(a: Mapping[str, Any] | ConfigDict, b: Mapping[str, Any] | ConfigDict) -
 
 
 def load_config(spec: str, overrides: Mapping[str, Any] | Sequence[str] = ()) -> Config:
-    """Loads ``path.py`` or ``path.py:arg`` and applies overrides.
+    """Loads ``path.py`` or ``path.py:arg`` and applies overrides; ``configs/X.py`` also from elsewhere.
 
     Args:
       spec: the file, and what to pass to its ``get_config`` after a colon (None when absent).
@@ -160,6 +160,9 @@ def _run_file(spec: str) -> ModuleType:
     """Runs the file of ``FILE.py:WORDS`` and returns it as a module."""
     name = spec.partition(":")[0]
     path = Path(name)
+    shipped = Path(__file__).parents[2] / path
+    if path.parts[:1] == ("configs",) and not path.is_file() and shipped.is_file():
+        path = shipped  # of the checkout or the installed package, wherever the command runs
     if path.suffix != ".py" or not path.is_file():
         nearest = _nearest(name, map(str, path.parent.glob("*.py")))
         raise UserError(f"--config={spec}: there is no config file {name}{nearest}", exit_code=2)

@@ -104,8 +104,12 @@ def load_autoencoder(
     """
     folder = Path(folder)
     autoencoder = read_autoencoder(folder)
+    try:
+        table = dc_ae_table(autoencoder)
+    except UserError as error:
+        raise UserError(f"{folder}/config.json: {error}") from error
     tensors = open_safetensors(folder, STEM)
-    return autoencoder, load_params(dc_ae_table(autoencoder), tensors, dtype, shardings)
+    return autoencoder, load_params(table, tensors, dtype, shardings)
 
 
 def read_autoencoder(folder: Path) -> AutoencoderDC:

@@ -99,7 +99,10 @@ def test_hub_ids(written, tmp_path, monkeypatch):
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
     assert hub.is_hub_id("Efficient-Large-Model/Sana_Sprint_0.6B_1024px_diffusers")
-    assert not any(map(hub.is_hub_id, ["student", "./runs/x", "/a/b", "a/b/c", str(written)]))
+    assert hub.is_hub_id("org/model@refs/pr/1")
+    assert not any(
+        map(hub.is_hub_id, ["student", "org/model@", "./runs/x", "/a/b", "a/b/c", str(written)])
+    )
     with pytest.raises(UserError, match="org/model"):
         SprintPipeline.from_pretrained("org/model")
     # As the hub's library keeps what it once downloaded.
@@ -108,3 +111,18 @@ def test_hub_ids(written, tmp_path, monkeypatch):
     (cache / "refs").mkdir()
     (cache / "refs" / "main").write_text("a1")
     assert SprintPipeline.from_pretrained("org/model").is_student
+    (cache / "refs" / "v1").write_text("a1")
+    assert hub.download("org/model@v1") == cache / "snapshots" / "a1"
+    with pytest.raises(UserError, match="org/model@v2"):
+        hub.download("org/model@v2")
+
+
+def test_weights_are_downloaded_in_one_variant():
+    stem = "diffusion_pytorch_model"
+    whole = ["model_index.json", f"transformer/{stem}.safetensors"]
+    whole += ["vae/config.json", f"vae/{stem}-00001-of-00002.safetensors"]
+    whole += [f"vae/{stem}.safetensors.index.json", "text_encoder/model.bf16.safetensors"]
+    spare = [f"transformer/{stem}.fp16.safetensors", f"vae/{stem}.bf16-00001-of-00002.safetensors"]
+    spare += [f"vae/{stem}.safetensors.index.bf16.json", "text_encoder/model.fp16.safetensors"]
+    spare += [f"vae/{stem}.bin", "README.md"]
+    assert hub.choose_files([*spare, *whole], hub.FILES) == whole

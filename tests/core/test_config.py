@@ -136,6 +136,15 @@ def test_load_config(config_file):
     assert diff({"a": 1}, {"b": 1}) == ["a", "b"]
 
 
+def test_shipped_configs_load_from_anywhere_and_a_users_own_build_on_them(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert load_config("configs/digits.py:teacher").stage == "flow"
+    (tmp_path / "configs").mkdir()
+    mine = "from configs import digits\ndef get_config(arg): return digits.get_config('student')"
+    (tmp_path / "configs" / "digits2.py").write_text(mine)
+    assert load_config("configs/digits2.py").stage == "distill"
+
+
 def test_load_config_names_what_is_wrong(config_file, tmp_path):
     missing = str(config_file.with_name("tinny.py"))
     refuse(load_config, missing, parts=[missing, str(config_file)])

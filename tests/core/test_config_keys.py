@@ -66,6 +66,13 @@ def test_values_out_of_range_are_refused_when_a_config_is_read(key):
         refuse(load_config, str(DEFAULT_FILE), word, parts=[f"config.{key}="])
 
 
+def test_published_rates_follow_the_batch():
+    c = load_config(str(ROOT / "configs/sprint.py:600m"))
+    assert c.data.batch_size == 512
+    for section in (c.optimizer, c.ladd.optimizer):
+        assert section.learning_rate == pytest.approx(2e-6 * 2**0.5)
+
+
 @contextlib.contextmanager
 def no_compilation(first, lower, shapes):
     """Stands in for `compile_updates`; that the updates were traced has read all that they read."""
