@@ -149,7 +149,8 @@ def get_config(arg=None):
     c.ladd.time_mean = -0.6  # log-normal angles at which the critic looks
     c.ladd.time_std = 1.0
     c.ladd.token_norm = False  # heads with layer norm per token, not batch norm over 8 images
-    c.ladd.misaligned = True  # real images with the wrong caption count as fake
+    # True: real images with the caption of the next one count as fake, unless it is empty or theirs as well
+    c.ladd.misaligned = True
     c.ladd.r1 = 0.0  # weight of the critic's squared gradient by real images
     c.ladd.r2 = 0.0  # the same by generated images
     c.ladd.penalty_noise = (

@@ -19,6 +19,11 @@ from .data.latents import encoding
 from .data.sources.records import Concatenation, Source
 from .parallel import distributed
 
+# Keys of the config that are read; a name with a dot at its end stands for a whole section.
+READ = ("data.images", "data.dir", "data.image_feature", "data.caption_feature", "data.resolution")
+READ += ("data.sizes", "data.encoders", "data.max_rejected", "encode.", "mesh.data", "mesh.fsdp")
+READ += ("mesh.tensor", "sigma_d")
+
 
 def main(argv: list[str]) -> None:
     """Runs the command; ``argv`` are its words. Raises UserError for what cannot be encoded."""
@@ -30,6 +35,12 @@ def main(argv: list[str]) -> None:
     )
     distributed.add_flags(parser)
     flags, c = cli.parse_with_config(parser, argv)
+    for word in cli.split_overrides(argv)[0]:
+        name = word.removeprefix("--config.").partition("=")[0]
+        if not name.startswith(READ):
+            raise UserError(
+                f"--config.{name} changes nothing that encode writes: it reads {', '.join(READ)}", 2
+            )
     out = as_path(flags.out)
     if flags.limit is not None and flags.limit < 1:
         raise UserError(f"--limit {flags.limit} must be at least 1", exit_code=2)

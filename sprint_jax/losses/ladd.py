@@ -8,6 +8,7 @@ from collections.abc import Callable
 
 import chex
 import jax
+import jax.numpy as jnp
 
 from ..trigflow import add_noise
 from .adversarial import approximate_penalty, gradient_penalty, hinge_critic, hinge_generator
@@ -57,6 +58,7 @@ def ladd_discriminator_loss(
     misaligned: tuple[Array, Array, Array] | None = None,
     *,
     sigma_d: float,
+    wrong: Array | None = None,
     critic: Callable = hinge_critic,
     clean: bool = False,
     r1: float = 0.0,
@@ -72,6 +74,8 @@ def ladd_discriminator_loss(
         the same captions, noise and angles.
       misaligned: real images with other samples' text, ``(rolled x0, z, t)``, which count as half of the
         fakes; None leaves them out.
+      wrong: which misaligned pairs are in fact that, bool [B], by default all; in the place of another pair
+        counts the fake of its row.
       critic: ``critic(real logits, fake logits) -> [B]``.
       clean: images are seen without noise, and ``t`` is a condition only.
       r1, r2: weights of half the squared gradient of the mean logit by real and by fake images.
@@ -79,7 +83,8 @@ def ladd_discriminator_loss(
         derivatives; 0: exact.
 
     Returns:
-      ``(loss, aux)``, aux with mean logits per sample 'real' [B], 'fake' [B] and 'misaligned' [B] (if any).
+      ``(loss, aux)``, aux with mean logits per sample 'real' [B], 'fake' [B] and 'misaligned' [B] (if any; NaN
+      where ``wrong`` is false).
     """
 
     def logits_of(x0, z, t):
@@ -95,7 +100,11 @@ def ladd_discriminator_loss(
     logits = {name: logits_of(*kind) for name, kind in kinds.items()}
     chex.assert_rank([*logits.values()], 2)
     negative = [logits[name] for name in kinds if name != "real"]
-    loss = sum(critic(logits["real"], each).mean() for each in negative) / len(negative)
+    rows = [critic(logits["real"], each) for each in negative]
+    if wrong is not None and misaligned is not None:
+        rows[1] = jnp.where(wrong, rows[1], rows[0])
+        logits["misaligned"] = jnp.where(wrong[:, None], logits["misaligned"], jnp.nan)
+    loss = sum(each.mean() for each in rows) / len(rows)
     for weight, (x0, z, t) in ((r1, kinds["real"]), (r2, kinds["fake"])):
         if not weight:
             continue

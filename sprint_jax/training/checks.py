@@ -96,6 +96,13 @@ def check_values(c: Config) -> None:
         return
     if c.ladd.loss == "relativistic" and not c.ladd.paired:
         raise UserError("config.ladd.loss=relativistic needs pairs: set config.ladd.paired", 2)
+    if c.ladd.misaligned and c.data.batch_size == c.accumulate:
+        raise UserError(
+            "config.ladd.misaligned pairs images with captions of others, and a microbatch of "
+            f"config.data.batch_size / config.accumulate = {c.data.batch_size} / {c.accumulate} has no other: "
+            "make it larger, or set config.ladd.misaligned=false",
+            exit_code=2,
+        )
     if (c.ladd.r1 or c.ladd.r2) and not c.ladd.token_norm:
         raise UserError(
             "config.ladd.r1 and r2 are of each image by itself, batch norm is not: set config.ladd.token_norm",

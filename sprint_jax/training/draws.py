@@ -97,6 +97,23 @@ def images_of(c, batch: dict) -> tuple[jax.Array, jax.Array, jax.Array]:
     return batch["latents"] * c.sigma_d, batch["text"], batch["mask"]
 
 
+def wrong_captions(frozen: dict, text, mask) -> jax.Array:
+    """Which rows' captions are wrong for the image of the row before, bool [B]: not empty, and not its own.
+
+    Captions are the same where as many tokens are kept and their features differ by no more than encoding them
+    in another batch in bfloat16 makes of them.
+    """
+
+    def same(other_text, other_mask):
+        kept = (mask == 1)[..., None]
+        difference = jnp.where(kept, jnp.abs(text - other_text), 0).max((1, 2))
+        size = jnp.where(kept, jnp.abs(text), 0).max((1, 2))
+        return (mask == other_mask).all(1) & (difference <= size / 32)
+
+    null = frozen["null_text"][None].astype(text.dtype), frozen["null_mask"][None]
+    return ~(same(*null) | same(jnp.roll(text, 1, axis=0), jnp.roll(mask, 1, axis=0)))
+
+
 def draw_noise(c, key: Key, x0: jax.Array) -> jax.Array:
     """Noise of standard deviation ``sigma_d``."""
     return c.sigma_d * jax.random.normal(key, x0.shape)

@@ -94,7 +94,8 @@ def discriminator_update(nets: Nets, c, state: TrainState, batch: dict, frozen: 
         x0, text, mask = draws.images_of(c, batch)
         fake, angle = draws.images_in(nets, c, student_params, batch, keys)
         critic = draws.critic_of(nets, c, trained, spectral, state, frozen, text, mask)
-        value, logits = critic_loss(c, critic, x0, fake, keys)
+        wrong = draws.wrong_captions(frozen, text, mask) if c.ladd.misaligned else None
+        value, logits = critic_loss(c, critic, x0, fake, keys, wrong)
         order = rank_of_fakes(logits["real"], logits["fake"])
         aux = {f"logits/{name}": each for name, each in logits.items()}
         return value, aux | {"auc": jnp.where(angle >= trigflow.MAX_TIME, order, jnp.nan)}
@@ -105,13 +106,18 @@ def discriminator_update(nets: Nets, c, state: TrainState, batch: dict, frozen: 
     value, aux, grads, _ = gradients({"critic": loss}, trained, batch, key, c.accumulate)
     state, metrics = apply_critic(nets.disc_optimizer, state, value, grads, spectral)
     auc = aux.pop("auc")
+    if "logits/misaligned" in aux:
+        metrics["logits/misaligned"] = jnp.nanmean(aux.pop("logits/misaligned"))
     metrics |= {name: values.mean() for name, values in aux.items()}
     # Of this batch before the critic learnt from it, and of the student's images from pure noise alone.
     return state, metrics | {"loss/critic": value, "critic/auc": jnp.nanmean(auc)}
 
 
-def critic_loss(c, discriminate, real, fake, keys: DiscriminatorKeys):
-    """`losses.ladd_discriminator_loss` with the times, the noise and the options that the config says."""
+def critic_loss(c, discriminate, real, fake, keys: DiscriminatorKeys, wrong=None):
+    """`losses.ladd_discriminator_loss` with the times, the noise and the options that the config says.
+
+    A misaligned pair is a caption and the image of the row before, where it is ``wrong`` for that, bool [B].
+    """
 
     def at_noise(x0, time_key, noise_key):
         t = draws.draw_time(c.ladd, time_key, x0, c.sigma_d)
@@ -131,6 +137,7 @@ def critic_loss(c, discriminate, real, fake, keys: DiscriminatorKeys):
         fake,
         rolled,
         sigma_d=c.sigma_d,
+        wrong=wrong,
         critic=PAIRS[c.ladd.loss][0],
         clean=c.ladd.clean,
         r1=c.ladd.r1,

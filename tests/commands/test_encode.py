@@ -8,11 +8,15 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from helpers.encoding import SMALL, STORED, Pictures, encode_small, hashes, words
+from helpers.recording import Recording
 from helpers.runs import ROOT, run_here, write_digits
 from PIL import Image
 from safetensors.numpy import load_file, save_file
 
+from configs import default
 from sprint_jax import encode
+from sprint_jax.core import cli
+from sprint_jax.core.config import flatten, load_config
 from sprint_jax.core.errors import UserError
 from sprint_jax.core.pixels import nearest_size
 from sprint_jax.data.buckets import fit_image
@@ -207,6 +211,27 @@ def test_wrong_flags_and_a_folder_of_images_as_output_are_refused(tmp_path, monk
         ended = run_here([*spec, *flags], monkeypatch, capfd, encode.main)
         assert ended.code == 2 and named in ended.error
     assert not any((tmp_path / "images").iterdir())
+
+
+@pytest.mark.parametrize(
+    "flag", ["steps=5", "data.batch_size=8", "model.num_layers=3", "mesh.dcn_data=1"]
+)
+def test_keys_that_encode_does_not_read_are_refused(tmp_path, monkeypatch, capfd, flag):
+    spec = ["--config", f"{ROOT / 'configs' / 'encode.py'}:digits", f"--out={tmp_path / 'a'}"]
+    ended = run_here([*spec, f"--config.{flag}"], monkeypatch, capfd, encode.main)
+    assert ended.code == 2 and f"--config.{flag.partition('=')[0]} " in ended.error
+    assert not (tmp_path / "a").exists()
+
+
+def test_the_keys_that_encode_lets_pass_are_those_that_it_reads(tmp_path, monkeypatch):
+    read: set[str] = set()
+    monkeypatch.setattr(cli, "load_config", lambda *how: Recording(load_config(*how), read))
+    data = write_digits(tmp_path, "full")
+    flags = [*words(tmp_path / "a", data__dir=data), "--limit=1"]
+    flags[1] = str(ROOT / flags[1])
+    encode.main(flags)
+    keys = flatten(default.get_config())
+    assert read == {key for key in keys if key.startswith(encode.READ)}
 
 
 def test_the_command_encodes_the_digits_world(tmp_path, monkeypatch, capfd):

@@ -125,6 +125,7 @@ def test_weights_that_are_none(refused, models, tmp_path):
         (["model.flow_map"], {"meanflow__weight": 1.0}),
         (["ladd.loss", "hinge"], {"ladd__loss": "logistic"}),
         (["ladd.paired"], {"ladd__loss": "relativistic"}),
+        (["ladd.misaligned", "16 / 16"], {"accumulate": 16}),
         (["ladd.token_norm"], {"ladd__r1": 0.1, "ladd__token_norm": False}),
         (["ladd.features=fake", "dmd.weight"], {"ladd__features": "fake"}),
     ):

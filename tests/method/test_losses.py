@@ -305,6 +305,28 @@ def test_discriminator_hinge(rolled):
         assert not to_images.any()
 
 
+def test_pairs_that_are_not_misaligned_count_as_the_fakes_of_their_rows():
+    with jax.enable_x64(True):
+        two, all_wrong = discriminator_loss(None), discriminator_loss(ROLLED)
+        for wrong, expected in ((False, two), (True, all_wrong)):
+            (value, aux), (gradient, _) = discriminator_loss(ROLLED, wrong=jnp.full(3, wrong))
+            assert value == pytest.approx(float(expected[0][0]), rel=1e-12)
+            assert_close(gradient, expected[1][0], 1e-12)
+            assert np.isnan(aux["misaligned"]).all() == (not wrong)
+        # Of single rows, which the second head would tie together.
+        alone = lambda params, maps: heads(params, maps)[:1] * 2  # noqa: E731
+        wrong = jnp.array([True, False, True])
+        (value, aux), _ = discriminator_loss(ROLLED, alone, wrong=wrong)
+        real, fake, rolled = (
+            (features(noisy(*each), each[2])[0] @ HEADS["w"]).reshape(3, -1)
+            for each in (REAL, FAKE, ROLLED)
+        )
+        negative = np.concatenate([fake, rolled[[0]], fake[[1]], rolled[[2]]])
+        expected = (np.maximum(0, 1 - real).mean() + np.maximum(0, 1 + negative).mean()) / 2
+        assert value == pytest.approx(expected, rel=1e-12)
+        assert np.isnan(aux["misaligned"]).tolist() == [False, True, False]
+
+
 def test_discriminator_penalties():
     """D = q sum f^2 of f = x / sigma_d has the gradient 2 q f / (count sigma_d) by its mean logit."""
 
