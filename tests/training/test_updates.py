@@ -8,10 +8,20 @@ import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 import pytest
 from helpers.compare import assert_same_bits
-from helpers.runs import RECIPES, build, copy, tiny
+from helpers.runs import build, copy, tiny
+from helpers.updates import (
+    HEADS,
+    STUDENT,
+    after,
+    changed,
+    check_placement,
+    moments,
+    one_device,
+    placed,
+    relative_change,
+)
 from helpers.workdirs import make_workdir
 
 from sprint_jax.core.fingerprint import leaf_table
@@ -36,10 +46,6 @@ def configs(data, tmp_path_factory):
         "flow": tiny(SPECS["flow"], data),
         "distill": tiny(SPECS["distill"], data, teacher=str(teacher)),
     }
-
-
-def one_device():
-    return sharding.make_mesh(1, 1, devices=jax.devices()[:1])
 
 
 @pytest.fixture(scope="module")
@@ -83,46 +89,6 @@ def test_eight_devices_equal_one(stage, shape, configs, singles, single_runs):
     # The total may come near 0 as a difference of losses of order 1, of which 1e-6 is 8 ulp.
     chex.assert_trees_all_close(losses, expected, rtol=1e-5, atol=1e-6)
     assert relative_change(expected_params, params) < 1e-4
-
-
-def check_placement(built):
-    """State lies as its shardings say, before and after an update, and a batch over data and fsdp."""
-    state, _ = built.updates[0](copy(built.state), built.batch(0), built.frozen)
-    wanted = sharding.state_shardings(built.mesh, state)
-    for tree in (built.state, state):
-        assert jax.tree.map(lambda leaf: leaf.sharding, tree) == wanted
-    latents = built.batch(0)["latents"]
-    rows = latents.shape[0] // sharding.batch_ways(built.mesh)
-    assert {shard.data.shape[0] for shard in latents.addressable_shards} == {rows}
-
-
-def changed(before, after) -> set[str]:
-    """Names of the leaves that are not bit for bit the same."""
-    table, other = leaf_table(before), leaf_table(after)
-    return {name for name in table if table[name] != other[name]}
-
-
-def after(built, which, state=None, batch=None, frozen=None, times=1):
-    """The state (on the host) after an update; ``which`` counts `compile_updates`' list."""
-    state = copy(built.state if state is None else state)
-    for number in range(times):
-        given = built.batch(number) if batch is None else batch
-        state, metrics = built.updates[which](state, given, frozen or built.frozen)
-    return jax.device_get(state), jax.device_get(metrics)
-
-
-def moments(opt_state):
-    """AdamW's first moments: after one update a tenth of the clipped gradients."""
-    return optax.tree.get(opt_state, "mu")
-
-
-def placed(built, state):
-    """A state of the host on the devices of a run."""
-    return jax.device_put(state, jax.tree.map(lambda leaf: leaf.sharding, built.state))
-
-
-STUDENT, HEADS = ("params", "ema", "opt_state"), ("disc", "disc_opt_state")
-FAKE = ("fake", "fake_opt_state")
 
 
 @pytest.mark.parametrize("which", [0, 1], ids=["student", "heads"])
@@ -169,11 +135,6 @@ def test_exam_of_one_step_images_and_of_the_critic(singles):
     unjudged = dataclasses.replace(built.data, readable=None)
     assert make_exam(c, built.nets, unjudged, built.mesh) is None
     assert make_exam(c.override({"log.exam": 0}), built.nets, data, built.mesh) is None
-
-
-def relative_change(mine, other) -> float:
-    """How far the trees lie apart, relative to the first."""
-    return float(optax.tree.norm(optax.tree.sub(mine, other)) / optax.tree.norm(mine))
 
 
 def test_gradients_reach_the_student_through_both_losses(singles):
@@ -345,82 +306,3 @@ def test_the_tangent_may_have_a_precision_of_its_own(configs):
     plain = loss()
     assert loss(**{"scm.jvp_dtype": "bfloat16"}) == plain
     assert loss(**{"scm.jvp_dtype": "float32"}) != plain
-
-
-@pytest.fixture(scope="module")
-def recipes(configs):
-    """``recipes(name) -> (config, run on one device)``."""
-
-    @functools.cache
-    def recipes(name):
-        c = configs["distill"].override(RECIPES[name])
-        return c, build(c, one_device())
-
-    return recipes
-
-
-def owners(c) -> list[tuple[str, ...]]:
-    """The fields that each update of a step may change, in order."""
-    fake = [FAKE] * (c.dmd.fake_updates if c.dmd.weight else 0)
-    return [("step", *STUDENT), *fake, *([HEADS] if c.ladd.weight else [])]
-
-
-def everything(state) -> dict:
-    return {field.name: getattr(state, field.name) for field in dataclasses.fields(state)}
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("name", RECIPES)
-def test_each_update_of_a_recipe_moves_its_own_network_alone(name, recipes):
-    c, built = recipes(name)
-    state, metrics = after(built, 0)
-    expected = owners(c)
-    assert len(built.updates) == len(expected)
-    for which, own in enumerate(expected):
-        before = everything(state)
-        state, more = after(built, which, placed(built, state))
-        metrics |= more
-        fields = {name.split("/")[0] for name in changed(before, everything(state))}
-        assert fields <= {*own} and fields >= {own[0], own[-1]}
-    assert state.skipped == 0 and all(np.isfinite(metrics[k]) for k in metrics if k[:5] == "loss/")
-    # The recipe reaches the student: by sCM alone the gradient is another.
-    others = {
-        f"{loss}.weight": 0.0 for loss in ("dmd", "twinflow", "ladd", "meanflow", "trajectory")
-    }
-    others |= {"scm.weight": 1.0}
-    alone, _ = after(build(c.override(others), one_device(), trimmed(built.state)), 0)
-    moved, _ = after(built, 0)
-    assert relative_change(*(moments(each.opt_state)["proj_out"] for each in (alone, moved))) > 1e-3
-    shares = [v for k, v in metrics.items() if k.startswith("share/")]
-    assert sum(shares) == pytest.approx(1, abs=1e-5) and min(shares) > 0
-
-
-def trimmed(state):
-    """The state of a run without critic and fake score."""
-    return state.replace(disc=None, disc_opt_state=None, fake=None, fake_opt_state=None)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("name", RECIPES)
-def test_recipes_on_eight_devices_equal_one(name, recipes):
-    c, built = recipes(name)
-    other = build(c, sharding.make_mesh(2, 2, 2), built.state)
-    check_placement(other)
-    results = []
-    for each in (built, other):
-        state, row = copy(each.state), {}
-        for number, update in enumerate(each.updates * 2):
-            state, metrics = update(state, each.batch(number), each.frozen)
-            row |= metrics
-        results.append(
-            (jax.device_get(row), jax.device_get((state.params, state.fake, state.disc)))
-        )
-    (row, trees), (others, other_trees) = results
-    losses = [{k: each[k] for k in row if k.startswith("loss/")} for each in (row, others)]
-    # Adam's second update divides by the size of two gradients, hence more than rounding.
-    chex.assert_trees_all_close(*losses, rtol=1e-4, atol=1e-5)
-    floats = [
-        [leaf for leaf in jax.tree.leaves(each) if leaf.dtype == np.float32]
-        for each in (trees, other_trees)
-    ]
-    assert relative_change(*floats) < 1e-4
