@@ -11,6 +11,7 @@ from helpers.workdirs import make_workdir, slow_time_params, tiny_config
 
 from sprint_jax import prepare_teacher
 from sprint_jax.checkpoints.checkpoint import load_params
+from sprint_jax.core.errors import UserError
 from sprint_jax.core.fingerprint import fingerprint
 from sprint_jax.data import feed
 from sprint_jax.interop import diffusers
@@ -40,8 +41,7 @@ def prepare(folder, data, tmp_path, monkeypatch, capfd):
     """``prepare(*words, model=..., **changes)`` runs the command; its workdir is tmp_path/run."""
 
     def run(*more, model="transformer", **changes):
-        changes = dict(steps=2, model__interpolation_scale=0.0) | changes
-        line = words(SPEC, data, tmp_path / "run", **changes)
+        line = words(SPEC, data, tmp_path / "run", **dict(steps=2) | changes)
         line += ["--model", str(folder / model), *more]
         return run_here(line, monkeypatch, capfd, main=prepare_teacher.main)
 
@@ -120,6 +120,9 @@ def test_what_cannot_be_prepared_leaves_nothing(prepare, tmp_path, more, model, 
 def test_a_student_may_have_a_teacher_from_a_diffusers_folder(folder, data):
     c = tiny("configs/digits.py:student,small,sprint", data, teacher=str(folder))
     mesh = setup.mesh_from(c)
+    with pytest.raises(UserError, match=r"qk_norm=True.*prepare_teacher"):
+        setup.build_nets(c, mesh)
+    c = c.override({"model.qk_norm": False, "model.timestep_scale": 1.0})
     teacher = setup.build_nets(c, mesh).teacher
     frozen, origin = setup.load_frozen(c, feed.open_data(c, mesh), mesh)
     assert teacher.timestep_scale == 1.0 and not teacher.qk_norm

@@ -9,9 +9,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from helpers.tiny_sana import apply, cast, setup
+from helpers.workdirs import random_params, tiny_config
 
 from sprint_jax.core.errors import UserError
+from sprint_jax.interop.sana import example_inputs
+from sprint_jax.models.sana import from_fields
+from sprint_jax.parallel.sharding import make_mesh
 from sprint_jax.training import accumulate, diagnostics, state
+from sprint_jax.training.setup import check_start
 
 # --- Parameters
 
@@ -169,3 +174,21 @@ def test_verdict():
     (fake,) = diagnostics.verdict([{"fake_gap/t0": 0.125, "fake_gap/t7": 0.5}])
     assert "0.12" in fake and "0.50" in fake
     assert diagnostics.verdict([{"loss/flow": 1.0}]) == diagnostics.verdict([]) == []
+
+
+@pytest.mark.usefixtures("quick")
+def test_a_student_that_does_not_start_as_its_teacher_is_found():
+    """Weights may fit a network that computes something else: here, one that is shown other times."""
+    fields = tiny_config("flow")["model"]
+    teacher, mesh = random_params(fields, 0), make_mesh(devices=jax.devices()[:1])
+    student = from_fields(fields, guidance_embeds=True, logvar=True)
+    inputs = example_inputs(student)
+    params = state.overlay(student.init(jax.random.key(0), *inputs)["params"], teacher, "teacher")
+
+    def check(**changes):
+        nets = state.Nets(student, from_fields(fields, **changes), None, None, None)
+        check_start(nets, params, teacher, mesh)
+
+    check()
+    with pytest.raises(UserError, match="differ by"):
+        check(timestep_scale=1.0)
