@@ -4,6 +4,7 @@ import io
 import json
 import os
 import tarfile
+import tracemalloc
 
 import pytest
 from helpers import image_sets
@@ -243,6 +244,21 @@ def test_the_index_is_kept_where_that_can_be_and_made_anew_when_the_shard_change
         kept.write_bytes(damaged)
         assert [group.key for group in index_tar(path)] == ["9"]
     assert len(scanned) == 6 and [group.key for group in index_tar(path)] == ["9"]
+
+
+def test_a_group_takes_little_memory_beside_its_key(tmp_path, monkeypatch):
+    paths = [tmp_path / f"{number}.tar" for number in range(20)]
+    for path in paths:
+        path.write_bytes(b"")
+    members = {"png": (512, 90_000), "txt": (91_136, 80), "json": (92_160, 900)}
+    groups = lambda path: [tars.Group(f"{path.stem}-{k:08d}", members) for k in range(300)]  # noqa: E731
+    monkeypatch.setattr(tars, "index_tar", groups)
+    open_tars(paths[:1])  # imports
+    tracemalloc.start()
+    source = open_tars(paths)
+    used = tracemalloc.get_traced_memory()[0] / len(source)
+    tracemalloc.stop()
+    assert len(source) == 6000 and used < 150
 
 
 def test_a_shard_that_changed_under_its_index_is_noticed(tmp_path):

@@ -94,7 +94,6 @@ def words(spec: str, data: Path, workdir: Path, **changes: Any) -> list[str]:
 
 # Changes of a student's config: one recipe for each kind of fake score, critic, and way to make images.
 RECIPES = {
-    "rcm": {"ladd.weight": 0.0, "dmd.weight": 1.0, "images.balance": True, "images.rollout": 2},
     "flow map and trajectories": {
         "ladd.weight": 0.0,
         "scm.weight": 0.0,
@@ -116,13 +115,15 @@ RECIPES = {
         "ladd.r2": 0.1,
         "ladd.penalty_noise": 0.01,
     },
-    "critic on the fake score": {
+    "rcm with a critic on the fake score": {
         "dmd.weight": 0.5,
         "dmd.decoupled": True,
         "ladd.features": "fake",
         "ladd.loss": "softplus",
         "ladd.pooled": True,
         "ladd.kernel": 1,
+        "images.balance": True,
+        "images.rollout": 2,
     },
 }
 

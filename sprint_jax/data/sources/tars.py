@@ -1,15 +1,16 @@
 """Tar shards in WebDataset's layout, by random access; their headers are indexed once."""
 
 import concurrent.futures
+import itertools
 import json
 import os
 import sys
 import tarfile
-from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
+import numpy as np
 from tqdm import tqdm
 
 from ...core.errors import UserError
@@ -44,43 +45,107 @@ def open_tars(paths: Sequence[str | os.PathLike], name: str | None = None) -> Fi
     """
     shards = [as_path(path).expanduser() for path in paths]
     name = name or ", ".join(map(str, shards))
-    with concurrent.futures.ThreadPoolExecutor(THREADS) as pool:
-        bar = dict(delay=5, mininterval=5, leave=False, unit="shard")
-        indexed = list(tqdm(pool.map(index_tar, shards), f"index {name}", len(shards), **bar))
-    if not any(EXTENSIONS & group.members.keys() for groups in indexed for group in groups):
-        raise UserError(f"{name} has no image: are these tar shards in WebDataset's layout?")
     models = _find_models(shards)
     files = [*shards, *(file for files in models.values() for file in files)]
     try:
         sizes = [(file.name, size_of(file)) for file in files]
     except OSError as error:
         raise UserError(f"cannot read {error.filename}: {error.strerror}") from error
+    common = os.path.commonpath([os.path.dirname(_place(path)) for path in shards])
+    packed: list[_Shard] = []
+
+    def load(path: AnyPath) -> tuple[_Shard, str]:
+        groups = index_tar(path)
+        prefix = Path(os.path.relpath(_place(path), common)).with_suffix("").as_posix()
+        return _pack(path, prefix, models.get(path, ()), groups), str(groups)
+
+    def all_groups() -> Iterator[str]:
+        with concurrent.futures.ThreadPoolExecutor(THREADS) as pool:
+            bar = dict(delay=5, mininterval=5, leave=False, unit="shard")
+            for shard, groups in tqdm(pool.map(load, shards), f"index {name}", len(shards), **bar):
+                packed.append(shard)
+                yield groups
+
     # A tar is filled up to whole blocks: its size alone does not show a change.
-    identity = hash_identity("tar", [MAX_PIXELS, *sizes, *indexed])
-    items = list(_make_items(shards, indexed, models))
-    return FileSource(items, name=name, identity=identity, keep_models=True)
+    identity = hash_identity("tar", itertools.chain([MAX_PIXELS, *sizes], all_groups()))
+    if not any(shard.has_image for shard in packed):
+        raise UserError(f"{name} has no image: are these tar shards in WebDataset's layout?")
+    return FileSource(TarItems(packed), name=name, identity=identity, keep_models=True)
 
 
-def _make_items(shards, indexed, models: dict[AnyPath, list[AnyPath]]) -> Iterator[Item]:
-    counts = Counter(group.key for groups in indexed for group in groups)
-    once = len(counts) == counts.total()
-    names = [os.fspath(path if in_bucket(path) else path.absolute()) for path in shards]
-    places = [name.rpartition("://")[2] for name in names]
-    common = os.path.commonpath([os.path.dirname(place) for place in places])
-    for path, place, groups in zip(shards, places, indexed, strict=True):
-        shard = Path(os.path.relpath(place, common)).with_suffix("").as_posix()
-        file, others = str(path), tuple(map(str, models.get(path, ())))
-        for group in groups:
-            key, bad_name = make_printable(group.key if once else f"{shard}/{group.key}")
-            spans = {name: Span(file, *place) for name, place in group.members.items()}
-            images = sorted(EXTENSIONS & spans.keys())
-            problem = bad_name or group.problem
-            if len(images) != 1 and problem is None:
-                found = ", ".join(images or sorted(spans))
-                problem = f"{'several' if images else 'no'} images in a group: it has {found}"
-            image = None if problem else spans[images[0]]
-            captions = spans.get("txt"), spans.get("json")
-            yield Item(key, image, *captions, others, group.key, problem=problem)
+def _place(path: AnyPath) -> str:
+    """The path of a shard from the root of its disk, or with its bucket."""
+    return os.fspath(path if in_bucket(path) else path.absolute()).rpartition("://")[2]
+
+
+class _Shard(NamedTuple):
+    """The groups of a shard in few arrays.
+
+    Key k is ``keys[ends[k - 1] : ends[k]]``. ``places`` [groups, 3, 2] are offset and size of image, .txt and
+    .json, size -1 where there is none; ``problems`` are by the number of the group.
+    """
+
+    path: str
+    prefix: str
+    models: tuple[str, ...]
+    keys: bytes
+    ends: np.ndarray
+    places: np.ndarray
+    problems: dict[int, str]
+    has_image: bool
+
+
+def _pack(path: AnyPath, prefix: str, models: Sequence[AnyPath], groups: Sequence[Group]) -> _Shard:
+    places = np.full((len(groups), 3, 2), -1, np.int64)
+    keys, problems, has_image = [], {}, False
+    for k, group in enumerate(groups):
+        images = sorted(EXTENSIONS & group.members.keys())
+        has_image |= bool(images)
+        keys.append(group.key.encode(errors="surrogatepass"))
+        problem = group.problem
+        if len(images) != 1 and problem is None:
+            found = ", ".join(images or sorted(group.members))
+            problem = f"{'several' if images else 'no'} images in a group: it has {found}"
+        if problem is not None:
+            problems[k] = problem
+        for place, extension in enumerate((*images[:1], "txt", "json") if images else ()):
+            places[k, place] = group.members.get(extension, (0, -1))
+    ends = np.cumsum([len(key) for key in keys], dtype=np.int64)
+    names = tuple(map(str, models))
+    return _Shard(str(path), prefix, names, b"".join(keys), ends, places, problems, has_image)
+
+
+class TarItems(Sequence):
+    """The items of shards, made as they are asked for: some 60 bytes of each, and its key, are in memory."""
+
+    def __init__(self, shards: Sequence[_Shard]):
+        self._shards = shards
+        self._ends = np.cumsum([len(shard.ends) for shard in shards])
+        hashes = (hash(self._key(shard, k)) for shard in shards for k in range(len(shard.ends)))
+        found = np.sort(np.fromiter(hashes, np.int64, len(self)))
+        self._once = not (found[1:] == found[:-1]).any()
+
+    def __len__(self) -> int:
+        return int(self._ends[-1])
+
+    def __getitem__(self, index: int) -> Item:
+        if not 0 <= index < len(self):
+            raise IndexError(index)
+        number = int(np.searchsorted(self._ends, index, side="right"))
+        shard = self._shards[number]
+        k = index - int(self._ends[number]) + len(shard.ends)
+        entry = self._key(shard, k).decode(errors="surrogatepass")
+        key, bad_name = make_printable(entry if self._once else f"{shard.prefix}/{entry}")
+        problem = bad_name or shard.problems.get(k)
+        image, text, json_ = (
+            Span(shard.path, offset, size) if size >= 0 else None
+            for offset, size in shard.places[k].tolist()
+        )
+        image = None if problem else image
+        return Item(key, image, text, json_, shard.models, entry, problem=problem)
+
+    def _key(self, shard: _Shard, k: int) -> bytes:
+        return shard.keys[shard.ends[k - 1] if k else 0 : shard.ends[k]]
 
 
 def _find_models(shards: Sequence[AnyPath]) -> dict[AnyPath, list[AnyPath]]:

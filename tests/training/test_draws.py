@@ -1,0 +1,45 @@
+"""Misaligned pairs: which captions are wrong, and what the critic makes of those that are not."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from helpers.runs import tiny
+
+from sprint_jax.training import draws, updates
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_captions_are_wrong_unless_empty_or_those_of_the_row_before(dtype):
+    random = np.random.default_rng(0)
+    cats, dogs, null = (random.standard_normal((4, 8)).astype(np.float32) for _ in range(3))
+    captions = {"": (null, 1), "cat": (cats, 3), "dog": (dogs, 3), "cats": (cats, 4)}
+
+    def wrong(*names):
+        text = np.stack([captions[name][0] for name in names])
+        # Encoded in other batches; what the mask leaves out is anything.
+        text = text * (1 + 0.004 * random.standard_normal(text.shape))
+        mask = np.array([[k < captions[name][1] for k in range(4)] for name in names], np.int32)
+        text = np.where(mask[..., None], text, random.standard_normal(text.shape))
+        frozen = {"null_text": null, "null_mask": mask[0] * 0 + np.eye(4, dtype=np.int32)[0]}
+        return jax.jit(draws.wrong_captions)(frozen, text.astype(dtype), mask).tolist()
+
+    assert wrong("cat", "dog", "cat", "cats") == [True] * 4
+    assert wrong("cat", "cat", "", "dog", "dog", "cat") == [False, False, False, True, False, True]
+    assert wrong("", "") == [False] * 2 and wrong("dog") == [False]
+
+
+def test_pairs_of_an_image_and_its_own_caption_do_not_count_for_the_critic(tmp_path):
+    c = tiny("configs/digits.py:student,small", tmp_path, ladd__misaligned=True)
+    random = np.random.default_rng(0)
+    real, fake = (random.standard_normal((4, 4, 4, 2)).astype(np.float32) for _ in range(2))
+    keys = draws.split(draws.DiscriminatorKeys, jax.random.key(0))
+
+    def loss(misaligned, wrong=None):
+        changed = c.override({"ladd.misaligned": misaligned})
+        discriminate = lambda x, t: x.mean((1, 2, 3))[:, None] + jnp.cos(t)[:, None]  # noqa: E731
+        value, _ = updates.critic_loss(changed, discriminate, real, fake, keys, wrong)
+        return float(value)
+
+    assert loss(True, jnp.zeros(4, bool)) == pytest.approx(loss(False), rel=1e-6)
+    assert loss(True, jnp.ones(4, bool)) == loss(True) != pytest.approx(loss(False), rel=1e-3)
