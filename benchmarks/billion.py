@@ -51,7 +51,7 @@ def main() -> None:
 def shares() -> np.ndarray:
     """Of each size, the share of the records: most are near square."""
     ratios = np.log([height / width for height, width in SIZES])
-    weights = np.exp(-((ratios / 0.35) ** 2) / 2)
+    weights = np.exp(-((ratios / 0.45) ** 2) / 2)
     return weights / weights.sum()
 
 
@@ -111,7 +111,7 @@ def measure(folder: Path, records: int, kind: str, batches: int, whole: bool) ->
     made = images(folder / "survey") if kind == "images" else latents(manifest)
     for members in made.values():
         members.hash()
-    training, _ = hold_out(made, HELD_OUT)
+    training, _ = hold_out(made, min(HELD_OUT, records // 100))
     order = make_order([training], batch_size=BATCH, seed=0)
     order.rows(0)
     result = {"first_batch_s": time.perf_counter() - start}
