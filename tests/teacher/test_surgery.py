@@ -78,7 +78,7 @@ def test_fit_has_a_derivative_by_time_far_below_that_of_times_to_1000(inputs):
         ({"num_layers": 4}, {}, 0, r"4 blocks.*config\.model\.num_layers.*--prune 2"),
         ({"num_layers": 1}, {}, 0, r"1 blocks.*config\.model\.num_layers"),
         ({}, {}, 3, "2 blocks.*--prune 3"),
-        ({"interpolation_scale": 1.0}, {}, 0, "interpolation_scale"),
+        ({"interpolation_scale": 2.0}, {}, 0, "interpolation_scale"),
     ],
 )
 def test_a_source_that_does_not_fit_is_refused(source, target, prune, message):
