@@ -229,7 +229,8 @@ def _newest_whole(
     """The result of the first attempt, newest step first, that finds no damage; and the damaged steps."""
     damaged = []
     # Orbax passes over a file in the place of a checkpoint; here it is named.
-    files = [int(p.name) for p in directory.iterdir() if p.name.isdigit() and not p.is_dir()]
+    there = directory.iterdir() if directory.is_dir() else ()
+    files = [int(path.name) for path in there if path.name.isdigit() and not path.is_dir()]
     for step in sorted({*steps, *files}, reverse=True):
         try:
             return attempt(directory / str(step)), damaged
