@@ -35,6 +35,7 @@ read_flags() {
 use_backend() {
   local flags=''
   extras="${1#cpu}"
+  case " ${words[*]}" in *gs://*) extras="${extras:+$extras,}gcs" ;; *s3://*) extras="${extras:+$extras,}s3" ;; esac
   case "$1" in
     # The scheduler moves collectives of FSDP under computation; without it they wait in line. Compared
     # with one large program, many small collectives cost latency each: 128 MB are combined into one.

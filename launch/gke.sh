@@ -3,7 +3,7 @@
 #   launch/gke.sh --name run1 --image IMAGE --hosts 4 --topology 4x4 --accelerator tpu-v5-lite-podslice \
 #     -- --config configs/digits.py:teacher --workdir DIR
 #   --backend tpu|cuda, --chips 4 (per host), --max_restarts 10, --dry_run (prints the manifest)
-# IMAGE: the checkout in its working directory, with .venv made by launch/_env.sh (extra tpu or cuda).
+# IMAGE: the checkout in its working directory, with .venv made by launch/_env.sh (extra tpu or cuda, and gcs or s3).
 # DIR: gs://BUCKET/run (extra gcs), or a volume that all pods share; add that to what --dry_run prints.
 set -euo pipefail
 # shellcheck source=launch/_pod.sh

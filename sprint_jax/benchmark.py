@@ -23,6 +23,7 @@ from .benchmarking.parts import OF_PIPELINES, PARTS
 from .benchmarking.workloads import NETWORK, STUDENTS
 from .core import cli
 from .core.errors import UserError
+from .core.storage import local_path
 
 
 def main(argv: list[str]) -> None:
@@ -39,6 +40,8 @@ def main(argv: list[str]) -> None:
         raise UserError(f"--parts {min(missing)} needs --model, a pipeline folder", exit_code=2)
     if flags.command != "sample":
         flags.workloads = {name: name for name in flags.only}
+    for place in filter(None, (flags.out, flags.model)):
+        local_path(place)
     command = " ".join(["python -m sprint_jax.benchmark", *argv])
     with open(flags.out or os.devnull, "a", encoding="utf-8") as file:
         for line in measure.lines(flags, command):

@@ -204,7 +204,7 @@ class SprintPipeline:
             options["step_noise"] = step_noise
             x0 = self.denoise(text, mask, noise, steps=steps, **options)
             drawn = indices[-1] - indices[0] + 1
-            yield decode_bytes(self.autoencoder, x0, finish if request.binning else None)[:drawn]
+            yield decode_bytes(self.autoencoder, x0[:drawn], finish if request.binning else None)
 
     def encode_text(self, prompts: Sequence[str]) -> tuple[Array, Array]:
         """Text features [B, L, D] float32 and mask [B, L] int32 (1 keeps)."""

@@ -36,8 +36,9 @@ def main(argv: list[str]) -> None:
     options = Options(**{name: getattr(flags, name) for name in Options._fields})
     with distributed.joined(flags) as peers:
         checks.check_values(c)
-        checks.check_workdir(workdir, c)
-        prepare(c, options, workdir / PREPARED)
+        with checks.hold_workdir(workdir, peers):
+            checks.check_workdir(workdir, c)
+            prepare(c, options, workdir / PREPARED)
         if not flags.surgery_only:
             train(c, workdir, peers)
 

@@ -95,7 +95,9 @@ def _prompts(flags: argparse.Namespace) -> list[str]:
         try:
             lines = as_path(flags.prompts).read_text(encoding="utf-8").splitlines()
         except (OSError, UnicodeDecodeError) as error:
-            reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8 text"
+            reason = (
+                (error.strerror or error) if isinstance(error, OSError) else "it is not UTF-8 text"
+            )
             raise UserError(f"--prompts {flags.prompts}: {reason}") from error
         found = [line.strip() for line in lines if line.strip()]
         if not found:

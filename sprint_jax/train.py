@@ -11,6 +11,7 @@ import contextlib
 import functools
 
 import jax
+import numpy as np
 
 from .checkpoints.checkpoint import Checkpoints, saved_steps
 from .checkpoints.workdir import write_workdir_config
@@ -67,7 +68,9 @@ def _train(c: Config, workdir: AnyPath, stop: Stop, peers) -> None:
     stop.phase("reading the first batch")
     data.batches(0)  # what is wrong with the data is said before anything is compiled
     stop.phase("making the first state")
-    like, saved = setup.state_shapes(c, nets, shapes[0], frozen, mesh), saved_steps(workdir)
+    like = setup.state_shapes(c, nets, shapes[0], frozen, mesh)
+    # One answer for all: a host may see the folder later than the others.
+    saved = bool(sharding.same_everywhere(np.asarray(bool(saved_steps(workdir)))))
     first = None if saved else setup.init_state(c, nets, shapes[0], frozen, mesh)
     frozen = setup.at_compute_precision(nets, frozen)
     lower = functools.partial(lower_updates, c, nets, like, frozen=frozen)

@@ -17,7 +17,7 @@ from ..checkpoints.locate import locate
 from ..checkpoints.workdir import is_student, read_workdir_config
 from ..core.config import Config
 from ..core.errors import UserError
-from ..core.files import try_lock, write_json_atomic
+from ..core.files import check_writable, try_lock, write_json_atomic
 from ..core.fingerprint import fingerprint
 from ..core.storage import AnyPath, in_bucket, local_output
 from ..encoders.load import latent_size
@@ -103,8 +103,9 @@ def new_folder(out: AnyPath) -> Iterator[Path]:
       UserError: ``out`` is there and not an empty folder, or none can be made there.
     """
     if in_bucket(out):
-        if out.exists():
+        if any((out / name).is_file() for name in LAST):
             raise UserError(f"--out {out} exists: give a new folder, nothing is overwritten")
+        check_writable(out)
         with local_output(out, LAST) as folder:
             yield folder
         return

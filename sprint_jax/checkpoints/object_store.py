@@ -11,6 +11,7 @@ disks ends with a rename, which a bucket does not have.
 import json
 import os
 import re
+import sys
 import time
 from collections.abc import Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -23,8 +24,8 @@ from etils import epath
 from jax.experimental import multihost_utils
 
 from ..core.fingerprint import describe
-from ..core.storage import filesystem
-from .orbax_io import kvstore
+from ..core.storage import filesystem, is_provider_error
+from .orbax_io import kvstore, one_line
 
 Tree = Any
 Piece = tuple[tuple[slice, ...], np.ndarray]  # a shard on the host, and its place in the whole
@@ -114,7 +115,12 @@ class ObjectStoreWriter:
             (folder / "meta" / "metadata").write_text(json.dumps(record))
         (folder / "done" / f"{jax.process_index()}-of-{count}").write_text("done\n")
         if jax.process_index() == 0:
-            self._tidy(step)
+            try:
+                self._tidy(step)
+            except Exception as error:
+                if not is_provider_error(error):
+                    raise
+                print(f"old checkpoints are not removed: {one_line(error)}", file=sys.stderr)
 
     def _tidy(self, step: int) -> None:
         """Removes old checkpoints once the new one counts."""

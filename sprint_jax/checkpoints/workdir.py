@@ -16,7 +16,7 @@ import jax
 from ..core.config import Config, flatten
 from ..core.errors import UserError
 from ..core.files import read_json, try_lock, write_atomic, write_json_atomic
-from ..core.storage import AnyPath, as_path, in_bucket
+from ..core.storage import AnyPath, answers_as_os_errors, as_path, in_bucket
 
 # Keys without which nothing can be done with a workdir.
 NEEDED = ("stage", "sigma_d", "model.sample_size", "data.source", "data.world", "data.encoders")
@@ -82,8 +82,8 @@ def _claim_in_bucket(workdir: AnyPath, patience: float) -> Iterator[str]:
     path, beat, mark, over = workdir / LOCK_FILE, workdir / BEAT_FILE, _mark(), threading.Event()
     deadline, told = time.monotonic() + patience, False
     seen, since = None, time.monotonic()
-    while path.exists() and not _is_dead(holder := path.read_text()):
-        found = beat.read_text() if beat.exists() else ""
+    while (holder := _text(path)) and not _is_dead(holder):
+        found = _text(beat)
         if found != seen:
             seen, since = found, time.monotonic()
         if time.monotonic() - since > STALE:
@@ -100,7 +100,7 @@ def _claim_in_bucket(workdir: AnyPath, patience: float) -> Iterator[str]:
 
     def keep() -> None:
         while not over.wait(STALE / 6):
-            with contextlib.suppress(OSError):  # the next one tells
+            with contextlib.suppress(OSError, UserError):  # the next one tells
                 write_atomic(beat, f"{time.time()}".encode())
 
     write_atomic(beat, f"{time.time()}".encode())
@@ -112,9 +112,20 @@ def _claim_in_bucket(workdir: AnyPath, patience: float) -> Iterator[str]:
     finally:
         over.set()
         thread.join()
-        for file in (path, beat):
-            with contextlib.suppress(OSError):
-                file.unlink()
+        with contextlib.suppress(OSError):  # a bucket that cannot be reached: the next one waits
+            if _text(path) == mark:
+                with answers_as_os_errors(path):
+                    path.unlink()
+                    beat.unlink()
+
+
+def _text(path: AnyPath) -> str:
+    """What a small object holds; nothing where there is none. Raises OSError."""
+    try:
+        with answers_as_os_errors(path):
+            return path.read_text()
+    except FileNotFoundError:
+        return ""
 
 
 def _is_dead(mark: str) -> bool:

@@ -21,7 +21,7 @@ from typing import NoReturn
 
 from .config import Config, load_config
 from .errors import UserError
-from .schema import PLACE, check
+from .schema import LOCAL, PLACE, check
 from .storage import is_provider_error
 
 # Flags with these for a value name a place.
@@ -43,10 +43,10 @@ def run_command(main: Callable[[list[str]], None]) -> None:
     except UserError as error:
         _fail(str(error), error.exit_code, error.abrupt)
     except OSError as error:
-        if error.errno not in _MACHINE_ERRORS:
+        if error.errno not in _MACHINE_ERRORS and not is_provider_error(error.__cause__ or error):
             raise
         path = f"{error.filename}: " if error.filename else ""
-        _fail(f"{path}{error.strerror}", 1)
+        _fail(f"{path}{error.strerror or error}", 1)
     except KeyboardInterrupt:
         _fail("interrupted", 130)
     except Exception as error:
@@ -89,7 +89,8 @@ class Parser(argparse.ArgumentParser):
                 flag, value = action.option_strings[0], getattr(namespace, action.dest, None)
                 if value == "":
                     self.error(f"{flag} is empty")
-                check({flag: str(value or "")}, {flag: PLACE}, "", exit_code=2)
+                kind = LOCAL if action.type is Path else PLACE
+                check({flag: str(value or "")}, {flag: kind}, "", exit_code=2)
         return namespace, rest
 
     def _require_known(self, flag: str) -> None:

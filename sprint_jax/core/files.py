@@ -12,7 +12,7 @@ from typing import Any
 import jax
 
 from .errors import UserError
-from .storage import AnyPath, as_path, in_bucket
+from .storage import AnyPath, answers_as_os_errors, as_path, in_bucket
 
 PROBE = ".sprint_jax-can-write"  # an object that is written and removed again
 
@@ -26,7 +26,8 @@ def write_atomic(path: AnyPath, content: bytes) -> None:
     temporary = path.with_name(f"{path.name}.tmp")
     try:
         if in_bucket(path):  # where an object appears when it is whole
-            path.write_bytes(content)
+            with answers_as_os_errors(path):
+                path.write_bytes(content)
             return
         with temporary.open("wb") as file:
             file.write(content)
@@ -45,8 +46,9 @@ def check_writable(folder: AnyPath, flag: str = "--out") -> None:
     """
     try:
         if in_bucket(folder):
-            (folder / PROBE).write_bytes(b"")
-            (folder / PROBE).unlink()
+            with answers_as_os_errors(folder):
+                (folder / PROBE).write_bytes(b"")
+                (folder / PROBE).unlink()
             return
         there = next(path for path in (folder, *folder.absolute().parents) if path.exists())
         with tempfile.TemporaryFile(dir=there):

@@ -6,11 +6,13 @@ provider's own tools find them; nothing here reads or prints them.
 """
 
 import contextlib
+import errno
 import hashlib
 import importlib.util
 import os
 import shutil
 import tempfile
+import traceback
 from collections.abc import Iterator, Sequence
 from fnmatch import fnmatch
 from pathlib import Path
@@ -24,7 +26,7 @@ AnyPath = Path | epath.Path
 # By scheme: the package that reads it, and the extra of this project that installs it.
 SCHEMES = {"gs": ("gcsfs", "gcs"), "s3": ("s3fs", "s3")}
 # Whose exceptions say what a provider or the network answered.
-PROVIDERS = ("aiobotocore", "aiohttp", "botocore", "gcsfs", "google", "s3fs")
+PROVIDERS = ("aiobotocore", "aiohttp", "botocore", "fsspec", "gcsfs", "google", "requests", "s3fs")
 PART = 64 << 20  # bytes that are on the way at once while a file is copied
 
 
@@ -39,8 +41,6 @@ def as_path(name: str | os.PathLike) -> AnyPath:
     scheme, separator, rest = text.partition("://")
     if not separator:
         return Path(text)
-    if scheme == "file" and rest.startswith("/"):
-        return Path(rest)
     if scheme not in SCHEMES:
         raise UserError(f"{text}: {scheme}:// is not known; give a local path, gs:// or s3://", 2)
     if not rest.partition("/")[0]:
@@ -50,6 +50,7 @@ def as_path(name: str | os.PathLike) -> AnyPath:
         raise UserError(f"{text} needs {package}: pip install 'sprint_jax[{extra}]'", 2)
     import fsspec
 
+    os.environ.setdefault("EPATH_USE_TF", "0")  # else etils takes TensorFlow where there is one
     # Other processes write to the same places: what was listed once is asked for again.
     fsspec.config.conf.setdefault(scheme, {}).setdefault("use_listings_cache", False)
     return epath.Path(text.rstrip("/"))
@@ -72,14 +73,36 @@ def make_folder(path: AnyPath) -> None:
 
 
 def is_provider_error(error: BaseException) -> bool:
-    """Whether an exception is a provider's or the network's answer, and no bug."""
-    return type(error).__module__.partition(".")[0] in PROVIDERS
+    """Whether an exception is a provider's or the network's answer, and no bug.
+
+    Some of these are plain `OSError`, which their packages raise.
+    """
+    modules = [type(error).__module__]
+    if isinstance(error, OSError):
+        frames = traceback.walk_tb(error.__traceback__)
+        modules += [frame.f_globals.get("__name__", "") for frame, _ in frames]
+    return any(module.partition(".")[0] in PROVIDERS for module in modules)
+
+
+@contextlib.contextmanager
+def answers_as_os_errors(path: str | os.PathLike) -> Iterator[None]:
+    """Turns what a provider or the network says into an `OSError` with a number, words and the path."""
+    try:
+        yield
+    except FileNotFoundError as error:
+        raise FileNotFoundError(errno.ENOENT, "no such object", os.fspath(path)) from error
+    except Exception as error:
+        if not in_bucket(path) or not is_provider_error(error):
+            raise
+        words = " ".join(f"{type(error).__name__}: {error}".split())
+        raise OSError(errno.EIO, words, os.fspath(path)) from error
 
 
 def read_range(path: AnyPath, start: int, stop: int) -> bytes:
     """The bytes of a file from ``start`` to ``stop`` or its end, in one request; raises OSError."""
     if in_bucket(path):
-        return filesystem(path).cat_file(os.fspath(path), start=start, end=stop)
+        with answers_as_os_errors(path):
+            return filesystem(path).cat_file(os.fspath(path), start=start, end=stop)
     with path.open("rb") as file:
         file.seek(start)
         return file.read(stop - start)
@@ -92,13 +115,16 @@ def read_ranges(
     if not paths or not in_bucket(paths[0]):
         return [read_range(*each) for each in zip(paths, starts, stops, strict=True)]
     names = [os.fspath(path) for path in paths]
-    return filesystem(paths[0]).cat_ranges(names, list(starts), list(stops), on_error="raise")
+    with answers_as_os_errors(paths[0]):
+        files = filesystem(paths[0])
+        return files.cat_ranges(names, list(starts), list(stops), on_error="raise")
 
 
 def size_of(path: AnyPath) -> int:
     """The size of a file in bytes; raises OSError."""
     if in_bucket(path):
-        return filesystem(path).size(os.fspath(path))
+        with answers_as_os_errors(path):
+            return filesystem(path).size(os.fspath(path))
     return path.stat().st_size
 
 
@@ -119,14 +145,16 @@ class Entry(NamedTuple):
 def walk(path: AnyPath) -> dict[str, Entry]:
     """The files below a folder of a bucket, by their path from there, sorted."""
     files, root = filesystem(path), os.fspath(path).partition("://")[2]
-    found = files.find(os.fspath(path), detail=True)
+    with answers_as_os_errors(path):
+        found = files.find(os.fspath(path), detail=True)
     return {name[len(root) :].strip("/"): _entry(info) for name, info in sorted(found.items())}
 
 
 def stamp_of(path: AnyPath) -> list[int | str]:
     """What changes with a file: its size, and time of change or the provider's mark; raises OSError."""
     if in_bucket(path):
-        return list(_entry(filesystem(path).info(os.fspath(path))))
+        with answers_as_os_errors(path):
+            return list(_entry(filesystem(path).info(os.fspath(path))))
     status = path.stat()
     return [status.st_size, status.st_mtime_ns]
 
@@ -174,9 +202,13 @@ def fetch(path: epath.Path, patterns: Sequence[str] = ("*",)) -> Path:
             for file in wanted:
                 local = partial / path.name / file if file else partial / path.name
                 local.parent.mkdir(parents=True, exist_ok=True)
-                files.get_file(f"{name}/{file}" if file else name, str(local))
-            with contextlib.suppress(OSError):  # another one was first
+                with answers_as_os_errors(path):
+                    files.get_file(f"{name}/{file}" if file else name, str(local))
+            try:
                 (partial / path.name).replace(target)
+            except OSError:
+                if not target.exists():  # another one was first
+                    raise
         finally:
             shutil.rmtree(partial, ignore_errors=True)
     return target
@@ -203,12 +235,20 @@ class Mirror:
             stamp = status.st_size, status.st_mtime_ns
             if self._pushed.get(path) != stamp:
                 name = path.relative_to(self.local).as_posix()
-                files.put_file(str(path), os.fspath(self.place / name), chunksize=PART)
+                with answers_as_os_errors(self.place / name):
+                    files.put_file(str(path), os.fspath(self.place / name), chunksize=PART)
                 self._pushed[path] = stamp
 
     def close(self) -> None:
         """Removes the local folder."""
         shutil.rmtree(self.local, ignore_errors=True)
+
+
+def local_path(name: str | os.PathLike) -> Path:
+    """The path of a place that must be on this machine; UserError for one in a bucket."""
+    if in_bucket(name):
+        raise UserError(f"{os.fspath(name)} is in a bucket: this takes a path on this machine", 2)
+    return Path(name)
 
 
 @contextlib.contextmanager

@@ -95,6 +95,9 @@ class RejectLog:
             if found.line() not in self._written:
                 self._write(found)
             if len(self._found) > self._limit * self._total:
+                self._due = 0.0
+                if self._path is not None and in_bucket(self._path):
+                    self._rewrite(found.line())
                 rejects = list(self._found.values())
                 path = self._path or Path(REJECTED)
                 check_rejects(rejects, self._total, self._limit, path, total=self._total)

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 
 from ..core.errors import UserError
 from ..core.files import read_json, write_json_atomic
+from ..core.storage import local_path
 from ..models.dc_ae import AutoencoderDC
 from ..models.sana import from_fields
 from .dc_ae import dc_ae_table
@@ -45,7 +46,7 @@ def load_transformer(
       UserError: a file is missing, cut short or of another class; a config key or a tensor is unknown,
         missing or misshapen, or not finite.
     """
-    path = Path(path)
+    path = local_path(path)
     folder = path.parent if path.is_file() else path
     if fields is None:
         config = read_config(folder, "SanaTransformer2DModel")
@@ -73,7 +74,7 @@ def save_transformer(
       fields: of SanaTransformer; params: its parameters.
       dtype: of the weights written.
     """
-    folder = Path(folder)
+    folder = local_path(folder)
     for old in ("config.json", LOGVAR):
         (folder / old).unlink(missing_ok=True)
     save_safetensors(folder, STEM, sana_table(fields), params, dtype)
@@ -102,7 +103,7 @@ def load_autoencoder(
     Returns:
       ``(autoencoder, params)``; ``autoencoder.dtype`` is float32 whatever the parameters are in.
     """
-    folder = Path(folder)
+    folder = local_path(folder)
     autoencoder = read_autoencoder(folder)
     try:
         table = dc_ae_table(autoencoder)
@@ -129,7 +130,7 @@ def save_autoencoder(
     folder: str | Path, autoencoder: AutoencoderDC, params: Any, dtype: Any = jnp.float32
 ) -> None:
     """Writes a folder that diffusers' ``AutoencoderDC.from_pretrained`` loads; the config comes last."""
-    folder = Path(folder)
+    folder = local_path(folder)
     (folder / "config.json").unlink(missing_ok=True)
     save_safetensors(folder, STEM, dc_ae_table(autoencoder), params, dtype)
     config = dataclasses.asdict(autoencoder)

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from ..core.errors import UserError
 from ..core.files import read_json, write_json_atomic
 from ..core.schema import check
+from ..core.storage import local_path
 from ..models.gemma2 import KINDS, Gemma2
 from .files import Tensors, load_params, open_safetensors, save_safetensors
 from .tables import LINEAR, SAME, Entry, make_table
@@ -56,7 +57,7 @@ def load_text_encoder(
       UserError: a file is missing, cut short or of another class; `Gemma2` does not support the config; a
         tensor is unknown, missing or misshapen.
     """
-    folder = Path(folder)
+    folder = local_path(folder)
     gemma = _from_config(_read_config(folder), f"{folder}/config.json", dtype)
     tensors = _without_head(open_safetensors(folder, STEM))
     return gemma, load_params(gemma2_table(gemma), tensors, dtype, shardings)
@@ -66,7 +67,7 @@ def save_text_encoder(
     folder: str | Path, gemma: Gemma2, params: Any, dtype: Any = jnp.float32
 ) -> None:
     """Writes a folder that transformers' ``Gemma2Model.from_pretrained`` loads; the config comes last."""
-    folder = Path(folder)
+    folder = local_path(folder)
     (folder / "config.json").unlink(missing_ok=True)
     save_safetensors(folder, STEM, gemma2_table(gemma), params, dtype)
     config = {"architectures": ["Gemma2Model"], "model_type": "gemma2"}

@@ -118,7 +118,7 @@ class Peers:
         if blind:
             raise UserError(
                 f"{', '.join(blind)} of {self.count} processes cannot see {path.parent} of process 0 (on host "
-                f"{sees[0][0]}): --workdir must be one folder on a disk that all hosts share",
+                f"{sees[0][0]}): --workdir must be one folder that all hosts see",
                 exit_code=USAGE,
             )
 

@@ -5,10 +5,12 @@ import os
 import random
 import time
 
+import jax
+import numpy as np
 import pytest
 from helpers import bucket_servers, encode_worker, encoding, runs
 from helpers.encoding import encode_small
-from helpers.pods import start_one
+from helpers.pods import TRAIN, finish_pod, start_one, start_pod
 
 from sprint_jax import evaluate, export, sample
 from sprint_jax.checkpoints.checkpoint import complete_steps, load_params
@@ -39,7 +41,6 @@ def trained(bucket, data, tmp_path_factory):
     )
     workdir, kills, moments = f"{bucket}/run", 0, random.Random(time.time_ns())
     words = runs.words(SPEC, data, workdir, **SHORT)
-    words[words.index("--workdir") + 1] = workdir
     checkpoints = as_path(f"{workdir}/checkpoints")
     for attempt in range(10):
         before = complete_steps(checkpoints)
@@ -72,6 +73,28 @@ def test_it_ends_as_the_undisturbed_run_and_no_line_is_lost(trained):
     assert found == expected
     names = walk(as_path(workdir))
     assert {"config.json", "curves.png", f"samples/{STEPS:08d}_ema.png"} <= set(names)
+
+
+@pytest.mark.parametrize("bucket", ["s3"], indirect=True)  # where Orbax does not write
+def test_two_processes_write_their_shards(bucket, trained, data):
+    whole, _ = trained
+    words = runs.words(SPEC, data, f"{bucket}/pod", **SHORT, mesh__data=1, mesh__fsdp=8)
+    for ended in finish_pod(start_pod([*TRAIN, *words])):
+        assert ended.code == 0, ended.err
+    mine, other = (
+        {
+            record["step"]: record["loss/flow"]
+            for record in read_metrics(as_path(path) / "metrics.jsonl")
+        }
+        for path in (f"{bucket}/pod", str(whole))
+    )
+    assert mine == pytest.approx(other, rel=1e-5)
+    marks = {name for name in walk(as_path(f"{bucket}/pod/checkpoints/{STEPS}")) if "done/" in name}
+    assert marks == {"done/0-of-2", "done/1-of-2"}
+    params, _ = load_params(f"{bucket}/pod", "raw")
+    expected, _ = load_params(str(whole), "raw")
+    for a, b in zip(*map(jax.tree.leaves, (params, expected)), strict=True):
+        assert np.linalg.norm(a - b) <= 1e-4 * np.linalg.norm(b)
 
 
 def test_it_is_sampled_measured_and_exported_into_the_bucket(trained, bucket):

@@ -10,10 +10,19 @@ from typing import Any, BinaryIO, NamedTuple
 
 from PIL.ContainerIO import ContainerIO
 
-from ...core.storage import AnyPath, as_path, in_bucket, open_file, read_range
+from ...core.storage import (
+    AnyPath,
+    answers_as_os_errors,
+    as_path,
+    in_bucket,
+    open_file,
+    read_range,
+)
 from .caption_files import captions_beside, parse_json
 from .images import decode_image, measure_image
 from .records import Caption, Record, Rejected, cannot_read
+
+HEAD = 1 << 16  # bytes of a JPEG in a bucket that are read to measure it
 
 
 class Span(NamedTuple):
@@ -99,6 +108,8 @@ class FileSource:
     def measure(self, index: int) -> tuple[str, tuple[int, int]]:
         """Reads key and (height, width) from the headers of the image; raises `Rejected`."""
         item = self._find(index)
+        if in_bucket(path := self._path(item.image)):
+            return item.key, self._measure_there(path, item)
         with self._open(item.image, item.key) as (file, size):
             return item.key, measure_image(ContainerIO(file, item.image.offset, size), item.key)
 
@@ -135,10 +146,23 @@ class FileSource:
         """A span of a bucket's file in one request."""
         try:
             if span.size is None:
-                return path.read_bytes()
+                with answers_as_os_errors(path):
+                    return path.read_bytes()
             return read_range(path, span.offset, span.offset + span.size)
         except OSError as error:
             raise cannot_read(key, error, span.path) from error
+
+    def _measure_there(self, path: AnyPath, item: Item) -> tuple[int, int]:
+        """Measures an image of a bucket: a JPEG by its beginning if that will do, others read whole."""
+        span = item.image
+        if span.size is None or span.size > HEAD:
+            begin = self._download(path, Span(span.path, span.offset, HEAD), item.key)
+            if begin.startswith(
+                b"\xff\xd8"
+            ):  # what says size and orientation comes before the pixels
+                with contextlib.suppress(Rejected):
+                    return measure_image(begin, item.key)
+        return measure_image(self._download(path, span, item.key), item.key)
 
     def _read_model(self, path: str, key: str) -> Any:
         if self._values is None:

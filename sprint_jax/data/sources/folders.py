@@ -142,7 +142,7 @@ def _apply_metadata(
         with open_regular(folder / path) as file:
             lines = file.read(length(file)).splitlines()
     except OSError as error:
-        raise UserError(f"cannot read {folder / path}: {error.strerror}") from error
+        raise UserError(f"cannot read {folder / path}: {error.strerror or error}") from error
     listed: dict[str, tuple[Caption, ...]] = {}
     for number, line in enumerate(lines, 1):
         where = f"{path}:{number}"

@@ -22,7 +22,7 @@ from ...core.storage import AnyPath, as_path, fetch, in_bucket
 from ..ranged_records import NotReadable, RangedRecords
 from .caption_files import captions_beside, dump_captions
 from .images import MAX_PIXELS, decode_image, measure_image
-from .records import Caption, Record, Rejected, fingerprint, hash_identity
+from .records import Caption, Record, Rejected, cannot_read, fingerprint, hash_identity
 
 FIELDS = ("key", "image", "captions")
 PATTERN = re.compile(r".*\.array_?record(-\d+-of-\d+)?")  # of file names
@@ -68,7 +68,9 @@ class RecordSource:
         where = self._locate(index)
         try:
             record = self._records[index]
-        except (RuntimeError, ValueError, OSError) as error:
+        except OSError as error:
+            raise cannot_read(where, error, where) from error
+        except (RuntimeError, ValueError) as error:
             raise Rejected(where, f"broken record: {error}") from error
         return self._parse(record, where)
 
@@ -78,7 +80,10 @@ def open_array_records(paths: Sequence[str | os.PathLike], name: str | None = No
 
     Raises UserError for a file that is missing or broken, or no record in any of them.
     """
-    files = [_readable(as_path(path).expanduser()) for path in paths]
+    try:
+        files = [_readable(as_path(path).expanduser()) for path in paths]
+    except OSError as error:
+        raise UserError(f"cannot read {error.filename}: {error.strerror}") from error
     name = name or ", ".join(map(str, files))
     starts, total = [], 0
     for file in files:
