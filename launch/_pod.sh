@@ -1,7 +1,6 @@
 # shellcheck shell=bash disable=SC2034  # variables are for the scripts that source this
 # Sourced by the scripts that start processes:
-#   read_flags NAMES WORD...   --NAME VALUE into $NAME, --dry_run, and what comes after -- into $words;
-#                              where $NAME is a whole number, VALUE must be one
+#   read_flags NAMES WORD...   --NAME VALUE into $NAME (a number if it is one), the words after -- into $words
 #   use_backend cpu|cuda|tpu   $extras of the environment, and exported variables for JAX
 #   show_or_run WORD...        a command: run, or printed with --dry_run
 
