@@ -78,7 +78,8 @@ def test_it_ends_as_the_undisturbed_run_and_no_line_is_lost(trained):
 @pytest.mark.parametrize("bucket", ["s3"], indirect=True)  # where Orbax does not write
 def test_two_processes_write_their_shards(bucket, trained, data):
     whole, _ = trained
-    words = runs.words(SPEC, data, f"{bucket}/pod", **SHORT, mesh__data=1, mesh__fsdp=8)
+    once = SHORT | {"log__checkpoint_every": STEPS, "log__sample_every": 1000}
+    words = runs.words(SPEC, data, f"{bucket}/pod", **once, mesh__data=1, mesh__fsdp=8)
     for ended in finish_pod(start_pod([*TRAIN, *words])):
         assert ended.code == 0, ended.err
     mine, other = (
