@@ -58,10 +58,10 @@ class Stop(contextlib.AbstractContextManager):
         self._over.set()
         signal.set_wakeup_fd(self._wakeup)
         signal.signal(signal.SIGTERM, self._before)
-        if self._timer:
-            self._timer.cancel()
         self._writer.close()  # wakes the thread
         self._thread.join()
+        if self._timer:  # which the thread may have started just now
+            self._timer.cancel()
 
     def phase(self, doing: str) -> None:
         """Notes what the run does from now on, such as "reading the data"."""
@@ -115,6 +115,8 @@ class Stop(contextlib.AbstractContextManager):
                     self._signalled()
 
     def _signalled(self) -> None:
+        if self._over.is_set():  # the run was over before this thread saw the signal
+            return
         if not self._stepping:
             self._end(f"while {self.doing}, before the first step")
         if self._timer:
