@@ -34,11 +34,14 @@ def bucket(request):
 
 
 @pytest.fixture(scope="module")
-def trained(bucket, data, tmp_path_factory):
+def whole(data, tmp_path_factory):
+    """A run on a disk that nothing disturbs."""
+    return runs.train_here(runs.tiny(SPEC, data, **SHORT), tmp_path_factory.mktemp("whole") / "run")
+
+
+@pytest.fixture(scope="module")
+def trained(bucket, data, whole):
     """A workdir in the bucket that was killed at random moments until it was done, and the undisturbed one."""
-    whole = runs.train_here(
-        runs.tiny(SPEC, data, **SHORT), tmp_path_factory.mktemp("whole") / "run"
-    )
     workdir, kills, moments = f"{bucket}/run", 0, random.Random(time.time_ns())
     words = runs.words(SPEC, data, workdir, **SHORT)
     checkpoints = as_path(f"{workdir}/checkpoints")

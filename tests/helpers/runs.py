@@ -92,7 +92,7 @@ def words(spec: str, data: Path, workdir: Path, **changes: Any) -> list[str]:
     return ["--config", str(ROOT / spec), "--workdir", str(workdir), *flags]
 
 
-# Changes of a student's config: one recipe for each kind of fake score, critic, and way to make images.
+# Changes of a student's config: between them every kind of fake score, critic, and way to make images.
 RECIPES = {
     "flow map and trajectories": {
         "ladd.weight": 0.0,
@@ -104,8 +104,9 @@ RECIPES = {
         "dmd.weight": 1.0,
         "images.balance": True,
     },
-    "twinflow": {"ladd.weight": 0.0, "twinflow.weight": 1.0, "images.balance": True},
-    "critic of its own": {
+    "twinflow with a critic of its own": {
+        "twinflow.weight": 1.0,
+        "images.balance": True,
         "ladd.features": "copy",
         "ladd.loss": "relativistic",
         "ladd.paired": True,
