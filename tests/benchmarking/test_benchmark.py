@@ -21,11 +21,16 @@ SMALL = workloads.STUDENTS["tiny"] | dict(num_layers=1, num_attention_heads=2, c
 SMALL |= dict(num_cross_attention_heads=2, cross_attention_head_dim=32)
 
 TINY_DECODER = AutoencoderDC(
-    decoder_block_out_channels=(32, 32),
-    encoder_block_out_channels=(32, 32),
-    decoder_block_types=("ResBlock", "EfficientViTBlock"),
-    decoder_layers_per_block=(1, 1),
-    decoder_qkv_multiscales=((), (5,)),
+    **{
+        f"{half}_{name}": value
+        for half in ("encoder", "decoder")
+        for name, value in {
+            "block_out_channels": (32, 32),
+            "block_types": ("ResBlock", "EfficientViTBlock"),
+            "layers_per_block": (1, 1),
+            "qkv_multiscales": ((), (5,)),
+        }.items()
+    }
 )
 
 
