@@ -1,7 +1,6 @@
 """A training, and what is made of it, with every path in a bucket; killed again and again."""
 
 import json
-import os
 import random
 import time
 
@@ -39,18 +38,14 @@ def whole(data, tmp_path_factory):
     return runs.train_here(runs.tiny(SPEC, data, **SHORT), tmp_path_factory.mktemp("whole") / "run")
 
 
-@pytest.fixture(scope="module")
-def trained(bucket, data, whole):
-    """A workdir in the bucket that was killed at random moments until it was done, and the undisturbed one."""
-    workdir, kills, moments = f"{bucket}/run", 0, random.Random(time.time_ns())
-    words = runs.words(SPEC, data, workdir, **SHORT)
-    checkpoints = as_path(f"{workdir}/checkpoints")
+def killed(start, progress):
+    """Starts a process until one ends by itself; some are killed a moment after ``progress()`` has changed."""
+    moments, kills = random.Random(time.time_ns()), 0
     for attempt in range(10):
-        before = complete_steps(checkpoints)
-        process = runs.start(words)
+        before, process = progress(), start()
         if attempt < KILLS:
-            while complete_steps(checkpoints) == before and process.poll() is None:
-                time.sleep(0.1)
+            while progress() == before and process.poll() is None:
+                time.sleep(0.05)
             time.sleep(moments.uniform(0, 1))
             kills += process.poll() is None
             process.kill()
@@ -59,6 +54,14 @@ def trained(bucket, data, whole):
             break
     assert ended.code == 0, ended.err
     assert kills
+
+
+@pytest.fixture(scope="module")
+def trained(bucket, data, whole):
+    """A workdir in the bucket that was killed at random moments until it was done, and the undisturbed one."""
+    workdir = f"{bucket}/run"
+    words = runs.words(SPEC, data, workdir, **SHORT)
+    killed(lambda: runs.start(words), lambda: complete_steps(as_path(f"{workdir}/checkpoints")))
     return whole, workdir
 
 
@@ -114,30 +117,14 @@ def test_it_is_sampled_measured_and_exported_into_the_bucket(trained, bucket):
     evaluate.main(["--model", workdir, "--out", str(report), "--count", "12", "--batch", "12"])
     assert json.loads(report.read_text())["model"]["step"] == STEPS
     assert report.with_suffix(".png").is_file()
-
-
-def test_no_folder_with_the_name_of_a_scheme_is_made(trained, bucket):
-    assert not {name for name in os.listdir() if name.endswith(":")}
+    assert not list(runs.ROOT.glob("*:"))  # no folder with the name of a scheme
 
 
 def test_an_encoding_that_is_killed_ends_as_the_undisturbed_one_and_is_read_there(bucket, tmp_path):
     whole, out = encode_small(tmp_path / "whole", encode__unit=4), f"{bucket}/latents"
-    command, kills = [encode_worker.__file__, *encoding.words(out, encode__unit=4)], 0
-    for attempt in range(10):
-        done = len(list(as_path(f"{out}/units").glob("*.json")))
-        process = start_one(command, devices=8)
-        if attempt < KILLS:
-            while len(list(as_path(f"{out}/units").glob("*.json"))) == done:
-                if process.poll() is not None:
-                    break
-                time.sleep(0.02)
-            kills += process.poll() is None
-            process.kill()
-        ended = runs.finish(process)
-        if ended.code == 0:
-            break
-    assert ended.code == 0, ended.err
-    assert kills
+    command = [encode_worker.__file__, *encoding.words(out, encode__unit=4)]
+    units = as_path(f"{out}/units")
+    killed(lambda: start_one(command, devices=8), lambda: len(list(units.glob("*.json"))))
     expected = encoding.hashes(whole)
     assert {name for name in walk(as_path(out)) if not name.endswith(".png")} == set(expected)
     for name in expected:
