@@ -47,6 +47,7 @@ def quick_compilation() -> Iterator[None]:
     """Most of XLA's optimizations are off, here and in the commands that are started meanwhile."""
     name = "JAX_DISABLE_MOST_OPTIMIZATIONS"
     before = jax.config.read(name.lower())
+    jax.clear_caches()  # programs that earlier tests compiled with all optimizations round otherwise
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv(name, "1")
         jax.config.update(name.lower(), True)
