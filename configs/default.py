@@ -139,6 +139,9 @@ def get_config(arg=None):
     # Network whose blocks feed the heads: the frozen 'teacher', the 'fake' score of dmd, or a 'copy' of the
     # teacher that learns with the heads
     c.ladd.features = "teacher"
+    # File of heads to start from (NVlabs' .pth, diffusers' disc_heads.pt, or .safetensors): one for each tap,
+    # with batch norm and a kernel of 9
+    c.ladd.init = ""
     c.ladd.taps = (2, 8, 14, 19)  # blocks whose outputs feed a head each
     c.ladd.loss = "hinge"  # or 'softplus', 'relativistic'
     c.ladd.paired = False  # True: real and generated images are seen at one time and noise
@@ -178,7 +181,8 @@ def get_config(arg=None):
     # Steps between finite-difference and bfloat16 checks of the tangent
     c.log.diagnostics_every = 500
     c.log.checkpoint_every = 500
-    c.log.keep = 3  # checkpoints
+    c.log.keep = 3  # checkpoints: the newest
+    c.log.keep_period = 0  # those of every so many steps stay for ever as well; 0: none
     c.log.profile_start = 0  # first step of a trace in WORKDIR/profile/host_K; 0: none
     c.log.profile_steps = 3  # steps in the trace
     c.log.profile_hosts = (0,)  # process indices that trace

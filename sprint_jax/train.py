@@ -93,7 +93,8 @@ def _train(c: Config, workdir: AnyPath, stop: Stop, peers) -> None:
     meta |= {"data": data.identity} if data.identity else {}
     expected = {key: meta[key] for key in meta if key != "teacher"}
     every = c.log.checkpoint_every
-    checkpoints = Checkpoints(workdir / "checkpoints", keep=c.log.keep, every=every)
+    kept = dict(keep=c.log.keep, keep_period=c.log.keep_period or None)
+    checkpoints = Checkpoints(workdir / "checkpoints", every=every, **kept)
     state, *_ = checkpoints.restore_latest(like, expected) or (first,)
     start = int(state.step)
     if saved:

@@ -93,12 +93,19 @@ class Checkpoints(contextlib.AbstractContextManager):
     Args:
       directory: made if missing; usually WORKDIR/checkpoints.
       keep: how many of the newest checkpoints stay. An old one goes when the new one is complete.
+      keep_period: multiples of this step stay as well; None: none.
       every: `save` acts on multiples of this step; None: on every call.
       async_gb: a larger state (10**9 bytes per process) is streamed, see above.
     """
 
     def __init__(
-        self, directory: str, *, keep: int, every: int | None = None, async_gb: float = ASYNC_GB
+        self,
+        directory: str,
+        *,
+        keep: int,
+        keep_period: int | None = None,
+        every: int | None = None,
+        async_gb: float = ASYNC_GB,
     ):
         if keep < 1 or (every is not None and every < 1):
             raise UserError(f"checkpoints: keep={keep} and every={every} must be at least 1")
@@ -108,7 +115,7 @@ class Checkpoints(contextlib.AbstractContextManager):
         self._quiet = contextlib.ExitStack()
         self._quiet.enter_context(orbax_io.quiet_logs())
         try:
-            self._manager = _writer_of(self.directory)(self.directory, keep)
+            self._manager = _writer_of(self.directory)(self.directory, keep, keep_period)
         except OSError as error:
             self._quiet.close()
             raise UserError(f"checkpoint directory {self.directory}: {one_line(error)}") from error

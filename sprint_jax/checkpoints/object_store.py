@@ -57,8 +57,8 @@ class ObjectStoreWriter:
     See `orbax_io.OrbaxWriter`, which does the same for disks and GCS.
     """
 
-    def __init__(self, directory: epath.Path, keep: int):
-        self._directory, self._keep = directory, keep
+    def __init__(self, directory: epath.Path, keep: int, keep_period: int | None = None):
+        self._directory, self._keep, self._keep_period = directory, keep, keep_period
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self._running: Future | None = None
         self._context = ts.Context()  # one, so that the store's clients are shared
@@ -129,7 +129,8 @@ class ObjectStoreWriter:
             if time.monotonic() > deadline:
                 return
             time.sleep(1.0)
-        self._remove(whole[: -self._keep])
+        every = self._keep_period
+        self._remove(old for old in whole[: -self._keep] if not every or old % every)
 
     def _remove(self, steps: Iterable[int]) -> None:
         files = filesystem(self._directory)

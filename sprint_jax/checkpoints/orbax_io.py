@@ -49,9 +49,13 @@ def quiet_logs() -> Iterator[None]:
 
 
 class OrbaxWriter:
-    """Writes checkpoints by Orbax, and keeps the newest ``keep``. Every process calls every method."""
+    """Writes checkpoints by Orbax, and keeps the newest ``keep``. Every process calls every method.
 
-    def __init__(self, directory: epath.Path, keep: int):
+    Args:
+      keep_period: multiples of this step stay as well.
+    """
+
+    def __init__(self, directory: epath.Path, keep: int, keep_period: int | None = None):
         registry = ocp.handlers.DefaultCheckpointHandlerRegistry()
         registry.add("state", ocp.args.StandardSave)
         # Without a function that says which leaves may wait, Orbax lets none wait and ignores the limit.
@@ -60,7 +64,9 @@ class OrbaxWriter:
         )
         registry.add("state", ocp.args.PyTreeSave, streaming)
         registry.add("meta", ocp.args.JsonSave)
-        options = ocp.CheckpointManagerOptions(max_to_keep=keep, cleanup_tmp_directories=True)
+        options = ocp.CheckpointManagerOptions(
+            max_to_keep=keep, keep_period=keep_period, cleanup_tmp_directories=True
+        )
         self._manager = ocp.CheckpointManager(directory, options=options, handler_registry=registry)
         self.all_steps = self._manager.all_steps  # that are there, or on their way
         self.wait = (

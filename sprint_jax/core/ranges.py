@@ -167,6 +167,7 @@ SECTIONS = {
     "ladd": dict(
         weight=NOT_NEGATIVE,
         features=TEXT,
+        init=PLACE,
         taps=several(whole(0, 1000)),
         loss=TEXT,
         paired=FLAG,
@@ -195,6 +196,7 @@ SECTIONS = {
         diagnostics_every=COUNT,
         checkpoint_every=COUNT,
         keep=COUNT,
+        keep_period=whole(0),
         profile_start=whole(0),
         profile_steps=COUNT,
         profile_hosts=several(whole(0)),

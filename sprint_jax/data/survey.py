@@ -3,15 +3,17 @@
 import hashlib
 import os
 import platform
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import jax
 import numpy as np
 from tqdm import tqdm
 
 from ..core.files import write_atomic
 from ..core.pixels import nearest_size
+from ..parallel.sharding import from_everyone
 from .buckets import merge_sizes
 from .members import Buckets, Surveyed
 from .rejects import RejectLog
@@ -30,6 +32,9 @@ def survey(
     cache_dir: Path,
 ) -> Surveyed:
     """Finds the size of every image, once: a byte an image is kept in a file of ``cache_dir``, and read there.
+
+    Each process of a run looks at its share of the images, and gets the others' numbers from them; all call
+    this together, with the same images.
 
     Args:
       sizes: (height, width) in pixels that images are cut to.
@@ -51,32 +56,46 @@ def survey(
             return -1
         return sizes.index(nearest_size(*size, sizes))
 
-    whole = len(source) * dtype.itemsize
-    if path.is_file() and path.stat().st_size == whole:
-        numbers = np.memmap(path, dtype, "r")
-        for start in range(0, len(source), PART):
-            for index in np.flatnonzero(numbers[start : start + PART] < 0):
-                measure(start + int(index))
-        return Surveyed(numbers, len(sizes))
-    numbers = np.empty(len(source), dtype)
+    known = path.is_file() and path.stat().st_size == len(source) * dtype.itemsize
+    if not from_everyone(np.array(known)).all():
+        numbers = np.empty(len(source), dtype)
+        _measure_all(numbers, measure, f"sizes of {source.name}", threads)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        # Several processes may come to this; each writes a file of its own.
+        own = path.with_name(f"{path.name}.{platform.node()}-{os.getpid()}")
+        write_atomic(own, numbers.data)
+        own.replace(path)
+    numbers = np.memmap(path, dtype, "r")
+    for start in range(0, len(source), PART):
+        for index in (start + np.flatnonzero(numbers[start : start + PART] < 0)).tolist():
+            measure(
+                index
+            )  # what other processes and earlier runs rejected is in this one's log too
+    return Surveyed(numbers, len(sizes))
 
-    def fill(start: int) -> None:
-        part = range(start, min(start + CHUNK, len(source)))
-        numbers[part.start : part.stop] = [measure(index) for index in part]
-        bar.update(len(part))
+
+def _measure_all(
+    numbers: np.ndarray, measure: Callable[[int], int], what: str, threads: int
+) -> None:
+    """Fills in the number of every image; each process measures its share and gets the others'."""
+    me, processes = jax.process_index(), jax.process_count()
+
+    def fill(rows: range) -> None:
+        numbers[rows.start : rows.stop] = [measure(row) for row in rows]
+        bar.update(len(rows) * processes)
 
     with (
-        tqdm(desc=f"sizes of {source.name}", total=len(source), unit="image", delay=2) as bar,
+        tqdm(desc=what, total=len(numbers), unit="image", delay=2, disable=me > 0) as bar,
         ThreadPoolExecutor(threads) as pool,
     ):
-        for start in range(0, len(source), PART):
-            list(pool.map(fill, range(start, min(start + PART, len(source)), CHUNK)))
-    path.parent.mkdir(parents=True, exist_ok=True)
-    # Several processes may come to this; each writes a file of its own.
-    mine = path.with_name(f"{path.name}.{platform.node()}-{os.getpid()}")
-    write_atomic(mine, numbers.data)
-    mine.replace(path)
-    return Surveyed(np.memmap(path, dtype, "r"), len(sizes))
+        for start in range(0, len(numbers), PART):
+            part = numbers[start : start + PART]
+            share = -(-len(part) // processes)
+            mine = range(start, start + len(part))[me * share : (me + 1) * share]
+            list(pool.map(fill, (mine[i : i + CHUNK] for i in range(0, len(mine), CHUNK))))
+            found = np.zeros(share, numbers.dtype)
+            found[: len(mine)] = numbers[mine.start : mine.stop]
+            part[:] = from_everyone(found).reshape(-1)[: len(part)]
 
 
 def join_sizes(

@@ -244,6 +244,11 @@ def same_everywhere(array: np.ndarray) -> np.ndarray:
     return array if jax.process_count() == 1 else multihost_utils.broadcast_one_to_all(array)
 
 
+def from_everyone(array: np.ndarray) -> np.ndarray:
+    """Returns the arrays of all processes, of one shape, stacked in their order; all call it together."""
+    return array[None] if jax.process_count() == 1 else multihost_utils.process_allgather(array)
+
+
 def local_rows(mesh: Mesh, batch_size: int) -> np.ndarray:
     """Returns the rows of a global batch that this process' devices hold, as increasing numbers."""
     indices = batch_sharding(mesh).addressable_devices_indices_map((batch_size,))

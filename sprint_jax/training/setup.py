@@ -16,8 +16,9 @@ from ..checkpoints.weights import Weights, find_weights
 from ..core.config import Config
 from ..core.errors import UserError
 from ..core.fingerprint import fingerprint
-from ..core.storage import absolute, as_path
+from ..core.storage import absolute, as_path, local_path
 from ..data.feed import Data, batch_shapes
+from ..interop.discriminator import load_heads
 from ..losses.adversarial import PAIRS
 from ..models.blocks import compute_params
 from ..models.discriminator import DiscriminatorHeads, init_heads
@@ -179,13 +180,26 @@ def init_state(
     warm = {}
     if c.init:
         warm, _ = find_weights(c.init).load(lambda tree: state_shardings(mesh, tree))
+    heads = _published_heads(c, mesh) if nets.heads and c.ladd.init else None
     init = _initializer(c, nets, batch)
-    arguments = (frozen.get("teacher"), warm, jax.random.key(c.seed))
+    arguments = (frozen.get("teacher"), warm, jax.random.key(c.seed), heads)
     shardings = state_shardings(mesh, jax.eval_shape(init, *arguments))
     state = jax.jit(init, out_shardings=shardings)(*arguments)
     if nets.teacher is not None and not c.init:
         check_start(nets, state.params, frozen["teacher"], mesh)
     return state
+
+
+def _published_heads(c: Config, mesh: jax.sharding.Mesh) -> dict:
+    """The heads in the file ``c.ladd.init``; UserError if it has not as many as there are taps."""
+    path = local_path(c.ladd.init)
+    heads = load_heads(path, shardings=functools.partial(state_shardings, mesh))
+    if len(heads["params"]) != len(c.ladd.taps):
+        raise UserError(
+            f"--config.ladd.init={c.ladd.init} has {len(heads['params'])} heads, but config.ladd.taps="
+            f"{tuple(c.ladd.taps)} wants {len(c.ladd.taps)}"
+        )
+    return heads
 
 
 def check_start(nets: Nets, params: Tree, teacher: Tree, mesh: jax.sharding.Mesh) -> None:
@@ -229,12 +243,13 @@ def state_shapes(
     return place_shapes(state, state_shardings(mesh, state))
 
 
-def _initializer(
-    c: Config, nets: Nets, batch: dict
-) -> Callable[[Tree, Tree, jax.Array], TrainState]:
-    """``init(teacher, warm, key)``: the state at step 0; of ``batch`` only shapes matter."""
+def _initializer(c: Config, nets: Nets, batch: dict) -> Callable[..., TrainState]:
+    """``init(teacher, warm, key, heads)``: the state at step 0; of ``batch`` only shapes matter.
 
-    def init(teacher, warm, key):
+    ``warm``, ``heads``: trees of a warm start, or nothing.
+    """
+
+    def init(teacher, warm, key, heads=None):
         inputs = _example(batch)
         keys = jax.random.split(key)
         params = nets.model.init(keys[0], *inputs, *([jnp.zeros(1)] if nets.teacher else []))[
@@ -247,7 +262,8 @@ def _initializer(
         zero = jnp.zeros((), jnp.int32)
         if nets.heads:
             features = nets.teacher.apply({"params": teacher}, *inputs, taps=tuple(c.ladd.taps))
-            disc = init_heads(features, keys[1], c.ladd.kernel) | {"updates": zero}
+            disc = init_heads(features, keys[1], c.ladd.kernel)
+            disc = overlay(disc, heads, f"--config.ladd.init={c.ladd.init}") | {"updates": zero}
             if c.ladd.features == "copy":
                 disc["backbone"] = jax.tree.map(jnp.copy, teacher)
             disc_opt_state = nets.disc_optimizer.init(trained_of(disc))

@@ -47,6 +47,9 @@ def test_keep_every_force_and_repeats(tmp_path):
         assert checkpoints.save(33, state, META, force=True)
         assert not checkpoints.save(33, state, META, force=True)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["30", "33"]
+    with Checkpoints(tmp_path, keep=1, keep_period=15) as checkpoints:
+        assert all(checkpoints.save(step, state, META) for step in (45, 46, 47))
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["30", "45", "47"]
 
 
 def test_what_cannot_be(tmp_path):

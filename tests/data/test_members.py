@@ -1,9 +1,16 @@
 """Records of a bucket by compact indices: the same numbers as of plain arrays."""
 
+import threading
+from concurrent.futures import ThreadPoolExecutor
+
+import jax
 import numpy as np
 import pytest
+from helpers.encoding import Pictures
 
+from sprint_jax.data import survey as surveying
 from sprint_jax.data.members import BLOCK, Runs, Surveyed, Without
+from sprint_jax.data.rejects import RejectLog
 
 
 def all_of(members):
@@ -42,3 +49,47 @@ def test_what_is_left_out_is_passed_over():
     for places in ([], [0], [19], [0, 1, 2, 18, 19], [5, 7, 8, 9, 12], [*range(20)]):
         left = Without(numbers, np.array(places, np.int64))
         assert all_of(left) == np.delete(numbers, places).tolist()
+
+
+@pytest.mark.parametrize(("processes", "count"), [(2, 40), (3, 41), (3, 2)])
+def test_processes_share_a_survey(processes, count, tmp_path, monkeypatch):
+    """Threads stand for processes; parts of 16 images."""
+    me, together = threading.local(), threading.Barrier(processes, timeout=20)
+    given, measured = [None] * processes, [[] for _ in range(processes)]
+
+    def from_everyone(array):
+        given[me.index] = array
+        together.wait()
+        found = np.stack(given)
+        together.wait()
+        return found
+
+    class Counted(Pictures):
+        def measure(self, index):
+            if (index := int(index)) not in self._rejected:
+                measured[self.process].append(index)
+            return super().measure(index)
+
+    def run(process, folder):
+        me.index, source = process, Counted(count, (1, 21))
+        source.process = process
+        log = RejectLog(None, 1.0, process)
+        sizes = [(8, 16), (16, 8), (8, 8)]
+        found = surveying.survey(source, sizes, log, threads=2, cache_dir=folder)
+        return found.counts.tolist(), found.select([0, 1, 2]).hash(), sorted(log._found)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(surveying, "PART", 16)
+        patch.setattr(surveying, "from_everyone", from_everyone)
+        patch.setattr(jax, "process_count", lambda: processes)
+        patch.setattr(jax, "process_index", lambda: me.index)
+        with ThreadPoolExecutor(processes) as pool:
+            folders = [tmp_path / str(process) for process in range(processes)]
+            first, *others = pool.map(run, range(processes), folders)
+    assert all(other == first for other in others)
+    good = [index for index in range(count) if index not in (1, 21)]
+    assert sorted(index for each in measured for index in each) == good
+    assert max(map(len, measured)) <= -(-count // processes) + 1
+    measured[0].clear()
+    me.index = 0
+    assert run(0, tmp_path / "alone") == first and measured[0] == good

@@ -81,7 +81,7 @@ def equal(a, b):
 @pytest.mark.parametrize("limit", [4.0, 0.0], ids=["at once", "streamed"])
 def test_checkpoints_are_restored_bit_for_bit_and_old_ones_go(bucket, limit):
     directory = f"{bucket}/run{limit}/checkpoints"
-    with Checkpoints(directory, keep=2, async_gb=limit) as checkpoints:
+    with Checkpoints(directory, keep=1, keep_period=2, async_gb=limit) as checkpoints:
         for step in (1, 2, 3):
             assert checkpoints.save(step, make_state(step), META)
         assert not checkpoints.save(3, make_state(3), META)

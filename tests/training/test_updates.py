@@ -23,7 +23,9 @@ from helpers.updates import (
 )
 from helpers.workdirs import make_workdir
 
+from sprint_jax.core.errors import UserError
 from sprint_jax.core.fingerprint import leaf_table
+from sprint_jax.interop.discriminator import save_heads
 from sprint_jax.parallel import sharding
 from sprint_jax.training import setup, updates
 from sprint_jax.training.exam import make_exam
@@ -228,6 +230,28 @@ def test_states_on_other_meshes_start_from_the_same_bits(configs, singles):
     batch = sharding.to_devices(mesh, built.data.batches(0))
     state = setup.init_state(configs["flow"], built.nets, batch, {}, mesh)
     assert_same_bits(state, built.state)
+
+
+@pytest.mark.slow
+def test_heads_of_a_file_start_a_critic_and_another_number_of_taps_is_refused(
+    configs, singles, tmp_path
+):
+    built, path = singles["distill"], tmp_path / "heads.safetensors"
+    heads = {name: built.state.disc[name] for name in ("params", "spectral")}
+    heads = jax.tree.map(lambda leaf: leaf + 1, jax.device_get(heads))
+    save_heads(path, heads)
+
+    def start(**changes):
+        c = configs["distill"].override({"ladd.init": str(path)} | changes)
+        nets = setup.build_nets(c, built.mesh)
+        return setup.init_state(c, nets, built.batch(0), built.frozen, built.mesh)
+
+    state = start()
+    assert_same_bits({name: state.disc[name] for name in heads}, heads)
+    assert state.disc["updates"] == 0
+    assert_same_bits(state.params, built.state.params)
+    with pytest.raises(UserError, match=r"ladd\.init=.* has 1 heads.*ladd\.taps=\(0, 1\) wants 2"):
+        start(**{"ladd.taps": (0, 1)})
 
 
 @pytest.mark.slow
