@@ -143,6 +143,9 @@ def _compile(lowered, options: dict | None = None) -> dict[str, Any]:
 
 def _compile_apart(request: dict[str, Any]) -> tuple[dict, str]:
     """Compiles in a process of its own: what `_compile` gave there, if it came so far, and its stderr."""
+    # libtpu ends the process at a flag that it does not know, such as one of another device.
+    flags = os.environ.get("XLA_FLAGS", "").split()
+    flags = [flag for flag in flags if not flag.startswith(("--xla_cpu_", "--xla_gpu_"))]
     ended = subprocess.run(
         [sys.executable, "-m", "sprint_jax.planning.compile"],
         input=json.dumps(request),
@@ -150,6 +153,7 @@ def _compile_apart(request: dict[str, Any]) -> tuple[dict, str]:
         text=True,
         errors="replace",
         cwd=Path(__file__).parents[2],
+        env=os.environ | {"XLA_FLAGS": " ".join(flags)},
     )
     return json.loads(ended.stdout or "{}") if ended.returncode == 0 else {}, ended.stderr
 
