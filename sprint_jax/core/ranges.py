@@ -112,6 +112,7 @@ SECTIONS = {
         encoders=PLACE,
         resolution=whole(1, 2**16),
         sizes=several(TEXT),
+        most_sizes=whole(0),
         image_feature=TEXT,
         caption_feature=TEXT,
         caption_temperature=NOT_NEGATIVE,

@@ -50,8 +50,14 @@ def size_table(resolution: int) -> tuple[tuple[int, int], ...]:
     return tuple((int(height * scale), int(width * scale)) for height, width in sizes)
 
 
-def choose_sizes(resolution: int, sizes: Sequence[str]) -> tuple[tuple[int, int], ...]:
+def choose_sizes(
+    resolution: int, sizes: Sequence[str], most: int = 0
+) -> tuple[tuple[int, int], ...]:
     """Returns the sizes (height, width) in pixels that images are cut to: ``sizes``, or a `size_table`.
+
+    Args:
+      most: so many of them where there are more, spread evenly by the logarithm of their aspect ratio; 0: all.
+        A run has programs for each size, which take memory and time to compile.
 
     Raises:
       UserError: exit code 2, naming what cannot be used.
@@ -59,7 +65,16 @@ def choose_sizes(resolution: int, sizes: Sequence[str]) -> tuple[tuple[int, int]
     table = tuple(parse_size(text, "data.sizes") for text in sizes) or size_table(resolution)
     if len(set(table)) < len(table):
         raise UserError("data.sizes names a size twice", exit_code=2)
-    return table
+    if not 0 < most < len(table):
+        return table
+    ratios = np.log([height / width for height, width in table])
+    middle = (ratios.min() + ratios.max()) / 2
+    wanted = np.linspace(ratios.min(), ratios.max(), most) if most > 1 else np.array([middle])
+    chosen: list[int] = []
+    for ratio in wanted:
+        left = [k for k in range(len(table)) if k not in chosen]
+        chosen.append(min(left, key=lambda k: abs(ratios[k] - ratio)))
+    return tuple(table[k] for k in sorted(chosen))
 
 
 def count_sizes(c: Config) -> int:
@@ -68,7 +83,7 @@ def count_sizes(c: Config) -> int:
     Latents that are there may be of fewer sizes than ``data.resolution`` and ``data.sizes`` say.
     """
     many = c.data.source in ("latents", "images")
-    return len(choose_sizes(c.data.resolution, c.data.sizes)) if many else 1
+    return len(choose_sizes(c.data.resolution, c.data.sizes, c.data.most_sizes)) if many else 1
 
 
 def check_factor(sizes: Sequence[tuple[int, int]], factor: int) -> None:

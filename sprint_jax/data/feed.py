@@ -220,7 +220,7 @@ def _open_latents(c: Config, rows: Sequence[int]) -> Data:
 def _open_images(c: Config, rows: Sequence[int], workdir: AnyPath | None) -> Data:
     sources, encoders = open_sources(c), _load_encoders(c)
     factor, threads = encoders.autoencoder.factor, c.encode.threads
-    sizes = choose_sizes(c.data.resolution, c.data.sizes)
+    sizes = choose_sizes(c.data.resolution, c.data.sizes, c.data.most_sizes)
     check_factor(sizes, factor)
     log = RejectLog(workdir, c.data.max_rejected, jax.process_index())
     how = dict(threads=threads, cache_dir=Path(c.data.dir))

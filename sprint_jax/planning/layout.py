@@ -218,7 +218,7 @@ def _warnings(plan: dict) -> list[str]:
     if plan["memory"]["code"] > 0.1 * plan["limit_bytes"]:
         found.append(
             f"the code of {plan['programs']} programs takes {plan['memory']['code'] / GIB:.1f} GiB: train on "
-            "fewer sizes of pictures (data.sizes)"
+            "fewer sizes of pictures (data.most_sizes)"
         )
     if count := len(plan["involuntary_rematerializations"]):
         found.append(f"the partitioner replicated {count} tensor(s) whole to reshard them")

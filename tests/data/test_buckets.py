@@ -69,7 +69,12 @@ def test_sizes_that_cannot_be_are_named(call, named):
 
 def test_sizes_of_a_config_take_the_place_of_the_table():
     assert choose_sizes(1024, ("8x16", "16x8")) == ((8, 16), (16, 8))
-    assert choose_sizes(512, ()) == size_table(512)
+    assert choose_sizes(512, ()) == size_table(512) == choose_sizes(512, (), 33)
+    few = ((512, 2048), (704, 1408), (1024, 1024), (1408, 704), (2048, 512))
+    assert choose_sizes(1024, (), 5) == few
+    assert choose_sizes(1024, (), 1) == ((1024, 1024),)
+    for most in (2, 8, 9, 32):
+        assert len(set(choose_sizes(1024, (), most)) & set(size_table(1024))) == most
 
 
 @pytest.mark.parametrize(
