@@ -27,7 +27,8 @@ SIZES_2048 = (
 
 # Published data for 2K and more is resized with Lanczos, below with bicubic; no table comes near this.
 _LANCZOS_PIXELS = 1 << 21
-_ROUNDED = 0.02  # by which the ratio of a map's sides may differ from its image's
+# By what factor the ratio of a map's sides may differ from its image's: annotators round sides to 64 pixels.
+_STRETCHED = 1.25
 _THINNEST = 8  # times as many pixels before the cut as after it; 32:1 against a table's 4:1
 
 
@@ -165,7 +166,7 @@ def fit_image(image: np.ndarray, size: tuple[int, int]) -> np.ndarray:
 
 
 def read_fitted(source: Source, index: int, sizes: Sequence[tuple[int, int]]) -> Record:
-    """A record with its image, and its map if there is one, cut to the nearest of ``sizes``.
+    """A record with its image, and its map if there is one, cut alike to the nearest of ``sizes``.
 
     Raises:
       Rejected: as the source; a map is of another shape than its image.
@@ -177,10 +178,15 @@ def read_fitted(source: Source, index: int, sizes: Sequence[tuple[int, int]]) ->
         fitted = record._replace(image=fit_image(record.image, size))
         if record.control is None:
             return fitted
-        sides = record.control.shape[:2]
-        if abs(sides[0] * width / (sides[1] * height) - 1) > _ROUNDED:
-            shapes = f"{sides[0]}x{sides[1]} pixels beside an image of {height}x{width}"
+        rows, columns = record.control.shape[:2]
+        if not 1 / _STRETCHED < rows * width / (columns * height) < _STRETCHED:
+            shapes = f"{rows}x{columns} pixels beside an image of {height}x{width}"
             raise ValueError(f"the map is of another shape: {shapes}")
-        return fitted._replace(control=fit_image(record.control, size))
+        map_ = record.control
+        if (rows, columns) != (height, width):
+            # To the image's own size first, so that both are cut alike.
+            how = Image.Resampling.BICUBIC
+            map_ = np.asarray(Image.fromarray(map_).resize((width, height), how))
+        return fitted._replace(control=fit_image(map_, size))
     except ValueError as error:
         raise Rejected(record.key, str(error)) from error

@@ -15,7 +15,7 @@ Array = jax.Array
 
 SIGMA = 3.0
 STRONG = 127  # of 255: the least that a line's ridge is
-FADED = 4  # of 255: where blurred lines end; a ridge of one pixel becomes a line of 13
+FADED = 4  # of 255: where blurred lines end; a ridge of one pixel becomes a line of 11
 THICKNESSES = range(25)
 # Of Canny: sums of absolute derivatives.
 LOW, HIGH = 100, 200
