@@ -1,7 +1,9 @@
 """Conditions of a control branch: maps of edges, lines or strokes that are made of pictures.
 
-Maps are pictures, white on black; their latents are the autoencoder's times its scaling factor, as those of
-any picture (and never times sigma_d: published branches were trained so).
+They are made at the size to which pictures are cut. (The published annotator scales sides to multiples of 64
+pixels before, as those of the 1024-pixel models are.) Maps are pictures, white on black; their latents are the
+autoencoder's times its scaling factor, as those of any picture, and never times sigma_d: published branches
+were trained so.
 """
 
 import dataclasses
@@ -25,8 +27,9 @@ Array = jax.Array
 
 MAPS = "maps"  # the kind of those that lie beside pictures
 KINDS = ("hed", "scribble", "edges", "strokes", MAPS)
-# Strokes of digits are two pixels wide: these are as they are, and dilated by 2 and 3 pixels.
-THICKNESSES = {"scribble": scribble.THICKNESSES, "strokes": range(2, 8)}
+# Strokes of digits are two pixels wide: half of these leave them so, half make them one wider. More would blur
+# one digit into another.
+THICKNESSES = {"scribble": scribble.THICKNESSES, "strokes": range(2, 6)}
 
 
 @dataclasses.dataclass(frozen=True)

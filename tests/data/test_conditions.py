@@ -90,7 +90,7 @@ def test_cached_and_online_conditions_are_the_same_numbers(pictures, tmp_path):
 
 def test_the_manifest_tells_of_conditions_and_is_as_before_without(pictures, tmp_path):
     found = open_cache(pictures / "strokes")
-    assert found.control == {"kind": "strokes", "thickness": [2, 7], "variants": 3}
+    assert found.control == {"kind": "strokes", "thickness": [2, 5], "variants": 3}
     assert all(len(record.controls) == 3 for record in found.__getitems__(range(40)))
     without = encode(tmp_path / "plain", pictures)
     assert "control" not in read_json(without / "manifest.json")

@@ -6,8 +6,15 @@ from helpers.refusals import refuse
 
 from sprint_jax.core.pixels import to_bytes
 from sprint_jax.digits.captions import parse_caption
+from sprint_jax.digits.judge import Judge
 from sprint_jax.digits.scenes import draw_images, draw_scene, held_out_prompts, render, strokes
-from sprint_jax.digits.sketches import MIN_INK, draw_sketches, stroke_iou, summarize_iou
+from sprint_jax.digits.sketches import (
+    MIN_INK,
+    draw_sketches,
+    measure_control,
+    stroke_iou,
+    summarize_iou,
+)
 from sprint_jax.digits.worlds import WORLDS, get_world
 
 RANDOM = np.random.default_rng(0)
@@ -55,3 +62,29 @@ def test_iou_counts_pixels():
 
 def test_pictures_of_no_digits_world_are_refused():
     refuse(draw_sketches, np.zeros((1, 8, 20, 3), np.uint8), parts=["8x20"], exit_code=1)
+
+
+def test_a_network_is_measured_with_right_shuffled_and_empty_sketches():
+    """One that paints the sketch red on cyan, and draws a scene of its own where the branch does not count."""
+    prompts = held_out_prompts("small", 60, 0)
+    own = to_bytes(draw_images("small", prompts, "test", 5))
+    asked = []
+
+    def draw(captions, maps, scale):
+        asked.append((list(captions) == prompts, scale))
+        cyan, red = np.uint8([0, 255, 255]), np.uint8([255, 0, 0])
+        return np.where(maps > 0, red, cyan) if scale else own
+
+    found = measure_control(draw, Judge.fit("small"), prompts, scales=(0.0, 1.0))
+    assert asked == [(True, 0.0), (True, 1.0)] * 3
+    numbers = {(each["sketch"], each["scale"]): each for each in found}
+    iou = {key: each["iou"]["iou"] for key, each in numbers.items()}
+    assert iou["right", 1.0] == 1.0 and iou["empty", 1.0] == 0.0 < iou["shuffled", 1.0] < 0.45
+    assert len({iou[name, 0.0] for name in ("right", "shuffled", "empty")}) == 1
+    assert (
+        numbers["shuffled", 1.0]["followed"]["iou"]
+        == numbers["empty", 1.0]["followed"]["iou"]
+        == 1.0
+    )
+    accuracy = {key: each["accuracy"]["overall"]["accuracy"] for key, each in numbers.items()}
+    assert accuracy["right", 0.0] > 0.9 > 0.1 > accuracy["shuffled", 1.0]
