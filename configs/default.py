@@ -67,6 +67,9 @@ def get_config(arg=None):
     c.data.sizes = ()  # instead of the table, such as 8x16,16x8 (height x width)
     # So many of the sizes, evenly spread: each has programs of its own in a run; 0: all
     c.data.most_sizes = 0
+    # How captions are put to the text encoder: as 'diffusers' does, or as 'nvlabs' did in training, with other
+    # quotes in the instruction, and capitals
+    c.data.prompt_style = "diffusers"
     c.data.image_feature = "image"  # tfds: names of the features
     c.data.caption_feature = "caption"
     # Captions of an image are drawn by weight; above 0: by softmax(CLIP score / temperature).

@@ -22,7 +22,7 @@ from .parallel import distributed
 # Keys of the config that are read; a name with a dot at its end stands for a whole section.
 READ = ("data.images", "data.dir", "data.image_feature", "data.caption_feature", "data.resolution")
 READ += ("data.sizes", "data.most_sizes", "data.encoders", "data.max_rejected", "data.control")
-READ += ("encode.", "mesh.data", "mesh.fsdp", "mesh.tensor", "sigma_d")
+READ += ("data.prompt_style", "encode.", "mesh.data", "mesh.fsdp", "mesh.tensor", "sigma_d")
 
 
 def main(argv: list[str]) -> None:

@@ -66,7 +66,8 @@ def _from_workdir(
             f"{folder} was trained on {c.data.source} without an autoencoder: run its training line again with "
             "--config.data.encoders=PIPELINE, or export it with --base PIPELINE and use that"
         )
-    encoders = load_encoders("" if c.data.source == "digits" else c.data.encoders, dtype)
+    how = dict(style=c.data.get("prompt_style", "diffusers"))
+    encoders = load_encoders("" if c.data.source == "digits" else c.data.encoders, dtype, **how)
     factor = encoders.autoencoder.factor
     # The published student is its teacher plus an embedding of guidance.
     changes = {"guidance_embeds": True} if is_student(c) else {}

@@ -118,6 +118,7 @@ SECTIONS = {
         resolution=whole(1, 2**16),
         sizes=several(TEXT),
         most_sizes=whole(0),
+        prompt_style=TEXT,
         image_feature=TEXT,
         caption_feature=TEXT,
         caption_temperature=NOT_NEGATIVE,

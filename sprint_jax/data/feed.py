@@ -31,6 +31,7 @@ from ..encoders.load import (
     latent_size,
     load_decoder,
     load_encoders,
+    style_of,
 )
 from ..parallel.sharding import local_rows, make_mesh, same_everywhere
 from . import synthetic
@@ -219,6 +220,10 @@ def _open_latents(c: Config, rows: Sequence[int]) -> Data:
     first = caches[0]
     control = check_mixture(caches, c.data.control)
     read = functools.partial(read_latents, control=bool(c.data.control))
+    if (style := style_of(first.manifest["encoders"])) not in (None, c.data.prompt_style):
+        raise UserError(
+            f"captions in {first.folder} are put as '{style}' does: set --config.data.prompt_style={style}"
+        )
     record, size = first[0], first.manifest["buckets"][0]
     return _make_bucketed(
         c,
@@ -359,7 +364,8 @@ def _load_encoders(c: Config) -> Encoders:
     sizes = c.encode.batch_size, c.encode.text_batch_size
     ways = math.gcd(*sizes, jax.local_device_count())
     mesh, dtype = make_mesh(ways, devices=jax.local_devices()[:ways]), jnp.dtype(c.encode.dtype)
-    encoders = load_encoders(c.data.encoders, dtype, mesh, text_batch_size=sizes[1])
+    how = dict(text_batch_size=sizes[1], style=c.data.prompt_style)
+    encoders = load_encoders(c.data.encoders, dtype, mesh, **how)
     return encoders._replace(conditions=open_conditions(c.data, dtype, mesh))
 
 

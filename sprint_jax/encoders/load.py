@@ -24,7 +24,7 @@ from ..models.dc_ae import AutoencoderDC
 from ..parallel.sharding import batch_sharding, batch_ways, state_shardings
 from .autoencoder import Autoencoder
 from .conditions import Conditions
-from .text import PromptTokenizer, TextEncoder, load_tokenizer
+from .text import STYLES, PromptTokenizer, TextEncoder, load_tokenizer
 
 Array = jax.Array
 BESIDE_TRAINING = 2**20  # pixels that are decoded at once where a run has most of the memory
@@ -53,7 +53,12 @@ class Encoders(NamedTuple):
 
 
 def load_encoders(
-    path: str, dtype: Any, mesh: jax.sharding.Mesh | None = None, *, text_batch_size: int = 64
+    path: str,
+    dtype: Any,
+    mesh: jax.sharding.Mesh | None = None,
+    *,
+    text_batch_size: int = 64,
+    style: str = "diffusers",
 ) -> Encoders:
     """Loads the encoders of a pipeline, without its transformer.
 
@@ -63,6 +68,7 @@ def load_encoders(
       dtype: of parameters and matmuls.
       mesh: of this host's devices, over which batches, and by its axes parameters, are split.
       text_batch_size: captions at once.
+      style: how captions are put, of `text.STYLES`.
 
     Raises:
       UserError: no pipeline is there, a part is missing or damaged, or a batch cannot be split.
@@ -76,10 +82,12 @@ def load_encoders(
         shardings = functools.partial(state_shardings, mesh)
     if path in ("", "digits"):
         return _digits_encoders(sharding)
+    if style not in STYLES:
+        raise UserError(f"data.prompt_style '{style}' is not one of {', '.join(STYLES)}", 2)
     folder = _locate(path, FILES)
     tokenizer = load_tokenizer(folder / "tokenizer")
     autoencoder = open_autoencoder(folder, dtype, shardings)
-    how = dict(batch_size=text_batch_size, sharding=sharding)
+    how = dict(batch_size=text_batch_size, sharding=sharding, **STYLES[style])
     text_encoder = open_text_encoder(folder, tokenizer, dtype, shardings, **how)
     identity = _identify(autoencoder, text_encoder)
     return Encoders(autoencoder, text_encoder, identity, sharding)
@@ -177,6 +185,13 @@ def _identify(autoencoder: Autoencoder, text_encoder: TextEncoder) -> dict[str, 
             "lower": text_encoder.lower,
         },
     }
+
+
+def style_of(identity: dict[str, Any]) -> str | None:
+    """The name in `text.STYLES` of how captions were put for an identity; None if it is none of them."""
+    made = identity["text_encoder"]
+    put = {key: made.get(key) for key in ("instruction", "lower")}
+    return next((name for name, style in STYLES.items() if style == put), None)
 
 
 def _identify_autoencoder(config: AutoencoderDC) -> dict[str, Any]:

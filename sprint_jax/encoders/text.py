@@ -40,6 +40,11 @@ commentary or evaluations:
 User Prompt: """
 # NVlabs' configs, with which the models were trained, have double quotes, which are other tokens.
 INSTRUCTION_NVLABS = INSTRUCTION.replace("'", '"')
+# How prompts are put: arguments of `TextEncoder`.
+STYLES = {
+    "diffusers": dict(instruction=INSTRUCTION, lower=True),
+    "nvlabs": dict(instruction=INSTRUCTION_NVLABS, lower=False),
+}
 
 # Tokens at the end of the instruction that may change when a prompt follows: the last one is a space, which
 # joins the prompt's first word.

@@ -3,11 +3,20 @@
 import json
 import re
 import shutil
+from pathlib import Path
 
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from helpers.encoding import SMALL, STORED, Pictures, encode_small, hashes, words
+from helpers.encoding import (
+    SMALL,
+    STORED,
+    Pictures,
+    encode_small,
+    hashes,
+    small_config,
+    words,
+)
 from helpers.recording import Recording
 from helpers.runs import ROOT, run_here, write_digits
 from PIL import Image
@@ -20,9 +29,11 @@ from sprint_jax.core.config import flatten, load_config
 from sprint_jax.core.errors import UserError
 from sprint_jax.core.pixels import nearest_size
 from sprint_jax.data.buckets import fit_image
+from sprint_jax.data.feed import open_data
 from sprint_jax.data.latents import manifest, units
 from sprint_jax.data.latents.cache import open_cache
-from sprint_jax.encoders.load import encode_captions, encode_images, load_encoders
+from sprint_jax.encoders.load import encode_captions, encode_images, load_encoders, style_of
+from sprint_jax.parallel.sharding import make_mesh
 
 SIZES = tuple(tuple(map(int, size.split("x"))) for size in SMALL["data.sizes"])
 TWO = ("8x16", "16x8")
@@ -86,7 +97,23 @@ def test_every_record_is_its_picture_and_its_captions_encoded(
     if kind == "real":
         assert cache.text_length == 300 and cache.manifest["text_features"] == 16
         assert identity["text_encoder"]["instruction"].endswith("User Prompt: ")
+        assert style_of(identity) == "diffusers"
         assert identity["autoencoder"]["scaling_factor"] == 0.41407
+
+
+def test_captions_are_put_as_the_config_says(pipeline, written, tmp_path):
+    encoders = load_encoders(str(pipeline), jnp.float32, style="nvlabs")
+    assert style_of(encoders.identity) == "nvlabs"
+    assert not encoders.text_encoder.lower and encoders.text_encoder.instruction.count('"') == 2
+    with pytest.raises(UserError, match=r"prompt_style 'own'.*diffusers, nvlabs"):
+        load_encoders(str(pipeline), jnp.float32, style="own")
+    folder = Path(shutil.copytree(written, tmp_path / "latents"))
+    manifest = json.loads((folder / "manifest.json").read_text())
+    manifest["encoders"]["text_encoder"] |= encoders.identity["text_encoder"]
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+    c = small_config(data__source="latents", data__latents=(str(folder),), data__batch_size=8)
+    with pytest.raises(UserError, match=r"latents.*'nvlabs'.*data\.prompt_style=nvlabs"):
+        open_data(c, make_mesh(-1))
 
 
 def test_the_manifest_counts_and_measures(written):

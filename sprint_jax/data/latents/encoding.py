@@ -46,7 +46,8 @@ def make_job(c: Config, source: Source, folder: AnyPath, limit: int | None) -> J
     if not count:
         raise UserError(f"{source.name} has no record")
     dtype = jnp.dtype(e.dtype)
-    encoders = load_encoders(c.data.encoders, dtype, mesh, text_batch_size=e.text_batch_size)
+    how = dict(text_batch_size=e.text_batch_size, style=c.data.prompt_style)
+    encoders = load_encoders(c.data.encoders, dtype, mesh, **how)
     encoders = encoders._replace(conditions=open_conditions(c.data, dtype, mesh))
     check_factor(sizes, encoders.autoencoder.factor)
     return Job(folder, source, count, encoders, sizes, dtype, e.unit, e.batch_size, e.threads)
