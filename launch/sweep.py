@@ -9,15 +9,16 @@ is unfinished. SIGTERM and Ctrl-C reach the trainings, which write a checkpoint.
 
 Backends: ``local`` has K trainings at a time on this machine, ``slurm`` submits a job for each run through
 launch/slurm.sbatch, ``pod`` runs one after the other through launch/tpu_pod.sh, on the TPU that TPU_NAME
-and TPU_ZONE name. For both, DIR must be a folder that this machine and the others see.
+and TPU_ZONE name. For both, DIR must be a folder that this machine and the others see. It may be in a bucket
+(gs://, s3://); output of the runs then lies in logs/ here until they end.
 """
 
 import shlex
 import sys
-from pathlib import Path
 
 from sprint_jax.core import cli
 from sprint_jax.core.errors import UserError
+from sprint_jax.core.storage import as_path
 from sprint_jax.sweeps.report import Ranking
 from sprint_jax.sweeps.rows import load_rows
 from sprint_jax.sweeps.run import claim, run_sweep
@@ -56,14 +57,12 @@ def parse(argv: list[str]):
         raise UserError("--parallel and --last must be at least 1", exit_code=2)
     if flags.parallel > 1 and flags.backend != "local":
         raise UserError(f"--parallel is of no use with --backend {flags.backend}", exit_code=2)
-    if "://" in flags.workdir:
-        raise UserError(f"--workdir {flags.workdir} must be a folder, not an address", exit_code=2)
     return flags, words
 
 
 def main(argv: list[str]) -> None:
     flags, words = parse(argv)
-    workdir = Path(flags.workdir)
+    workdir = as_path(flags.workdir)
     rows = load_rows(flags.config, flags.sweep, words, workdir)
     command = COMMANDS[flags.backend]
     if flags.dry_run:

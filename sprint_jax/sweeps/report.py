@@ -4,11 +4,11 @@ import csv
 import io
 import math
 from collections.abc import Sequence
-from pathlib import Path
 from typing import NamedTuple
 
 from ..checkpoints.workdir import read_metrics
 from ..core.files import write_atomic
+from ..core.storage import AnyPath
 from .rows import Row
 
 
@@ -58,7 +58,7 @@ def _read(row: Row, ranking: Ranking) -> Ranked:
     return Ranked(row, curves, scores, steps, seconds)
 
 
-def write_results(path: Path, ranked: Sequence[Ranked], ranking: Ranking) -> None:
+def write_results(path: AnyPath, ranked: Sequence[Ranked], ranking: Ranking) -> None:
     """Writes a CSV file with a line for each row; a reader finds the old file or the new one, whole."""
     keys = sorted({key for each in ranked for key in each.row.overrides})
     text = io.StringIO()
@@ -74,7 +74,7 @@ def write_results(path: Path, ranked: Sequence[Ranked], ranking: Ranking) -> Non
     write_atomic(path, text.getvalue().encode())
 
 
-def draw(path: Path, ranked: Sequence[Ranked], ranking: Ranking) -> None:
+def draw(path: AnyPath, ranked: Sequence[Ranked], ranking: Ranking) -> None:
     """Draws for each metric the curves of all rows, and their scores with the best on top, as a PNG."""
     # Imported here since it takes a second; a Figure without pyplot has no global state.
     from matplotlib.figure import Figure

@@ -1,6 +1,7 @@
 """The rows of a sweep: its runs, their folders and their state."""
 
 import hashlib
+import os
 import re
 import subprocess
 from collections.abc import Sequence
@@ -8,9 +9,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..checkpoints.workdir import read_workdir_config
+from ..checkpoints.checkpoint import complete_steps
+from ..checkpoints.workdir import LOG_FILE, read_workdir_config
 from ..core.config import Config, load_config, load_functions
 from ..core.errors import UserError
+from ..core.storage import AnyPath, in_bucket
 from ..training.checks import check_values
 
 NAME_LIMIT = 100  # with a hash behind it, below the 255 bytes that file systems allow
@@ -32,7 +35,7 @@ class Row:
     name: str
     overrides: dict[str, str]
     config: Config
-    folder: Path
+    folder: AnyPath
     arguments: tuple[str, ...]
     status: str = "waiting"
     exit_code: int | None = None
@@ -44,10 +47,15 @@ class Row:
         """Returns whether two rows have one folder, or are one run."""
         return self.name == other.name or self.overrides == other.overrides
 
+    @property
+    def log(self) -> Path:
+        """The file of what its training prints; for a run in a bucket below ``logs`` of the current folder."""
+        local = Path("logs", os.fspath(self.folder).partition("://")[2])
+        return (local if in_bucket(self.folder) else Path(self.folder)) / LOG_FILE
+
     def finished(self) -> bool:
         """Returns whether the folder holds this very run with a checkpoint of its last step."""
-        # Orbax renames a folder to its number when the checkpoint is whole.
-        if not (self.folder / "checkpoints" / str(self.config.steps)).is_dir():
+        if self.config.steps not in complete_steps(self.folder / "checkpoints"):
             return False
         try:
             return read_workdir_config(self.folder) == self.config
@@ -55,7 +63,7 @@ class Row:
             return False
 
 
-def load_rows(spec: str, name: str, words: Sequence[str], workdir: Path) -> list[Row]:
+def load_rows(spec: str, name: str, words: Sequence[str], workdir: AnyPath) -> list[Row]:
     """Calls ``sweep_<name>()`` of a config file and checks every row that it returns.
 
     Args:
@@ -85,7 +93,7 @@ def load_rows(spec: str, name: str, words: Sequence[str], workdir: Path) -> list
     return list(rows.values())
 
 
-def _load_row(spec: str, words: Sequence[str], overrides: Any, workdir: Path) -> Row:
+def _load_row(spec: str, words: Sequence[str], overrides: Any, workdir: AnyPath) -> Row:
     if not isinstance(overrides, dict) or not all(isinstance(key, str) for key in overrides):
         raise UserError("a row must be a dict of dotted keys")
     texts = {key: _text(value) for key, value in sorted(overrides.items())}

@@ -11,9 +11,10 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
-from ..checkpoints.workdir import LOG_FILE
+from ..checkpoints import workdir as workdirs
 from ..core.errors import UserError
-from ..core.files import try_lock
+from ..core.files import try_lock, write_atomic
+from ..core.storage import AnyPath, in_bucket, make_folder
 from .report import Ranking, draw, rank, write_results
 from .rows import Row
 from .slurm import submit_rows
@@ -24,25 +25,36 @@ WAIT = "import fcntl, os, sys; fcntl.flock(1, fcntl.LOCK_EX); os.execvp(sys.argv
 
 
 @contextlib.contextmanager
-def claim(workdir: Path, spec: str, name: str) -> Iterator[None]:
+def claim(workdir: AnyPath, spec: str, name: str) -> Iterator[None]:
     """Holds a sweep's folder for this process. UserError if it is another sweep's, or one runs in it."""
+    record = json.dumps({"config": spec, "sweep": name}, indent=2) + "\n"
+    if in_bucket(workdir):
+        with workdirs.claim(workdir, patience=0.0):
+            path = workdir / "sweep.json"
+            _check_sweep(workdir, path.read_text() if path.is_file() else "", record)
+            write_atomic(path, record.encode())
+            yield
+        return
     if workdir.exists() and not workdir.is_dir():
         raise UserError(f"--workdir {workdir} is a file; name a directory")
     workdir.mkdir(parents=True, exist_ok=True)
-    record = json.dumps({"config": spec, "sweep": name}, indent=2) + "\n"
     with open(workdir / "sweep.json", "a+", buffering=1) as file:
         if not try_lock(file):
             raise UserError(f"another sweep runs in --workdir {workdir}")
         file.seek(0)
         found = file.read()
-        if found not in ("", record):
-            raise UserError(f"--workdir {workdir} holds another sweep ({found.strip()})")
+        _check_sweep(workdir, found, record)
         file.write("" if found else record)
         yield
 
 
+def _check_sweep(workdir: AnyPath, found: str, record: str) -> None:
+    if found not in ("", record):
+        raise UserError(f"--workdir {workdir} holds another sweep ({found.strip()})")
+
+
 def run_sweep(
-    workdir: Path, rows: Sequence[Row], ranking: Ranking, command: Sequence[str], parallel: int
+    workdir: AnyPath, rows: Sequence[Row], ranking: Ranking, command: Sequence[str], parallel: int
 ) -> None:
     """Runs or submits the unfinished rows, and keeps results.csv and results.png up to date.
 
@@ -67,7 +79,7 @@ def run_sweep(
     for row in rows:
         if row.folder.is_file():
             raise UserError(f"{row.folder} is a file, in the place of a run's folder: move it away")
-        row.folder.mkdir(exist_ok=True)
+        make_folder(row.folder)
         if row.finished():
             row.status, row.exit_code = "done", 0
     unfinished = [row for row in rows if row.status != "done"]
@@ -131,7 +143,8 @@ def run_rows(
 
 
 def _start(row: Row, command: Sequence[str]) -> None:
-    with open(row.folder / LOG_FILE, "ab") as log:
+    row.log.parent.mkdir(parents=True, exist_ok=True)
+    with open(row.log, "ab") as log:
         row.log_start = log.tell()
         row.process = subprocess.Popen(
             [sys.executable, "-S", "-c", WAIT, *command, *row.arguments],
@@ -147,9 +160,14 @@ def _end(row: Row, stopping: bool) -> None:
     code = row.exit_code = row.process.returncode
     row.status = "done" if code == 0 else "stopped" if stopping else "failed"
     if row.status == "failed":
-        row.error = last_error(row.folder / LOG_FILE, row.log_start)
+        row.error = last_error(row.log, row.log_start)
     if code < 0:
         row.error = f"killed by {signal.Signals(-code).name}  {row.error}".rstrip()
+    if in_bucket(row.folder):
+        try:
+            write_atomic(row.folder / workdirs.LOG_FILE, row.log.read_bytes())
+        except (OSError, UserError) as error:
+            print(f"{row.log} is not copied: {error}", file=sys.stderr, flush=True)
 
 
 def _send(rows: Sequence[Row], number: int) -> None:

@@ -1,24 +1,25 @@
 """A sweep on SLURM: one job per row, through launch/slurm.sbatch."""
 
 import hashlib
+import os
 import subprocess
 from collections.abc import Callable, Sequence
 
-from ..checkpoints.workdir import LOG_FILE
 from ..core.errors import UserError
+from ..core.storage import absolute
 from .rows import Row
 
 
 def job_name(row: Row) -> str:
     """Returns the name of the row's job, which no other has: the queue is asked for it."""
-    digest = hashlib.sha256(str(row.folder.resolve()).encode()).hexdigest()[:8]
+    digest = hashlib.sha256(os.fspath(absolute(row.folder)).encode()).hexdigest()[:8]
     return f"{row.name[:60]}-{digest}"
 
 
 def sbatch_command(row: Row) -> list[str]:
     """Returns the words that submit a row; the job's output is appended to its log.txt."""
     # SLURM reads % in a file name as a pattern.
-    log = str(row.folder / LOG_FILE).replace("%", "%%")
+    log = str(row.log).replace("%", "%%")
     flags = [f"--job-name={job_name(row)}", f"--output={log}", "--open-mode=append"]
     return ["sbatch", *flags, "launch/slurm.sbatch", "--", *row.arguments]
 
@@ -32,6 +33,7 @@ def submit_rows(rows: Sequence[Row], changed: Callable[[Row], None]) -> None:
     for row in rows:
         try:
             if job_name(row) not in queued:
+                row.log.parent.mkdir(parents=True, exist_ok=True)  # else the job cannot start
                 _run(sbatch_command(row))
             row.status = "queued"
         except UserError as error:

@@ -1,6 +1,8 @@
 """Everything that may lie in a bucket, against servers of both protocols on the loopback."""
 
+import csv
 import shutil
+import sys
 
 import jax
 import numpy as np
@@ -9,10 +11,16 @@ from array_record.python.array_record_data_source import ArrayRecordDataSource
 from array_record.python.array_record_module import ArrayRecordWriter
 from helpers import bucket_servers, image_sets
 from helpers.checkpoints import META, make_state
+from helpers.runs import ROOT
+from helpers.toy_sweep import TOY
 
+from launch import sweep
 from sprint_jax.checkpoints.checkpoint import Checkpoints, load_params
+from sprint_jax.checkpoints.workdir import write_workdir_config
+from sprint_jax.core.errors import UserError
 from sprint_jax.core.storage import Mirror, as_path, fetch, local_output, read_range, walk
 from sprint_jax.data.sources.open import open_images
+from sprint_jax.sweeps.rows import load_rows
 
 pytestmark = pytest.mark.faults
 
@@ -141,3 +149,47 @@ def test_a_compressed_file_is_copied_and_read(bucket, tmp_path, monkeypatch):
     (as_path(f"{bucket}/packed") / packed.name).write_bytes(packed.read_bytes())
     (source,) = open_images([f"{bucket}/packed"])
     assert {source[i].key for i in range(6)} == {sample.key for sample in samples}
+
+
+# Stands in for a training: the run of seed 1 fails when it is started for the first time.
+TRAIN = f"""
+import sys
+sys.path.insert(0, {str(ROOT / "tests")!r})
+from helpers.checkpoints import META, make_state
+from sprint_jax.checkpoints.checkpoint import Checkpoints
+from sprint_jax.core.storage import as_path
+workdir = as_path(sys.argv[sys.argv.index("--workdir") + 1])
+print("the output of", workdir.name)
+(workdir / "metrics.jsonl").write_text('{{"step": 6, "loss/flow": 0.5}}\\n')
+if workdir.name == "seed=1" and not (workdir / "log.txt").exists():
+    sys.exit("error: no luck")
+with Checkpoints(workdir / "checkpoints", keep=1) as checkpoints:
+    checkpoints.save(6, make_state(), META)
+"""
+
+
+def test_a_sweep_goes_on_in_a_bucket(bucket, tmp_path, monkeypatch):
+    workdir, config = f"{bucket}/sweep", tmp_path / "toy.py"
+    config.write_text(f"{TOY}\nsweep_two = lambda: sweep('seed', [0, 1])\n")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    monkeypatch.setitem(sweep.COMMANDS, "local", (sys.executable, "-c", TRAIN))
+    for row in load_rows(str(config), "two", [], as_path(workdir)):
+        write_workdir_config(row.folder, row.config, 0, {})
+    line = ["--config", str(config), "--sweep", "two", "--workdir", workdir, "--parallel", "2"]
+
+    def results():
+        lines = (as_path(workdir) / "results.csv").read_text().splitlines()
+        return {line["run"]: (line["status"], line["error"]) for line in csv.DictReader(lines)}
+
+    with pytest.raises(UserError, match="1 of 2 runs failed: seed=1"):
+        sweep.main(line)
+    assert results() == {"seed=0": ("done", ""), "seed=1": ("failed", "error: no luck")}
+    logs = [as_path(f"{workdir}/seed={seed}/log.txt").read_text() for seed in (0, 1)]
+    assert logs[0].startswith("the output of seed=0\n") and logs[1].endswith("error: no luck\n")
+    sweep.main(line)
+    assert results() == {"seed=0": ("done", ""), "seed=1": ("done", "")}
+    assert logs[0] == as_path(f"{workdir}/seed=0/log.txt").read_text()  # it did not run again
+    assert {"results.png", "sweep.json"} <= set(walk(as_path(workdir)))
+    with pytest.raises(UserError, match="another sweep"):
+        sweep.main([word.replace("two", "seed") for word in line])

@@ -66,7 +66,7 @@ def test_names_are_readable_and_unique_and_arguments_are_those_of_train(toy, tmp
         ("seed", ["--parallel", "0"], "--parallel"),
         ("seed", ["--last", "0"], "--last"),
         ("seed", ["--parallel", "2", "--backend", "slurm"], "--parallel.*slurm"),
-        ("seed", ["--workdir", "gs://bucket/x"], "gs://bucket/x"),
+        ("seed", ["--workdir", "http://bucket/x"], "http://bucket/x"),
     ],
 )
 def test_what_is_wrong_is_found_before_anything_starts(name, words, message, toy, tmp_path):
