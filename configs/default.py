@@ -199,6 +199,8 @@ def model_fields(size):
         qk_norm=False,
         guidance_embeds=False,
         flow_map=False,  # a student that is given the time to which it jumps (meanflow)
+        control_blocks=0,  # copies in a control branch (ControlNet), which reads a condition; 0: none
+        control_wiring="nvlabs",  # as such branches are trained; or 'diffusers', as its class runs them
         timestep_scale=1.0,
         interpolation_scale=0.0,  # 0: no positions; 1.0 for 2K, 2.0 for 4K models
         dtype="float32",  # of matmuls: float32 (no TF32, on any device) or bfloat16
