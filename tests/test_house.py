@@ -37,10 +37,12 @@ DEVELOPMENT = {
     "torch",
     "diffusers",
     "transformers",
+    "opencv-python-headless",
+    "h5py",
 }
 
 # Of these a function may import what only it needs; nothing of the kind is imported with a module.
-OPTIONAL = {"torch", "diffusers", "transformers"}
+OPTIONAL = {"torch", "diffusers", "transformers", "h5py"}
 
 # Written so that no pattern matches itself.
 UNWANTED = {
