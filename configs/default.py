@@ -27,6 +27,9 @@ def get_config(arg=None):
     c.steps = 1000  # generator updates in all
     # Networks: a workdir (its EMA), a diffusers folder or a hub id
     c.teacher = ""  # distill: the frozen teacher
+    c.trunk = (
+        ""  # frozen, beneath a control branch that learns alone: a teacher; distill: a student
+    )
     c.init = ""  # warm start at step 0, of weights alone
     c.sigma_d = 0.5  # TrigFlow's standard deviation of data and noise
     c.ema_decay = 0.999  # of the moving average that is sampled and exported
@@ -220,6 +223,8 @@ def model_fields(size):
         qk_norm=False,
         guidance_embeds=False,
         flow_map=False,  # a student that is given the time to which it jumps (meanflow)
+        control_blocks=0,  # copies in a control branch (ControlNet), which reads a condition; 0: none
+        control_wiring="nvlabs",  # as such branches are trained; or 'diffusers', as its class runs them
         timestep_scale=1.0,
         interpolation_scale=0.0,  # 0: no positions; 1.0 for 2K, 2.0 for 4K models
         dtype="float32",  # of matmuls: float32 (no TF32, on any device) or bfloat16
