@@ -99,7 +99,7 @@ def parts(nets, c, state, batch, given):
     x0, text, mask = draws.images_of(c, batch)
     t, noise, gradients, disc = given["t"], given["noise"], given["gradients"], state.disc
     student = draws.student_of(nets, text, mask, given["guidance"])
-    teacher = draws.teacher_of(nets, given, text, mask, given["guidance"])
+    teacher = draws.teacher_of(nets, c, given, text, mask, given["guidance"])
     features = functions.features(nets.teacher, given["teacher"], text, mask, c.ladd.taps)
 
     def generate(params=state.params):

@@ -73,6 +73,9 @@ def get_config(arg=None):
     # How captions are put to the text encoder: as 'diffusers' does, or as 'nvlabs' did in training, with other
     # quotes in the instruction, and capitals
     c.data.prompt_style = "diffusers"
+    # Tokens of the empty prompt (guidance, caption dropout) that count: its 'own', or as many as those of the
+    # 'caption' whose place it takes, as NVlabs trained
+    c.data.null_mask = "own"
     c.data.image_feature = "image"  # tfds: names of the features
     c.data.caption_feature = "caption"
     # Captions of an image are drawn by weight; above 0: by softmax(CLIP score / temperature).

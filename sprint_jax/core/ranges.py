@@ -123,6 +123,7 @@ SECTIONS = {
         sizes=several(TEXT),
         most_sizes=whole(0),
         prompt_style=TEXT,
+        null_mask=one_of("own", "caption"),
         image_feature=TEXT,
         caption_feature=TEXT,
         caption_temperature=NOT_NEGATIVE,

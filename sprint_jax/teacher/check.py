@@ -91,7 +91,7 @@ def _measure_all(
     setting = Setting(
         [to_devices(mesh, {key: a[rows] for key, a in held.items()}) for rows in pieces],
         jnp.asarray(data.null_text),
-        jnp.asarray(data.null_mask),
+        None if c.data.null_mask == "caption" else jnp.asarray(data.null_mask),
         c.log.sample_guidance,
         c.sigma_d,
         c.flow.shift,

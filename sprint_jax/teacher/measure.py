@@ -27,14 +27,14 @@ class Setting(NamedTuple):
 
     Attributes:
       batches: of equal size, on devices: latents [B, h, w, C], text [B, L, D], mask [B, L].
-      null_text: [L, D] and null_mask [L], of the empty prompt.
+      null_text: [L, D] and null_mask [L], of the empty prompt; no mask: that of the caption beside it.
       guidance: CFG scale of the trajectories and of the samples.
       sigma_d: TrigFlow's; shift: of the sampler's times.
     """
 
     batches: list[dict[str, Array]]
     null_text: Array
-    null_mask: Array
+    null_mask: Array | None
     guidance: float
     sigma_d: float
     shift: float
@@ -79,7 +79,8 @@ def _velocity(model, params, batch) -> Callable:
 
 def _guided(model, params, setting: Setting, batch) -> Callable:
     network = model, in_use(model, params), batch["text"], batch["mask"]
-    null = setting.null_text[None], setting.null_mask[None]
+    mask = batch["mask"] if setting.null_mask is None else setting.null_mask[None]
+    null = setting.null_text[None], mask
     return functions.guided(functions.velocity, *network, setting.guidance, null)
 
 

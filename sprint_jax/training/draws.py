@@ -108,6 +108,12 @@ def whole(nets: Nets, frozen: dict, params):
     return in_use(nets.model, {**frozen.get("trunk", {}), **params})
 
 
+def null_prompt(c, frozen: dict, mask) -> tuple[jax.Array, jax.Array]:
+    """Text [1, L, D] and mask [1 or B, L] of the empty prompt in the place of captions with a mask [B, L]."""
+    own = frozen["null_mask"][None]
+    return frozen["null_text"][None], mask if c.data.null_mask == "caption" else own
+
+
 def wrong_captions(frozen: dict, text, mask) -> jax.Array:
     """Which rows' captions are wrong for the image of the row before, bool [B]: not empty, and not its own.
 
@@ -191,18 +197,18 @@ def student_of(nets: Nets, text, mask, guidance, dtype=None, *, control=None):
 
 
 def teacher_of(
-    nets: Nets, frozen: dict, text, mask, guidance, form=functions.trigflow, *, control=None
+    nets: Nets, c, frozen: dict, text, mask, guidance, form=functions.trigflow, *, control=None
 ):
     """``teacher(x, t) -> F`` of the frozen teacher with classifier-free guidance."""
-    null = frozen["null_text"][None], frozen["null_mask"][None]
+    null = null_prompt(c, frozen, mask)
     network = nets.teacher, frozen["teacher"], text, mask
     return functions.guided(form, *network, guidance, null, control)
 
 
-def teacher_velocity(nets: Nets, frozen: dict, text, mask, guidance, *, control=None):
+def teacher_velocity(nets: Nets, c, frozen: dict, text, mask, guidance, *, control=None):
     """``velocity(x_fm, t_fm)`` of the frozen teacher with classifier-free guidance."""
     form = functions.velocity
-    return teacher_of(nets, frozen, text, mask, guidance, form, control=control)
+    return teacher_of(nets, c, frozen, text, mask, guidance, form, control=control)
 
 
 def critic_of(

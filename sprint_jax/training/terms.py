@@ -54,7 +54,7 @@ def consistency_term(nets: Nets, c, state: TrainState, frozen: dict) -> Callable
         guidance, control = draws.draw_guidance(c, keys.guidance, x0), draws.control_of(nets, batch)
         loss, aux = losses.scm_loss(
             draws.student_of(nets, text, mask, guidance, c.scm.jvp_dtype, control=control),
-            draws.teacher_of(nets, frozen, text, mask, guidance, control=control),
+            draws.teacher_of(nets, c, frozen, text, mask, guidance, control=control),
             draws.whole(nets, frozen, params),
             x0,
             draws.draw_noise(c, keys.noise, x0),
@@ -90,7 +90,7 @@ def meanflow_term(nets: Nets, c, frozen: dict) -> Callable:
         t, target = draws.draw_jump(c, keys.jump_time, latents)
         loss, aux = losses.meanflow_loss(
             average,
-            draws.teacher_velocity(nets, frozen, text, mask, guidance, control=control),
+            draws.teacher_velocity(nets, c, frozen, text, mask, guidance, control=control),
             draws.whole(nets, frozen, params),
             latents,
             jax.random.normal(keys.jump_noise, latents.shape),
@@ -118,7 +118,7 @@ def trajectory_term(nets: Nets, c, frozen: dict) -> Callable:
         noise = jax.random.normal(keys.path_noise, batch["latents"].shape)
         times = draws.draw_path(c, keys.path_time)
         how = dict(control=control)
-        velocity = draws.teacher_velocity(nets, frozen, text, mask, guidance, **how)
+        velocity = draws.teacher_velocity(nets, c, frozen, text, mask, guidance, **how)
         end, points = sampling.dpm_solver_path(velocity, noise, times, times[:-1])
 
         # All points of a sample side by side, so that each device of a mesh has them in its own rows.
@@ -246,7 +246,7 @@ def _ladd(nets, c, state, frozen, real, text, mask, keys: GeneratorKeys, control
 
 
 def _dmd(nets, c, state, frozen, text, mask, guidance, key, control) -> Callable:
-    teacher = draws.teacher_of(nets, frozen, text, mask, guidance, control=control)
+    teacher = draws.teacher_of(nets, c, frozen, text, mask, guidance, control=control)
     fake = draws.fake_of(nets, state.fake["params"], text, mask, control=control)
     keys = draws.split(ScoreKeys, key)
 
@@ -266,7 +266,7 @@ def _dmd(nets, c, state, frozen, text, mask, guidance, key, control) -> Callable
 
 
 def _twinflow(nets, c, frozen, text, mask, guidance, key, control) -> Callable:
-    real = draws.teacher_velocity(nets, frozen, text, mask, guidance, control=control)
+    real = draws.teacher_velocity(nets, c, frozen, text, mask, guidance, control=control)
     keys = draws.split(ScoreKeys, key)
 
     def loss(params, x0):

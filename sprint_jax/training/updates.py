@@ -32,8 +32,9 @@ def flow_update(nets: Nets, c, state: TrainState, batch: dict, frozen: dict):
         t, shown = draws.draw_flow_time(c, keys.time, latents)
         noise = jax.random.normal(keys.noise, latents.shape)
         drop = jax.random.bernoulli(keys.dropout, c.flow.caption_dropout, t.shape)
-        text = jnp.where(drop[:, None, None], frozen["null_text"][None], batch["text"])
-        mask = jnp.where(drop[:, None], frozen["null_mask"][None], batch["mask"])
+        null_text, null_mask = draws.null_prompt(c, frozen, batch["mask"])
+        text = jnp.where(drop[:, None, None], null_text, batch["text"])
+        mask = jnp.where(drop[:, None], null_mask, batch["mask"])
         params, control = draws.whole(nets, frozen, params), draws.control_of(nets, batch)
         velocity = functions.velocity(nets.model, params, text, mask, control=control)
         return losses.flow_matching_loss(lambda x, _: velocity(x, shown), latents, noise, t)
@@ -196,7 +197,7 @@ def check_tangent(nets: Nets, c, state: TrainState, batch: dict, frozen: dict) -
     x = trigflow.add_noise(x0, draws.draw_noise(c, keys.noise, x0), t) / c.sigma_d
     scale = jnp.cos(t) * jnp.sin(t)
     control = draws.control_of(nets, batch)
-    teacher = draws.teacher_of(nets, frozen, text, mask, guidance, control=control)
+    teacher = draws.teacher_of(nets, c, frozen, text, mask, guidance, control=control)
     params = draws.whole(nets, frozen, state.params)
     dx = trigflow.expand(scale, x) * teacher(x, t)
 

@@ -43,3 +43,13 @@ def test_pairs_of_an_image_and_its_own_caption_do_not_count_for_the_critic(tmp_p
 
     assert loss(True, jnp.zeros(4, bool)) == pytest.approx(loss(False), rel=1e-6)
     assert loss(True, jnp.ones(4, bool)) == loss(True) != pytest.approx(loss(False), rel=1e-3)
+
+
+def test_the_empty_prompt_has_its_own_mask_or_the_captions(tmp_path):
+    c = tiny("configs/digits.py:student,small", tmp_path)
+    frozen = {"null_text": jnp.ones((3, 2)), "null_mask": jnp.array([1, 0, 0])}
+    mask = jnp.array([[1, 1, 0], [1, 1, 1]])
+    text, own = draws.null_prompt(c, frozen, mask)
+    assert text.shape == (1, 3, 2) and own.tolist() == [[1, 0, 0]]
+    text, captions = draws.null_prompt(c.override({"data.null_mask": "caption"}), frozen, mask)
+    assert text.shape == (1, 3, 2) and captions.tolist() == mask.tolist()
