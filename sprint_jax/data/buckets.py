@@ -124,6 +124,21 @@ def merge_sizes(
     return target
 
 
+def describe_resolution(sources: Sequence[Buckets], sample_size: int) -> str:
+    """Returns a line where most latents are of another resolution than the network's, or an empty one."""
+    counts = Counter()
+    for source in sources:
+        counts.update({size: len(members) for size, members in source.items()})
+    height, width = max(counts, key=counts.get)
+    side = round(math.sqrt(height * width))
+    if 0.5 <= (side / sample_size) ** 2 <= 2.0:
+        return ""
+    return (
+        f"most latents are {height}x{width}, but config.model.sample_size={sample_size}, the size at which "
+        f"pictures are drawn and that exports name: set --config.model.sample_size={side} if that is not meant"
+    )
+
+
 def describe_repeats(sources: Sequence[Buckets], factor: int, batch_size: int) -> str:
     """Says of which sizes a batch repeats records, and how that is avoided; empty where none does.
 

@@ -36,7 +36,7 @@ from ..encoders.load import (
 from ..parallel.sharding import local_rows, make_mesh, same_everywhere
 from . import synthetic
 from .batches import Batch, ImageReader, Reader, make_batches, read_latents
-from .buckets import check_factor, choose_sizes, describe_repeats
+from .buckets import check_factor, choose_sizes, describe_repeats, describe_resolution
 from .latents.cache import Cache, check_mixture, open_cache, pad_texts
 from .members import Buckets
 from .order import VERSION, Order, Rows, hold_out, make_order, make_single_order
@@ -321,6 +321,7 @@ def _make_bucketed(
     first_part, kept = hold_out(buckets[0], c.data.holdout)
     training = [first_part, *buckets[1:]]
     _say(describe_repeats(training, factor, c.data.batch_size))
+    _say(describe_resolution(training, c.model.sample_size))
     how = dict(batch_size=c.data.batch_size, seed=c.seed, weights=c.data.weights)
     order, read = make_order(training, **how), make_reader(training)
     common = order.buckets[0]

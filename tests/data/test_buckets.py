@@ -10,6 +10,7 @@ from sprint_jax.data.buckets import (
     SIZES_2048,
     check_factor,
     choose_sizes,
+    describe_resolution,
     fit_image,
     merge_sizes,
     size_table,
@@ -126,3 +127,12 @@ def test_no_row_is_lost_where_float_division_is_short():
 def test_a_thread_of_an_image_is_refused_before_memory_is_spent():
     with pytest.raises(ValueError, match=r"1x60000 .* 512x2048"):
         fit_image(np.zeros((1, 60000, 3), np.uint8), (512, 2048))
+
+
+def test_latents_of_another_resolution_than_the_network_are_told():
+    sources = [{(32, 32): range(9), (16, 64): range(2)}, {(16, 64): range(5), (28, 36): range(3)}]
+    assert describe_resolution(sources, 32) == ""
+    assert describe_resolution(sources, 24) == describe_resolution(sources, 45) == ""
+    for size in (16, 64):
+        line = describe_resolution(sources, size)
+        assert f"sample_size={size}," in line and "sample_size=32 " in line
