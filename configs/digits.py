@@ -8,9 +8,9 @@ Words: ``teacher`` or ``student``; ``full`` (8x16 pixels, one or two digits, Gen
 ``small`` (8x8 pixels, one digit; the quickstart), or ``large`` (16x16 pixels, one or two digits). ``sprint``
 keeps the student's losses those of SANA-Sprint, sCM and LADD, as in ``large``, where others were found better.
 
-The full world took 46 minutes for the teacher, on one of two CPU cores, and 42 for the student on both. On
-1,000 held-out prompts the teacher was right for 94.7 % in 20 steps, the student for 73.4, 87.8, 91.1 and
-93.4 % in 1, 2, 3 and 4. In the small world it was 5 minutes and 6.5, both cores: 93.0 %, and 72.0, 88.2, 92.0
+The full world took 46 minutes for the teacher and 131 for the student, each on one of two CPU cores. On 1,000
+held-out prompts the teacher was right for 96.4 % in 20 steps, the student for 79.0, 89.0, 93.4 and 94.8 % in 1, 2,
+3 and 4. In the small world it was 5 minutes and 6.5, both cores: 93.0 %, and 72.0, 88.2, 92.0
 and 95.0 %, on 400 prompts.
 """
 

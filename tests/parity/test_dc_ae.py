@@ -12,6 +12,7 @@ import torch
 from helpers.compare import relative_error
 from helpers.reference import channels_first, channels_last, same_weights, tiny_dc_ae
 
+from sprint_jax.encoders.autoencoder import Autoencoder
 from sprint_jax.interop.dc_ae import dc_ae_table
 from sprint_jax.interop.diffusers import load_autoencoder, save_autoencoder
 from sprint_jax.models.dc_ae import AutoencoderDC
@@ -40,9 +41,11 @@ def errors(model, folder, height, width, tile=None) -> tuple[float, float]:
     with torch.no_grad():
         encoded = channels_last(model.encode(channels_first(pixels)).latent)
         decoded = channels_last(model.decode(channels_first(latents)).sample)
+    cut = dict(tile=tile, whole=0) if tile else {}
+    ours = Autoencoder(autoencoder, params, **cut)
     return (
-        relative_error(autoencoder.encode(params, pixels, tile), encoded * scale),
-        relative_error(autoencoder.decode(params, latents * scale, tile), decoded),
+        relative_error(ours.encode(pixels), encoded * scale),
+        relative_error(ours.decode(latents * scale), decoded),
     )
 
 
