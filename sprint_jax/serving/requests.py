@@ -1,0 +1,116 @@
+"""Requests of clients: what the server offers, the one check of a request's values, and refusals."""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+from ..core.errors import UserError
+from ..core.ranges import SEED
+from ..core.schema import Kind, check, number, one_of, whole
+from .engine import Job
+
+PROMPT = 1000  # characters
+IDS = whole(0, 2**53 - 1)  # what a browser counts exactly
+
+# Styles by name; a prompt takes the place of the braces. Those with words that the text encoder of a model
+# does not know are not offered for it.
+STYLES = {
+    "none": "{}",
+    "photo": "{}, a photograph, natural light, sharp focus, 35mm",
+    "painting": "{}, an oil painting, visible brush strokes, rich colours",
+    "watercolour": "{}, a watercolour on rough paper, soft edges",
+    "ink": "{}, an ink drawing, fine lines, white paper",
+    "comic": "{}, a comic book panel, bold outlines, flat colours",
+    "clay": "{}, a clay figure, studio light, soft shadows",
+    "pixels": "{}, pixel art, few colours",
+    "on red": "{} on red",
+    "on blue": "{} on blue",
+    "on yellow": "{} on yellow",
+}
+
+# What stands in the field of a new visitor: the first that the text encoder knows.
+EXAMPLES = ("a tiny astronaut hatching from an egg on the moon", "a red 3 on blue")
+
+
+class Refused(Exception):
+    """A request that is not answered, and why.
+
+    Attributes:
+      code: a word for programs: frame, value, image, prompt, rate, busy, closing, host, origin, token, ...
+      status: of HTTP.
+    """
+
+    def __init__(self, code: str, message: str, status: int = 400):
+        super().__init__(message)
+        self.code, self.status = code, status
+
+
+@dataclasses.dataclass(frozen=True)
+class Offer:
+    """What can be asked of a server, all of it compiled.
+
+    Attributes:
+      sizes: (height, width) in pixels, the usual one first.
+      steps: numbers of steps, the usual one first.
+      guidance: CFG scale where none is asked for.
+      styles: names in `STYLES`.
+      prompt: an example.
+    """
+
+    sizes: tuple[tuple[int, int], ...]
+    steps: tuple[int, ...]
+    guidance: float
+    styles: tuple[str, ...]
+    prompt: str
+
+    def describe(self) -> dict[str, Any]:
+        """The same for clients, as JSON; sizes are WIDTHxHEIGHT there."""
+        return dataclasses.asdict(self) | {"sizes": [name_size(size) for size in self.sizes]}
+
+    def kinds(self) -> dict[str, Kind]:
+        """Keys of a request, and what their values must be."""
+        text = Kind(
+            f"text of at most {PROMPT} characters in one line",
+            lambda v: type(v) is str and len(v) <= PROMPT and (v.isprintable() or not v),
+        )
+        return {
+            "prompt": text,
+            "style": one_of(*self.styles),
+            "seed": SEED,
+            "steps": one_of(*self.steps),
+            "guidance": number(0, 30),
+            "size": one_of(*map(name_size, self.sizes)),
+        }
+
+    def job(self, values: Mapping[str, Any], index: int = 0) -> Job:
+        """Picture number ``index`` of a request that `check_request` let through."""
+        sizes = {name_size(size): size for size in self.sizes}
+        style = STYLES[values.get("style", "none")]
+        return Job(
+            prompt=style.replace("{}", values.get("prompt", "").strip()),
+            seed=values.get("seed", 0),
+            index=index,
+            steps=values.get("steps", self.steps[0]),
+            guidance=float(values.get("guidance", self.guidance)),
+            size=sizes[values.get("size", next(iter(sizes)))],
+        )
+
+
+def name_size(size: tuple[int, int]) -> str:
+    """Returns (height, width) as WIDTHxHEIGHT, the order of the images API."""
+    return f"{size[1]}x{size[0]}"
+
+
+def check_request(values: Any, kinds: Mapping[str, Kind]) -> dict[str, Any]:
+    """Refuses a request that is no JSON object, has an unknown key, or a value out of its range."""
+    if not isinstance(values, dict):
+        raise Refused("value", "a request is a JSON object")
+    unknown = sorted(values.keys() - kinds.keys())
+    if unknown:
+        known = ", ".join(kinds)
+        raise Refused("value", f"unknown key {unknown[0][:40]!r}; known are {known}")
+    try:
+        check(values, kinds, "")
+    except UserError as error:
+        raise Refused("value", str(error)) from error
+    return values
