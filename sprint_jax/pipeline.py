@@ -7,7 +7,6 @@ A student takes 1 to 4 consistency steps with its guidance embedded. A teacher t
 steps with classifier-free guidance.
 """
 
-import dataclasses
 import functools
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -23,61 +22,22 @@ from .artifacts.loading import load_parts
 from .core.errors import UserError
 from .core.pixels import (
     batch_rows,
+    check_count,
     decode_bytes,
     map_pictures,
     nearest_size,
     resize_and_crop,
     to_pixels,
+    to_rows,
 )
-from .core.ranges import REQUEST
-from .core.schema import check
+from .core.request import Request
+from .encoders.autoencoder import Remembered
 from .models import functions
+from .models.control import Control
 from .models.sana import SanaTransformer
 from .sampling import SOLVERS
 
 Array = jax.Array
-
-
-@dataclasses.dataclass(frozen=True)
-class Request:
-    """The options of drawing: of `SprintPipeline`'s call and of the command `sample`.
-
-    Attributes:
-      steps: 1 to 4 for a student (default 2); any number for a teacher (default 20).
-      guidance: CFG scale; default that of the training's own samples, 4.5 for published models.
-      seed: picture i of the result depends on (seed, i) and its prompt, on no other picture.
-      height, width: in pixels; default the size of the training pictures.
-      images_per_prompt: pictures of one prompt follow each other in the result.
-      image: to start from instead of noise, one for all or one for each picture of the result; students
-        only. See `core.pixels.to_pixels`.
-      strength: how much of ``image`` may change, above 0 and at most 1, where it is ignored. See
-        `trigflow.image_schedule`.
-      negative: a prompt that a teacher is guided away from.
-      binning: draw at the nearest of the sizes that 1024-pixel models were trained on, then scale and
-        cut to the size asked for.
-      solver: for a teacher, one of `sampling.SOLVERS` (default 'dpm').
-      batch_size: at most so many pictures at once. Fewer are filled up to a power of two, so that numbers of
-        prompts share programs; and however many are drawn, they are decoded a few megapixels at a time.
-
-    Raises:
-      UserError: exit code 2, for a value out of its range in `core.ranges`.
-    """
-
-    steps: int | None = None
-    guidance: float | None = None
-    seed: int = 0
-    height: int | None = None
-    width: int | None = None
-    images_per_prompt: int = 1
-    image: Any = None
-    strength: float = 0.6
-    negative: str = ""
-    binning: bool = False
-    solver: str | None = None
-    batch_size: int = 64
-
-    def __post_init__(self):
-        check(vars(self), REQUEST, "", exit_code=2)
 
 
 class SprintPipeline:
@@ -121,6 +81,7 @@ class SprintPipeline:
         self.is_student, self.sigma_d, self.shift = is_student, sigma_d, shift
         self.midpoint, self.guidance, self.size = midpoint, guidance, size
         self.integer_times, self.meta = integer_times, meta or {}
+        self._conditions = Remembered(autoencoder)
         self._latents = jax.jit(self.latents, static_argnames=("steps", "solver", "strength"))
 
     @classmethod
@@ -130,14 +91,17 @@ class SprintPipeline:
         dtype: Any = None,
         params: str = "ema",
         *,
+        control: str | Path | None = None,
         mesh: jax.sharding.Mesh | None = None,
         allow_nonfinite: bool = False,
     ) -> "SprintPipeline":
-        """Loads a student or a teacher.
+        """Loads a student or a teacher, with its control branch if it has one.
 
         Args:
-          path: the workdir of a training, a pipeline folder of diffusers (SanaSprintPipeline or
-            SanaPipeline), or the id of one on the Hugging Face hub, which is downloaded once.
+          path: the workdir of a training, a pipeline folder of diffusers (SanaSprintPipeline, SanaPipeline or
+            SanaControlNetPipeline), or the id of one on the Hugging Face hub, which is downloaded once.
+          control: where a control branch lies, for a network without one: the workdir of its training, a
+            folder of diffusers (SanaControlNetModel) or a ``.pth`` file of NVlabs.
           dtype: of parameters and of the networks' matmuls, by default float32 on CPU and bfloat16 on
             accelerators; samplers stay float32.
           params: of a workdir, 'ema' or 'raw'.
@@ -150,7 +114,7 @@ class SprintPipeline:
         """
         if dtype is None:
             dtype = jnp.float32 if jax.default_backend() == "cpu" else jnp.bfloat16
-        return cls(**load_parts(path, dtype, params, mesh, allow_nonfinite))
+        return cls(**load_parts(path, dtype, params, mesh, allow_nonfinite, control))
 
     def __call__(
         self, prompts: Sequence[str], steps: int | None = None, **options
@@ -186,14 +150,19 @@ class SprintPipeline:
         asked = tuple(usual if side is None else side for side, usual in given)
         shape = self.latent_shape(*(nearest_size(*asked) if request.binning else asked))
         options = {key: getattr(request, key) for key in ("guidance", "solver", "negative")}
-        count, pixels = len(prompts), None
+        count, pixels, conditions = len(prompts), None, None
+        sides = tuple(self.autoencoder.factor * side for side in shape[:2])
         if request.image is not None:
             steps_run = self.steps_from_image(steps, request.strength)
-            sides = (self.autoencoder.factor * side for side in shape[:2])
             pixels = to_pixels(request.image, count, *sides)
             options["strength"] = request.strength
         else:
             steps_run = steps
+        if request.control is not None:
+            conditions = self.encode_control(request.control, *sides)
+            check_count(conditions, count)
+            conditions = jnp.broadcast_to(conditions, (count, *shape))
+            options["control_scale"] = request.control_scale
         finish = functools.partial(resize_and_crop, height=asked[0], width=asked[1])
         for indices in batch_rows(count, request.batch_size):
             text, mask = self.encode_text([prompts[i] for i in indices])
@@ -201,6 +170,8 @@ class SprintPipeline:
             if pixels is not None:
                 encode, area = self.autoencoder.encode, pixels.shape[1] * pixels.shape[2]
                 options["start"] = jnp.concatenate(map_pictures(encode, pixels[indices], area))
+            if conditions is not None:
+                options["control"] = conditions[indices]
             options["step_noise"] = step_noise
             x0 = self.denoise(text, mask, noise, steps=steps, **options)
             drawn = indices[-1] - indices[0] + 1
@@ -209,6 +180,29 @@ class SprintPipeline:
     def encode_text(self, prompts: Sequence[str]) -> tuple[Array, Array]:
         """Text features [B, L, D] float32 and mask [B, L] int32 (1 keeps)."""
         return self.text_encoder.encode(list(prompts))
+
+    def encode_control(
+        self, images: Any, height: int | None = None, width: int | None = None
+    ) -> Array:
+        """Condition latents [n, h, w, C] of one control image or several, remembered by content.
+
+        Args:
+          images: white lines on black, see `core.pixels.to_rows`.
+          height, width: of the pictures that they steer, in pixels; default the training's size.
+
+        Raises:
+          UserError: this network has no control branch, or the size does not fit it.
+        """
+        self._check_control()
+        h, w, _ = self.latent_shape(height, width)
+        factor = self.autoencoder.factor
+        return self._conditions.encode(to_rows(images, h * factor, w * factor))
+
+    def _check_control(self) -> None:
+        if "control" not in self.params:
+            raise UserError(
+                "this model has no control branch: take the workdir of one's training, or give one beside it"
+            )
 
     def decode(self, x0: Array) -> Array:
         """Latents [B, h, w, C] to pixels [B, H, W, 3], clipped to [-1, 1]."""
@@ -287,6 +281,8 @@ class SprintPipeline:
         step_noise: Array | None = None,
         start: Array | None = None,
         strength: float = 0.6,
+        control: Array | None = None,
+        control_scale: float | Array = 1.0,
         negative: str = "",
         solver: str | None = None,
     ) -> Array:
@@ -299,24 +295,32 @@ class SprintPipeline:
           step_noise: [steps-1, B, h, w, C], with which a student renoises; by default drawn for
             pictures 0..B-1 of seed 0. From an image the steps are those of `steps_from_image`.
           start: latents [B, h, w, C] of images to change.
+          control: of `encode_control`, [B, h, w, C]; control_scale: a scalar or [B].
           steps, strength, negative, solver: see `Request`.
 
         Returns:
           Latents [B, h, w, C] float32.
 
         Raises:
-          UserError: for steps, solver, strength or step_noise that do not fit.
+          UserError: for steps, solver, strength, control or step_noise that do not fit.
         """
         steps = self.check_steps(steps, solver)
         run = steps if start is None else self.steps_from_image(steps, strength)
         guidance = self.guidance if guidance is None else guidance
-        guidance = jnp.broadcast_to(jnp.asarray(guidance, jnp.float32), noise.shape[:1])
+        guidance, scale = (
+            jnp.broadcast_to(jnp.asarray(value, jnp.float32), noise.shape[:1])
+            for value in (guidance, control_scale)
+        )
+        if control is not None:
+            self._check_control()
+            control = Control(control, scale)
         if not self.is_student:
             if step_noise is not None:
                 raise UserError("step_noise is for students: a teacher's solvers draw no noise")
             null_text, null_mask = self.text_encoder.encode_plain([negative])
             inputs = (text, mask, noise, guidance, (null_text[0], null_mask[0]))
-            return self._latents(self.params, *inputs, steps=steps, solver=solver or "dpm")
+            how = dict(steps=steps, solver=solver or "dpm", control=control)
+            return self._latents(self.params, *inputs, **how)
         if negative:
             raise UserError("a student's guidance is embedded: it takes no negative prompt", 2)
         if step_noise is None:
@@ -326,7 +330,8 @@ class SprintPipeline:
             raise UserError(f"step_noise has shape {step_noise.shape}, not {expected}")
         inputs = (text, mask, noise, guidance, None, step_noise, start)
         strength = strength if start is not None else 1.0  # static: no program for nothing
-        return self._latents(self.params, *inputs, steps=steps, strength=strength)
+        how = dict(steps=steps, strength=strength, control=control)
+        return self._latents(self.params, *inputs, **how)
 
     def latents(
         self,
@@ -338,6 +343,7 @@ class SprintPipeline:
         null: tuple[Array, Array] | None = None,
         step_noise: Array | None = None,
         start: Array | None = None,
+        control: Control | None = None,
         *,
         steps: int,
         solver: str = "dpm",
@@ -352,10 +358,10 @@ class SprintPipeline:
         network = self.model, params, text, mask, guidance
         if self.is_student:
             how = {"midpoint": self.midpoint, "strength": strength, "start": start}
-            F = functions.trigflow(*network)
+            F = functions.trigflow(*network, control=control)
             how |= {"sigma_d": self.sigma_d, "step_noise": step_noise}
             return sampling.draw_student(F, noise, steps=steps, **how)
         how = {"shift": self.shift, "sigma_d": self.sigma_d, "solver": solver}
-        velocity = functions.guided(functions.velocity, *network, null)
+        velocity = functions.guided(functions.velocity, *network, null, control)
         how |= {"integer_times": self.integer_times}
         return sampling.draw_teacher(velocity, noise, steps=steps, **how)

@@ -25,7 +25,7 @@ from .pipeline import Request, SprintPipeline
 from .sampling import SOLVERS
 
 # Fields of a request whose flag has another name, or is read first.
-OTHERWISE = {"height", "width", "image", "batch_size"}
+OTHERWISE = {"height", "width", "image", "control", "batch_size"}
 
 
 def main(argv: list[str]) -> None:
@@ -39,13 +39,15 @@ def main(argv: list[str]) -> None:
     request = Request(
         height=height,
         width=width,
-        image=_image(flags.image),
+        image=_image("--image", flags.image),
+        control=_image("--control", flags.control),
         batch_size=flags.batch,
         **{name: getattr(flags, name) for name in same},
     )
     with _output_folder(flags.out) as out:
         dtype = jnp.dtype(flags.dtype) if flags.dtype else None
         how = dict(params=flags.params, allow_nonfinite=flags.allow_nonfinite)
+        how["control"] = flags.control_branch
         pipe = SprintPipeline.from_pretrained(flags.model, dtype, **how)
         images = [
             Image.fromarray(picture) for batch in pipe.draw(prompts, request) for picture in batch
@@ -72,6 +74,15 @@ def _parser() -> cli.Parser:
     add("--images-per-prompt", type=int, default=1, metavar="N", help="default 1")
     add("--image", metavar="FILE", help="a picture to change instead of noise (students)")
     add("--strength", type=float, default=0.6, metavar="S", help="of its change, 0 to 1 (0.6)")
+    add("--control", metavar="FILE", help="a picture that steers a network with a control branch")
+    add(
+        "--control_kind",
+        choices=("sketch",),
+        default="sketch",
+        help="what it is: sketch, lines white on black (default)",
+    )
+    add("--control_scale", type=float, default=1.0, metavar="S", help="its strength (default 1)")
+    add("--control_branch", metavar="DIR", help="a control branch for a network without one")
     add("--negative", default="", metavar="P", help="a prompt to stay away from (teachers)")
     add(
         "--binning",
@@ -108,7 +119,7 @@ def _prompts(flags: argparse.Namespace) -> list[str]:
     return prompts
 
 
-def _image(name: str | None) -> Image.Image | None:
+def _image(flag: str, name: str | None) -> Image.Image | None:
     if name is None:
         return None
     try:
@@ -116,7 +127,7 @@ def _image(name: str | None) -> Image.Image | None:
             return image.convert("RGB")
     except (OSError, ValueError, Image.DecompressionBombError) as error:
         reason = getattr(error, "strerror", None) or "it is not a picture that can be read"
-        raise UserError(f"--image {name}: {reason}") from error
+        raise UserError(f"{flag} {name}: {reason}") from error
 
 
 @contextlib.contextmanager

@@ -38,6 +38,8 @@ DEVELOPMENT = {
     "diffusers",
     "transformers",
     "selenium",
+    "opencv-python-headless",
+    "h5py",
 }
 
 # The extra serve, for its room alone.
@@ -45,7 +47,7 @@ SERVE = {"starlette", "uvicorn", "websockets", "h11"}
 DEVELOPMENT |= SERVE
 
 # Of these a function may import what only it needs; nothing of the kind is imported with a module.
-OPTIONAL = {"torch", "diffusers", "transformers"}
+OPTIONAL = {"torch", "diffusers", "transformers", "h5py"}
 
 # Written so that no pattern matches itself.
 UNWANTED = {

@@ -12,8 +12,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from ..checkpoints.checkpoint import load_params
 from ..checkpoints.locate import locate
+from ..checkpoints.weights import load_workdir
 from ..checkpoints.workdir import is_student, read_workdir_config
 from ..core.config import Config
 from ..core.errors import UserError
@@ -47,13 +47,13 @@ def export_diffusers(
     fields = dict(c.model) | {"guidance_embeds": student}
     pipeline_folder.check_fields(fields, student)
     source, index = _open_base(base, fields)
-    tree, meta = load_params(workdir, params)
+    tree, meta = load_workdir(workdir, c, params)
     needed = jnp.dtype(dtype).itemsize * sum(leaf.size for leaf in jax.tree.leaves(tree))
     require_space(folder, needed + (pipeline_folder.base_bytes(source) if source else 0))
     how = dict(student=student, sigma_d=c.sigma_d, shift=c.flow.shift)
     parts = dict(base=source, base_index=index)
     pipeline_folder.save_pipeline(folder, fields, tree, dtype, **how, **parts)
-    pipeline_folder.check_saved(folder / "transformer", fields, tree, dtype)
+    pipeline_folder.check_saved(folder, fields, tree, dtype)
     settings = {
         "midpoint": c.sampler.midpoint,
         "guidance": c.log.sample_guidance,
@@ -63,6 +63,10 @@ def export_diffusers(
     origin = origin_of(workdir, params, dtype, meta, tree)
     (folder / "README.md").write_text(model_card(c, origin, source), encoding="utf-8")
     report = [f"the transformer reads back as the {params} parameters of step {meta['step']}"]
+    if "control" in tree and fields.get("control_wiring") == "nvlabs":
+        report.append(
+            "diffusers wires the control branch otherwise than it was trained: its pictures differ from ours"
+        )
     if source is None:
         report.append("no --base was given: vae, text_encoder and tokenizer are not in the folder")
     return report
@@ -196,7 +200,9 @@ def _open_base(name: str | None, fields: dict[str, Any]) -> tuple[Path | None, d
 def model_card(c: Config, source: dict[str, Any], base: Path | None) -> str:
     """README.md of a pipeline folder: how to load it, and where it comes from."""
     student, (height, width) = is_student(c), latent_size(c)
+    control = bool(c.model.get("control_blocks"))
     name = "SanaSprintPipeline" if student else "SanaPipeline"
+    name = "SanaControlNetPipeline" if control else name
     none = "" if base else ", vae=None, text_encoder=None, tokenizer=None"
     given = "prompt" if base else "prompt_embeds=text, prompt_attention_mask=mask"
     how = [f"guidance_scale={c.log.sample_guidance}", "use_resolution_binning=False"]
@@ -205,6 +211,7 @@ def model_card(c: Config, source: dict[str, Any], base: Path | None) -> str:
     if base is None:
         how.append('output_type="latent"')
     other = " Other step counts take `intermediate_timesteps=None`." if student else ""
+    given += ",\n    control_image=lines" if control else ""
     call = ",\n    ".join([given, "height=height", "width=width", *how])
     return f"""\
 ---

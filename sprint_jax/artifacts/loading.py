@@ -12,11 +12,11 @@ from ..checkpoints.workdir import is_student, read_workdir_config
 from ..core.errors import UserError
 from ..core.files import read_json
 from ..core.fingerprint import describe
-from ..core.ranges import GUIDANCE, MIDPOINT, POSITIVE, SIZE
+from ..core.ranges import GUIDANCE, MIDPOINT, MODEL, POSITIVE, SIZE
 from ..core.schema import TEXT, check, one_of, optional, several
 from ..encoders.load import latent_size, load_encoders, open_autoencoder, open_text_encoder
 from ..encoders.text import load_tokenizer
-from ..interop.diffusers import load_transformer
+from ..interop.diffusers import load_control, load_transformer
 from ..interop.sana import example_inputs
 from ..models.sana import SanaTransformer, from_fields
 from ..parallel.sharding import state_shardings
@@ -30,11 +30,14 @@ CLASSES = {
     "SanaSprintPipeline": True,
     "SanaSprintImg2ImgPipeline": True,
     "SanaPipeline": False,
+    "SanaControlNetPipeline": False,
 }
 
 # Values in files of a pipeline folder; other keys are not read.
 INDEX = {"_class_name": one_of(*CLASSES)}
-INDEX |= dict.fromkeys(("transformer", *PARTS, "scheduler"), several(optional(TEXT), 2, 2))
+INDEX |= dict.fromkeys(
+    ("transformer", "controlnet", *PARTS, "scheduler"), several(optional(TEXT), 2, 2)
+)
 SCHEDULER = dict.fromkeys(("sigma_data", "flow_shift", "shift"), POSITIVE)
 SETTING = {"midpoint": MIDPOINT, "guidance": GUIDANCE, "latents": several(SIZE, 2, 2)}
 
@@ -45,21 +48,37 @@ def load_parts(
     params: str,
     mesh: jax.sharding.Mesh | None,
     allow_nonfinite: bool = False,
+    control: str | Path | None = None,
 ) -> dict[str, Any]:
     """Arguments of `pipeline.SprintPipeline`; see its ``from_pretrained``."""
     shardings = functools.partial(state_shardings, mesh) if mesh is not None else None
     kind, folder = locate(path, ("workdir", "pipeline"))
     if kind == "workdir":
-        return _from_workdir(folder, dtype, params, shardings, allow_nonfinite)
-    return _from_folder(folder, dtype, shardings, allow_nonfinite)
+        parts = _from_workdir(folder, dtype, params, shardings, allow_nonfinite)
+    else:
+        parts = _from_folder(folder, dtype, shardings, allow_nonfinite)
+    if control is None:
+        return parts
+    if "control" in parts["params"]:
+        raise UserError(f"{path} has a control branch of its own: give no other beside it", 2)
+    # Imported here, so that other models load without Orbax.
+    from ..checkpoints.weights import find_branch
+
+    fields = {key: getattr(parts["model"], key) for key in MODEL} | {"dtype": "float32"}
+    branch = find_branch(control, fields, params)
+    parts["model"] = _with_branch(parts["model"], branch.fields)
+    parts["params"] |= {"control": branch.load(dtype, shardings, allow_nonfinite)}
+    return parts
+
+
+def _with_branch(model: SanaTransformer, fields: dict[str, Any]) -> SanaTransformer:
+    names = ("control_blocks", "control_wiring")
+    return model.clone(**{name: fields[name] for name in names})
 
 
 def _from_workdir(
     folder: Path, dtype, params: str, shardings, allow_nonfinite: bool
 ) -> dict[str, Any]:
-    # Imported here, so that other models load without Orbax.
-    from ..checkpoints.checkpoint import load_params
-
     c = read_workdir_config(folder)
     if c.data.source != "digits" and not c.data.encoders:
         raise UserError(
@@ -71,8 +90,10 @@ def _from_workdir(
     # The published student is its teacher plus an embedding of guidance.
     changes = {"guidance_embeds": True} if is_student(c) else {}
     model = from_fields(c.model, **changes)
-    how = dict(shardings=shardings, allow_nonfinite=allow_nonfinite)
-    tree, meta = load_params(str(folder), params, **how)
+    # Imported here, so that other models load without Orbax.
+    from ..checkpoints.weights import load_workdir
+
+    tree, meta = load_workdir(folder, c, params, shardings, allow_nonfinite)
     _check_shapes(folder, model, tree)
     return dict(
         model=model.clone(dtype=jnp.dtype(dtype)),
@@ -109,7 +130,8 @@ def _from_folder(folder: Path, dtype: Any, shardings: Any, allow_nonfinite: bool
     Raises:
       UserError: something is missing, damaged, of another class, or does not fit the rest.
     """
-    student = CLASSES[read_index(folder)["_class_name"]]
+    index = read_index(folder)
+    student = CLASSES[index["_class_name"]]
     scheduler = read_json(folder / "scheduler" / "scheduler_config.json")
     check(scheduler, SCHEDULER, f"{folder}/scheduler/scheduler_config.json: ")
     # The small parts first: a mistake in them should not wait for gigabytes.
@@ -123,6 +145,9 @@ def _from_folder(folder: Path, dtype: Any, shardings: Any, allow_nonfinite: bool
             f"{folder}: guidance_embeds is {model.guidance_embeds} in transformer/config.json, which does "
             "not fit the class in model_index.json"
         )
+    if index["_class_name"] == "SanaControlNetPipeline":
+        fields, branch = load_control(folder / "controlnet", fields, dtype, **how)
+        model, tree = _with_branch(model, fields), tree | {"control": branch}
     text_encoder = open_text_encoder(folder, tokenizer, dtype, shardings)
     check_widths(folder, model, autoencoder.channels, text_encoder.gemma.hidden_size)
     settings = {"midpoint": 1.3, "guidance": 4.5, "latents": [model.sample_size] * 2}

@@ -1,4 +1,4 @@
-"""Pipeline folders of diffusers (SanaSprintPipeline, SanaPipeline) around a trained transformer.
+"""Pipeline folders of diffusers (SanaSprintPipeline, SanaPipeline, SanaControlNetPipeline) around a network.
 
 Autoencoder, text encoder and tokenizer come from another pipeline folder, the base. Without one the
 folder says that they are not there, and diffusers wants them as arguments, or ``None``.
@@ -15,8 +15,14 @@ import numpy as np
 from ..core.errors import UserError
 from ..core.files import read_json, write_json_atomic
 from ..core.fingerprint import fingerprint
-from ..interop.diffusers import load_transformer, read_config, save_transformer
-from ..interop.sana import sana_table
+from ..interop.diffusers import (
+    load_control,
+    load_transformer,
+    read_config,
+    save_control,
+    save_transformer,
+)
+from ..interop.sana import control_config, sana_table
 from ..models.sana import SanaTransformer, from_fields
 
 PARTS = ("vae", "text_encoder", "tokenizer")  # what a base gives
@@ -33,10 +39,24 @@ def check_fields(fields: dict[str, Any], student: bool) -> None:
       student: whether it goes into a SanaSprintPipeline.
 
     Raises:
-      UserError: a student's times are not those of Sprint, or it is a flow map.
+      UserError: a student's times are not those of Sprint, or it is a flow map; a control branch is a
+        student's, has QK norm, or sees other times than there.
     """
     sana_table(fields)  # refuses what has no names there
-    scale = from_fields(fields).timestep_scale
+    model = from_fields(fields)
+    scale = model.timestep_scale
+    if model.control_blocks:
+        control_config(fields)
+        if student or scale != 1:
+            problem = (
+                "a student"
+                if student
+                else f"a network whose model.timestep_scale is {scale}, not 1"
+            )
+            raise UserError(
+                f"diffusers has no pipeline for the control branch of {problem}: "
+                "export it with --format stablehlo"
+            )
     if student and scale != SPRINT_TIMESTEP_SCALE:
         raise UserError(
             f"model.timestep_scale is {scale}: diffusers' Sprint pipelines show a student times in "
@@ -102,6 +122,8 @@ def save_pipeline(
 ) -> None:
     """Writes a folder for ``SanaSprintPipeline.from_pretrained`` or, of a teacher, ``SanaPipeline``'s.
 
+    A teacher with a control branch becomes a ``SanaControlNetPipeline``, see `interop.diffusers.save_control`.
+
     Args:
       folder: an existing one, empty.
       fields, params: of SanaTransformer; dtype: of the weights written.
@@ -111,14 +133,23 @@ def save_pipeline(
     """
     save_transformer(folder / "transformer", fields, params, dtype)
     scheduler = scheduler_config(student, sigma_d, shift)
+    name = "SanaSprintPipeline" if student else "SanaPipeline"
+    controlnet = {}
+    if from_fields(fields).control_blocks:
+        save_control(folder / "controlnet", fields, params, dtype)
+        name, controlnet = (
+            "SanaControlNetPipeline",
+            {"controlnet": ["diffusers", "SanaControlNetModel"]},
+        )
     (folder / "scheduler").mkdir()
     write_json_atomic(folder / "scheduler" / "scheduler_config.json", scheduler)
     for part in PARTS if base else ():
         # Folders of the hub's cache hold links; what they lead to is copied.
         shutil.copytree(base / part, folder / part)
     index = {
-        "_class_name": "SanaSprintPipeline" if student else "SanaPipeline",
+        "_class_name": name,
         "transformer": ["diffusers", "SanaTransformer2DModel"],
+        **controlnet,
         "scheduler": ["diffusers", scheduler["_class_name"]],
     }
     index |= {part: base_index[part] if base else [None, None] for part in PARTS}
@@ -149,7 +180,7 @@ def scheduler_config(student: bool, sigma_d: float, shift: float) -> dict[str, A
 
 
 def check_saved(folder: Path, fields: dict[str, Any], params: Any, dtype: Any) -> None:
-    """Loads a written transformer and compares it with the one it should be.
+    """Loads the transformer of a written pipeline, and its control branch, and compares them with ours.
 
     Every bit of the parameters, and the network's outputs on fixed random inputs, must be those of
     ``params`` rounded to ``dtype``.
@@ -157,8 +188,16 @@ def check_saved(folder: Path, fields: dict[str, Any], params: Any, dtype: Any) -
     Raises:
       UserError: they are not, or outputs are not finite.
     """
+    pipeline, folder = folder, folder / "transformer"
     loaded_fields, loaded = load_transformer(folder, dtype)
     params = jax.tree.map(lambda leaf: leaf.astype(dtype), params)
+    fields = dict(fields) | {"control_blocks": 0}
+    if "control" in params:
+        branch = params["control"]
+        params = {name: params[name] for name in params if name != "control"}
+        _, found = load_control(pipeline / "controlnet", fields, dtype)
+        if fingerprint({name: found[name] for name in branch}) != fingerprint(branch):
+            raise UserError(f"{pipeline}/controlnet does not read back as it was written")
     if fingerprint(loaded) != fingerprint(params):
         raise UserError(f"{folder} does not read back as it was written; is the disk sound?")
     # Memory and compilation choices, which diffusers' config does not hold: they move roundings.

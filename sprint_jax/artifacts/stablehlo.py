@@ -3,9 +3,12 @@
 A folder holds, for cpu, cuda and tpu in one, with a batch of any size b and one latent size (h, w):
 
 * ``denoise_N.stablehlo`` for N steps: of a student (params, text, mask, noise, step_noise, guidance), of a
-  teacher (params, text, mask, noise, null_text, null_mask, guidance), to latents;
-* ``decode.stablehlo``: latents to pixels in [-1, 1], with the decoder's params first if it has any;
-* ``params.safetensors``, ``decoder.safetensors``: params, flat dicts whose names join ours with dots;
+  teacher (params, text, mask, noise, null_text, null_mask, guidance), to latents; with a control branch
+  (..., control, control_scale), condition latents and a scale for each sample;
+* ``decode.stablehlo``: latents to pixels in [-1, 1], with the decoder's params first if it has any; with a
+  control branch ``encode.stablehlo``, which makes condition latents of pixels, likewise;
+* ``params.safetensors``, ``decoder.safetensors``, ``encoder.safetensors``: params, flat dicts whose names
+  join ours with dots;
 * ``manifest.json``: shapes, dtypes, schedules, versions; ``example.safetensors``: inputs and results;
 * ``load.py``: runs all of it. It needs jax, flatbuffers, numpy and safetensors.
 
@@ -29,6 +32,7 @@ from .. import __version__
 from ..core.errors import UserError
 from ..core.files import write_json_atomic
 from ..encoders.autoencoder import Autoencoder
+from ..models.control import Control
 from ..sampling import student_schedule
 from . import load_stablehlo
 
@@ -71,7 +75,7 @@ def export_pipeline(
     functions = {}
     for n in steps:
         denoise = denoiser(pipe, n)
-        names = _input_names(pipe.is_student, n)
+        names = _input_names(pipe, n)
         entry = _write(
             folder, f"denoise_{n}", denoise, params, "params.safetensors", names, example
         )
@@ -80,12 +84,15 @@ def export_pipeline(
         functions[f"denoise_{n}"] = entry
         example[f"denoise_{n}"] = _pipeline_result(pipe, n, example)
     latents = f"denoise_{steps[0]}"
-    decode, weights, file = decoder(pipe)
-    if file:
-        save_file(_host(flatten_dict(weights, sep=".")), folder / file)
-    inputs = {"latents": latents}
-    functions["decode"] = _write(folder, "decode", decode, weights, file, inputs, example)
+    halves = {"decode": (decoder(pipe), {"latents": latents})}
     example["decode"] = np.asarray(pipe.decode(example[latents]))
+    if "control" in params:
+        halves["encode"] = encoder(pipe), {"pixels": "pixels"}
+        example["encode"] = np.asarray(pipe.autoencoder.encode(example["pixels"]))
+    for name, ((function, weights, file), inputs) in halves.items():
+        if file:
+            save_file(_host(flatten_dict(weights, sep=".")), folder / file)
+        functions[name] = _write(folder, name, function, weights, file, inputs, example)
     for name, entry in functions.items():
         entry["output"] = _described(example[name], name)
     save_file(_host(example), folder / "example.safetensors")
@@ -112,13 +119,13 @@ def export_pipeline(
 def denoiser(pipe: Any, steps: int) -> Callable:
     """`SprintPipeline.latents` with the arguments of an artifact in order; see the module."""
 
-    def student(params, text, mask, noise, step_noise, guidance):
-        inputs = (params, text, mask, noise, guidance)
-        return pipe.latents(*inputs, step_noise=step_noise, steps=steps)
+    def student(params, text, mask, noise, step_noise, guidance, *control):
+        how = dict(step_noise=step_noise, control=Control(*control) if control else None)
+        return pipe.latents(params, text, mask, noise, guidance, steps=steps, **how)
 
-    def teacher(params, text, mask, noise, null_text, null_mask, guidance):
-        inputs = (params, text, mask, noise, guidance)
-        return pipe.latents(*inputs, null=(null_text, null_mask), steps=steps)
+    def teacher(params, text, mask, noise, null_text, null_mask, guidance, *control):
+        how = dict(null=(null_text, null_mask), control=Control(*control) if control else None)
+        return pipe.latents(params, text, mask, noise, guidance, steps=steps, **how)
 
     return student if pipe.is_student else teacher
 
@@ -136,14 +143,24 @@ def decoder(pipe: Any) -> tuple[Callable, Any, str | None]:
     return decode, {"decoder": autoencoder.params["decoder"]}, "decoder.safetensors"
 
 
-def _input_names(is_student: bool, steps: int) -> dict[str, str]:
+def encoder(pipe: Any) -> tuple[Callable, Any, str | None]:
+    """As `decoder`, from pixels to latents."""
+    autoencoder = pipe.autoencoder
+    if not isinstance(autoencoder, Autoencoder):
+        return autoencoder.encode, None, None
+    weights = {"encoder": autoencoder.params["encoder"]}
+    return autoencoder.config.encode, weights, "encoder.safetensors"
+
+
+def _input_names(pipe: Any, steps: int) -> dict[str, str]:
     """Arguments of a denoising function behind its params, and their names among the examples."""
     names = {name: name for name in ("text", "mask", "noise")}
-    if is_student:
+    if pipe.is_student:
         names["step_noise"] = f"step_noise_{steps}"
     else:
         names |= {"null_text": "null_text", "null_mask": "null_mask"}
-    return names | {"guidance": "guidance"}
+    control = ("control", "control_scale") if "control" in pipe.params else ()
+    return names | {name: name for name in ("guidance", *control)}
 
 
 def _example_inputs(pipe: Any, shape: tuple[int, int, int], most: int) -> dict[str, np.ndarray]:
@@ -163,6 +180,11 @@ def _example_inputs(pipe: Any, shape: tuple[int, int, int], most: int) -> dict[s
         "noise": normal(BATCH, *shape),
         "guidance": pipe.guidance + np.arange(BATCH, dtype=np.float32),
     }
+    if "control" in pipe.params:
+        factor = pipe.autoencoder.factor
+        pixels = np.tanh(normal(BATCH, factor * shape[0], factor * shape[1], 3))
+        example |= {"pixels": pixels, "control": np.asarray(pipe.autoencoder.encode(pixels))}
+        example["control_scale"] = np.array([1.0, 0.5], np.float32)
     if pipe.is_student:
         later = normal(most - 1, BATCH, *shape)
         return example | {f"step_noise_{n}": later[: n - 1] for n in range(1, most + 1)}
@@ -172,6 +194,8 @@ def _example_inputs(pipe: Any, shape: tuple[int, int, int], most: int) -> dict[s
 def _pipeline_result(pipe: Any, steps: int, example: dict[str, np.ndarray]) -> np.ndarray:
     later = example[f"step_noise_{steps}"] if pipe.is_student and steps > 1 else None
     run = dict(steps=steps, guidance=example["guidance"], step_noise=later)
+    if "control" in example:
+        run |= dict(control=example["control"], control_scale=example["control_scale"])
     return np.asarray(pipe.denoise(example["text"], example["mask"], example["noise"], **run))
 
 

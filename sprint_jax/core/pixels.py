@@ -64,19 +64,38 @@ def to_pixels(
     """Returns images to start from as float32 pixels [count, height, width, 3] in [-1, 1], read-only.
 
     Args:
-      images: one image for all, or one for each of ``count`` pictures. PIL images of any size and mode are
-        resized (Lanczos); arrays are uint8 [H, W, 3] and treated alike.
+      images: one image for all, or one for each of ``count`` pictures; see `to_rows`.
 
     Raises:
-      UserError: another number of images, or arrays of another shape or dtype.
+      UserError: another number of images, or as `to_rows`.
+    """
+    rows = to_rows(images, height, width)
+    check_count(rows, count)
+    rows = rows.astype(np.float32) / 127.5 - 1
+    return np.broadcast_to(rows, (count, *rows.shape[1:]))
+
+
+def check_count(rows: Sequence, count: int) -> None:
+    """Refuses another number of images than one for all, or one for each of ``count`` pictures."""
+    if len(rows) not in (1, count):
+        raise UserError(f"{len(rows)} images for {count} pictures: give one, or one for each")
+
+
+def to_rows(images: Image.Image | np.ndarray | Sequence, height: int, width: int) -> np.ndarray:
+    """Returns one image or several as uint8 [n, height, width, 3].
+
+    Args:
+      images: PIL images of any size and mode are resized (Lanczos); arrays are uint8 [H, W, 3] and treated
+        alike.
+
+    Raises:
+      UserError: no images, or arrays of another shape or dtype.
     """
     if isinstance(images, Image.Image) or (isinstance(images, np.ndarray) and images.ndim < 4):
         images = [images]
-    if len(images) not in (1, count):
-        raise UserError(f"{len(images)} images for {count} pictures: give one, or one for each")
-    rows = np.stack([_read(image, height, width) for image in images])
-    rows = rows.astype(np.float32) / 127.5 - 1
-    return np.broadcast_to(rows, (count, *rows.shape[1:]))
+    if not len(images):
+        raise UserError("there are no images: give at least one")
+    return np.stack([_read(image, height, width) for image in images])
 
 
 def _read(image: Image.Image | np.ndarray, height: int, width: int) -> np.ndarray:

@@ -12,7 +12,7 @@ from ..core.config import Config
 from ..core.errors import UserError
 from ..core.pixels import SIZES_1024, nearest_size
 from .members import Buckets
-from .sources.records import Caption, Rejected, Source
+from .sources.records import Record, Rejected, Source
 
 # (height, width) of the published 2K models, from wide to tall (diffusers' ASPECT_RATIO_2048_BIN).
 SIZES_2048 = (
@@ -27,6 +27,8 @@ SIZES_2048 = (
 
 # Published data for 2K and more is resized with Lanczos, below with bicubic; no table comes near this.
 _LANCZOS_PIXELS = 1 << 21
+# By what factor the ratio of a map's sides may differ from its image's: annotators round sides to 64 pixels.
+_STRETCHED = 1.25
 _THINNEST = 8  # times as many pixels before the cut as after it; 32:1 against a table's 4:1
 
 
@@ -163,12 +165,28 @@ def fit_image(image: np.ndarray, size: tuple[int, int]) -> np.ndarray:
     return image[top : top + height, left : left + width]
 
 
-def read_fitted(
-    source: Source, index: int, sizes: Sequence[tuple[int, int]]
-) -> tuple[str, np.ndarray, tuple[Caption, ...]]:
-    """Key, image cut to the nearest of ``sizes``, and captions of a record; raises `Rejected`."""
-    key, image, captions = source[index]
+def read_fitted(source: Source, index: int, sizes: Sequence[tuple[int, int]]) -> Record:
+    """A record with its image, and its map if there is one, cut alike to the nearest of ``sizes``.
+
+    Raises:
+      Rejected: as the source; a map is of another shape than its image.
+    """
+    record = source[index]
+    height, width = record.image.shape[:2]
+    size = nearest_size(height, width, sizes)
     try:
-        return key, fit_image(image, nearest_size(*image.shape[:2], sizes)), captions
+        fitted = record._replace(image=fit_image(record.image, size))
+        if record.control is None:
+            return fitted
+        rows, columns = record.control.shape[:2]
+        if not 1 / _STRETCHED < rows * width / (columns * height) < _STRETCHED:
+            shapes = f"{rows}x{columns} pixels beside an image of {height}x{width}"
+            raise ValueError(f"the map is of another shape: {shapes}")
+        map_ = record.control
+        if (rows, columns) != (height, width):
+            # To the image's own size first, so that both are cut alike.
+            how = Image.Resampling.BICUBIC
+            map_ = np.asarray(Image.fromarray(map_).resize((width, height), how))
+        return fitted._replace(control=fit_image(map_, size))
     except ValueError as error:
-        raise Rejected(key, str(error)) from error
+        raise Rejected(record.key, str(error)) from error

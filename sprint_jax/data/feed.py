@@ -17,12 +17,13 @@ import numpy as np
 
 from ..core.config import Config
 from ..core.errors import UserError
-from ..core.pixels import decode_bytes
+from ..core.pixels import decode_bytes, to_bytes
 from ..core.storage import AnyPath
 from ..digits.dataset import Digits, open_digits
 from ..digits.encoders import digits_parts
 from ..digits.report import readable
-from ..digits.scenes import held_out_prompts, to_float
+from ..digits.scenes import draw_images, held_out_prompts, to_float
+from ..encoders.conditions import MAPS, open_conditions
 from ..encoders.load import (
     BESIDE_TRAINING,
     Encoders,
@@ -35,10 +36,11 @@ from ..parallel.sharding import local_rows, make_mesh, same_everywhere
 from . import synthetic
 from .batches import Batch, ImageReader, Reader, make_batches, read_latents
 from .buckets import check_factor, choose_sizes, describe_repeats
-from .latents.cache import Cache, open_cache, pad_texts
+from .latents.cache import Cache, check_mixture, open_cache, pad_texts
 from .members import Buckets
 from .order import VERSION, Order, Rows, hold_out, make_order, make_single_order
 from .rejects import RejectLog
+from .sources.maps import with_maps
 from .sources.open import TFDS, open_images
 from .sources.records import Source
 from .survey import join_sizes, survey
@@ -51,12 +53,14 @@ class Data:
     """The batches of a run, and how its data is seen: prompts, pictures, held-out records.
 
     Attributes:
-      batches: makes this host's rows of global batch ``i``: latents [B, h, w, C], text [B, L, D], mask [B, L].
+      batches: makes this host's rows of global batch ``i``: latents [B, h, w, C], text [B, L, D], mask [B, L],
+        and control [B, h, w, C], latents of conditions, where ``data.control`` asks for them.
       shapes: of global batches, one for each bucket, the most frequent first.
       next_of_first: gives the number, i or the next, of a batch of the first bucket.
       null_text, null_mask: [L, D] and [L], of the empty prompt.
       held_out: makes a batch of so many records that training does not see, whole on this host.
       prompts: makes text and mask of so many prompts for sample grids.
+      control: makes latents [N, h, w, C] of conditions for the same prompts; None where there are none.
       decode: makes pictures, uint8 [B, H, W, 3], of latents; None where there is no autoencoder.
       readable: whether a judge can read each of some uint8 pictures, bool [N]; None where there is no judge.
       identity: of the order, the records in each bucket and the encoders, where they may change under a run.
@@ -69,6 +73,7 @@ class Data:
     null_mask: np.ndarray
     held_out: Callable[[int], Batch]
     prompts: Callable[[int], tuple[np.ndarray, np.ndarray]] | None = None
+    control: Callable[[int], np.ndarray] | None = None
     decode: Callable[[Any], np.ndarray] | None = None
     readable: Callable[[np.ndarray], np.ndarray] | None = None
     identity: str = ""
@@ -102,15 +107,17 @@ def batch_shapes(c: Config) -> Shapes:
         size, text = latent_size(c), digits_parts(c.data.world)[1].encode([""])[0].shape[1:]
     else:
         size, text = tuple(c.data.latent_size), (c.data.text_length, c.model.caption_channels)
-    return _shapes(c.data.batch_size, (*size, c.model.in_channels), text)
+    return _shapes(c, (*size, c.model.in_channels), text)
 
 
-def _shapes(count: int, latents, text, dtype: Any = jnp.float32) -> Shapes:
-    return {
+def _shapes(c: Config, latents, text, dtype: Any = jnp.float32) -> Shapes:
+    count = c.data.batch_size
+    shapes = {
         "latents": jax.ShapeDtypeStruct((count, *latents), jnp.float32),
         "text": jax.ShapeDtypeStruct((count, *text), dtype),
         "mask": jax.ShapeDtypeStruct((count, text[0]), jnp.int32),
     }
+    return shapes | ({"control": shapes["latents"]} if c.data.control else {})
 
 
 def open_sources(c: Config) -> tuple[Source, ...]:
@@ -121,7 +128,8 @@ def open_sources(c: Config) -> tuple[Source, ...]:
         if path.startswith(TFDS) and name == Digits.name and not folder.is_dir():
             open_digits(c.data.dir, (*config, "full")[0], "train")
     features = dict(image_feature=c.data.image_feature, caption_feature=c.data.caption_feature)
-    return open_images(c.data.images, data_dir=c.data.dir, **features)
+    sources = open_images(c.data.images, data_dir=c.data.dir, **features)
+    return with_maps(sources, c.data.control_maps) if c.data.control == MAPS else sources
 
 
 def _make_data(c: Config, rows: Sequence[int], order: Order, read: Reader, **fields) -> Data:
@@ -139,7 +147,8 @@ def _make_data(c: Config, rows: Sequence[int], order: Order, read: Reader, **fie
 def _open_synthetic(c: Config, rows: Sequence[int]) -> Data:
     shapes = batch_shapes(c)
     shape, text_shape = shapes["latents"].shape[1:], shapes["text"].shape[1:]
-    draw = functools.partial(synthetic.draw_batch, shape=shape, text_shape=text_shape)
+    how = dict(shape=shape, text_shape=text_shape, control=bool(c.data.control))
+    draw = functools.partial(synthetic.draw_batch, **how)
     count, how = synthetic.LENGTH, dict(batch_size=c.data.batch_size, seed=c.seed)
     return _make_data(
         c,
@@ -155,18 +164,31 @@ def _open_synthetic(c: Config, rows: Sequence[int]) -> Data:
 
 def _open_digits(c: Config, rows: Sequence[int]) -> Data:
     autoencoder, text_encoder, _ = digits_parts(c.data.world)
+    conditions = open_conditions(c.data, jnp.float32)
+    if conditions and conditions.kind == MAPS:
+        raise UserError("config.data.control=maps is for data.source=images: these lie nowhere", 2)
     train = open_digits(c.data.dir, c.data.world, "train")
 
-    def encode(records: list[dict]) -> Batch:
-        pixels = to_float(np.stack([record["image"] for record in records]))
+    def encode_sketches(images: np.ndarray, draws: np.ndarray) -> np.ndarray:
+        (maps,) = conditions.draw(images, [conditions.numbers(draws)])
+        return autoencoder.encode(to_float(np.asarray(maps)))
+
+    def encode(records: list[dict], draws: np.ndarray) -> Batch:
+        images = np.stack([record["image"] for record in records])
         text, mask = text_encoder.encode([record["caption"] for record in records])
-        return {"latents": autoencoder.encode(pixels), "text": text, "mask": mask}
+        batch = {"latents": autoencoder.encode(to_float(images)), "text": text, "mask": mask}
+        return batch | ({"control": encode_sketches(images, draws)} if conditions else {})
+
+    def control(count: int) -> np.ndarray:
+        prompts = held_out_prompts(c.data.world, count, 0)
+        images = to_bytes(draw_images(c.data.world, prompts, "test", 0))
+        return encode_sketches(images, np.zeros(count))
 
     def held_out(count: int) -> Batch:
         test = open_digits(c.data.dir, c.data.world, "test")
         if count > len(test):
             raise UserError(f"{count} held-out records are wanted, but there are {len(test)}")
-        return encode([test[i] for i in range(count)])
+        return encode([test[i] for i in range(count)], np.zeros(count))
 
     null_text, null_mask = text_encoder.encode([""])
     how = dict(batch_size=c.data.batch_size, seed=c.seed)
@@ -174,12 +196,13 @@ def _open_digits(c: Config, rows: Sequence[int]) -> Data:
         c,
         rows,
         make_single_order(len(train), latent_size(c), **how),
-        lambda chosen, draws: encode([train[i] for i in chosen.records.tolist()]),
+        lambda chosen, draws: encode([train[i] for i in chosen.records.tolist()], draws[1]),
         shapes=[batch_shapes(c)],
         null_text=null_text[0],
         null_mask=null_mask[0],
         held_out=held_out,
         prompts=lambda count: text_encoder.encode(held_out_prompts(c.data.world, count, 0)),
+        control=control if conditions else None,
         decode=functools.partial(decode_bytes, autoencoder),
         readable=lambda pictures: readable(c.data.world, pictures),
     )
@@ -194,12 +217,8 @@ def _open_latents(c: Config, rows: Sequence[int]) -> Data:
             exit_code=2,
         )
     first = caches[0]
-    for cache in caches[1:]:
-        if (cache.identity, cache.text_length) != (first.identity, first.text_length):
-            raise UserError(
-                f"{cache.folder} and {first.folder} are of different encoders: their latents "
-                "cannot be mixed"
-            )
+    control = check_mixture(caches, c.data.control)
+    read = functools.partial(read_latents, control=bool(c.data.control))
     record, size = first[0], first.manifest["buckets"][0]
     return _make_bucketed(
         c,
@@ -207,13 +226,14 @@ def _open_latents(c: Config, rows: Sequence[int]) -> Data:
         name=str(first.folder),
         factor=size["pixels"][0] // size["latents"][0],
         buckets=[cache.buckets for cache in caches],
-        make_reader=lambda _: functools.partial(read_latents, caches, c.data.caption_temperature),
+        make_reader=lambda _: functools.partial(read, caches, c.data.caption_temperature),
         channels=record.latents.shape[-1],
         dtype=record.texts[0].dtype,
         null=(first.null_text, first.null_mask),
         # For pictures of samples alone.
         decode=_load_decoder(c, first) if c.data.encoders else None,
         encoders=first.identity,
+        control=control,
     )
 
 
@@ -251,6 +271,7 @@ def _open_images(c: Config, rows: Sequence[int], workdir: AnyPath | None) -> Dat
         null=(same_everywhere(text[0]), mask[0]),
         decode=functools.partial(decode_bytes, encoders.autoencoder, at_once=BESIDE_TRAINING),
         encoders=json.dumps(encoders.identity, sort_keys=True),
+        control=encoders.conditions and encoders.conditions.identity,
     )
 
 
@@ -273,6 +294,7 @@ def _make_bucketed(
     null: tuple[np.ndarray, np.ndarray],
     decode: Callable[[Any], np.ndarray] | None,
     encoders: str,
+    control: dict[str, Any] | None,
 ) -> Data:
     """`Data` of sources in buckets; a part of the first source may be held out.
 
@@ -280,7 +302,7 @@ def _make_bucketed(
       factor: pixels per latent along a side.
       buckets: of each source, its records by bucket; make_reader: makes a reader of such records.
       channels: of latents; dtype: of text; null: text [L, D] and mask [L] of the empty prompt.
-      encoders: their identity.
+      encoders: their identity; control: that of the conditions, if any.
     """
     for key, value in {"in_channels": channels, "caption_channels": null[0].shape[-1]}.items():
         if value != c.model[key]:
@@ -288,7 +310,9 @@ def _make_bucketed(
                 f"{name} is not for this network: it has {value} channels where config.model.{key} is "
                 f"{c.model[key]}"
             )
-    identity = _identify(buckets, encoders)
+    identity = _identify(
+        buckets, encoders + (json.dumps(control, sort_keys=True) if control else "")
+    )
     first_part, kept = hold_out(buckets[0], c.data.holdout)
     training = [first_part, *buckets[1:]]
     _say(describe_repeats(training, factor, c.data.batch_size))
@@ -304,24 +328,25 @@ def _make_bucketed(
                 "are kept: train with a larger --config.data.holdout"
             )
         chosen = Rows(common, np.zeros(count, np.int64), records[:count])
-        return make_reader([kept])(chosen, np.zeros(count))
+        return make_reader([kept])(chosen, np.zeros((2, count)))
 
-    def prompts(count: int) -> tuple[np.ndarray, np.ndarray]:
+    def first_rows(count: int, *names: str) -> tuple[np.ndarray, ...]:
         chosen = order.rows(data.next_of_first(0)).take(np.arange(count) % c.data.batch_size)
-        batch = read(chosen, np.zeros(count))
-        return same_everywhere(batch["text"]), same_everywhere(batch["mask"])
+        batch = read(chosen, np.zeros((2, count)))
+        return tuple(same_everywhere(batch[name]) for name in names)
 
-    count, text = c.data.batch_size, null[0].shape
+    text = null[0].shape
     data = _make_data(
         c,
         rows,
         order,
         read,
-        shapes=[_shapes(count, (*size, channels), text, dtype) for size in order.buckets],
+        shapes=[_shapes(c, (*size, channels), text, dtype) for size in order.buckets],
         null_text=null[0],
         null_mask=null[1],
         held_out=held_out,
-        prompts=prompts,
+        prompts=lambda count: first_rows(count, "text", "mask"),
+        control=(lambda count: first_rows(count, "control")[0]) if control else None,
         decode=decode,
         identity=identity,
     )
@@ -333,8 +358,9 @@ def _load_encoders(c: Config) -> Encoders:
     # Programs that wait for other devices must not run beside those of the training, in another thread.
     sizes = c.encode.batch_size, c.encode.text_batch_size
     ways = math.gcd(*sizes, jax.local_device_count())
-    mesh = make_mesh(ways, devices=jax.local_devices()[:ways])
-    return load_encoders(c.data.encoders, jnp.dtype(c.encode.dtype), mesh, text_batch_size=sizes[1])
+    mesh, dtype = make_mesh(ways, devices=jax.local_devices()[:ways]), jnp.dtype(c.encode.dtype)
+    encoders = load_encoders(c.data.encoders, dtype, mesh, text_batch_size=sizes[1])
+    return encoders._replace(conditions=open_conditions(c.data, dtype, mesh))
 
 
 def _load_decoder(c: Config, cache: Cache) -> Callable[[Any], np.ndarray]:

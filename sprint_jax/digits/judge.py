@@ -92,8 +92,7 @@ class Judge:
             raise UserError(
                 f"images {images.shape} of world {self.world!r} must be [N, *{expected}]"
             )
-        how = "n (r y) (c x) rgb -> n (r c) (y x) rgb"
-        cells = rearrange(images.clip(-1, 1), how, y=CELL, x=CELL)
+        cells = _cells(images)
         background = _background(cells)
         colors, ink, residual = _explain(cells, background)
 
@@ -118,6 +117,20 @@ class Judge:
           UserError: as `read` and `parse_caption`, or other than one caption for each image.
         """
         return is_right(self.read(images), captions, self.world)
+
+
+def read_ink(images: np.ndarray) -> np.ndarray:
+    """Reads the ink of images [N,H,W,3] in [-1,1] of any world: [N,H,W] in [0,1], NaN where they are."""
+    cells = _cells(np.asarray(images, np.float32))
+    _, ink, _ = _explain(cells, _background(cells))
+    how = "n (r c) (y x) -> n (r y) (c x)"
+    return rearrange(ink, how, r=images.shape[1] // CELL, y=CELL)
+
+
+def _cells(images: np.ndarray) -> np.ndarray:
+    """Cuts images [N,H,W,3] into cells [N,cells,64,3] of colours in [-1,1]."""
+    how = "n (r y) (c x) rgb -> n (r c) (y x) rgb"
+    return rearrange(images.clip(-1, 1), how, y=CELL, x=CELL)
 
 
 def _background(cells: np.ndarray) -> np.ndarray:

@@ -1,10 +1,14 @@
 """An autoencoder with its parameters, for the pipeline; `digits.encoders.SpaceToDepth` is another."""
 
 import functools
+import hashlib
 from typing import Any
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 
+from ..core.pixels import map_pictures
 from ..models.dc_ae import AutoencoderDC
 from ..models.tiling import Tiling
 
@@ -54,3 +58,33 @@ class Autoencoder:
         if latents.shape[1] * latents.shape[2] * self.factor**2 <= self.whole:
             return decode(latents)
         return self.tile.decode(decode, latents, self.factor)
+
+
+class Remembered:
+    """Latents of pictures, made once and remembered by content: conditions outlive prompts, seeds and steps.
+
+    Args:
+      autoencoder: has ``encode(pixels) -> latents``, an `Autoencoder` for instance.
+      most: pictures whose latents are kept, those that were used last.
+    """
+
+    def __init__(self, autoencoder: Any, most: int = 64):
+        self.autoencoder, self.most = autoencoder, most
+        self._latents: dict[bytes, Array] = {}
+
+    def encode(self, pictures: np.ndarray) -> Array:
+        """Pictures uint8 [n, H, W, 3] to latents [n, h, w, C]; those that are new are encoded together."""
+        size = str(pictures.shape[1:]).encode()
+        keys = [hashlib.sha256(size + picture.tobytes()).digest() for picture in pictures]
+        new = {key: i for i, key in enumerate(keys) if key not in self._latents}
+        if new:
+            pixels = pictures[list(new.values())].astype(np.float32) / 127.5 - 1
+            area = pictures.shape[1] * pictures.shape[2]
+            parts = map_pictures(self.autoencoder.encode, pixels, area)
+            self._latents |= zip(new, jnp.concatenate(parts), strict=True)
+        found = [self._latents[key] for key in keys]
+        for key in keys:
+            self._latents[key] = self._latents.pop(key)  # what was used last is the last to go
+        for key in list(self._latents)[: -self.most]:
+            del self._latents[key]
+        return jnp.stack(found)

@@ -23,6 +23,7 @@ from ..interop.gemma2 import load_text_encoder
 from ..models.dc_ae import AutoencoderDC
 from ..parallel.sharding import batch_sharding, batch_ways, state_shardings
 from .autoencoder import Autoencoder
+from .conditions import Conditions
 from .text import PromptTokenizer, TextEncoder, load_tokenizer
 
 Array = jax.Array
@@ -40,13 +41,15 @@ class Encoders(NamedTuple):
 
     ``identity`` is JSON-able and holds everything that their numbers depend on: kinds, configs, hashes of
     weights and of the tokenizer, the instruction, length and scaling. ``sharding`` is that of batches, None
-    for one device.
+    for one device. ``conditions`` make maps of pictures for a control branch, if there is one; their identity
+    is their own.
     """
 
     autoencoder: Any
     text_encoder: Any
     identity: dict[str, Any]
     sharding: jax.sharding.Sharding | None = None
+    conditions: Conditions | None = None
 
 
 def load_encoders(
@@ -223,6 +226,21 @@ def encode_images(
       latents [B, h, w, C] float32, times the scaling factor; on the devices, which may still compute them.
     """
     return autoencoder.encode(_to_pixels(jax.device_put(images, sharding)))
+
+
+def encode_conditions(
+    encoders: Encoders,
+    images: np.ndarray,
+    variants: Sequence[np.ndarray],
+    maps: np.ndarray | None = None,
+) -> list[Array]:
+    """Encodes the maps of pictures of one size, one batch for each of ``variants``; see `Conditions.draw`.
+
+    Returns:
+      Latents of `encode_images`, in a list.
+    """
+    drawn = encoders.conditions.draw(images, variants, maps)
+    return [encode_images(encoders.autoencoder, each, encoders.sharding) for each in drawn]
 
 
 @jax.jit

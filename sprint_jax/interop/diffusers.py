@@ -10,11 +10,19 @@ import jax.numpy as jnp
 from ..core.errors import UserError
 from ..core.files import read_json, write_json_atomic
 from ..core.storage import local_path
+from ..models.control import EMBEDDERS
 from ..models.dc_ae import AutoencoderDC
 from ..models.sana import from_fields
 from .dc_ae import dc_ae_table
 from .files import load_params, open_safetensors, save_safetensors, write_safetensors
-from .sana import config_from_fields, fields_from_config, sana_table
+from .sana import (
+    config_from_fields,
+    control_config,
+    control_fields,
+    control_table,
+    fields_from_config,
+    sana_table,
+)
 from .tables import LINEAR, SAME, Entry
 
 STEM = "diffusion_pytorch_model"
@@ -91,6 +99,58 @@ def logvar_table(fields: dict[str, Any]) -> dict[str, Entry]:
         "logvar_linear.weight": Entry(path, None, LINEAR, (1, width)),
         "logvar_linear.bias": Entry(("logvar_linear", "bias"), None, SAME, (1,)),
     }
+
+
+def load_control(
+    path: str | Path,
+    fields: dict[str, Any],
+    dtype: Any = jnp.float32,
+    *,
+    shardings: Callable | None = None,
+    allow_nonfinite: bool = False,
+) -> tuple[dict[str, Any], Any]:
+    """Loads the control branch of a diffusers folder (``controlnet/`` of a SanaControlNetPipeline).
+
+    Args:
+      fields: of the SanaTransformer that it belongs to; the rest as of `load_transformer`.
+
+    Returns:
+      ``(fields, params)``: the fields with those of the branch, which is wired as in diffusers, and its
+      parameters, which go under ``control`` of the transformer's.
+
+    Raises:
+      UserError: as `load_transformer`; or the branch is of another transformer.
+    """
+    folder = local_path(path)
+    config = read_config(folder, "SanaControlNetModel")
+    fields = control_fields(config, fields, f"{folder}/config.json")
+    how = dtype, shardings, allow_nonfinite
+    return fields, load_params(control_table(fields), open_safetensors(folder, STEM), *how)
+
+
+def save_control(
+    folder: str | Path, fields: dict[str, Any], params: Any, dtype: Any = jnp.float32
+) -> None:
+    """Writes a folder that diffusers' ``SanaControlNetModel.from_pretrained`` loads; the config comes last.
+
+    A branch without embedders of its own gets copies of the transformer's, as in published folders. Diffusers
+    runs it in its own wiring all the same (`models.control`), and its pictures differ from ours.
+
+    Args:
+      fields, params: of a SanaTransformer with its control branch.
+
+    Raises:
+      UserError: there is no branch, or its copies have QK norm, which the class does not know.
+    """
+    folder = local_path(folder)
+    config = control_config(fields)
+    branch = params["control"]
+    if "time_embed" not in branch:
+        branch = branch | {name: params[name] for name in EMBEDDERS}
+    table = control_table(dict(fields) | {"control_wiring": "diffusers"})
+    (folder / "config.json").unlink(missing_ok=True)
+    save_safetensors(folder, STEM, table, branch, dtype)
+    write_json_atomic(folder / "config.json", {"_class_name": "SanaControlNetModel"} | config)
 
 
 def load_autoencoder(

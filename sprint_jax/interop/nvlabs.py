@@ -1,4 +1,4 @@
-"""Checkpoints of NVlabs/Sana, the authors' code: transformers in ``.pth`` files.
+"""Checkpoints of NVlabs/Sana, the authors' code: transformers in ``.pth`` files, with their control branch.
 
 Names are translated to those of diffusers (`sana_table`); queries, keys and values that share a tensor are
 parts of it along the first axis. Files are read by torch's weights-only loader, which runs no code that a
@@ -16,12 +16,14 @@ import numpy as np
 from ..core.errors import UserError
 from .diffusers import logvar_table
 from .files import Tensors, import_torch, load_params, open_torch, to_torch
-from .sana import sana_table
+from .sana import control_table, sana_table
 from .tables import SAME, Entry, check_names
 
 KEY = "state_dict"  # the entry of a file that holds the tensors
 # NVlabs' modules save these beside their parameters: text features of the empty prompt, and positions.
 _BUFFERS = ("y_embedder.y_embedding", "pos_embed")
+
+_CONTROL = "controlnet."  # how names of a control branch begin
 
 # Diffusers' modules and NVlabs'. Modules of the same NVlabs name follow one another in its tensor.
 _OUTER = {
@@ -77,7 +79,8 @@ def load_transformer(
 
     Returns:
       ``(fields, params)``: fields for ``SanaTransformer(**fields)``, with ``logvar`` where the file has
-      that head. The buffers ``y_embedder.y_embedding`` and ``pos_embed`` are left out.
+      that head, and with those of a control branch where it has one. The buffers
+      ``y_embedder.y_embedding`` and ``pos_embed`` are left out.
 
     Raises:
       UserError: torch is not installed; the file is missing, damaged or holds code; a tensor is unknown,
@@ -85,15 +88,39 @@ def load_transformer(
     """
     found = open_torch(Path(path), KEY)
     head = {n: s for n, s in found.shapes.items() if n.startswith("logvar_linear.")}
-    body = {n: s for n, s in found.shapes.items() if n not in head and n not in _BUFFERS}
+    branch = {n: s for n, s in found.shapes.items() if n.startswith(_CONTROL)}
+    apart = {*head, *branch, *_BUFFERS}
+    body = {n: s for n, s in found.shapes.items() if n not in apart}
     fields = {key: value for key, value in fields.items() if key != "logvar"}
-    tensors = _under_diffusers_names(found._replace(shapes=body), fields)
-    params = load_params(sana_table(fields), tensors, dtype, shardings)
+    fields |= _control_fields(found.shapes) if branch or fields.get("control_blocks") else {}
+    table, names = sana_table(fields), nvlabs_names(fields)
+    tensors = _under_diffusers_names(found._replace(shapes=body), table, names)
+    params = load_params(table, tensors, dtype, shardings)
+    if branch:
+        params["control"] = load_control(path, fields, dtype, shardings)
     if head:
         side = found._replace(shapes=head)
         params |= load_params(logvar_table(fields), side, dtype, shardings)
         fields["logvar"] = True
     return fields, params
+
+
+def load_control(
+    path: str | Path,
+    fields: dict[str, Any],
+    dtype: Any = jnp.float32,
+    shardings: Callable | None = None,
+    allow_nonfinite: bool = False,
+) -> Any:
+    """Loads the control branch alone of a ``.pth`` file of NVlabs/Sana, which goes under ``control``.
+
+    Arguments and errors are those of `load_transformer`; the fields have the branch's (`read_control_fields`).
+    """
+    found = open_torch(Path(path), KEY)
+    branch = {n: s for n, s in found.shapes.items() if n.startswith(_CONTROL)}
+    table, names = control_table(fields), control_names(fields)
+    tensors = _under_diffusers_names(found._replace(shapes=branch), table, names)
+    return load_params(table, tensors, dtype, shardings, allow_nonfinite)
 
 
 def save_transformer(
@@ -128,12 +155,26 @@ def save_transformer(
 def to_nvlabs(
     params: Any, fields: dict[str, Any], dtype: Any = jnp.float32
 ) -> dict[str, np.ndarray]:
-    """Returns arrays under NVlabs' names, with the logvar head if there is one."""
-    table = sana_table(fields)
-    arrays = {
-        name: np.concatenate([to_torch(params, table[part], dtype) for part in parts])
-        for name, parts in nvlabs_names(fields).items()
-    }
+    """Returns arrays under NVlabs' names, with the logvar head and the control branch if there are any.
+
+    Raises:
+      UserError: the branch has embedders of its own, which this code's has not.
+    """
+
+    def join(table, names, params):
+        return {
+            name: np.concatenate([to_torch(params, table[part], dtype) for part in parts])
+            for name, parts in names.items()
+        }
+
+    arrays = join(sana_table(fields), nvlabs_names(fields), params)
+    if "control" in params:
+        if fields.get("control_wiring", "nvlabs") != "nvlabs":
+            raise UserError(
+                "a control branch that is wired as in diffusers has embedders of its own, for which NVlabs' "
+                ".pth files have no names: write a folder of diffusers"
+            )
+        arrays |= join(control_table(fields), control_names(fields), params["control"])
     if "logvar_linear" in params:
         head = logvar_table(fields).items()
         arrays |= {name: to_torch(params, entry, dtype) for name, entry in head}
@@ -154,7 +195,24 @@ def read_fields(path: str | Path, like: dict[str, Any]) -> dict[str, Any]:
         "num_layers": max(blocks) + 1,
         "qk_norm": "blocks.0.attn.q_norm.weight" in names,
         "guidance_embeds": "cfg_embedder.mlp.0.weight" in names,
+        **_control_fields(names),
     }
+
+
+def read_control_fields(path: str | Path) -> dict[str, Any]:
+    """Returns the fields of the control branch in a file; UserError if it has none."""
+    fields = _control_fields(open_torch(Path(path), KEY).shapes)
+    if not fields["control_blocks"]:
+        raise UserError(
+            f"{path} has no tensor {_CONTROL}0.*: it is of a network without a control branch"
+        )
+    return fields
+
+
+def _control_fields(names) -> dict[str, Any]:
+    """The fields of a file's control branch, by the names of its tensors."""
+    copies = {name.split(".")[1] for name in names if name.startswith(_CONTROL)}
+    return {"control_blocks": len(copies), "control_wiring": "nvlabs"}
 
 
 def nvlabs_names(fields: dict[str, Any]) -> dict[str, tuple[str, ...]]:
@@ -168,19 +226,36 @@ def nvlabs_names(fields: dict[str, Any]) -> dict[str, tuple[str, ...]]:
     return names
 
 
+def control_names(fields: dict[str, Any]) -> dict[str, tuple[str, ...]]:
+    """`nvlabs_names` of the tensors of a control branch."""
+    names: dict[str, tuple[str, ...]] = {}
+    rank = {module: i for i, module in enumerate(_BLOCK)}
+    for name in sorted(control_table(fields), key=lambda name: rank.get(_split(name)[1], -1)):
+        block, module, leaf = _split(name)
+        if block:
+            theirs = f"{_CONTROL}{block}.copied_block.{_BLOCK[module]}{leaf}"
+        elif module == "input_block":
+            theirs = f"{_CONTROL}0.before_proj{leaf}"
+        else:
+            theirs = f"{_CONTROL}{module.removeprefix('controlnet_blocks.')}.after_proj{leaf}"
+        names[theirs] = (*names.get(theirs, ()), name)
+    return names
+
+
 def _split(name: str) -> tuple[str | None, str, str]:
     """'transformer_blocks.3.attn1.to_q.weight' -> '3', 'attn1.to_q', '.weight'."""
     match = re.fullmatch(r"(?:transformer_blocks\.(\d+)\.)?(.*?)(\.weight|\.bias|)", name)
     return match.groups()
 
 
-def _under_diffusers_names(found: Tensors, fields: dict[str, Any]) -> Tensors:
+def _under_diffusers_names(
+    found: Tensors, table: dict[str, Entry], names: dict[str, tuple[str, ...]]
+) -> Tensors:
     """Returns the tensors of an NVlabs file under diffusers' names.
 
     Raises:
       UserError: a tensor is unknown, missing, or of another shape; the message has its NVlabs name.
     """
-    table, names = sana_table(fields), nvlabs_names(fields)
     whole = {}
     for name, parts in names.items():
         first, *rest = table[parts[0]].shape

@@ -1,4 +1,7 @@
-"""The table of SanaTransformer: names, layouts and config of diffusers' SanaTransformer2DModel."""
+"""Tables of SanaTransformer and of its control branch: names, layouts and configs of diffusers.
+
+Its classes are SanaTransformer2DModel and SanaControlNetModel.
+"""
 
 import re
 from typing import Any
@@ -9,6 +12,7 @@ import jax.numpy as jnp
 from ..core.errors import UserError
 from ..core.ranges import MODEL, SHARE, SIZE
 from ..core.schema import check, optional
+from ..models.control import PUBLISHED_BLOCKS
 from ..models.sana import SanaTransformer, from_fields
 from .tables import DEPTHWISE, LINEAR, POINTWISE, SAME, Entry, Layout, make_table
 
@@ -32,6 +36,8 @@ _SHARED = (
 )
 # Config keys with the one value that the network supports, which is also diffusers' default.
 _FIXED = {"norm_elementwise_affine": False, "norm_eps": 1e-6, "guidance_embeds_scale": 0.1}
+_CONTROL_FIXED = {key: _FIXED[key] for key in ("norm_elementwise_affine", "norm_eps")}
+_CONTROL = tuple(key for key in _SHARED if key not in ("guidance_embeds", "timestep_scale"))
 _KINDS = {key: MODEL[key] for key in _SHARED} | {"dropout": SHARE, "cross_attention_dim": SIZE}
 _KINDS |= {"out_channels": optional(SIZE)}
 _QK_NORM = "rms_norm_across_heads"
@@ -43,7 +49,7 @@ def sana_table(fields: dict[str, Any]) -> dict[str, Entry]:
     Raises:
       UserError: for a flow map.
     """
-    model = from_fields(fields, logvar=False)
+    model = from_fields(fields, logvar=False, control_blocks=0)
     if model.flow_map:
         raise UserError(
             "a flow map has the time to which it jumps as an input, which SANA's published classes lack: "
@@ -54,6 +60,24 @@ def sana_table(fields: dict[str, Any]) -> dict[str, Entry]:
     return make_table(
         shapes["params"],
         lambda path: _name(path, model.guidance_embeds),
+        lambda path, _: _layout(path, model),
+        stacked="transformer_blocks",
+    )
+
+
+def control_table(fields: dict[str, Any]) -> dict[str, Entry]:
+    """Returns the table of a transformer's control branch, whose leaves are those under ``control``.
+
+    Raises:
+      UserError: there is none.
+    """
+    model = from_fields(fields, logvar=False, flow_map=False)
+    if not model.control_blocks:
+        raise UserError("this network has no control branch: its control_blocks is 0")
+    shapes = jax.eval_shape(lambda key: model.init(key, *example_inputs(model)), jax.random.key(0))
+    return make_table(
+        shapes["params"]["control"],
+        _control_name,
         lambda path, _: _layout(path, model),
         stacked="transformer_blocks",
     )
@@ -108,6 +132,56 @@ def fields_from_config(config: dict[str, Any], origin: str) -> dict[str, Any]:
     return fields
 
 
+def control_fields(config: dict[str, Any], fields: dict[str, Any], origin: str) -> dict[str, Any]:
+    """Returns a trunk's fields with those of a branch that a config of SanaControlNetModel describes.
+
+    Args:
+      config: without its private keys.
+      fields: of the trunk, a SanaTransformer.
+
+    Raises:
+      UserError: a key is unknown or has a value that is not supported, or the branch is of another trunk.
+    """
+    unknown = sorted(set(config) - {*_CONTROL, *_CONTROL_FIXED, "cross_attention_dim", "dropout"})
+    if unknown:
+        raise UserError(f"{origin}: key '{unknown[0]}' is unknown")
+    check(config, _KINDS, f"{origin}: ")
+    model = from_fields(fields)
+    like = config_from_fields(fields)
+    for key in set(config) - {"num_layers", "out_channels", "sample_size", "dropout"}:
+        if config[key] != like.get(key, config[key]):
+            raise UserError(
+                f"{origin}: {key} {config[key]!r}, but {like[key]!r} in the transformer"
+            )
+    if model.qk_norm:
+        raise UserError(f"{origin}: copies without QK norm, of a transformer that has it")
+    blocks = config.get("num_layers", PUBLISHED_BLOCKS)
+    found = dict(fields) | {"control_blocks": blocks, "control_wiring": "diffusers"}
+    try:
+        from_fields(found)
+    except UserError as error:
+        raise UserError(f"{origin}: {error}") from error
+    return found
+
+
+def control_config(fields: dict[str, Any]) -> dict[str, Any]:
+    """Returns the config of diffusers' SanaControlNetModel for the control branch of a SanaTransformer.
+
+    Raises:
+      UserError: there is none, or one that this class cannot hold.
+    """
+    model = from_fields(fields)
+    if not model.control_blocks:
+        raise UserError("this network has no control branch: its control_blocks is 0")
+    if model.qk_norm:
+        raise UserError(
+            "diffusers' SanaControlNetModel has no QK norm and cannot hold this branch, whose copied blocks "
+            "have it: use its workdir, a .pth file of NVlabs, or --format stablehlo"
+        )
+    config = {key: getattr(model, key) for key in _CONTROL} | {"num_layers": model.control_blocks}
+    return config | {"cross_attention_dim": model.features, "dropout": 0.0} | _CONTROL_FIXED
+
+
 def config_from_fields(fields: dict[str, Any]) -> dict[str, Any]:
     """Returns the config of diffusers' SanaTransformer2DModel for fields of SanaTransformer."""
     model = from_fields(fields)
@@ -124,6 +198,14 @@ def _name(path: tuple[str, ...], guidance_embeds: bool) -> str:
         modules.insert(1, "emb")
     leaf = "weight" if leaf == "kernel" else leaf
     return re.sub(r"to_out_(\d)", r"to_out.\1", ".".join([*modules, leaf]))
+
+
+def _control_name(path: tuple[str, ...]) -> str:
+    if path[0] == "before_proj":
+        return _name(("input_block", *path[1:]), False)
+    if path[0] == "transformer_blocks" and path[2] == "after_proj":
+        return _name(("controlnet_blocks", path[1], *path[3:]), False)
+    return _name(path, False)
 
 
 def _layout(path: tuple[str, ...], model: SanaTransformer) -> Layout:

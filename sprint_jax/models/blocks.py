@@ -1,6 +1,7 @@
 """The stack of a transformer's blocks: scanned in segments or unrolled, rematerialized, cast, unstacked."""
 
 from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -46,31 +47,76 @@ def remat(step: Callable, policy: str, scan: bool, split: bool = False) -> Calla
     return jax.checkpoint(step, policy=POLICIES[policy], prevent_cse=not scan)
 
 
-def run_blocks(step, blocks, x: Array, num_layers: int, taps: tuple[int, ...], scan: bool):
+class Side(NamedTuple):
+    """A second stream beside blocks 1 to ``count`` of a stack, such as a control branch.
+
+    Attributes:
+      blocks: its own parameters, leaves [count, ...], or a tuple of every block's.
+      count: of its blocks, fewer than the stack has.
+      enter: ``enter(x) -> side``: its start, from the output of block 0.
+      step: ``step((params of a block, its own), (x, side)) -> (x, side)``.
+    """
+
+    blocks: Any
+    count: int
+    enter: Callable
+    step: Callable
+
+
+def run_blocks(
+    step,
+    blocks,
+    x: Array,
+    num_layers: int,
+    taps: tuple[int, ...],
+    scan: bool,
+    side: Side | None = None,
+):
     """Runs ``x = step(params_i, x)`` over stacked params in segments that end at tapped blocks.
 
     Args:
       step: ``(params of one block, x) -> x``.
       blocks: pytree with leaves [num_layers, ...], or a tuple of every block's own (`unstack_blocks`).
       taps: increasing block indices; with taps, blocks after the last one do not run.
+      side: a stream beside some of the blocks, which are segments of their own.
 
     Returns:
       ``(x, outputs of the tapped blocks)``.
     """
-    ends = [tap + 1 for tap in taps] or [num_layers]
-    features, start = [], 0
+    ends = {tap + 1 for tap in taps} or {num_layers}
+    cuts = {1, 1 + side.count} if side else set()
     scan = scan and not isinstance(blocks, tuple)
-    layers = None if scan else unstack(blocks)
-    for end in ends:
-        if scan:
-            segment = jax.tree.map(lambda leaf, a=start, b=end: leaf[a:b], blocks)
-            x, _ = jax.lax.scan(lambda carry, params: (step(params, carry), None), x, segment)
+    beside = side.blocks if side else ()
+    if not scan:
+        blocks, beside = unstack(blocks), unstack(beside)
+    features, start, stream = [], 0, None
+    for end in sorted(ends | {cut for cut in cuts if cut < max(ends)}):
+        layers = _between(blocks, start, end)
+        if side and 0 < start <= side.count:
+            stream = side.enter(x) if start == 1 else stream
+            layers = layers, _between(beside, start - 1, end - 1)
+            layers = layers if scan else tuple(zip(*layers, strict=True))
+            x, stream = _run(side.step, layers, (x, stream), scan)
         else:
-            for params in layers[start:end]:
-                x = step(params, x)
-        features.append(x)
+            x = _run(step, layers, x, scan)
+        if end in ends:
+            features.append(x)
         start = end
     return x, tuple(features) if taps else ()
+
+
+def _between(blocks, start: int, end: int):
+    if isinstance(blocks, tuple):
+        return blocks[start:end]
+    return jax.tree.map(lambda leaf: leaf[start:end], blocks)
+
+
+def _run(step, layers, carry, scan: bool):
+    if scan:
+        return jax.lax.scan(lambda carry, params: (step(params, carry), None), carry, layers)[0]
+    for params in layers:
+        carry = step(params, carry)
+    return carry
 
 
 def unstack(blocks) -> tuple:
@@ -96,7 +142,8 @@ def unstack_blocks(params: dict) -> dict:
     Blocks are then unrolled whatever ``scan`` says. On CPU this saves copying every block's weights out of
     the stack, a tenth of a forward pass at width 1152; elsewhere it only slows compilation.
     """
-    return params | {"transformer_blocks": unstack(params["transformer_blocks"])}
+    apart = params | {"transformer_blocks": unstack(params["transformer_blocks"])}
+    return apart | {"control": unstack_blocks(params["control"])} if "control" in params else apart
 
 
 def compute_params(params, dtype):

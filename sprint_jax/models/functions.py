@@ -3,7 +3,8 @@
 Training, sampling, export and measurements all take their networks from here: a model and its parameters,
 the text of a batch and its guidance become ``velocity(x_fm, t_fm)`` of flow matching, or ``F(x, t)`` of
 TrigFlow (`trigflow.to_trigflow`), with ``x`` [B, h, w, C] and ``t`` [B]. Text is [B, L, D], its mask [B, L],
-guidance [B] or a scalar: a CFG scale such as 4.5. Parameters are taken as they are given: on a mesh the
+guidance [B] or a scalar: a CFG scale such as 4.5. A condition is a `control.Control`, for a network with a
+control branch; None runs the network without it. Parameters are taken as they are given: on a mesh the
 caller gathers them first (`parallel.sharding.in_use`).
 """
 
@@ -15,6 +16,7 @@ import jax.numpy as jnp
 
 from ..sampling import with_cfg
 from ..trigflow import flow_inputs, to_trigflow
+from .control import Control
 from .sana import SanaTransformer
 
 Array = jax.Array
@@ -32,6 +34,7 @@ def velocity(
     guidance: Array | None = None,
     *,
     target: Array | None = None,
+    control: Control | None = None,
     with_logvar: bool = False,
 ) -> Callable:
     """Returns ``velocity(x_fm, t_fm)``, or ``-> (velocity, logvar [B])`` where that is asked for.
@@ -46,7 +49,8 @@ def velocity(
 
     def run(x_fm: Array, t_fm: Array):
         inputs = x_fm, t_fm, text, mask, embedded
-        return model.apply({"params": params}, *inputs, target=target, with_logvar=with_logvar)
+        options = dict(target=target, control=control, with_logvar=with_logvar)
+        return model.apply({"params": params}, *inputs, **options)
 
     return run
 
@@ -64,29 +68,41 @@ def guided(
     mask: Array,
     guidance: Array | float,
     null: tuple[Array, Array],
+    control: Control | None = None,
 ) -> Callable:
     """Returns a teacher's velocity or F with classifier-free guidance against the empty prompt.
+
+    Guidance is by the text alone: with a condition both halves see it.
 
     Args:
       form: `velocity` or `trigflow`. Both give the same trajectories: F is affine in the velocity.
       null: text [L, D] and mask [L] of the empty prompt, or of a negative one.
     """
 
+    twice = control.doubled() if control is not None else None
+
     def conditional(x, t, text, mask):
-        return form(model, params, text, mask)(x, t)
+        return form(model, params, text, mask, control=twice)(x, t)
 
     both = with_cfg(conditional, guidance, *null)
     return lambda x, t: both(x, t, text, mask)
 
 
 def features(
-    model: SanaTransformer, params: Params, text: Array, mask: Array, taps: tuple[int, ...]
+    model: SanaTransformer,
+    params: Params,
+    text: Array,
+    mask: Array,
+    taps: tuple[int, ...],
+    control: Control | None = None,
 ) -> Callable:
     """Returns ``features(x, t)`` of TrigFlow inputs: the outputs of the tapped blocks, [B, h', w', d] each."""
 
+    options = dict(taps=tuple(taps), control=control)
+
     def run(x: Array, t: Array) -> tuple[Array, ...]:
         x_fm, t_fm = flow_inputs(x, t)
-        return model.apply({"params": params}, x_fm, t_fm, text, mask, taps=tuple(taps))
+        return model.apply({"params": params}, x_fm, t_fm, text, mask, **options)
 
     return run
 

@@ -255,6 +255,17 @@ class GLUMBConv(nn.Module):
         return linear(self.features, use_bias=False, name="conv_point")(value * nn.silu(gate))
 
 
+class PatchEmbed(nn.Module):
+    """A convolution with stride and kernel ``p``, written as a Dense over patches [B, h, w, p p C]."""
+
+    features: int
+    dtype: Dtype
+
+    @nn.compact
+    def __call__(self, patches: Array) -> Array:
+        return Linear(self.features, dtype=self.dtype, kernel_init=xavier, name="proj")(patches)
+
+
 class DepthwiseConv(nn.Module):
     """The parameters of `depthwise_conv3x3`: kernel [3, 3, features] and bias [features]."""
 

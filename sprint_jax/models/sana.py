@@ -21,12 +21,14 @@ from ..core.errors import UserError
 from ..core.ranges import MODEL, WIDTH
 from ..core.schema import check, whole
 from .blocks import POLICIES, compute_params, remat, run_blocks
+from .control import WIRINGS, Control, new_branch, own_embeddings, side_stream
 from .layers import (
     CaptionProjection,
     CrossAttention,
     GLUMBConv,
     Linear,
     LinearAttention,
+    PatchEmbed,
     RMSNorm,
     TimeEmbedding,
     layer_norm,
@@ -81,6 +83,8 @@ class SanaTransformer(nn.Module):
     """The SANA linear DiT; fields are named as in diffusers' config. See `SIZES`.
 
     Fields of our own:
+      control_blocks: copies in the control branch (`control`), fewer than ``num_layers``; 0: there is none.
+      control_wiring: of the branch, one of `control.WIRINGS`.
       logvar: adds the head that predicts the sCM loss's log variance per sample (training only).
       dtype: of matmuls and of the residual stream; parameters are always float32.
       remat: what the backward pass recomputes, a name that `remat` accepts.
@@ -106,6 +110,8 @@ class SanaTransformer(nn.Module):
     flow_map: bool = False
     timestep_scale: float = 1.0
     interpolation_scale: float | None = None
+    control_blocks: int = 0
+    control_wiring: str = "nvlabs"
     logvar: bool = False
     dtype: Any = jnp.float32
     remat: str = "none"
@@ -132,6 +138,7 @@ class SanaTransformer(nn.Module):
         guidance: Array | None = None,
         *,
         target: Array | None = None,
+        control: Control | None = None,
         taps: tuple[int, ...] = (),
         with_logvar: bool = False,
     ):
@@ -145,6 +152,7 @@ class SanaTransformer(nn.Module):
           mask: [B, L]; 1 keeps a token, 0 hides it.
           guidance: [B] CFG scale times 0.1 for models with ``guidance_embeds``, else None.
           target: [B] flow time to which a model with ``flow_map`` jumps, at most ``t``; None is 0, the image.
+          control: a condition for a model with ``control_blocks``; None runs the trunk alone.
           taps: increasing block indices; if given, the result is the tuple of these blocks' outputs,
             each [B, h', w', d] in ``dtype``, and nothing after the last of them runs.
           with_logvar: also return the log variance.
@@ -153,30 +161,39 @@ class SanaTransformer(nn.Module):
           velocity [B, h, w, out_channels] in float32; or ``(velocity, logvar [B])``; or features.
 
         Raises:
-          ValueError: guidance is missing or not expected, a target is not expected, taps are out of range, or
-            the latent size is not a multiple of the patch size.
+          ValueError: guidance is missing or not expected, a target or a condition is not expected, taps are out
+            of range, or the latent size is not a multiple of the patch size.
           AssertionError: of chex, for other shapes and dtypes.
         """
-        self._check(x, t, text, mask, guidance, target, taps, with_logvar)
+        self._check(x, t, text, mask, guidance, target, control, taps, with_logvar)
         p, d = self.patch_size, self.features
-        patches = rearrange(x, "b (h p) (w q) c -> b h w (p q c)", p=p, q=p)
-        tokens = _PatchEmbed(d, self.dtype, name="patch_embed")(patches)
-        if self.interpolation_scale is not None:
-            base = self.sample_size // p
-            positions = sincos_positions(*tokens.shape[1:3], d, base, self.interpolation_scale)
-            tokens = tokens + jnp.asarray(positions, self.dtype)[None]
+        patch_embed = PatchEmbed(d, self.dtype, name="patch_embed")
+        tokens = self.at_positions(patch_embed(self.patches(x)))
         if self.flow_map and target is None:
             target = jnp.zeros_like(t)
         scale = 1000 * self.timestep_scale
         target = None if target is None else wide(target) * scale
         embed = TimeEmbedding(d, self.guidance_embeds, self.flow_map, name="time_embed")
         embedding, t6 = embed(wide(t) * scale, guidance, target)
+        features_of_text = text
         text = CaptionProjection(d, self.dtype, name="caption_projection")(text)
         text = RMSNorm(self.dtype, name="caption_norm")(text)
 
         blocks = self._blocks(tokens, text, mask, t6)
-        step = self._step(text, mask, t6)
-        tokens, features = run_blocks(step, blocks, tokens, self.num_layers, taps, self.scan)
+        layer, side = self._layer(text, mask, t6), None
+        branch = self._branch()
+        if control is not None:
+            # Published code shows the condition no positions.
+            condition, copy = patch_embed(self.patches(control.latents)), layer
+            entry = tokens
+            if self.control_wiring == "diffusers":
+                inputs = x, control.latents, wide(t) * scale, features_of_text
+                entry, condition, own_text, own_t6 = own_embeddings(self, branch, *inputs)
+                copy = self._layer(own_text, mask, own_t6)
+            side = side_stream(self, branch, control.scale, entry, condition, (layer, copy))
+            side = side._replace(step=self._remat(side.step))
+        step = self._remat(layer)
+        tokens, features = run_blocks(step, blocks, tokens, self.num_layers, taps, self.scan, side)
         if taps and not self.is_initializing():
             return features
 
@@ -191,7 +208,22 @@ class SanaTransformer(nn.Module):
         logvar = Linear(1, kernel_init=xavier, name="logvar_linear")(embedding)[:, 0]
         return (velocity, logvar) if with_logvar else velocity
 
-    def _check(self, x, t, text, mask, guidance, target, taps, with_logvar):
+    @nn.nowrap
+    def patches(self, x: Array) -> Array:
+        """Latents [B, h, w, C] as patches [B, h / p, w / p, p p C]."""
+        p = self.patch_size
+        return rearrange(x, "b (h p) (w q) c -> b h w (p q c)", p=p, q=p)
+
+    @nn.nowrap
+    def at_positions(self, tokens: Array) -> Array:
+        """Tokens [B, h, w, d] with their positions, where the model has any."""
+        if self.interpolation_scale is None:
+            return tokens
+        base = self.sample_size // self.patch_size
+        where = *tokens.shape[1:3], self.features, base, self.interpolation_scale
+        return tokens + jnp.asarray(sincos_positions(*where), self.dtype)[None]
+
+    def _check(self, x, t, text, mask, guidance, target, control, taps, with_logvar):
         batch = x.shape[0]
         chex.assert_shape(x, (None, None, None, self.in_channels))
         chex.assert_shape(text, (batch, None, self.caption_channels))
@@ -209,6 +241,10 @@ class SanaTransformer(nn.Module):
             if not self.flow_map:
                 raise ValueError("this model is no flow map: pass target=None")
             chex.assert_shape(target, (batch,))
+        if control is not None:
+            if not self.control_blocks:
+                raise ValueError("this model has no control branch: pass control=None")
+            chex.assert_equal_shape([control.latents, x])
         if any(size % self.patch_size for size in x.shape[1:3]):
             raise ValueError(
                 f"latent size {x.shape[1:3]} is not a multiple of patch_size {self.patch_size}"
@@ -245,18 +281,38 @@ class SanaTransformer(nn.Module):
         # Linen's `param` would trace `init` again in every apply, to compare shapes.
         return self.get_variable("params", "transformer_blocks")
 
-    def _step(self, text, mask, t6) -> Callable:
+    def _branch(self):
+        """The parameters of the control branch, None without one."""
+        if not self.control_blocks:
+            return None
+        if self.is_initializing():
+            trunk = dict(self.variables["params"])
+            how = trunk, self.control_blocks, self.control_wiring
+            return self.param("control", lambda _: new_branch(*how))
+        # Of a trunk that is used alone, the branch may be missing.
+        return self.get_variable("params", "control")
+
+    @nn.nowrap
+    def gathered(self, params):
+        """A block's parameters as its use needs them: in ``dtype``, and gathered over the mesh."""
+        params = compute_params(params, self.dtype)  # before they travel between devices
+        return params if self.partition is None else self.partition.gather(params)
+
+    def _layer(self, text, mask, t6) -> Callable:
         partition = self.partition
         block = self._block(partition.ways(self.hidden) if partition else 1)
 
-        def step(params, x):
+        def layer(params, x):
             x = checkpoint_name(x, "block_input")  # for remat 'offload'
-            params = compute_params(params, self.dtype)  # before they travel between devices
+            params = self.gathered(params)
             if partition is not None:
-                params, x = partition.gather(params), partition.batch(x)
+                x = partition.batch(x)
             return block.apply({"params": params}, x, text, mask, t6)
 
-        return remat(step, self.remat, self.scan, split=partition is not None)
+        return layer
+
+    def _remat(self, step: Callable) -> Callable:
+        return remat(step, self.remat, self.scan, split=self.partition is not None)
 
 
 def from_fields(fields: dict, **changes) -> SanaTransformer:
@@ -273,12 +329,15 @@ def from_fields(fields: dict, **changes) -> SanaTransformer:
     fields = {"dtype": "float32", "remat": "none"} | dict(fields) | changes
     check(fields, MODEL, "model.", exit_code=2)
     names = {"dtype": ("float32", "bfloat16"), "remat": ("none", *POLICIES)}
+    names["control_wiring"] = WIRINGS
     for key, known in names.items():
-        if fields[key] not in known:
+        if key in fields and fields[key] not in known:
             raise UserError(f"model.{key} '{fields[key]}' is not one of {', '.join(known)}", 2)
     fields["dtype"] = jnp.dtype(fields["dtype"])
     fields["interpolation_scale"] = fields.get("interpolation_scale") or None
     model = SanaTransformer(**fields)
+    blocks = {"control_blocks": model.control_blocks}
+    check(blocks, {"control_blocks": whole(0, model.num_layers - 1)}, "model.", exit_code=2)
     cross = model.num_cross_attention_heads * model.cross_attention_head_dim
     width = {"num_attention_heads x attention_head_dim": model.features}
     check(width, dict.fromkeys(width, whole(1, WIDTH)), "model: ", exit_code=2)
@@ -289,17 +348,6 @@ def from_fields(fields: dict, **changes) -> SanaTransformer:
             exit_code=2,
         )
     return model
-
-
-class _PatchEmbed(nn.Module):
-    """A convolution with stride and kernel ``p``, written as a Dense over patches [B, h, w, p p C]."""
-
-    features: int
-    dtype: Any
-
-    @nn.compact
-    def __call__(self, patches: Array) -> Array:
-        return Linear(self.features, dtype=self.dtype, kernel_init=xavier, name="proj")(patches)
 
 
 _SMALL = dict(num_attention_heads=36, num_layers=28)

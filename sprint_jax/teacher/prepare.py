@@ -65,7 +65,9 @@ def prepare(c: Config, options: Options, folder: AnyPath) -> None:
     surgery.check_fits(options.model, source.fields, target, options.prune)
     mesh = setup.mesh_from(c)
     params, step = source.load(lambda tree: state_shardings(mesh, tree))
-    params.pop("logvar_linear", None)
+    for name in ("logvar_linear", "control"):  # a teacher is prepared without its control branch
+        params.pop(name, None)
+    source = source._replace(fields=source.fields | {"control_blocks": 0})
     record = {"options": options._asdict(), "kind": source.kind, "step": step}
     record["hash"] = fingerprint(params)
     with _made(folder) as partial:

@@ -29,12 +29,12 @@ MAY_IMPORT = {
     "metrics": "core",
     "digits": "core metrics",
     "interop": "core models",
-    "checkpoints": "core parallel.sharding interop",
+    "checkpoints": "core models parallel.sharding interop",
     "encoders": "core models parallel.sharding digits interop checkpoints.locate",
     # The version is written into exported files.
     "artifacts": f"core models parallel.sharding interop encoders checkpoints {METHOD} __version__",
     "data": "core parallel.sharding digits encoders",
-    "pipeline": "core models artifacts trigflow sampling",
+    "pipeline": "core models encoders.autoencoder artifacts trigflow sampling",
     "serving": "core pipeline",
     "training": f"core models parallel digits interop encoders checkpoints artifacts data {METHOD}",
     "teacher": "core models parallel digits interop encoders checkpoints artifacts data training "

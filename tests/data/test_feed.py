@@ -42,7 +42,7 @@ def packed(tmp_path_factory):
 
 def write_pictures(path, source):
     def files():
-        for key, image, captions in map(source.__getitem__, range(len(source))):
+        for key, image, captions, *_ in map(source.__getitem__, range(len(source))):
             file = io.BytesIO()
             Image.fromarray(image).save(file, "png")
             yield key, file.getvalue(), captions
@@ -163,7 +163,7 @@ def test_digits_as_a_data_set_are_those_of_the_world(tmp_path):
     theirs = open_digits(tmp_path, "small", "test")
     assert len(source) == len(theirs)
     for index in (0, 1234):
-        key, image, captions = source[index]
+        key, image, captions, *_ = source[index]
         assert (key, captions[0].text) == (f"test_{index:08d}", theirs[index]["caption"])
         np.testing.assert_array_equal(image, theirs[index]["image"])
     with pytest.raises(UserError, match="huge"):

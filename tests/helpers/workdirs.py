@@ -14,8 +14,8 @@ from sprint_jax.checkpoints.checkpoint import Checkpoints
 STEP = 7
 
 
-def tiny_config(stage: str, world: str = "small"):
-    """The default config with two blocks of 32 features; as plain nested dicts."""
+def tiny_config(stage: str, world: str = "small", **model):
+    """The default config with two blocks of 32 features, and fields of ``model``; as plain nested dicts."""
     c = default.get_config()
     c.stage = stage
     c.data.world = world
@@ -25,6 +25,7 @@ def tiny_config(stage: str, world: str = "small"):
     c.model.num_attention_heads = 1
     c.model.num_cross_attention_heads = 1
     c.model.guidance_embeds = stage == "distill"
+    c.model.update(model)
     return c.to_dict()
 
 
@@ -54,10 +55,10 @@ def trained_params(fields: dict, seed: int):
     return params
 
 
-def make_workdir(folder: Path, stage: str, world: str = "small") -> Path:
+def make_workdir(folder: Path, stage: str, world: str = "small", **model) -> Path:
     """Writes config.json and a checkpoint of step 7 whose EMA and raw parameters differ."""
     folder.mkdir()
-    config = tiny_config(stage, world)
+    config = tiny_config(stage, world, **model)
     (folder / "config.json").write_text(json.dumps(config))
     fields = config["model"]
     state = {"ema": trained_params(fields, 1), "params": trained_params(fields, 2)}

@@ -9,10 +9,13 @@ A folder of them, as `sprint_jax.encode` writes it and `open_cache` reads it:
     rejected.jsonl, preview.png    for people
 
 A record is a safetensors file of its own, without pickles: ``latents`` [h, w, C] and, for caption k,
-``text.k`` [n_k, D], of the tokens alone that the mask keeps.
+``text.k`` [n_k, D], of the tokens alone that the mask keeps. Where conditions were encoded, ``control.v``
+[h, w, C] is variant v of them, and the manifest has an entry ``control``; readers of folders without
+conditions, and of those that were written before there were any, need not know.
 """
 
 import hashlib
+import itertools
 import json
 import os
 import resource
@@ -48,19 +51,22 @@ THREADS = 32  # that look at shards; disks and networks answer many at once
 
 class CachedRecord(NamedTuple):
     """An encoded image: ``latents`` [h, w, C], which are the autoencoder's times its scaling factor (not
-    times sigma_d), its captions, and for each of them the features ``texts[k]`` [n_k, D] of kept tokens.
-    All arrays are bfloat16, or all are float32."""
+    times sigma_d), its captions, and for each of them the features ``texts[k]`` [n_k, D] of kept tokens; and
+    ``controls``, latents [h, w, C] of its condition, one for each variant. All arrays are bfloat16, or all are
+    float32."""
 
     key: str
     latents: np.ndarray
     captions: tuple[Caption, ...]
     texts: tuple[np.ndarray, ...]
+    controls: tuple[np.ndarray, ...] = ()
 
 
 def pack(record: CachedRecord) -> bytes:
     """Writes a record as bytes, the same for the same record."""
     tensors = {"latents": record.latents}
     tensors |= {f"text.{k}": text for k, text in enumerate(record.texts)}
+    tensors |= {f"control.{k}": control for k, control in enumerate(record.controls)}
     chex.assert_equal(len(record.texts), len(record.captions))
     words = json.dumps([record.key, record.captions])  # one entry: their order is not kept
     tensors = {name: np.ascontiguousarray(array) for name, array in tensors.items()}
@@ -78,7 +84,10 @@ def unpack(data: bytes) -> CachedRecord:
         key, captions = json.loads(header["__metadata__"]["record"])
         captions = tuple(Caption(*caption) for caption in captions)
         texts = (_view(data, start, header[f"text.{k}"]) for k in range(len(captions)))
-        return CachedRecord(key, _view(data, start, header["latents"]), captions, tuple(texts))
+        variants = itertools.takewhile(header.get, map("control.{}".format, itertools.count()))
+        controls = (_view(data, start, header[name]) for name in variants)
+        latents = _view(data, start, header["latents"])
+        return CachedRecord(key, latents, captions, tuple(texts), tuple(controls))
     except (KeyError, TypeError, IndexError) as error:
         raise ValueError(f"not a cached record: {error!r}") from error
 
@@ -117,6 +126,8 @@ class Cache:
       null_text: features [L, D] float32 of the null prompt, and null_mask [L] int32.
       text_length: L, the most tokens that a caption has.
       identity: hash of the encoders; caches with the same one may be mixed.
+      control: the conditions that records have (`encoders.conditions.Conditions.identity`) and their number as
+        ``variants``; None for none.
     """
 
     def __init__(self, folder: AnyPath, manifest: dict[str, Any], null: dict[str, np.ndarray]):
@@ -124,6 +135,7 @@ class Cache:
         self.null_text, self.null_mask = null["text"], null["mask"]
         self.text_length = len(self.null_mask)
         self.identity: str = manifest["identity"]
+        self.control: dict[str, Any] | None = manifest.get("control")
         parts, runs, first = [], {}, 0
         for shard in manifest["shards"]:
             path = folder / SHARDS / shard["file"]
@@ -195,6 +207,36 @@ def open_cache(folder: str | AnyPath) -> Cache:
     if not path.is_file() or hash_file(path) != manifest["null_text_sha256"]:
         raise UserError(f"{path} is missing or not the one that was written: copy it again")
     return Cache(folder, manifest, safetensors.numpy.load(path.read_bytes()))
+
+
+def check_mixture(caches: Sequence[Cache], control: str) -> dict[str, Any] | None:
+    """Refuses folders of different encoders, or without the conditions that are asked for.
+
+    Args:
+      control: the kind of conditions, '' for none.
+
+    Returns:
+      The identity of the conditions, without the number of variants, in which folders may differ.
+    """
+    first, found = caches[0], []
+    for cache in caches:
+        if (cache.identity, cache.text_length) != (first.identity, first.text_length):
+            raise UserError(
+                f"{cache.folder} and {first.folder} are of different encoders: their latents cannot be mixed"
+            )
+        has = cache.control or {"kind": "none"}
+        if control and has["kind"] != control:
+            raise UserError(
+                f"config.data.control is '{control}', and the conditions in {cache.folder} are {has['kind']}: "
+                f"encode with --config.data.control={control}"
+            )
+        found.append({name: value for name, value in has.items() if name != "variants"})
+        if control and found[-1] != found[0]:
+            raise UserError(
+                f"{cache.folder} and {first.folder} have conditions of other weights or thicknesses: they "
+                "cannot be mixed"
+            )
+    return found[0] if control else None
 
 
 def _allow_open_files(count: int) -> None:

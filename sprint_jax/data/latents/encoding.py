@@ -12,6 +12,7 @@ from ...core.config import Config
 from ...core.errors import UserError
 from ...core.progress import Progress
 from ...core.storage import AnyPath
+from ...encoders.conditions import open_conditions
 from ...encoders.load import load_encoders
 from ...parallel.sharding import batch_ways, make_mesh
 from ..buckets import check_factor, choose_sizes
@@ -46,6 +47,7 @@ def make_job(c: Config, source: Source, folder: AnyPath, limit: int | None) -> J
         raise UserError(f"{source.name} has no record")
     dtype = jnp.dtype(e.dtype)
     encoders = load_encoders(c.data.encoders, dtype, mesh, text_batch_size=e.text_batch_size)
+    encoders = encoders._replace(conditions=open_conditions(c.data, dtype, mesh))
     check_factor(sizes, encoders.autoencoder.factor)
     return Job(folder, source, count, encoders, sizes, dtype, e.unit, e.batch_size, e.threads)
 

@@ -19,7 +19,7 @@ LETTERS = 90  # of a caption
 
 
 def draw_latents(path: AnyPath, cache: Cache, job: Job, entries: Sequence[dict[str, Any]]) -> None:
-    """Writes a sheet with one row for each bucket: originals as they were cut, and decoded beside them.
+    """Writes a sheet with one row for each bucket: originals as they were cut, decoded, and their maps if any.
 
     Args:
       path: of the PNG.
@@ -38,7 +38,8 @@ def draw_latents(path: AnyPath, cache: Cache, job: Job, entries: Sequence[dict[s
     rows = [_draw_row(cache, job, examples[size][:2]) for size in common]
     side = min(SIDE, max(max(cell.picture.shape) for row in rows for cell in row))
     framed = [[cell._replace(picture=_frame(cell.picture, side)) for cell in row] for row in rows]
-    titles = ["original", "decoded"] * (max(map(len, rows)) // 2)
+    titles = ["original", "decoded", *(["control"] if cache.control else [])]
+    titles *= max(map(len, rows)) // len(titles)
     save_picture(path, draw_sheet(framed, titles=titles))
 
 
@@ -46,12 +47,17 @@ def _draw_row(cache: Cache, job: Job, examples: Sequence[tuple[int, int]]) -> li
     records = cache.__getitems__([number for number, _ in examples])
     latents = np.stack([record.latents for record in records]).astype(np.float32)
     decoded = to_bytes(np.asarray(job.encoders.autoencoder.decode(latents)))
+    maps = [None] * len(records)
+    if cache.control:
+        controls = np.stack([record.controls[0] for record in records]).astype(np.float32)
+        maps = to_bytes(np.asarray(job.encoders.autoencoder.decode(controls)))
     cells = []
-    for (_, index), record, picture in zip(examples, records, decoded, strict=True):
-        _, image, captions = read_fitted(job.source, index, job.sizes)
-        text = captions[0].text
+    for (_, index), record, picture, control in zip(examples, records, decoded, maps, strict=True):
+        original = read_fitted(job.source, index, job.sizes)
+        text = original.captions[0].text
         caption = text if len(text) <= LETTERS else f"{text[:LETTERS]}..."
-        cells += [Cell(image, caption), Cell(picture, record.key)]
+        cells += [Cell(original.image, caption), Cell(picture, record.key)]
+        cells += [] if control is None else [Cell(control, cache.control["kind"])]
     return cells
 
 

@@ -24,7 +24,10 @@ FITTING = (0.8, 1.25)
 
 def describe_job(job: Job) -> dict[str, Any]:
     """Returns what all records of a folder have in common, JSON-able; with another value they are not mixed."""
-    return {
+    conditions = job.encoders.conditions
+    control = conditions and conditions.identity | {"variants": conditions.variants}
+    # Without conditions the entry is not there: folders that were begun before go on.
+    return ({"control": control} if control else {}) | {
         "format": FORMAT,
         "encoders": job.encoders.identity,
         "dtype": np.dtype(job.dtype).name,

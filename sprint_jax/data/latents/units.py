@@ -19,7 +19,7 @@ import numpy as np
 from ...core.errors import UserError
 from ...core.files import read_json, write_atomic
 from ...core.storage import AnyPath, size_of
-from ...encoders.load import Encoders, encode_captions, encode_images
+from ...encoders.load import Encoders, encode_captions, encode_conditions, encode_images
 from ..buckets import read_fitted
 from ..rejects import Reject
 from ..sources.records import Caption, Rejected, Source
@@ -66,14 +66,15 @@ class Job:
 
 
 class Item(NamedTuple):
-    """A record on its way: ``size`` is that of its bucket in pixels, and ``array`` the image [H, W, 3] uint8,
-    then its latents [h, w, C] float32."""
+    """A record on its way: ``size`` is that of its bucket in pixels, ``array`` the image [H, W, 3] uint8, then
+    its latents [h, w, C] float32; ``controls`` the map beside it, if any, then latents of each variant."""
 
     index: int
     key: str
     size: Size
     captions: tuple[Caption, ...]
     array: np.ndarray
+    controls: tuple[np.ndarray, ...] = ()
 
 
 def unit_path(folder: AnyPath, unit: int) -> AnyPath:
@@ -122,10 +123,12 @@ def encode_units(
 
 def _load(job: Job, index: int) -> Item | Rejected:
     try:
-        key, image, captions = read_fitted(job.source, index, job.sizes)
+        record = read_fitted(job.source, index, job.sizes)
     except Rejected as rejected:
         return rejected
-    return Item(index, key, image.shape[:2], captions, image)
+    controls = () if record.control is None else (record.control,)
+    size = record.image.shape[:2]
+    return Item(index, record.key, size, record.captions, record.image, controls)
 
 
 def _encode_images(
@@ -142,18 +145,19 @@ def _encode_images(
         filled = batch + batch[-1:] * (job.batch_size - len(batch))
         images = np.stack([item.array for item in filled])
         latents = encode_images(job.encoders.autoencoder, images, job.encoders.sharding)
-        running.append((batch, latents))
+        running.append((batch, [latents, *_encode_conditions(job, filled, images)]))
         if len(running) > IN_FLIGHT:
             finish()
 
     def finish() -> None:
-        batch, latents = running.popleft()
-        for item, values in zip(batch, np.asarray(latents), strict=False):
-            if not np.isfinite(values).all():
+        batch, arrays = running.popleft()
+        for item, *values in zip(batch, *map(np.asarray, arrays), strict=False):
+            if not all(np.isfinite(each).all() for each in values):
                 raise UserError(
                     f"latents of {item.key} are not finite: try --config.encode.dtype=float32"
                 )
-            encoded.append(item._replace(array=values.copy()))
+            array, *controls = (each.copy() for each in values)
+            encoded.append(item._replace(array=array, controls=tuple(controls)))
         progress(len(batch))
 
     for item in loaded:
@@ -171,6 +175,16 @@ def _encode_images(
         finish()
     order = {size: number for number, size in enumerate(job.sizes)}
     return sorted(encoded, key=lambda item: (order[item.size], item.index)), rejected
+
+
+def _encode_conditions(job: Job, batch: list[Item], images: np.ndarray) -> list[Any]:
+    """Latents of the conditions of a batch, one array for each variant; none without conditions."""
+    conditions = job.encoders.conditions
+    if conditions is None:
+        return []
+    numbers = [np.full(len(batch), number) for number in range(conditions.variants)]
+    maps = np.stack([item.controls[0] for item in batch]) if batch[0].controls else None
+    return encode_conditions(job.encoders, images, numbers, maps)
 
 
 def _encode_texts(job: Job, encoded: list[Item]) -> dict[str, np.ndarray]:
@@ -198,6 +212,7 @@ def _write_unit(
             item.array.astype(job.dtype),
             item.captions,
             tuple(texts[caption.text] for caption in item.captions),
+            tuple(control.astype(job.dtype) for control in item.controls),
         )
         for item in encoded
     )

@@ -105,6 +105,10 @@ class FileSource:
             captions = captions_beside(item.key, text, json_bytes, models, item.entry)
         return Record(item.key, image, captions or (Caption(""),))
 
+    def keys(self) -> Iterator[str]:
+        """The keys of all records, in their order; reads no file."""
+        return (item.key for item in self._items)
+
     def measure(self, index: int) -> tuple[str, tuple[int, int]]:
         """Reads key and (height, width) from the headers of the image; raises `Rejected`."""
         item = self._find(index)

@@ -27,12 +27,14 @@ class Caption(NamedTuple):
 class Record(NamedTuple):
     """An image, uint8 RGB [H, W, 3], upright, over white; its captions, at least one; and its unique key.
 
-    An image without a caption has ``''``, the null prompt.
+    An image without a caption has ``''``, the null prompt. ``control`` is a map of the image, in any size, for
+    a control branch.
     """
 
     key: str
     image: np.ndarray
     captions: tuple[Caption, ...]
+    control: np.ndarray | None = None
 
 
 class Rejected(Exception):
