@@ -1,9 +1,10 @@
-"""Opens a page that draws while you type, and an HTTP API, for a student or a teacher.
+"""Opens a page that draws while you type or sketch, and an HTTP API, for a student or a teacher.
 
-    python -m sprint_jax.serve --model runs/quickstart/student
+    python -m sprint_jax.serve --model runs/quickstart/student [--control BRANCH]
 
-The model is the workdir of a training, a pipeline folder of diffusers, or an id on the hub. All programs are
-compiled before the port opens. SIGTERM and Ctrl-C end it when those who wait are answered. Needs the extra
+The model is the workdir of a training, a pipeline folder of diffusers, or an id on the hub; the control branch,
+for a model without one, the workdir of its training, a folder of diffusers or a file of NVlabs. All programs
+are compiled before the port opens. SIGTERM and Ctrl-C end it when those who wait are answered. Needs the extra
 `serve`.
 """
 
@@ -25,20 +26,28 @@ def main(argv: list[str]) -> None:
         from .serving import server
     except ModuleNotFoundError as error:
         raise UserError(f"{error.name} is missing: pip install 'sprint_jax[serve]'") from error
+    from .encoders.conditions import load_conditions
     from .pipeline import SprintPipeline
 
     token = server.make_token(flags.host, flags.name, flags.token)
     cli.use_compilation_cache()
     with server.bind(flags.host, flags.port) as bound:
-        pipe = SprintPipeline.from_pretrained(flags.model, flags.dtype, flags.params)
+        found = dict(dtype=flags.dtype, params=flags.params, control=flags.control)
+        pipe = SprintPipeline.from_pretrained(flags.model, **found)
+        if "control" not in pipe.params and flags.hed:
+            raise UserError("--hed is for a model with a control branch: give one by --control", 2)
+        lines = ("scribble", flags.hed) if flags.hed else ("edges",)
+        conditions = load_conditions(*lines, thickness=1 if flags.hed else -1)
         how = dict(sizes=sizes, steps=flags.steps, batch=flags.batch, clients=flags.clients)
-        server.run(pipe, bound, **how, names=flags.name, token=token)
+        server.run(pipe, bound, **how, names=flags.name, token=token, conditions=conditions)
 
 
 def _parser() -> cli.Parser:
     parser = cli.make_parser("serve", __doc__)
     add = parser.add_argument
     add("--model", required=True, metavar="DIR", help="a workdir, a diffusers folder or a hub id")
+    add("--control", metavar="DIR", help="a control branch for a model without one")
+    add("--hed", metavar="FILE", help="HED's weights, for lines of photos (default: Canny's edges)")
     add("--port", type=int, default=8000, metavar="P", help="default 8000; 0 takes a free one")
     add(
         "--host", default="127.0.0.1", help="address to listen at (default 127.0.0.1, this machine)"

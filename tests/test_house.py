@@ -151,7 +151,7 @@ def test_every_import_is_a_requirement():
     for module, files in imports_of({"sprint_jax", "configs", "launch", "benchmarks"}).items():
         known = listed | (OPTIONAL if module in OPTIONAL else set())
         rooms = ("sprint_jax/serving/", "benchmarks/serve")
-        known |= SERVE if all(file.startswith(rooms) for file in files) else set()
+        known |= SERVE | {"selenium"} if all(file.startswith(rooms) for file in files) else set()
         assert distributions(module) & known, f"{module} of {sorted(files)}: requirements.txt"
     for module, files in imports_of({"tests"}).items():
         assert distributions(module) & (listed | DEVELOPMENT), f"{module} of {sorted(files)}"

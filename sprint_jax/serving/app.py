@@ -10,6 +10,7 @@ import time
 from collections.abc import Awaitable, Callable, Sequence
 from typing import Any
 
+import numpy as np
 from starlette.applications import Starlette
 from starlette.concurrency import run_in_threadpool
 from starlette.exceptions import HTTPException
@@ -23,7 +24,7 @@ from .counters import Counters
 from .engine import Drawn
 from .frames import parse_json
 from .guard import PROTOCOL, Guard, refusal
-from .pictures import to_png
+from .pictures import read_picture, to_png
 from .requests import Offer, Refused, check_request
 from .session import Session
 from .worker import Worker
@@ -54,6 +55,8 @@ class Service:
         self._kinds: dict[str, Kind] = offer.kinds() | UNUSED
         self._kinds |= {"n": whole(1, PICTURES), "response_format": one_of("b64_json", "png")}
         self._kinds |= {"output_format": one_of("png")}
+        if offer.control:
+            self._kinds |= {"control": TEXT}
         self.closing = False
 
     def app(self, names: Sequence[str], token: str | None) -> Guard:
@@ -137,7 +140,10 @@ class Service:
             form = "png" if request.headers.get("accept") == "image/png" else "b64_json"
         if form == "png" and count > 1:
             raise Refused("value", "n must be 1 where the answer is one PNG")
-        jobs = [self._offer.job(given, index) for index in range(count)]
+        control = given.pop("control", None)
+        if control is not None:
+            control = await run_in_threadpool(_control, control, self._offer.size(given))
+        jobs = [self._offer.job(given, index, control) for index in range(count)]
         self._requests += 1
         try:
             begin = time.perf_counter()
@@ -189,9 +195,20 @@ async def _all(*pictures: Awaitable[Drawn]) -> list[Drawn]:
             task.cancel()
 
 
+def _control(text: str, size: tuple[int, int]) -> np.ndarray:
+    """The control image of a request: base64, or a data URL."""
+    try:
+        data = base64.b64decode(re.sub(r"^data:image/\w+;base64,", "", text), validate=True)
+    except ValueError as error:
+        raise Refused("image", "control is a picture in base64") from error
+    return read_picture(data, *size)
+
+
 def _png(drawn: Drawn, job: Any) -> bytes:
     notes = {"prompt": job.prompt, "seed": job.seed, "index": job.index}
-    return to_png(drawn.pixels, notes | {"steps": job.steps, "guidance": job.guidance})
+    notes |= {"steps": job.steps, "guidance": job.guidance}
+    notes |= {} if job.control is None else {"control_scale": job.control_scale}
+    return to_png(drawn.pixels, notes)
 
 
 async def _body(request: Request) -> bytes:

@@ -3,6 +3,7 @@
 import collections
 import dataclasses
 import functools
+import hashlib
 import itertools
 import time
 from collections.abc import Hashable, Iterator, Sequence
@@ -25,6 +26,9 @@ class Job:
 
     Attributes:
       size: (height, width) in pixels.
+      control: uint8 [H, W, 3] of that size; None draws without the control branch.
+      control_kind: whether it is a 'sketch', white lines on black, or a 'photo' whose lines are found first.
+      control_scale: how strongly it steers, 1 as in training.
     """
 
     prompt: str
@@ -33,6 +37,9 @@ class Job:
     steps: int
     guidance: float
     size: tuple[int, int]
+    control: np.ndarray | None = None
+    control_kind: str = "sketch"
+    control_scale: float = 1.0
 
     @property
     def program(self) -> Hashable:
@@ -69,14 +76,19 @@ class Recent(collections.OrderedDict):
 class Engine:
     """Draws batches of jobs. One thread at a time may call it.
 
+    Jobs with and without a control image are drawn together: scale 0 gives the network without its branch bit
+    for bit.
+
     Args:
       pipe: of `SprintPipeline.from_pretrained`.
       most: pictures in one call, at most; a power of two. Fewer are filled up to one.
+      conditions: of `encoders.conditions.load_conditions`, which finds the lines of photos; None takes none.
     """
 
-    def __init__(self, pipe: SprintPipeline, most: int):
-        self.pipe, self.most = pipe, most
-        self._text = Recent(KEPT)
+    def __init__(self, pipe: SprintPipeline, most: int, conditions: Any = None):
+        self.pipe, self.most, self.controlled = pipe, most, "control" in pipe.params
+        self._conditions = conditions
+        self._text, self._lines = Recent(KEPT), Recent(KEPT)
         self._noise = jax.jit(self._draw_noise, static_argnames=("shape", "steps"))
 
     def knows(self, prompt: str) -> bool:
@@ -105,9 +117,21 @@ class Engine:
         """Runs programs once, so that no request waits for a compiler; yields how many are ready."""
         for count in sorted({len(jobs) for jobs in programs}):
             self.pipe.encode_text([" " * copy for copy in range(count)])
+        if self.controlled:
+            for size in dict.fromkeys(jobs[0].size for jobs in programs):
+                self._compile_conditions(size)
         for done, jobs in enumerate(programs, 1):
             self.draw(jobs)
             yield done
+
+    def _compile_conditions(self, size: tuple[int, int]) -> None:
+        """Runs the programs of any number of control images that were never seen before."""
+        new = itertools.count(1)
+        for count in range(1, self.most + 1):
+            images = [np.full((*size, 3), next(new) % 256, np.uint8) for _ in range(count)]
+            self.pipe.encode_control(np.stack(images), *size)
+        if self._conditions is not None:
+            self._find_lines(images[0])
 
     def draw(self, jobs: Sequence[Job]) -> list[Drawn | UserError]:
         """Draws jobs of one program in one call.
@@ -138,11 +162,33 @@ class Engine:
         noise, step_noise = self._noise(seeds, indices, shape=shape, steps=steps)
         guidance = np.asarray([jobs[i].guidance for i in filled], np.float32)
         how = {"steps": steps, "guidance": guidance, "step_noise": step_noise}
+        if self.controlled:
+            how |= self._condition([jobs[i] for i in filled])
+            clock.lap("condition")
         x0 = jax.block_until_ready(self.pipe.denoise(text, mask, noise, **how))
         clock.lap("denoise")
         pictures = decode_bytes(self.pipe.autoencoder, x0)[: len(drawn)]
         clock.lap("decode")
         return pictures
+
+    def _condition(self, jobs: list[Job]) -> dict[str, Any]:
+        """Control latents [B, h, w, C] and scales [B]; black ones of scale 0 where there is no image."""
+        blank = np.zeros((*jobs[0].size, 3), np.uint8)
+        images = np.stack([blank if job.control is None else self._sketch(job) for job in jobs])
+        scales = [0.0 if job.control is None else job.control_scale for job in jobs]
+        latents = jax.block_until_ready(self.pipe.encode_control(images, *jobs[0].size))
+        return {"control": latents, "control_scale": np.asarray(scales, np.float32)}
+
+    def _sketch(self, job: Job) -> np.ndarray:
+        return job.control if job.control_kind == "sketch" else self._find_lines(job.control)
+
+    def _find_lines(self, photo: np.ndarray) -> np.ndarray:
+        """The lines of a photo, white on black, uint8 [H, W, 3]."""
+        key = photo.shape, hashlib.sha256(photo).digest()
+        if key not in self._lines:
+            (lines,) = self._conditions.draw(photo[None], [np.zeros(1, int)])
+            self._lines[key] = np.asarray(lines)[0]
+        return self._lines[key]
 
     def _features(self, prompts: Sequence[str]) -> dict[str, Any]:
         """Features [L, D] and mask [L] of each prompt, or the UserError that it raises."""

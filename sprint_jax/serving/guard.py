@@ -15,7 +15,7 @@ from .counters import Counters
 from .requests import Refused
 
 # Requests of one address in a second, and at once. A page sends its pictures' requests over one connection.
-RATE, BURST = 20.0, 128.0
+RATE, BURST = 50.0, 128.0
 ADDRESSES = 4096  # whose rate is remembered, the last ones
 TOKEN = (
     "token."  # before a token among a WebSocket's subprotocols, since browsers send no other header

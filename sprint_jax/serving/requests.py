@@ -1,8 +1,11 @@
 """Requests of clients: what the server offers, the one check of a request's values, and refusals."""
 
 import dataclasses
+import unicodedata
 from collections.abc import Mapping
 from typing import Any
+
+import numpy as np
 
 from ..core.errors import UserError
 from ..core.ranges import SEED
@@ -55,6 +58,8 @@ class Offer:
       guidance: CFG scale where none is asked for.
       styles: names in `STYLES`.
       prompt: an example.
+      control: whether a control image can be given; photos: whether it may be a photo.
+      brush: width of lines that control images should have, as a share of theirs.
     """
 
     sizes: tuple[tuple[int, int], ...]
@@ -62,6 +67,9 @@ class Offer:
     guidance: float
     styles: tuple[str, ...]
     prompt: str
+    control: bool = False
+    photos: bool = False
+    brush: float = 0.0
 
     def describe(self) -> dict[str, Any]:
         """The same for clients, as JSON; sizes are WIDTHxHEIGHT there."""
@@ -71,9 +79,9 @@ class Offer:
         """Keys of a request, and what their values must be."""
         text = Kind(
             f"text of at most {PROMPT} characters in one line",
-            lambda v: type(v) is str and len(v) <= PROMPT and (v.isprintable() or not v),
+            lambda v: type(v) is str and len(v) <= PROMPT and not any(map(_is_odd, v)),
         )
-        return {
+        kinds = {
             "prompt": text,
             "style": one_of(*self.styles),
             "seed": SEED,
@@ -81,10 +89,20 @@ class Offer:
             "guidance": number(0, 30),
             "size": one_of(*map(name_size, self.sizes)),
         }
+        if self.control:
+            photo = ("photo",) if self.photos else ()
+            kinds |= {"control_kind": one_of("sketch", *photo), "control_scale": number(0, 2)}
+        return kinds
 
-    def job(self, values: Mapping[str, Any], index: int = 0) -> Job:
-        """Picture number ``index`` of a request that `check_request` let through."""
+    def size(self, values: Mapping[str, Any]) -> tuple[int, int]:
+        """(height, width) of a request's pictures."""
         sizes = {name_size(size): size for size in self.sizes}
+        return sizes[values.get("size", next(iter(sizes)))]
+
+    def job(
+        self, values: Mapping[str, Any], index: int = 0, control: np.ndarray | None = None
+    ) -> Job:
+        """Picture number ``index`` of a request that `check_request` let through."""
         style = STYLES[values.get("style", "none")]
         return Job(
             prompt=style.replace("{}", values.get("prompt", "").strip()),
@@ -92,8 +110,16 @@ class Offer:
             index=index,
             steps=values.get("steps", self.steps[0]),
             guidance=float(values.get("guidance", self.guidance)),
-            size=sizes[values.get("size", next(iter(sizes)))],
+            size=self.size(values),
+            control=control,
+            control_kind=values.get("control_kind", "sketch"),
+            control_scale=float(values.get("control_scale", 1.0)),
         )
+
+
+def _is_odd(character: str) -> bool:
+    """Whether it is a control character, or half of one that UTF-16 writes as two."""
+    return unicodedata.category(character) in ("Cc", "Cs")
 
 
 def name_size(size: tuple[int, int]) -> str:

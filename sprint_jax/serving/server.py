@@ -8,6 +8,7 @@ import socket
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import h11
 import uvicorn
@@ -169,6 +170,7 @@ def run(
     pipe: SprintPipeline,
     bound: socket.socket,
     *,
+    conditions: Any = None,
     sizes: Sequence[tuple[int, int]] = (),
     steps: Sequence[int] = (),
     batch: int = 8,
@@ -180,6 +182,7 @@ def run(
 
     Args:
       bound: of `bind`.
+      conditions: finds the lines of photos for a control branch, see `Engine`.
       sizes: (height, width) in pixels that may be asked for, the usual one first; default that of training.
       steps: likewise; default 1 to 4 of a student, 20 of a teacher.
       batch: pictures in one call, a power of two.
@@ -190,7 +193,7 @@ def run(
     Raises:
       UserError: the pipeline has no such size or number of steps.
     """
-    engine, counters = Engine(pipe, batch), Counters()
+    engine, counters = Engine(pipe, batch, conditions), Counters()
     usual = pipe.check_steps()
     steps = tuple(steps) or (usual, *(each for each in (1, 2, 3, 4) if pipe.is_student))
     offer = Offer(
@@ -199,6 +202,9 @@ def run(
         guidance=pipe.guidance,
         styles=tuple(name for name, style in STYLES.items() if engine.knows(style.format(""))),
         prompt=next((text for text in EXAMPLES if engine.knows(text)), ""),
+        control=engine.controlled,
+        photos=engine.controlled and conditions is not None,
+        brush=max(13 / 1024, 1.6 / min(pipe.size)),  # of published branches, and of digits
     )
     programs, begin = engine.programs(offer.sizes, offer.steps), time.monotonic()
     with Progress(len(programs), unit="program", interval=5.0) as progress:

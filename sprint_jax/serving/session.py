@@ -12,7 +12,7 @@ from . import frames
 from .counters import Counters
 from .engine import Drawn, Job
 from .guard import Bucket
-from .pictures import SMALL, to_page
+from .pictures import SMALL, read_picture, to_page
 from .requests import IDS, Offer, Refused, check_request
 from .worker import Worker
 
@@ -85,14 +85,18 @@ class Session:
         values = check_request(header, self._kinds)
         if "id" not in values:
             raise Refused("value", "id is missing: a whole number")
+        control = None
         if body:
-            raise Refused("image", "this server takes no picture")
+            if not self._offer.control:
+                raise Refused("image", "this server takes no control image")
+            size = self._offer.size(values)
+            control = await run_in_threadpool(read_picture, body, *size)
         if self.closing:
             raise Refused("closing", "the server is ending", 503)
         if self._newest is not None:
             self._counters.dropped += 1
             await self._send({"id": self._newest[0], "dropped": True})
-        self._newest = values["id"], self._offer.job(values)
+        self._newest = values["id"], self._offer.job(values, control=control)
         self._came.set()
 
     async def _answer(self) -> None:

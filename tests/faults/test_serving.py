@@ -1,6 +1,8 @@
 """Clients that send what they should not, as they should not; and the server as a process."""
 
+import base64
 import contextlib
+import dataclasses
 import io
 import json
 import random
@@ -25,6 +27,7 @@ from helpers.serving import (
 )
 from helpers.workdirs import make_workdir
 from PIL import Image
+from PIL.PngImagePlugin import PngInfo
 from websockets.exceptions import ConnectionClosed
 
 from sprint_jax import serve
@@ -34,10 +37,37 @@ CASES = 200
 WHOLE = {"prompt": "a 3", "seed": 1, "steps": 2, "guidance": 3.0, "size": "8x8", "style": "none"}
 
 
-def bomb() -> bytes:
-    """A PNG that says it has 60,000 by 60,000 pixels."""
-    header = struct.pack(">IIBBBBB", 60000, 60000, 8, 2, 0, 0, 0)
-    return b"\x89PNG\r\n\x1a\n" + struct.pack(">I", 13) + b"IHDR" + header
+def wrong_picture(case: random.Random) -> bytes:
+    """Bytes of a picture that must not be taken; none of them is large."""
+
+    def saved(form="PNG", mode="L", size=(32, 32), **how):
+        out = io.BytesIO()
+        Image.new(mode, size, 1).save(out, form, **how)
+        return out.getvalue()
+
+    def claims(*size):
+        """A PNG that says it has a size."""
+        header = struct.pack(">IIBBBBB", *size, 8, 2, 0, 0, 0)
+        return b"\x89PNG\r\n\x1a\n" + struct.pack(">I", 13) + b"IHDR" + header + case.randbytes(40)
+
+    def bomb():
+        notes = PngInfo()
+        notes.add_text("a", "0" * 2**21, zip=True)
+        return saved(pnginfo=notes)
+
+    kinds = (
+        bomb,
+        lambda: claims(60000, 60000),
+        lambda: claims(2**31 - 1, 1),
+        lambda: saved(size=(4096, 4096)),
+        lambda: saved(form=case.choice(["GIF", "BMP", "TIFF", "PPM", "ICO"])),
+        lambda: (lambda whole: whole[: case.randrange(1, len(whole) - 12)])(saved()),
+        lambda: (lambda whole: whole[: len(whole) // 2])(saved("JPEG", "RGB")),
+        lambda: (lambda whole: whole[: len(whole) // 2])(saved("WEBP", "RGB")),
+        lambda: saved()[:33] + case.randbytes(100),
+        lambda: b"<svg xmlns='http://www.w3.org/2000/svg'/>",
+    )
+    return case.choice(kinds)()
 
 
 def damaged_frame(case: random.Random) -> bytes:
@@ -46,7 +76,8 @@ def damaged_frame(case: random.Random) -> bytes:
         lambda: whole[: case.randrange(len(whole))],
         lambda: case.randbytes(case.randrange(200)),
         lambda: struct.pack("<I", case.randrange(2**32)) + whole[4:],
-        lambda: frames.pack(WHOLE | {"id": 1}, bomb()),
+        lambda: frames.pack(WHOLE | {"id": 1}, wrong_picture(case)),
+        lambda: frames.pack(WHOLE | {"id": 1, "control_kind": "/etc/passwd"}, b"x"),
         lambda: frames.pack(WHOLE | {"id": case.choice([-1, 2**60, "1", None, [], {}])}),
         lambda: frames.pack(
             WHOLE | {"id": 1, case.choice(list(WHOLE)): case.choice([[], {}, None, -1, 1e300])}
@@ -67,6 +98,9 @@ def damaged_request(case: random.Random, address: str) -> bytes:
         lines = [head, f"Host: {host}", f"Content-Length: {length}", "Connection: close", *more]
         return "\r\n".join([*lines, "", ""]).encode("latin-1") + body
 
+    def encoded(picture):
+        return json.dumps({"control": base64.b64encode(picture).decode()}).encode()
+
     kinds = (
         lambda: case.randbytes(case.randrange(1, 300)) + b"\r\n\r\n",
         lambda: request(head=f"{case.choice(['GET', 'PUT', 'TRACE'])} /v1/images HTTP/1.1"),
@@ -81,6 +115,10 @@ def damaged_request(case: random.Random, address: str) -> bytes:
         lambda: request(body=b'{"seed": ' + b"9" * 6000 + b"}"),
         lambda: request(body=b'{"n": ' + case.choice([b"0", b"1000000", b"true"]) + b"}"),
         lambda: request(body=b"\x80" + case.randbytes(40)),
+        lambda: request(
+            body=json.dumps({"control": case.choice(["!", "é", "a" * 9, ""])}).encode()
+        ),
+        lambda: request(body=encoded(wrong_picture(case))),
         lambda: request(length=case.choice(["-1", "x", "1, 2"])),
         lambda: request(more=["Upgrade: websocket", "Connection: Upgrade"]),
         lambda: request(more=["X-Long: " + "a" * 200000]),
@@ -90,7 +128,7 @@ def damaged_request(case: random.Random, address: str) -> bytes:
 
 @pytest.fixture(scope="module")
 def service():
-    with running(clients=32) as found:
+    with running(clients=32, offer=dataclasses.replace(OFFER, control=True)) as found:
         yield found
 
 
@@ -219,7 +257,7 @@ def test_connections_that_do_nothing_leave_room_for_others():
 
 
 def test_a_process_compiles_opens_serves_and_drains(tmp_path):
-    folder = make_workdir(tmp_path / "student", "distill")
+    folder = make_workdir(tmp_path / "student", "distill", control_blocks=1)
     words = ["--model", str(folder), "--port", "0", "--steps", "1", "--batch", "1"]
     process = start(words, "serve")
     printed = []
@@ -232,6 +270,12 @@ def test_a_process_compiles_opens_serves_and_drains(tmp_path):
     status, _, body = post(address, {"prompt": "a red 3", "seed": 1})
     assert status == 200 and json.loads(body)["data"][0]["seed"] == 1
     assert post(address, {"steps": 2})[0] == 400
+    out = io.BytesIO()
+    Image.new("L", (40, 40), 255).save(out, "PNG")
+    control = base64.b64encode(out.getvalue()).decode()
+    asked = {"prompt": "a red 3", "seed": 1, "control": control, "control_kind": "photo"}
+    assert post(address, asked)[0] == 200
+    assert json.loads(get(address, "/v1/offer")[2])["photos"]
     process.terminate()
     ended = finish(process)
     assert ended.code == 0 and "Traceback" not in ended.err

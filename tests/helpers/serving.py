@@ -1,6 +1,7 @@
 """Servers of the page and the images API in this process, with a model that is a function of few words."""
 
 import contextlib
+import dataclasses
 import hashlib
 import json
 import socket
@@ -21,10 +22,13 @@ from sprint_jax.serving.requests import Offer
 from sprint_jax.serving.worker import Worker
 
 OFFER = Offer(((8, 8), (8, 16)), (2, 1, 4), 3.0, ("none", "on blue"), "a red 3 on blue")
+SKETCHES = dataclasses.replace(OFFER, control=True, brush=0.05, sizes=((64, 64), (64, 128)))
 
 
 def picture(job: Job) -> np.ndarray:
-    """What `draw` makes of a job: pixels of its own, of the size asked for."""
+    """What `draw` makes of a job: its control image, or pixels of its own, of the size asked for."""
+    if job.control is not None:
+        return job.control
     digest = hashlib.sha256(repr(job).encode()).digest()
     pixels = np.resize(np.frombuffer(digest, np.uint8), (*job.size, 3))
     return np.ascontiguousarray(pixels)

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from helpers.serving import OFFER, picture, running
+from helpers.serving import OFFER, SKETCHES, picture, running
 from PIL import Image
 
 BROWSER, DRIVER = shutil.which("chromium"), shutil.which("chromedriver")
@@ -145,6 +145,103 @@ def test_a_person_types_and_sees_and_keeps_pictures(browser):
         assert seed != 41
         shows(browser, **asked | {"prompt": "a red 1", "seed": seed})
         assert not complaints(browser)
+
+
+def drag(browser, *points, pointer="mouse", pressure=0.0):
+    """Moves a pressed pointer over the canvas; points are shares of its sides."""
+    box = element(browser, "canvas").rect
+    places = [(box["x"] + x * box["width"], box["y"] + y * box["height"]) for x, y in points]
+    buttons = {"button": "left", "pointerType": pointer, "force": pressure, "clickCount": 1}
+    for number, (x, y) in enumerate(places):
+        kind = "mouseMoved" if number else "mousePressed"
+        event = {"type": kind, "x": x, "y": y, "buttons": 1} | buttons
+        browser.execute_cdp_cmd("Input.dispatchMouseEvent", event)
+        yield x, y
+    event = {"type": "mouseReleased", "x": x, "y": y} | buttons
+    browser.execute_cdp_cmd("Input.dispatchMouseEvent", event)
+
+
+def inked(browser):
+    """Which of the 64 x 64 pixels of the picture are white, where it is a sketch; None where it is none."""
+    if not element(browser, "picture").is_displayed():
+        return None
+    picture = pixels(browser)
+    return picture[..., 0] > 127 if picture.shape == (64, 64, 3) else None
+
+
+def shows_ink(browser, *where, without=()):
+    """Waits until there is ink at these places, shares of the sides, and none at others."""
+
+    def ready():
+        ink = inked(browser)
+        found = [ink is not None and ink[int(64 * y), int(64 * x)] for x, y in (*where, *without)]
+        return ink is not None and found == [True] * len(where) + [False] * len(without)
+
+    until(ready)
+    return inked(browser)
+
+
+def test_a_person_draws_and_the_picture_follows(browser):
+    left, middle, right, below = (0.2, 0.3), (0.5, 0.3), (0.8, 0.3), (0.5, 0.8)
+    with running(offer=SKETCHES) as server:
+        browser.get(f"http://{server.address}/")
+        until(lambda: element(browser, "picture").is_displayed())
+        stroke = drag(browser, left, middle, right)
+        next(stroke)
+        next(stroke)
+        shows_ink(browser, left, middle, without=[right, below])  # while the pointer is down
+        for _ in stroke:
+            pass
+        line = shows_ink(browser, left, middle, right, without=[below])
+        assert 0.04 < line[:, 32].mean() < 0.08  # a line of the width that the offer asks for
+        for _ in drag(browser, below, (0.52, 0.8)):
+            pass
+        shows_ink(browser, left, right, below)
+        screenshot(browser, "sketch")
+        element(browser, "undo").click()
+        np.testing.assert_array_equal(shows_ink(browser, left, right, without=[below]), line)
+        browser.find_element("tag name", "body").send_keys("\ue009", "y")  # Control
+        shows_ink(browser, below)
+        element(browser, "eraser").click()
+        for _ in drag(browser, right, (0.7, 0.3)):
+            pass
+        shows_ink(browser, left, below, without=[right])
+        element(browser, "keep").click()
+        file = until(lambda: list(browser.downloads.glob("sketch-*.png")))[0]
+        with Image.open(file) as image:
+            assert image.text["prompt"] == SKETCHES.prompt and image.text["seed"] == "0"
+            assert image.getpixel((int(0.2 * image.width), int(0.3 * image.height)))[0] > 127
+            assert image.getpixel((0, 0))[0] == 0
+        element(browser, "clear").click()
+        until(lambda: inked(browser) is not None and not element(browser, "redo").is_enabled())
+        wanted = picture(SKETCHES.job({"prompt": SKETCHES.prompt}))
+        until(lambda: (pixels(browser) == wanted).all())
+        element(browser, "undo").click()
+        shows_ink(browser, left, below)
+        element(browser, "blend").click()
+        screenshot(browser, "blend")
+        resize(browser, "phone")
+        element(browser, "blend").click()
+        element(browser, "brush").click()
+        touch(browser, (0.2, 0.6), (0.3, 0.6))
+        shows_ink(browser, left, below, (0.25, 0.6))
+        resize(browser, "desktop")
+        assert not complaints(browser)
+
+
+def touch(browser, *points):
+    """Moves a finger over the canvas."""
+    browser.execute_script("document.getElementById('canvas').scrollIntoView({block: 'center'})")
+    box = browser.execute_script(
+        "const box = document.getElementById('canvas').getBoundingClientRect();"
+        "return [box.left, box.top, box.width, box.height]"
+    )
+    left, top, width, height = box
+    for number, (x, y) in enumerate(points):
+        place = {"x": left + x * width, "y": top + y * height}
+        event = {"type": "touchMove" if number else "touchStart", "touchPoints": [place]}
+        browser.execute_cdp_cmd("Input.dispatchTouchEvent", event)
+    browser.execute_cdp_cmd("Input.dispatchTouchEvent", {"type": "touchEnd", "touchPoints": []})
 
 
 def test_a_page_recovers_from_a_server_that_ended(browser):

@@ -1,23 +1,38 @@
 """The engine on a tiny student with random weights: batches of strangers, and a picture for each."""
 
+import dataclasses
+
 import jax
 import numpy as np
 import pytest
-from helpers.workdirs import make_workdir
+from helpers.workdirs import random_params, tiny_config
 
 from sprint_jax import SprintPipeline
 from sprint_jax.core.errors import UserError
+from sprint_jax.digits.encoders import digits_parts
+from sprint_jax.encoders.conditions import load_conditions
+from sprint_jax.models.sana import from_fields
 from sprint_jax.serving.engine import Engine, Job, Recent
 
 pytestmark = pytest.mark.usefixtures("quick")
 
 
 @pytest.fixture(scope="module")
-def engine(tmp_path_factory):
-    folder = make_workdir(tmp_path_factory.mktemp("serving") / "student", "distill")
-    engine = Engine(SprintPipeline.from_pretrained(folder), most=2)
-    programs = engine.programs([(8, 8)], [2])
-    assert list(engine.compile(programs)) == [1, 2]
+def engine():
+    fields = tiny_config("distill", control_blocks=1)["model"]
+    pipe = SprintPipeline(
+        from_fields(fields),
+        random_params(fields, 1),
+        *digits_parts("small")[:2],
+        is_student=True,
+        sigma_d=0.5,
+        shift=1.0,
+        midpoint=1.3,
+        guidance=3.0,
+        size=(8, 8),
+    )
+    engine = Engine(pipe, most=2, conditions=load_conditions("edges"))
+    assert list(engine.compile(engine.programs([(8, 8)], [2]))) == [1, 2]
     return engine
 
 
@@ -39,7 +54,7 @@ def test_a_picture_is_the_pipelines_whoever_else_is_in_the_batch(engine):
         alone = engine.pipe([each.prompt] * (each.index + 1), **how)[each.index]
         difference = answer.pixels.astype(int) - np.asarray(alone, int)
         assert np.abs(difference).max() <= 1  # other batches are other programs
-        assert answer.ms.keys() == {"text", "denoise", "decode"}
+        assert answer.ms.keys() == {"text", "condition", "denoise", "decode"}
     spread = np.abs(answers[0].pixels.astype(int) - answers[1].pixels)
     assert spread.max() > 10
 
@@ -53,8 +68,34 @@ def test_no_request_waits_for_a_compiler(engine):
     with jax.no_tracing():
         for count in (1, 2):
             jobs = [job(prompt=f"a {n}", seed=n + count, guidance=n / 2) for n in range(count)]
+            jobs[0] = dataclasses.replace(jobs[0], control=lines(count))
             assert len(engine.draw(jobs)) == count
-    assert compiled() == before == [2, 2]
+    assert compiled() == before
+
+
+def lines(seed):
+    return np.random.default_rng(seed).choice([0, 255], (8, 8, 1)).repeat(3, -1).astype(np.uint8)
+
+
+def test_control_images_steer_their_own_pictures(engine):
+    plain, steered = engine.draw([job(), job(control=lines(7), control_scale=0.7)])
+    alone = engine.pipe(["a 3"], steps=2, seed=1, guidance=3.0, control=lines(7), control_scale=0.7)
+    assert np.abs(steered.pixels.astype(int) - np.asarray(alone[0], int)).max() <= 1
+    alone = engine.pipe(["a 3"], steps=2, seed=1, guidance=3.0)
+    assert np.abs(plain.pixels.astype(int) - np.asarray(alone[0], int)).max() <= 1
+    assert np.abs(plain.pixels.astype(int) - steered.pixels).max() > 10
+
+
+def test_lines_of_photos_are_found_once(engine, monkeypatch):
+    photo = np.zeros((8, 8, 3), np.uint8)
+    photo[:, 4:] = 255
+    (edges,) = engine._conditions.draw(photo[None], [np.zeros(1, int)])
+    assert 0 < np.asarray(edges).mean() < 128
+    wanted = engine.draw([job(control=np.asarray(edges)[0])])
+    found = engine.draw([job(control=photo, control_kind="photo")])
+    np.testing.assert_array_equal(found[0].pixels, wanted[0].pixels)
+    monkeypatch.setattr(engine, "_conditions", None)
+    engine.draw([job(control=photo.copy(), control_kind="photo", seed=3)])
 
 
 def test_features_are_encoded_once(engine, monkeypatch):

@@ -10,7 +10,7 @@ import time
 
 import numpy as np
 import pytest
-from helpers.serving import OFFER, Held, draw, get, picture, post, receive, running, send
+from helpers.serving import OFFER, SKETCHES, Held, draw, get, picture, post, receive, running, send
 from PIL import Image
 from websockets.exceptions import InvalidStatus
 
@@ -58,6 +58,7 @@ def test_what_cannot_be_drawn_is_refused_and_the_page_goes_on(server):
         wrong = [
             ({"prompt": "a gray 3"}, "prompt"),
             ({"prompt": "a\n3"}, "value"),
+            ({"prompt": "a \ud83d 3"}, "value"),
             ({"prompt": 3}, "value"),
             ({"prompt": "3" * 1001}, "value"),
             ({"steps": 3}, "value"),
@@ -79,9 +80,9 @@ def test_what_cannot_be_drawn_is_refused_and_the_page_goes_on(server):
         page.send(frames.pack({"id": 40}, b"picture"))
         assert receive(page)[0] == {
             "id": 40,
-            "error": {"code": "image", "message": "this server takes no picture"},
+            "error": {"code": "image", "message": "this server takes no control image"},
         }
-        send(page, 41)
+        send(page, 41, prompt="\N{WOMAN}\N{ZERO WIDTH JOINER}\N{ROCKET}")
         assert receive(page)[0]["picture"] == "image/png"
 
 
@@ -102,6 +103,36 @@ def test_the_images_api_draws_what_its_clients_ask_for(server):
     assert notes["seed"] == headers["x-seed"]
     asked["seed"] = int(notes["seed"])
     assert post(server.address, asked, "Accept: image/png")[2] == file
+
+
+def test_control_images_come_in_frames_and_in_requests():
+    sketch = np.zeros((128, 64, 4), np.uint8)
+    sketch[:64] = 255, 255, 255, 255
+    sketch[:32, :, 3] = 0  # what is transparent is black
+    out = io.BytesIO()
+    Image.fromarray(sketch).save(out, "PNG")
+    wanted = np.zeros((64, 64, 3), np.uint8)
+    wanted[16:32] = 255
+    how = {"prompt": "a 3", "control_kind": "sketch", "control_scale": 0.5}
+    with running(offer=SKETCHES) as server:
+        with server.socket() as page:
+            send(page, 1, **how)
+            assert (pixels(receive(page)[1]) == picture(SKETCHES.job(how))).all()
+            page.send(frames.pack({"id": 2} | how, out.getvalue()))
+            files = [receive(page)[1]]
+        for prefix in ("", "data:image/png;base64,"):
+            text = prefix + base64.b64encode(out.getvalue()).decode()
+            asked = how | {"control": text, "response_format": "png"}
+            status, _, file = post(server.address, asked)
+            assert status == 200
+            files.append(file)
+        with Image.open(io.BytesIO(file)) as image:
+            assert image.text["control_scale"] == "0.5"
+        assert server.counters.pictures == 4
+    for file in files:
+        drawn = pixels(file).astype(int)
+        rows = [0, 8, 20, 28, 40, 63]  # away from edges, which resizing softens
+        assert np.abs(drawn[rows] - wanted[rows]).max() < 8
 
 
 @pytest.mark.parametrize(
