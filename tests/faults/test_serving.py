@@ -256,6 +256,7 @@ def test_connections_that_do_nothing_leave_room_for_others():
             assert time.monotonic() < deadline
 
 
+@pytest.mark.usefixtures("quick")
 def test_a_process_compiles_opens_serves_and_drains(tmp_path):
     folder = make_workdir(tmp_path / "student", "distill", control_blocks=1)
     words = ["--model", str(folder), "--port", "0", "--steps", "1", "--batch", "1"]

@@ -22,13 +22,15 @@ from sprint_jax.serving.requests import Offer
 from sprint_jax.serving.worker import Worker
 
 OFFER = Offer(((8, 8), (8, 16)), (2, 1, 4), 3.0, ("none", "on blue"), "a red 3 on blue")
-SKETCHES = dataclasses.replace(OFFER, control=True, brush=0.05, sizes=((64, 64), (64, 128)))
+SKETCHES = dataclasses.replace(
+    OFFER, control=True, photos=True, brush=0.05, sizes=((64, 64), (64, 128))
+)
 
 
 def picture(job: Job) -> np.ndarray:
-    """What `draw` makes of a job: its control image, or pixels of its own, of the size asked for."""
+    """What `draw` makes of a job: its sketch, its photo turned dark to bright, or pixels of its own."""
     if job.control is not None:
-        return job.control
+        return job.control if job.control_kind == "sketch" else 255 - job.control
     digest = hashlib.sha256(repr(job).encode()).digest()
     pixels = np.resize(np.frombuffer(digest, np.uint8), (*job.size, 3))
     return np.ascontiguousarray(pixels)
@@ -63,6 +65,18 @@ class Running:
 
     def __init__(self, server: server.Server, service: Service, counters: Counters, address: str):
         self.server, self.service, self.counters, self.address = server, service, counters, address
+
+    def kill(self) -> None:
+        """Ends the server as a kill would: no word to anybody."""
+
+        def end():
+            for each in self.server.servers:
+                each.close()
+            for each in list(self.server.server_state.connections):
+                each.transport.abort()
+            self.server.should_exit = self.server.force_exit = True
+
+        self.server.servers[0].get_loop().call_soon_threadsafe(end)
 
     def socket(self, **how: Any) -> ClientConnection:
         """A page's connection."""

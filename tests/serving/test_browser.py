@@ -229,6 +229,25 @@ def test_a_person_draws_and_the_picture_follows(browser):
         assert not complaints(browser)
 
 
+def test_a_photo_is_sent_as_one_and_can_be_drawn_upon(browser, tmp_path):
+    photo = np.full((300, 300, 3), 255, np.uint8)
+    photo[:, 150:] = 0
+    Image.fromarray(photo).save(tmp_path / "photo.jpg")
+    with running(offer=SKETCHES) as server:
+        browser.get(f"http://{server.address}/")
+        until(lambda: element(browser, "picture").is_displayed())
+        element(browser, "photo").send_keys(str(tmp_path / "photo.jpg"))
+        shows_ink(browser, (0.8, 0.2), (0.8, 0.8), without=[(0.2, 0.2), (0.2, 0.8)])
+        for _ in drag(browser, (0.1, 0.2), (0.3, 0.2)):
+            pass
+        shows_ink(browser, (0.2, 0.2), (0.8, 0.8), without=[(0.2, 0.8)])
+        screenshot(browser, "photo")
+        (tmp_path / "none.png").write_bytes(b"no picture")
+        element(browser, "photo").send_keys(str(tmp_path / "none.png"))
+        until(lambda: "no picture" in element(browser, "said").text)
+        assert not complaints(browser)
+
+
 def touch(browser, *points):
     """Moves a finger over the canvas."""
     browser.execute_script("document.getElementById('canvas').scrollIntoView({block: 'center'})")
@@ -244,11 +263,14 @@ def touch(browser, *points):
     browser.execute_cdp_cmd("Input.dispatchTouchEvent", {"type": "touchEnd", "touchPoints": []})
 
 
-def test_a_page_recovers_from_a_server_that_ended(browser):
+@pytest.mark.parametrize("killed", [True, False])
+def test_a_page_recovers_from_a_server_that_ended(browser, killed):
     with running() as server:
         port = int(server.address.rpartition(":")[2])
         browser.get(f"http://{server.address}/")
         shows(browser, prompt=OFFER.prompt)
+        if killed:
+            server.kill()
     state = element(browser, "state")
     until(lambda: state.get_attribute("data-state") == "closed")
     write(browser, "prompt", "a 9 on red")
