@@ -88,6 +88,7 @@ def server(flags: argparse.Namespace, batch: int) -> Iterator[tuple[str, int]]:
             yield opened.removeprefix("open http://").strip("/\n "), process.pid
         finally:
             process.send_signal(signal.SIGTERM)
+            process.wait()  # before its output is closed
     if process.returncode:
         raise SystemExit(f"the server ended with {process.returncode}")
 

@@ -8,6 +8,8 @@ are compiled before the port opens. SIGTERM and Ctrl-C end it when those who wai
 `serve`.
 """
 
+import jax.numpy as jnp
+
 from .core import cli
 from .core.errors import UserError
 from .core.schema import check, one_of, whole
@@ -32,8 +34,9 @@ def main(argv: list[str]) -> None:
     token = server.make_token(flags.host, flags.name, flags.token)
     cli.use_compilation_cache()
     with server.bind(flags.host, flags.port) as bound:
-        found = dict(dtype=flags.dtype, params=flags.params, control=flags.control)
-        pipe = SprintPipeline.from_pretrained(flags.model, **found)
+        dtype = jnp.dtype(flags.dtype) if flags.dtype else None
+        found = dict(params=flags.params, control=flags.control)
+        pipe = SprintPipeline.from_pretrained(flags.model, dtype, **found)
         if "control" not in pipe.params and flags.hed:
             raise UserError("--hed is for a model with a control branch: give one by --control", 2)
         lines = ("scribble", flags.hed) if flags.hed else ("edges",)

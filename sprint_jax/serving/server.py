@@ -122,7 +122,8 @@ class Server(uvicorn.Server):
         if self._signals and not self._end:
             self._end = now + DRAIN
             self._service.close()
-            print("ending: those who wait are answered", flush=True)
+            with contextlib.suppress(BrokenPipeError):  # whoever read the output may be gone
+                print("ending: those who wait are answered", flush=True)
         if self._end and (not self._service.busy or now > self._end or self._signals > 1):
             return True
         return await super().on_tick(counter)
@@ -211,8 +212,10 @@ def run(
         for done in engine.compile(programs):
             progress.update(done)
     print(f"{len(programs)} programs ready in {time.monotonic() - begin:.0f} s", flush=True)
-    service = Service(offer, Worker(engine.draw, batch, LINE, counters), counters, clients)
+    worker = Worker(engine.draw, batch, LINE, counters)
+    service = Service(offer, worker, counters, clients)
     make_server(service, bound, names, token).run([bound])
+    worker.stop()
 
 
 def make_server(

@@ -93,11 +93,12 @@ class Session:
             control = await run_in_threadpool(read_picture, body, *size)
         if self.closing:
             raise Refused("closing", "the server is ending", 503)
-        if self._newest is not None:
-            self._counters.dropped += 1
-            await self._send({"id": self._newest[0], "dropped": True})
-        self._newest = values["id"], self._offer.job(values, control=control)
+        job = self._offer.job(values, control=control)
+        before, self._newest = self._newest, (values["id"], job)
         self._came.set()
+        if before is not None:
+            self._counters.dropped += 1
+            await self._send({"id": before[0], "dropped": True})
 
     async def _answer(self) -> None:
         while True:

@@ -2,6 +2,7 @@
 
 import asyncio
 import collections
+import contextlib
 import sys
 import threading
 import time
@@ -24,7 +25,10 @@ class Ticket:
 
     def answer(self, answer: Drawn | Exception) -> None:
         """Settles the future, from another thread; one that was given up stays so."""
-        self._loop.call_soon_threadsafe(self._settle, answer)
+        with contextlib.suppress(
+            RuntimeError
+        ):  # the loop is closed: a second signal ended the server
+            self._loop.call_soon_threadsafe(self._settle, answer)
 
     def _settle(self, answer: Drawn | Exception) -> None:
         if self.picture.done():
