@@ -27,6 +27,9 @@ def get_config(arg=None):
     c.steps = 1000  # generator updates in all
     # Networks: a workdir (its EMA), a diffusers folder or a hub id
     c.teacher = ""  # distill: the frozen teacher
+    c.trunk = (
+        ""  # frozen, beneath a control branch that learns alone: a teacher; distill: a student
+    )
     c.init = ""  # warm start at step 0, of weights alone
     c.sigma_d = 0.5  # TrigFlow's standard deviation of data and noise
     c.ema_decay = 0.999  # of the moving average that is sampled and exported

@@ -4,7 +4,8 @@
 
 A teacher is sampled with classifier-free guidance in 20 steps of DPM-Solver++, and for comparison
 in 50, 2 and 1 steps of Euler's method; a student in 1, 2, 3 and 4 steps. Prompts are held out, and
-the same for all; picture i starts from the same noise everywhere. Writes the numbers to report.json
+the same for all; picture i starts from the same noise everywhere. A network with a control branch is also
+given sketches: right, shuffled and empty ones at scales 0, 0.5 and 1. Writes the numbers to report.json
 and a sheet of pictures beside it, report.png.
 """
 
@@ -24,6 +25,7 @@ from .core.storage import AnyPath, as_path, in_bucket
 from .digits.evaluation import (
     SHEET_SIZE,
     draw_and_measure,
+    measure_sketches,
     print_table,
     student_runs,
     teacher_runs,
@@ -61,6 +63,7 @@ def main(argv: list[str]) -> None:
         "teacher": _origin(flags.teacher, teacher) if flags.teacher else None,
         "real": measure_real(sticks, flags.seed),
         "runs": results,
+        "sketches": measure_sketches(sticks, runs, base),
         "goals": judge_goals(results),
     }
     write_json_atomic(out, without_nan(report))

@@ -22,7 +22,6 @@ from .artifacts.loading import load_parts
 from .core.errors import UserError
 from .core.pixels import (
     batch_rows,
-    check_count,
     decode_bytes,
     map_pictures,
     nearest_size,
@@ -159,8 +158,7 @@ class SprintPipeline:
         else:
             steps_run = steps
         if request.control is not None:
-            conditions = self.encode_control(request.control, *sides)
-            check_count(conditions, count)
+            conditions = self.encode_control(request.control, *sides, count=count)
             conditions = jnp.broadcast_to(conditions, (count, *shape))
             options["control_scale"] = request.control_scale
         finish = functools.partial(resize_and_crop, height=asked[0], width=asked[1])
@@ -182,21 +180,26 @@ class SprintPipeline:
         return self.text_encoder.encode(list(prompts))
 
     def encode_control(
-        self, images: Any, height: int | None = None, width: int | None = None
+        self,
+        images: Any,
+        height: int | None = None,
+        width: int | None = None,
+        count: int | None = None,
     ) -> Array:
         """Condition latents [n, h, w, C] of one control image or several, remembered by content.
 
         Args:
           images: white lines on black, see `core.pixels.to_rows`.
           height, width: of the pictures that they steer, in pixels; default the training's size.
+          count: of these pictures, for which there must be one image or one each; None: any number.
 
         Raises:
-          UserError: this network has no control branch, or the size does not fit it.
+          UserError: this network has no control branch, the size does not fit it, or as `core.pixels.to_rows`.
         """
         self._check_control()
         h, w, _ = self.latent_shape(height, width)
         factor = self.autoencoder.factor
-        return self._conditions.encode(to_rows(images, h * factor, w * factor))
+        return self._conditions.encode(to_rows(images, h * factor, w * factor, count))
 
     def _check_control(self) -> None:
         if "control" not in self.params:

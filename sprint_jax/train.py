@@ -89,9 +89,11 @@ def _train(c: Config, workdir: AnyPath, stop: Stop, peers) -> None:
     make_folder(workdir)
     if not saved:  # before checkpoints/, since a folder that has those without a config is nobody's
         write_workdir_config(workdir, c, 0, {})
+    trunk = origin.pop("trunk", {})
     meta = {"stage": c.stage, "teacher_hash": origin.get("hash", ""), "teacher": origin}
+    meta |= {"trunk_hash": trunk["hash"], "trunk": trunk} if trunk else {}
     meta |= {"data": data.identity} if data.identity else {}
-    expected = {key: meta[key] for key in meta if key != "teacher"}
+    expected = {key: meta[key] for key in meta if key not in ("teacher", "trunk")}
     every = c.log.checkpoint_every
     checkpoints = Checkpoints(workdir / "checkpoints", keep=c.log.keep, every=every)
     state, *_ = checkpoints.restore_latest(like, expected) or (first,)

@@ -106,7 +106,7 @@ def load_workdir(
     params, meta = load_params(str(path), which, **how)
     if not getattr(config, "trunk", ""):
         return params, meta
-    trunk = load_trunk(config.trunk, shardings)
+    trunk, _ = load_trunk(config.trunk, shardings)
     if fingerprint(trunk) != meta["trunk"]["hash"]:
         raise UserError(
             f"{path} holds the control branch of another network than the one in {config.trunk}, which was at "
@@ -115,10 +115,10 @@ def load_workdir(
     return trunk | params, meta
 
 
-def load_trunk(path: str, shardings: Any = None) -> Tree:
-    """The parameters of a network without its control branch and its logvar head."""
-    params, _ = find_weights(path).load(shardings)
-    return {name: params[name] for name in params if name not in ("control", "logvar_linear")}
+def load_trunk(path: str, shardings: Any = None) -> tuple[Tree, int | None]:
+    """The parameters of a network without its control branch and its logvar head, and its step if any."""
+    params, step = find_weights(path).load(shardings)
+    return {name: params[name] for name in params if name not in ("control", "logvar_linear")}, step
 
 
 def _nvlabs(path: str, file: Path, like: dict[str, Any] | None) -> Weights:

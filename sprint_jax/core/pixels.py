@@ -69,32 +69,32 @@ def to_pixels(
     Raises:
       UserError: another number of images, or as `to_rows`.
     """
-    rows = to_rows(images, height, width)
-    check_count(rows, count)
+    rows = to_rows(images, height, width, count)
     rows = rows.astype(np.float32) / 127.5 - 1
     return np.broadcast_to(rows, (count, *rows.shape[1:]))
 
 
-def check_count(rows: Sequence, count: int) -> None:
-    """Refuses another number of images than one for all, or one for each of ``count`` pictures."""
-    if len(rows) not in (1, count):
-        raise UserError(f"{len(rows)} images for {count} pictures: give one, or one for each")
-
-
-def to_rows(images: Image.Image | np.ndarray | Sequence, height: int, width: int) -> np.ndarray:
+def to_rows(
+    images: Image.Image | np.ndarray | Sequence,
+    height: int,
+    width: int,
+    count: int | None = None,
+) -> np.ndarray:
     """Returns one image or several as uint8 [n, height, width, 3].
 
     Args:
       images: PIL images of any size and mode are resized (Lanczos); arrays are uint8 [H, W, 3] and treated
         alike.
+      count: of pictures, for which there must be one image, or one each; None: any number will do.
 
     Raises:
-      UserError: no images, or arrays of another shape or dtype.
+      UserError: another number of images, or arrays of another shape or dtype.
     """
     if isinstance(images, Image.Image) or (isinstance(images, np.ndarray) and images.ndim < 4):
         images = [images]
-    if not len(images):
-        raise UserError("there are no images: give at least one")
+    if len(images) not in (1, count) and (count is not None or not len(images)):
+        pictures = "" if count is None else f" for {count} pictures"
+        raise UserError(f"{len(images)} images{pictures}: give one, or one for each")
     return np.stack([_read(image, height, width) for image in images])
 
 

@@ -96,6 +96,7 @@ SECTIONS = {
         seed=SEED,
         steps=COUNT,
         teacher=PLACE,
+        trunk=PLACE,
         init=PLACE,
         sigma_d=POSITIVE,
         ema_decay=SHARE,

@@ -12,6 +12,7 @@ from ..core.progress import Progress
 from ..core.sheet import Cell, draw_sheet, save_picture
 from .report import FRECHET_MINIMUM, Yardsticks, measure, number
 from .scenes import draw_images
+from .sketches import measure_control
 
 SHEET_SIZE = 12  # prompts of the sheet of pictures
 
@@ -70,6 +71,25 @@ def draw_and_measure(
     return results, pictures
 
 
+def measure_sketches(sticks: Yardsticks, runs: list[Run], base: Any) -> dict[str, Any]:
+    """How networks with a control branch follow sketches: {name of the run: `sketches.measure_control`}.
+
+    Of full runs in 1, 2 or 20 steps, whose pictures are those of a quarter of the prompts.
+    """
+    found = {}
+    for run in runs:
+        if "control" not in run.pipe.params or not run.full or run.steps not in (1, 2, 20):
+            continue
+
+        def draw(prompts, maps, scale, run=run):
+            how = dict(steps=run.steps, solver=run.solver, control=maps, control_scale=scale)
+            return np.concatenate([*run.pipe.draw(prompts, dataclasses.replace(base, **how))])
+
+        (prompts,) = _shares(run._replace(full=False), sticks)
+        found[run.name] = measure_control(draw, sticks.judge, prompts, seed=base.seed)
+    return found
+
+
 def teacher_runs(pipe: Any) -> list[Run]:
     """Returns the runs of a teacher; a student is compared with the first."""
     if pipe is None:
@@ -119,6 +139,12 @@ def print_table(report: dict[str, Any]) -> None:
             f"{run['seconds']:>9.1f}"
         )
     print(f"{'real, held out':18}{'':9}{_plus_minus(*number(report['real'], 'accuracy')):>16}")
+    for name, rows in report.get("sketches", {}).items():
+        for row in rows:
+            followed, overall = _plus_minus(*row["iou"].values()), row["accuracy"]["overall"]
+            right = _plus_minus(overall["accuracy"], overall["standard_error"])
+            about = f"{row['sketch']} sketch at scale {row['scale']:g}"
+            print(f"{name}, {about}: IoU with the right one {followed}, right {right}")
     for goal in report["goals"]:
         said = {True: "met", False: "MISSED", None: "not measured"}[goal["met"]]
         value = _plus_minus(goal["value"], goal["standard_error"])

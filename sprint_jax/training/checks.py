@@ -79,7 +79,22 @@ def _may_change(key: str, old: Any, new: Any) -> bool:
 def check_values(c: Config) -> None:
     """Refuses values of a student that cannot work together; the range of each alone: `core.ranges`."""
     _check_decay(c)
+    if c.trunk and not c.model.control_blocks:
+        raise UserError(
+            "config.trunk is frozen beneath a control branch: set config.model.control_blocks", 2
+        )
+    if c.model.control_blocks and not c.data.control:
+        raise UserError(
+            "config.model.control_blocks: a control branch learns from conditions: set config.data.control",
+            2,
+        )
     if not stage_of(c).distills:
+        if c.model.control_blocks and not (c.trunk or c.init):
+            raise UserError(
+                "a control branch needs a trained network: --config.trunk=DIR freezes it, --config.init=DIR "
+                "trains it as well",
+                exit_code=2,
+            )
         if c.model.flow_map:
             raise UserError("config.model.flow_map is of a student: stage 'distill' trains it", 2)
         return

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 
 from .. import trigflow
 from ..models import functions
+from ..models.control import Control
 from ..parallel.sharding import in_use
 from .state import Nets
 
@@ -97,6 +98,16 @@ def images_of(c, batch: dict) -> tuple[jax.Array, jax.Array, jax.Array]:
     return batch["latents"] * c.sigma_d, batch["text"], batch["mask"]
 
 
+def control_of(nets: Nets, batch: dict) -> Control | None:
+    """The condition of a batch, which all networks of a run with a control branch see."""
+    return Control(batch["control"]) if nets.model.control_blocks else None
+
+
+def whole(nets: Nets, frozen: dict, params):
+    """The trained network's parameters for their use: with the frozen trunk, where a branch learns alone."""
+    return in_use(nets.model, {**frozen.get("trunk", {}), **params})
+
+
 def wrong_captions(frozen: dict, text, mask) -> jax.Array:
     """Which rows' captions are wrong for the image of the row before, bool [B]: not empty, and not its own.
 
@@ -168,28 +179,35 @@ def after(updates: int, step: jax.Array) -> jax.Array | float:
     return (step >= updates).astype(jnp.float32) if updates else 1.0
 
 
-def student_of(nets: Nets, text, mask, guidance, dtype=None):
+def student_of(nets: Nets, text, mask, guidance, dtype=None, *, control=None):
     """``student(params, x, t) -> (F, logvar)`` of one batch; matmuls in ``dtype`` where it is given."""
     model = functions.in_dtype(nets.model, dtype)
+    how = dict(control=control, with_logvar=True)
 
     def student(params, x, t):
-        return functions.trigflow(model, params, text, mask, guidance, with_logvar=True)(x, t)
+        return functions.trigflow(model, params, text, mask, guidance, **how)(x, t)
 
     return student
 
 
-def teacher_of(nets: Nets, frozen: dict, text, mask, guidance, form=functions.trigflow):
+def teacher_of(
+    nets: Nets, frozen: dict, text, mask, guidance, form=functions.trigflow, *, control=None
+):
     """``teacher(x, t) -> F`` of the frozen teacher with classifier-free guidance."""
     null = frozen["null_text"][None], frozen["null_mask"][None]
-    return functions.guided(form, nets.teacher, frozen["teacher"], text, mask, guidance, null)
+    network = nets.teacher, frozen["teacher"], text, mask
+    return functions.guided(form, *network, guidance, null, control)
 
 
-def teacher_velocity(nets: Nets, frozen: dict, text, mask, guidance):
+def teacher_velocity(nets: Nets, frozen: dict, text, mask, guidance, *, control=None):
     """``velocity(x_fm, t_fm)`` of the frozen teacher with classifier-free guidance."""
-    return teacher_of(nets, frozen, text, mask, guidance, functions.velocity)
+    form = functions.velocity
+    return teacher_of(nets, frozen, text, mask, guidance, form, control=control)
 
 
-def critic_of(nets: Nets, c, trained: dict, spectral, state, frozen: dict, text, mask):
+def critic_of(
+    nets: Nets, c, trained: dict, spectral, state, frozen: dict, text, mask, *, control=None
+):
     """``discriminate(x, t) -> logits [B, M]``: heads on the features of a network.
 
     Args:
@@ -201,7 +219,7 @@ def critic_of(nets: Nets, c, trained: dict, spectral, state, frozen: dict, text,
         "copy": lambda: in_use(nets.teacher, trained["backbone"]),
     }
     backbone = backbones[c.ladd.features]()
-    features = functions.features(nets.teacher, backbone, text, mask, c.ladd.taps)
+    features = functions.features(nets.teacher, backbone, text, mask, c.ladd.taps, control)
     params = in_use(nets.model, trained["params"])
 
     def discriminate(x, t):
@@ -211,9 +229,10 @@ def critic_of(nets: Nets, c, trained: dict, spectral, state, frozen: dict, text,
     return discriminate
 
 
-def fake_of(nets: Nets, params, text, mask):
+def fake_of(nets: Nets, params, text, mask, *, control=None):
     """``fake(x, t) -> F`` of the fake score: no guidance, the captions of the images."""
-    return functions.trigflow(nets.teacher, in_use(nets.teacher, params), text, mask)
+    params = in_use(nets.teacher, params)
+    return functions.trigflow(nets.teacher, params, text, mask, control=control)
 
 
 def score_time(section, key: Key, x0: jax.Array) -> jax.Array:
@@ -230,7 +249,8 @@ def images_in(nets: Nets, c, params, batch: dict, keys) -> tuple[jax.Array, jax.
     if "fake" in batch:
         return batch["fake"], batch["fake_angle"]
     x0, text, mask = images_of(c, batch)
-    student = student_of(nets, text, mask, draw_guidance(c, keys.guidance, x0))
+    guidance, control = draw_guidance(c, keys.guidance, x0), control_of(nets, batch)
+    student = student_of(nets, text, mask, guidance, control=control)
     made = generate(c, student, params, x0, keys.fake_time, keys.fake_noise)
     return jax.lax.stop_gradient(made)
 

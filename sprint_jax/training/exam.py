@@ -14,7 +14,7 @@ from .. import trigflow
 from ..core.config import Config
 from ..data.feed import Data
 from ..losses.adversarial import rank_of_fakes
-from ..parallel.sharding import in_use, replicated
+from ..parallel.sharding import replicated
 from . import draws
 from .diagnostics import BINS
 from .state import Nets, TrainState, trained_of
@@ -44,8 +44,9 @@ def make_exam(
         keys = draws.split(draws.DiscriminatorKeys, key)
         x0, text, mask = draws.images_of(c, jax.tree.map(jnp.asarray, batch))
         guidance = draws.draw_guidance(c, keys.guidance, x0)
-        student = draws.student_of(nets, text, mask, guidance)
-        params, z = in_use(nets.model, state.ema), draws.draw_noise(c, keys.fake_noise, x0)
+        control = draws.control_of(nets, batch)
+        student = draws.student_of(nets, text, mask, guidance, control=control)
+        params, z = draws.whole(nets, frozen, state.ema), draws.draw_noise(c, keys.fake_noise, x0)
 
         def denoised(angle):
             t = jnp.full(count, angle)
@@ -56,7 +57,8 @@ def make_exam(
         logits = {}
         if nets.heads is not None:
             trained, spectral = trained_of(state.disc), state.disc["spectral"]
-            critic = draws.critic_of(nets, c, trained, spectral, state, frozen, text, mask)
+            network = trained, spectral, state, frozen, text, mask
+            critic = draws.critic_of(nets, c, *network, control=control)
             t = draws.draw_time(c.ladd, keys.real_judged_time, x0, c.sigma_d)
             z = draws.draw_noise(c, keys.real_judged_noise, x0)
             for name, x in (("real", x0), ("fake", images[-1])):

@@ -15,6 +15,7 @@ from ..core.config import Config
 from ..core.sheet import enlarge
 from ..data.feed import Data
 from ..models import functions
+from ..models.control import Control
 from ..parallel.sharding import batch_ways, replicated
 from .stages import stage_of
 from .state import Nets
@@ -36,7 +37,10 @@ def make_preview(
     # Every device draws as many; what is more than ``count`` is not shown.
     batch = -(-count // batch_ways(mesh)) * batch_ways(mesh)
     text, mask = (np.resize(a, (batch, *a.shape[1:])) for a in data.prompts(count))
-    shape = data.shapes[0]["latents"].shape[1:]
+    shape, control = data.shapes[0]["latents"].shape[1:], None
+    if nets.model.control_blocks:
+        latents = data.control(count)
+        control = Control(np.resize(latents, (batch, *latents.shape[1:])))
 
     def noise(number: int) -> jax.Array:
         key = jax.random.fold_in(jax.random.key(c.seed), number)
@@ -45,19 +49,20 @@ def make_preview(
     guidance, stage = c.log.sample_guidance, stage_of(c)
 
     def student(network, frozen, steps):
-        F = functions.trigflow(*network, jnp.full(batch, guidance))
+        F = functions.trigflow(*network, jnp.full(batch, guidance), control=control)
         later = jnp.stack([noise(i) for i in range(1, steps)]) if steps > 1 else None
         how = dict(steps=steps, sigma_d=c.sigma_d, midpoint=c.sampler.midpoint, step_noise=later)
         return sampling.draw_student(F, noise(0), **how)
 
     def teacher(network, frozen, steps):
         null = frozen["null_text"][None], frozen["null_mask"][None]
-        velocity = functions.guided(functions.velocity, *network, guidance, null)
+        velocity = functions.guided(functions.velocity, *network, guidance, null, control)
         how = dict(steps=steps, sigma_d=c.sigma_d, shift=c.flow.shift)
         return sampling.draw_teacher(velocity, noise(0), **how)
 
     @functools.partial(jax.jit, out_shardings=replicated(mesh))
     def sample(params, frozen):
+        params = {**frozen.get("trunk", {}), **params}
         draw, network = student if stage.distills else teacher, (nets.model, params, text, mask)
         return jnp.stack([draw(network, frozen, n)[:count] for n in stage.preview_steps])
 

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from ..checkpoints.weights import Weights, find_weights
+from ..checkpoints.weights import Weights, find_branch, find_weights, load_trunk
 from ..core.config import Config
 from ..core.errors import UserError
 from ..core.fingerprint import fingerprint
@@ -20,6 +20,7 @@ from ..core.storage import absolute, as_path
 from ..data.feed import Data, batch_shapes
 from ..losses.adversarial import PAIRS
 from ..models.blocks import compute_params
+from ..models.control import Control, new_branch
 from ..models.discriminator import DiscriminatorHeads, init_heads
 from ..models.sana import SanaTransformer, from_fields
 from ..parallel.sharding import (
@@ -60,14 +61,17 @@ def build_nets(c: Config, mesh: jax.sharding.Mesh, teacher_fields: dict | None =
     partition = Partition(mesh) if mesh.size > 1 else None
     if not stage_of(c).distills:
         model = from_fields(c.model, guidance_embeds=False, partition=partition)
+        _check_trunk(c, model, teacher_fields)
         return Nets(model, None, None, optimizer, None)
-    if teacher_fields is None:
+    planned = teacher_fields is not None
+    if not planned:
         teacher_fields = find_teacher(c).fields
     # Frozen weights, but this run's own precision and memory choices.
     runtime = {key: c.model[key] for key in ("dtype", "remat", "scan")}
     teacher = from_fields(dict(teacher_fields) | runtime, partition=partition)
     model = from_fields(c.model, guidance_embeds=True, logvar=True, partition=partition)
-    _check_same(c, model, teacher)
+    _check_same(c, model, teacher, f"--config.teacher={c.teacher}")
+    _check_trunk(c, model, teacher_fields if planned else None)
     if c.scm.jvp_dtype not in ("", "float32", "bfloat16"):
         raise UserError(
             f"config.scm.jvp_dtype '{c.scm.jvp_dtype}' is not one of float32, bfloat16, or empty",
@@ -83,10 +87,29 @@ def build_nets(c: Config, mesh: jax.sharding.Mesh, teacher_fields: dict | None =
     return Nets(model, teacher, heads, optimizer, disc_optimizer, fake_optimizer)
 
 
-def _check_same(c: Config, model: SanaTransformer, teacher: SanaTransformer) -> None:
-    """Refuses a student that would be another network than its teacher, though the weights may fit both."""
+def _check_trunk(c: Config, model: SanaTransformer, planned: dict | None) -> None:
+    """Refuses a frozen trunk that is another network than the config's; it is not looked for in a plan."""
+    if not c.trunk or planned is not None:
+        return
+    trunk = find_weights(c.trunk)
+    if trunk.is_teacher == stage_of(c).distills:
+        wanted = "a student, which embeds guidance" if trunk.is_teacher else "a teacher"
+        raise UserError(f"--config.trunk={c.trunk}: stage '{c.stage}' takes {wanted}", 2)
+    branch = {"control_blocks": model.control_blocks, "control_wiring": model.control_wiring}
+    fields = dict(trunk.fields) | branch | {"dtype": "float32", "remat": "none"}
+    _check_same(c, model, from_fields(fields), f"--config.trunk={c.trunk}", OWN[2:])
+
+
+def _check_same(
+    c: Config,
+    model: SanaTransformer,
+    teacher: SanaTransformer,
+    origin: str,
+    own: tuple[str, ...] = OWN,
+) -> None:
+    """Refuses a network that would be another than the one it starts from, though the weights may fit both."""
     for name in c.model:
-        if name in OWN or (name == "sample_size" and not model.interpolation_scale):
+        if name in own or (name == "sample_size" and not model.interpolation_scale):
             continue  # the size alone decides nothing without positions
         mine, theirs = getattr(model, name), getattr(teacher, name)
         if mine != theirs:
@@ -96,12 +119,10 @@ def _check_same(c: Config, model: SanaTransformer, teacher: SanaTransformer) -> 
             if name in made:
                 how += (
                     f", or make such a teacher: python -m sprint_jax.prepare_teacher --config CONFIG "
-                    f"--config.model.{name}={mine} --model {c.teacher} --workdir DIR{made[name]}"
+                    f"--config.model.{name}={mine} --model {origin.partition('=')[2]} --workdir DIR"
+                    f"{made[name]}"
                 )
-            raise UserError(
-                f"config.model.{name}={mine}, but {theirs} in --config.teacher={c.teacher}: {how}",
-                2,
-            )
+            raise UserError(f"config.model.{name}={mine}, but {theirs} in {origin}: {how}", 2)
 
 
 def _check_critic(c: Config, num_layers: int) -> None:
@@ -153,19 +174,31 @@ def load_frozen(c: Config, data: Data, mesh: jax.sharding.Mesh) -> tuple[dict, d
     """Arguments of the updates that never change, and the record of where they came from.
 
     Returns:
-      ``frozen``: null_text [L, D], null_mask [L], and in stage 'distill' the teacher's EMA params;
-      ``origin``: for checkpoints: the teacher's path, step (None without one) and hash.
+      ``frozen``: null_text [L, D], null_mask [L], in stage 'distill' the teacher's EMA params, and the trunk's
+        where a control branch learns alone;
+      ``origin``: for checkpoints: the teacher's path, step (None without one) and hash; ``trunk``: the same of
+        the trunk.
     """
     null = {"null_text": data.null_text, "null_mask": data.null_mask}
-    frozen = jax.device_put(null, replicated(mesh))
-    if not stage_of(c).distills:
-        return frozen, {}
-    params, step = find_teacher(c).load(lambda tree: state_shardings(mesh, tree))
-    params = {name: part for name, part in params.items() if name != "logvar_linear"}
-    frozen["teacher"] = params
-    path = as_path(c.teacher)
-    path = absolute(path) if path.exists() else c.teacher
-    return frozen, {"path": str(path), "step": step, "hash": fingerprint(params)}
+    frozen, origin = jax.device_put(null, replicated(mesh)), {}
+
+    def described(path: str, params: Tree, step: int | None) -> dict:
+        place = as_path(path)
+        place = absolute(place) if place.exists() else path
+        return {"path": str(place), "step": step, "hash": fingerprint(params)}
+
+    def shardings(tree):
+        return state_shardings(mesh, tree)
+
+    if stage_of(c).distills:
+        params, step = find_teacher(c).load(shardings)
+        params = {name: part for name, part in params.items() if name != "logvar_linear"}
+        frozen["teacher"] = params
+        origin = described(c.teacher, params, step)
+    if c.trunk:
+        frozen["trunk"], step = load_trunk(c.trunk, shardings)
+        origin["trunk"] = described(c.trunk, frozen["trunk"], step)
+    return frozen, origin
 
 
 def init_state(
@@ -177,13 +210,16 @@ def init_state(
       batch: example arrays; only shapes matter.
     """
     warm = {}
-    if c.init:
+    if c.init and c.trunk:
+        branch = find_branch(c.init, dict(c.model))
+        warm = {"control": branch.load(jnp.float32, lambda tree: state_shardings(mesh, tree))}
+    elif c.init:
         warm, _ = find_weights(c.init).load(lambda tree: state_shardings(mesh, tree))
     init = _initializer(c, nets, batch)
-    arguments = (frozen.get("teacher"), warm, jax.random.key(c.seed))
+    arguments = (frozen.get("teacher"), frozen.get("trunk"), warm, jax.random.key(c.seed))
     shardings = state_shardings(mesh, jax.eval_shape(init, *arguments))
     state = jax.jit(init, out_shardings=shardings)(*arguments)
-    if nets.teacher is not None and not c.init:
+    if nets.teacher is not None and not (c.init or c.trunk):
         check_start(nets, state.params, frozen["teacher"], mesh)
     return state
 
@@ -204,11 +240,13 @@ def check_start(nets: Nets, params: Tree, teacher: Tree, mesh: jax.sharding.Mesh
         keys = jax.random.split(jax.random.key(0), 3)
         rows, side = batch_ways(mesh), 2 * nets.model.patch_size
         x = jax.random.normal(keys[0], (rows, side, side, nets.model.in_channels))
+        control = Control(jnp.sin(3 * x)) if nets.model.control_blocks else None
         t = jax.random.uniform(keys[1], (rows,))
         text = jax.random.normal(keys[2], (rows, 4, nets.model.caption_channels))
         inputs = x, t, text, jnp.ones((rows, 4), jnp.int32)
-        mine = nets.model.clone(**exact).apply({"params": params}, *inputs, jnp.full(rows, 0.45))
-        theirs = nets.teacher.clone(**exact).apply({"params": teacher}, *inputs)
+        student, frozen = (net.clone(**exact) for net in (nets.model, nets.teacher))
+        mine = student.apply({"params": params}, *inputs, jnp.full(rows, 0.45), control=control)
+        theirs = frozen.apply({"params": teacher}, *inputs, control=control)
         return jnp.abs(mine - theirs).max(), jnp.abs(theirs).max()
 
     with jax.default_matmul_precision("float32"):
@@ -225,24 +263,32 @@ def state_shapes(
 ) -> TrainState:
     """The shapes, dtypes and shardings of `init_state`'s result; nothing is read or made."""
     init, key = _initializer(c, nets, batch), jax.eval_shape(lambda: jax.random.key(0))
-    state = jax.eval_shape(init, frozen.get("teacher"), {}, key)
+    state = jax.eval_shape(init, frozen.get("teacher"), frozen.get("trunk"), {}, key)
     return place_shapes(state, state_shardings(mesh, state))
 
 
 def _initializer(
     c: Config, nets: Nets, batch: dict
-) -> Callable[[Tree, Tree, jax.Array], TrainState]:
-    """``init(teacher, warm, key)``: the state at step 0; of ``batch`` only shapes matter."""
+) -> Callable[[Tree, Tree, Tree, jax.Array], TrainState]:
+    """``init(teacher, trunk, warm, key)``: the state at step 0; of ``batch`` only shapes matter."""
 
-    def init(teacher, warm, key):
+    def init(teacher, trunk, warm, key):
         inputs = _example(batch)
         keys = jax.random.split(key)
         params = nets.model.init(keys[0], *inputs, *([jnp.zeros(1)] if nets.teacher else []))[
             "params"
         ]
-        if teacher is not None:
-            params = overlay(params, teacher, f"--config.teacher={c.teacher}")
+        start = teacher or {}
+        if trunk is not None:
+            params = overlay(params, trunk, f"--config.trunk={c.trunk}")
+            start = {name: start[name] for name in start if name == "control"}
+        params = overlay(params, start, f"--config.teacher={c.teacher}")
         params = overlay(params, warm, f"--config.init={c.init}")
+        blocks = nets.model.control_blocks
+        if blocks and "control" not in (start | warm):
+            params = params | {"control": new_branch(params, blocks, nets.model.control_wiring)}
+        # What is frozen is no state: of a branch that learns alone, the trunk.
+        params = {name: params[name] for name in params if name not in (trunk or {})}
         disc = disc_opt_state = fake = fake_opt_state = None
         zero = jnp.zeros((), jnp.int32)
         if nets.heads:
@@ -277,14 +323,13 @@ def _example(batch: dict) -> tuple:
 
 
 def at_compute_precision(nets: Nets, frozen: dict) -> dict:
-    """``frozen`` with the teacher's weights in the dtype of its matmuls, which changes no result.
+    """``frozen`` with the networks' weights in the dtype of their matmuls, which changes no result.
 
     In bfloat16 this halves their memory and what travels between devices. The originals are freed.
     """
-    if nets.teacher is None:
-        return frozen
     cast = jax.jit(compute_params, static_argnums=1, donate_argnums=0)
-    return frozen | {"teacher": cast(frozen["teacher"], nets.teacher.dtype)}
+    networks = [name for name in ("teacher", "trunk") if name in frozen]
+    return frozen | {name: cast(frozen[name], nets.model.dtype) for name in networks}
 
 
 def abstract_run(c: Config, mesh: jax.sharding.Mesh) -> tuple[Nets, TrainState, dict, dict]:
@@ -306,17 +351,25 @@ def abstract_run(c: Config, mesh: jax.sharding.Mesh) -> tuple[Nets, TrainState, 
         "null_text": jax.ShapeDtypeStruct(text.shape[1:], text.dtype),
         "null_mask": jax.ShapeDtypeStruct(mask.shape[1:], mask.dtype),
     }
-    key, teacher = jax.eval_shape(lambda: jax.random.key(0)), None
+    key, teacher, trunk = jax.eval_shape(lambda: jax.random.key(0)), None, None
     if nets.teacher is not None:
         example = jax.eval_shape(lambda: _example(batch))
         teacher = jax.eval_shape(nets.teacher.init, key, *example)["params"]
         cast = functools.partial(compute_params, dtype=nets.teacher.dtype)
         frozen["teacher"] = jax.eval_shape(cast, teacher)
-    state = jax.eval_shape(_initializer(c, nets, batch), teacher, {}, key)
+    if c.trunk:
+        inputs = *jax.eval_shape(lambda: _example(batch)), *([jnp.zeros(1)] if nets.teacher else [])
+        trunk = jax.eval_shape(nets.model.init, key, *inputs)["params"]
+        trunk = {name: trunk[name] for name in trunk if name not in ("control", "logvar_linear")}
+        frozen["trunk"] = jax.eval_shape(
+            functools.partial(compute_params, dtype=nets.model.dtype), trunk
+        )
+    state = jax.eval_shape(_initializer(c, nets, batch), teacher, trunk, {}, key)
 
     laid = {name: replicated(mesh) for name in ("null_text", "null_mask")}
-    if teacher is not None:
-        laid["teacher"] = state_shardings(mesh, frozen["teacher"])
+    for name in ("teacher", "trunk"):
+        if name in frozen:
+            laid[name] = state_shardings(mesh, frozen[name])
     return (
         nets,
         place_shapes(state, state_shardings(mesh, state)),

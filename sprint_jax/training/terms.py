@@ -17,7 +17,6 @@ import jax.numpy as jnp
 from .. import losses, sampling, trigflow
 from ..losses.adversarial import PAIRS
 from ..models import functions
-from ..parallel.sharding import in_use
 from . import draws
 from .draws import GeneratorKeys, ScoreKeys
 from .state import Nets, TrainState, trained_of
@@ -42,7 +41,7 @@ def generator_terms(nets: Nets, c, state: TrainState, frozen: dict) -> dict[str,
     if nets.heads is not None or c.dmd.weight or c.twinflow.weight:
         terms["images"] = images_term(nets, c, state, frozen)
     if c.twinflow.weight:
-        terms["twin"] = twin_term(nets, c)
+        terms["twin"] = twin_term(nets, c, frozen)
     return terms
 
 
@@ -52,11 +51,11 @@ def consistency_term(nets: Nets, c, state: TrainState, frozen: dict) -> Callable
     def term(params, batch, key, _):
         keys = draws.split(GeneratorKeys, key)
         x0, text, mask = draws.images_of(c, batch)
-        guidance = draws.draw_guidance(c, keys.guidance, x0)
+        guidance, control = draws.draw_guidance(c, keys.guidance, x0), draws.control_of(nets, batch)
         loss, aux = losses.scm_loss(
-            draws.student_of(nets, text, mask, guidance, c.scm.jvp_dtype),
-            draws.teacher_of(nets, frozen, text, mask, guidance),
-            in_use(nets.model, params),
+            draws.student_of(nets, text, mask, guidance, c.scm.jvp_dtype, control=control),
+            draws.teacher_of(nets, frozen, text, mask, guidance, control=control),
+            draws.whole(nets, frozen, params),
             x0,
             draws.draw_noise(c, keys.noise, x0),
             draws.draw_time(c.scm, keys.time, x0, c.sigma_d),
@@ -78,17 +77,21 @@ def meanflow_term(nets: Nets, c, frozen: dict) -> Callable:
     def term(params, batch, key, _):
         keys = draws.split(GeneratorKeys, key)
         latents, text, mask = batch["latents"], batch["text"], batch["mask"]
-        guidance = draws.draw_guidance(c, keys.guidance, latents)
+        guidance, control = (
+            draws.draw_guidance(c, keys.guidance, latents),
+            draws.control_of(nets, batch),
+        )
         model = functions.in_dtype(nets.model, c.scm.jvp_dtype)
 
         def average(params, x, t, target):
-            return functions.velocity(model, params, text, mask, guidance, target=target)(x, t)
+            how = dict(target=target, control=control)
+            return functions.velocity(model, params, text, mask, guidance, **how)(x, t)
 
         t, target = draws.draw_jump(c, keys.jump_time, latents)
         loss, aux = losses.meanflow_loss(
             average,
-            draws.teacher_velocity(nets, frozen, text, mask, guidance),
-            in_use(nets.model, params),
+            draws.teacher_velocity(nets, frozen, text, mask, guidance, control=control),
+            draws.whole(nets, frozen, params),
             latents,
             jax.random.normal(keys.jump_noise, latents.shape),
             t,
@@ -108,10 +111,14 @@ def trajectory_term(nets: Nets, c, frozen: dict) -> Callable:
     def term(params, batch, key, _):
         keys = draws.split(GeneratorKeys, key)
         _, text, mask = draws.images_of(c, batch)
-        guidance = draws.draw_guidance(c, keys.guidance, text)
+        guidance, control = (
+            draws.draw_guidance(c, keys.guidance, text),
+            draws.control_of(nets, batch),
+        )
         noise = jax.random.normal(keys.path_noise, batch["latents"].shape)
         times = draws.draw_path(c, keys.path_time)
-        velocity = draws.teacher_velocity(nets, frozen, text, mask, guidance)
+        how = dict(control=control)
+        velocity = draws.teacher_velocity(nets, frozen, text, mask, guidance, **how)
         end, points = sampling.dpm_solver_path(velocity, noise, times, times[:-1])
 
         # All points of a sample side by side, so that each device of a mesh has them in its own rows.
@@ -123,8 +130,10 @@ def trajectory_term(nets: Nets, c, frozen: dict) -> Callable:
         scale = jnp.sqrt(times[:-1] ** 2 + (1 - times[:-1]) ** 2)
         x_t = c.sigma_d * points / trigflow.expand(scale, points)
         x_t = x_t.swapaxes(0, 1).reshape(-1, *noise.shape[1:])
-        student = draws.student_of(nets, along(text), along(mask), along(guidance))
-        gathered = in_use(nets.model, params)
+        if control is not None:
+            control = control._replace(latents=along(control.latents))
+        student = draws.student_of(nets, along(text), along(mask), along(guidance), control=control)
+        gathered = draws.whole(nets, frozen, params)
         loss, aux = losses.trajectory_loss(
             lambda x, t: student(gathered, x, t)[0],
             jax.lax.stop_gradient(x_t),
@@ -161,9 +170,12 @@ def images_term(nets: Nets, c, state: TrainState, frozen: dict) -> Callable:
     def term(params, batch, key, found):
         keys = draws.split(GeneratorKeys, key)
         real, text, mask = draws.images_of(c, batch)
-        guidance = draws.draw_guidance(c, keys.guidance, real)
-        student = draws.student_of(nets, text, mask, guidance)
-        gathered = in_use(nets.model, params)
+        guidance, control = (
+            draws.draw_guidance(c, keys.guidance, real),
+            draws.control_of(nets, batch),
+        )
+        student = draws.student_of(nets, text, mask, guidance, control=control)
+        gathered = draws.whole(nets, frozen, params)
         x0, angle = draws.generate(c, student, gathered, real, keys.fake_time, keys.fake_noise)
         fixed, count = jax.lax.stop_gradient(x0), len(x0)
         total, pull, aux = 0.0, jnp.zeros_like(x0), {}
@@ -197,23 +209,23 @@ def image_losses(
 ) -> dict[str, tuple[Array | float, Callable]]:
     """The losses that the config turns on: name -> (weight, ``loss(params, x0) -> (mean, aux)``)."""
     real, text, mask = draws.images_of(c, batch)
-    found = {}
+    found, how = {}, dict(control=draws.control_of(nets, batch))
     if nets.heads is not None:
-        found["ladd"] = c.ladd.weight, _ladd(nets, c, state, frozen, real, text, mask, keys)
+        loss = _ladd(nets, c, state, frozen, real, text, mask, keys, **how)
+        found["ladd"] = c.ladd.weight, loss
     if c.dmd.weight:
-        loss = _dmd(nets, c, state, frozen, text, mask, guidance, keys.dmd)
+        loss = _dmd(nets, c, state, frozen, text, mask, guidance, keys.dmd, **how)
         found["dmd"] = c.dmd.weight * draws.after(c.dmd.warmup, state.step), loss
     if c.twinflow.weight:
-        loss = _twinflow(nets, c, frozen, text, mask, guidance, keys.twinflow)
+        loss = _twinflow(nets, c, frozen, text, mask, guidance, keys.twinflow, **how)
         weight = c.twinflow.weight * draws.after(c.twinflow.warmup, state.step)
         found["twinflow"] = weight, loss
     return found
 
 
-def _ladd(nets, c, state, frozen, real, text, mask, keys: GeneratorKeys) -> Callable:
-    discriminate = draws.critic_of(
-        nets, c, trained_of(state.disc), state.disc["spectral"], state, frozen, text, mask
-    )
+def _ladd(nets, c, state, frozen, real, text, mask, keys: GeneratorKeys, control) -> Callable:
+    network = trained_of(state.disc), state.disc["spectral"], state, frozen, text, mask
+    discriminate = draws.critic_of(nets, c, *network, control=control)
 
     def loss(params, x0):
         z = draws.draw_noise(c, keys.judged_noise, x0)
@@ -233,16 +245,17 @@ def _ladd(nets, c, state, frozen, real, text, mask, keys: GeneratorKeys) -> Call
     return loss
 
 
-def _dmd(nets, c, state, frozen, text, mask, guidance, key) -> Callable:
-    teacher = draws.teacher_of(nets, frozen, text, mask, guidance)
-    fake = draws.fake_of(nets, state.fake["params"], text, mask)
+def _dmd(nets, c, state, frozen, text, mask, guidance, key, control) -> Callable:
+    teacher = draws.teacher_of(nets, frozen, text, mask, guidance, control=control)
+    fake = draws.fake_of(nets, state.fake["params"], text, mask, control=control)
     keys = draws.split(ScoreKeys, key)
 
     def loss(params, x0):
         z, t = draws.draw_noise(c, keys.noise, x0), draws.score_time(c.dmd, keys.time, x0)
         how = dict(teacher=teacher, fake=fake, sigma_d=c.sigma_d)
         if c.dmd.decoupled:
-            plain = functions.trigflow(nets.teacher, frozen["teacher"], text, mask)
+            network = nets.teacher, frozen["teacher"], text, mask
+            plain = functions.trigflow(*network, control=control)
             other_t = draws.score_time(c.dmd, keys.engine_time, x0)
             other_z = draws.draw_noise(c, keys.engine_noise, x0)
             how |= dict(teacher=plain, engine=(teacher, plain, other_z, other_t))
@@ -252,8 +265,8 @@ def _dmd(nets, c, state, frozen, text, mask, guidance, key) -> Callable:
     return loss
 
 
-def _twinflow(nets, c, frozen, text, mask, guidance, key) -> Callable:
-    real = draws.teacher_velocity(nets, frozen, text, mask, guidance)
+def _twinflow(nets, c, frozen, text, mask, guidance, key, control) -> Callable:
+    real = draws.teacher_velocity(nets, frozen, text, mask, guidance, control=control)
     keys = draws.split(ScoreKeys, key)
 
     def loss(params, x0):
@@ -261,7 +274,7 @@ def _twinflow(nets, c, frozen, text, mask, guidance, key) -> Callable:
         noise = jax.random.normal(keys.noise, x0.shape)
         t = trigflow.flow_time(draws.score_time(c.twinflow, keys.time, x0))
         fixed = jax.lax.stop_gradient(params)
-        fake = functions.velocity(nets.model, fixed, text, mask, guidance)
+        fake = functions.velocity(nets.model, fixed, text, mask, guidance, control=control)
         # The one-step velocity is noise minus the image: its gradient is minus that of the image.
         value, aux = losses.rectify_loss(-latents, latents, noise, t, fake=fake, real=real)
         return value, {"twin_gap": aux["gap"], "twin_gap_t": trigflow.trig_time(t)}
@@ -269,7 +282,7 @@ def _twinflow(nets, c, frozen, text, mask, guidance, key) -> Callable:
     return loss
 
 
-def twin_term(nets: Nets, c) -> Callable:
+def twin_term(nets: Nets, c, frozen: dict) -> Callable:
     """TwinFlow's other half: the student learns the flow of the images it just made, at negative times."""
 
     def term(params, batch, key, found):
@@ -280,8 +293,8 @@ def twin_term(nets: Nets, c) -> Callable:
         keys = draws.split(ScoreKeys, keys.twin)
         noise = jax.random.normal(keys.noise, latents.shape)
         t = trigflow.flow_time(draws.score_time(c.twinflow, keys.time, latents))
-        gathered = in_use(nets.model, params)
-        velocity = functions.velocity(nets.model, gathered, text, mask, guidance)
+        network = nets.model, draws.whole(nets, frozen, params), text, mask, guidance
+        velocity = functions.velocity(*network, control=draws.control_of(nets, batch))
         loss, aux = losses.twin_flow_loss(velocity, latents, noise, t)
         weight = balanced(c, c.twinflow.twin_weight, aux["length"], found)
         found = {"twin_error": aux["error"], "twin_error_t": trigflow.trig_time(t)}

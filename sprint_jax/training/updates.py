@@ -1,9 +1,10 @@
 """The updates of one step: batch and networks to losses, gradients and a new state.
 
 An update is ``update(nets, c, state, batch, frozen) -> (state, metrics)``. A batch has latents [B, h, w, C]
-of unit variance, text [B, L, D] and mask [B, L]; ``frozen`` holds the teacher's parameters and the features
-of the empty prompt. Randomness is a function of (seed, step): each update splits its key into the named keys
-of a tuple of `draws`.
+of unit variance, text [B, L, D] and mask [B, L], and with a control branch conditions ``control`` [B, h, w, C];
+``frozen`` holds the teacher's parameters, the features of the empty prompt, and the trunk's parameters where a
+branch learns alone. Randomness is a function of (seed, step): each update splits its key into the named keys of
+a tuple of `draws`.
 """
 
 import jax
@@ -33,7 +34,8 @@ def flow_update(nets: Nets, c, state: TrainState, batch: dict, frozen: dict):
         drop = jax.random.bernoulli(keys.dropout, c.flow.caption_dropout, t.shape)
         text = jnp.where(drop[:, None, None], frozen["null_text"][None], batch["text"])
         mask = jnp.where(drop[:, None], frozen["null_mask"][None], batch["mask"])
-        velocity = functions.velocity(nets.model, in_use(nets.model, params), text, mask)
+        params, control = draws.whole(nets, frozen, params), draws.control_of(nets, batch)
+        velocity = functions.velocity(nets.model, params, text, mask, control=control)
         return losses.flow_matching_loss(lambda x, _: velocity(x, shown), latents, noise, t)
 
     key = jax.random.fold_in(jax.random.key(c.seed), state.step)
@@ -87,13 +89,14 @@ def discriminator_update(nets: Nets, c, state: TrainState, batch: dict, frozen: 
     """
     spectral = update_spectral(state.disc["params"], state.disc["spectral"])
     frozen = frozen | {"teacher": in_use(nets.teacher, frozen["teacher"])}
-    student_params = in_use(nets.model, state.params)
+    student_params = draws.whole(nets, frozen, state.params)
 
     def loss(trained, batch, key, _):
         keys = draws.split(DiscriminatorKeys, key)
         x0, text, mask = draws.images_of(c, batch)
         fake, angle = draws.images_in(nets, c, student_params, batch, keys)
-        critic = draws.critic_of(nets, c, trained, spectral, state, frozen, text, mask)
+        network = trained, spectral, state, frozen, text, mask
+        critic = draws.critic_of(nets, c, *network, control=draws.control_of(nets, batch))
         wrong = draws.wrong_captions(frozen, text, mask) if c.ladd.misaligned else None
         value, logits = critic_loss(c, critic, x0, fake, keys, wrong)
         order = rank_of_fakes(logits["real"], logits["fake"])
@@ -149,15 +152,14 @@ def critic_loss(c, discriminate, real, fake, keys: DiscriminatorKeys, wrong=None
 
 def fake_update(nets: Nets, c, state: TrainState, batch: dict, frozen: dict):
     """One update of the fake score on images of the student, which stays as it is."""
-    student_params = in_use(nets.model, state.params)
-    del frozen
+    student_params = draws.whole(nets, frozen, state.params)
 
     def loss(params, batch, key, _):
         keys = draws.split(FakeKeys, key)
         x0, text, mask = draws.images_of(c, batch)
         fake, _ = draws.images_in(nets, c, student_params, batch, keys)
         t, z = draws.score_time(c.dmd, keys.time, x0), draws.draw_noise(c, keys.noise, x0)
-        score = draws.fake_of(nets, params, text, mask)
+        score = draws.fake_of(nets, params, text, mask, control=draws.control_of(nets, batch))
         value, aux = losses.fake_score_loss(score, fake, z, t, c.sigma_d)
         return value, aux | {"t": t}
 
@@ -193,11 +195,13 @@ def check_tangent(nets: Nets, c, state: TrainState, batch: dict, frozen: dict) -
     t = draws.draw_time(c.scm, keys.time, x0, c.sigma_d)
     x = trigflow.add_noise(x0, draws.draw_noise(c, keys.noise, x0), t) / c.sigma_d
     scale = jnp.cos(t) * jnp.sin(t)
-    teacher = draws.teacher_of(nets, frozen, text, mask, guidance)
+    control = draws.control_of(nets, batch)
+    teacher = draws.teacher_of(nets, frozen, text, mask, guidance, control=control)
+    params = draws.whole(nets, frozen, state.params)
     dx = trigflow.expand(scale, x) * teacher(x, t)
 
     def F(dtype):
-        student = draws.student_of(nets, text, mask, guidance, dtype)
-        return lambda x, t: student(in_use(nets.model, state.params), x, t)[0]
+        student = draws.student_of(nets, text, mask, guidance, dtype, control=control)
+        return lambda x, t: student(params, x, t)[0]
 
     return tangent_checks(F(jnp.float32), F(jnp.bfloat16), x, t, dx, scale)

@@ -17,6 +17,7 @@ from sprint_jax.checkpoints.checkpoint import load_params
 from sprint_jax.checkpoints.weights import find_branch
 from sprint_jax.core.errors import UserError
 from sprint_jax.encoders.autoencoder import Remembered
+from sprint_jax.encoders.conditions import Conditions
 from sprint_jax.interop.diffusers import load_control
 from sprint_jax.models.sana import from_fields
 
@@ -132,8 +133,37 @@ def test_the_command(folders, student, lines, tmp_path):
     pipe = SprintPipeline.from_pretrained(folders["trunk"], control=folders["distill"])
     expected = pipe(PROMPTS[:1], steps=1, control=lines, control_scale=0.7)
     np.testing.assert_array_equal(written, np.asarray(expected[0]))
-    with pytest.raises(UserError, match=r"--control none\.png"):
-        sample.main([*common, "--control", "none.png", *branch])
+    for extra, word, code in (
+        (["--control", "none.png"], r"--control none\.png", 1),
+        ([*control, "--control_kind", "photo"], "--control_weights ControlNetHED", 2),
+        ([*control, "--control_weights", "x.pth"], "of no use", 2),
+        (["--control_kind", "hed"], "--control:", 2),
+    ):
+        with pytest.raises(UserError, match=word) as error:
+            sample.main([*common, *branch, *extra])
+        assert error.value.exit_code == code
+
+
+@pytest.mark.parametrize(("kind", "made"), [("hed", "hed"), ("photo", "scribble")])
+def test_a_photo_becomes_lines(folders, student, tmp_path, monkeypatch, kind, made):
+    """They are found in the photo at the size of the picture, and steer it as a sketch does."""
+    photo = np.random.default_rng(0).integers(0, 256, (8, 8, 3), dtype=np.uint8)
+    Image.fromarray(photo).save(tmp_path / "photo.png")
+    asked = []
+
+    def load(*kinds, thickness):
+        asked.append((*kinds, thickness))
+        return Conditions(lambda images: 255 - images[..., 0], (), 1, {"kind": kinds[0]})
+
+    monkeypatch.setattr(sample, "load_conditions", load)
+    words = ["--model", str(folders["distill"]), "--steps", "1", "--prompt", PROMPTS[0]]
+    words += ["--control", str(tmp_path / "photo.png"), "--out", str(tmp_path / "out")]
+    sample.main([*words, "--control_kind", kind, "--control_weights", "hed.pth"])
+    assert asked == [(made, "hed.pth", 1 if made == "scribble" else -1)]
+    with Image.open(tmp_path / "out" / "00000.png") as image:
+        written = np.asarray(image)
+    lines = np.repeat(255 - photo[..., :1], 3, -1)
+    np.testing.assert_array_equal(written, student(PROMPTS[:1], steps=1, control=lines)[0])
 
 
 # --- Exports

@@ -1,6 +1,7 @@
 """The report on the digits world: numbers of real pictures, and the command on tiny networks."""
 
 import json
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -9,7 +10,9 @@ from helpers.workdirs import STEP, make_workdir
 from sprint_jax import evaluate
 from sprint_jax.core.errors import UserError
 from sprint_jax.core.pixels import to_bytes
+from sprint_jax.core.request import Request
 from sprint_jax.digits import report
+from sprint_jax.digits.evaluation import measure_sketches, student_runs
 from sprint_jax.digits.scenes import draw_images
 
 pytestmark = pytest.mark.usefixtures("quick")
@@ -44,6 +47,23 @@ def test_real_pictures_get_full_marks(sticks):
     few, right = report.measure(sticks, real_pictures(sticks, 5)[0][:100])
     assert few["frechet"] is None and few["diversity"] is None
     assert len(right) == few["accuracy"]["overall"]["count"] == 100
+
+
+def test_networks_with_a_control_branch_are_given_sketches(sticks):
+    """One that draws the sketch itself follows it at every scale; students take one and two steps."""
+    asked = []
+
+    def draw(prompts, request):
+        asked.append((request.steps, request.control_scale))
+        yield request.control
+
+    pipe = SimpleNamespace(params={"control": None}, draw=draw, is_student=True)
+    runs = student_runs(pipe)
+    found = measure_sketches(sticks, [*runs[:1], *runs[2:]], Request(seed=1))
+    assert found.keys() == {"student 1"} and asked == [(1, s) for s in (0.0, 0.5, 1.0)] * 3
+    iou = {(row["sketch"], row["scale"]): row["iou"]["iou"] for row in found["student 1"]}
+    assert iou["right", 1.0] == 1 and iou["shuffled", 0.5] < 0.5 and iou["empty", 0.0] == 0
+    assert not measure_sketches(sticks, student_runs(SimpleNamespace(params={})), Request())
 
 
 def numbers(name, accuracy, distance, combined):
