@@ -162,9 +162,15 @@ SECTIONS = [
     ),
     (
         "results/serve_load.jsonl",
-        "The page's server under load, digits",
-        "python benchmarks/serve_load.py --model runs/quickstart/student --browser",
+        "The page's server under load, digits; twice on a machine that was busy with other work",
+        "python benchmarks/serve_load.py --model runs/quickstart/student --browser\n"
+        "# and for the same student with a control branch of three blocks, not trained",
         [
+            (
+                "load_before",
+                "other work: load average before | cores",
+                "{load_before:.1f} | {cores}",
+            ),
             (
                 "clients",
                 "people | change | pictures/s | ms to the answer, median, 95 % | pictures in a call "
