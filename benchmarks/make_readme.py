@@ -161,6 +161,36 @@ SECTIONS = [
         ],
     ),
     (
+        "results/serve_load.jsonl",
+        "The page's server under load, digits; twice on a machine that was busy with other work",
+        "python benchmarks/serve_load.py --model runs/quickstart/student --browser\n"
+        "# and for the same student with a control branch of three blocks, not trained",
+        [
+            (
+                "load_before",
+                "other work: load average before | cores",
+                "{load_before:.1f} | {cores}",
+            ),
+            (
+                "clients",
+                "people | change | pictures/s | ms to the answer, median, 95 % | pictures in a call "
+                "| wrong answers | server's MiB, early and late",
+                "{clients} | {change} | {per_second:.0f} | {ms[median]:.0f}, {ms[p95]:.0f} | {batches:.1f} "
+                "| {wrong} | {mib[0]:.0f}, {mib[1]:.0f}",
+            ),
+            (
+                "gain",
+                "pictures/s with calls of up to 8 over calls of one, 32 people",
+                "{gain[median]:.2f} [{gain[min]:.2f}, {gain[max]:.2f}]",
+            ),
+            (
+                "shown_after",
+                "the picture is shown in Chromium after | ms, median, 95 % | pictures",
+                "{shown_after} | {ms[median]:.0f}, {ms[p95]:.0f} | {pictures}",
+            ),
+        ],
+    ),
+    (
         "results/load_memory.jsonl",
         "Memory of loading a transformer",
         "python benchmarks/load_memory.py",
@@ -246,6 +276,8 @@ def prepared(line: dict) -> dict:
         more["tangents"] = sorted(line["tangent_norm"])
         more["verdict"] = f"fails {', '.join(line['failed'])}" if line["failed"] else "ready"
         more["in_steps"] = ", ".join(f"{right:.0%}" for right in line["accuracy"].values())
+    if "faults" in line:
+        more["wrong"] = line["faults"] + line["last_pictures_of_others"]
     if "collective_gb" in line:
         more["links"] = sum(line["collective_gb"].values())
     if "name" in line:

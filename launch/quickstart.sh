@@ -41,4 +41,5 @@ pictures  $runs/samples/steps_{1,2,4}/grid.png
 curves    $runs/teacher/curves.png
           $runs/student/curves.png
 numbers   $runs/report.json
+draw      .venv/bin/pip install -e ".[serve]" && $python -m sprint_jax.serve --model $runs/student
 TXT

@@ -37,9 +37,14 @@ DEVELOPMENT = {
     "torch",
     "diffusers",
     "transformers",
+    "selenium",
     "opencv-python-headless",
     "h5py",
 }
+
+# The extra serve, for its room alone.
+SERVE = {"starlette", "uvicorn", "websockets", "h11"}
+DEVELOPMENT |= SERVE
 
 # Of these a function may import what only it needs; nothing of the kind is imported with a module.
 OPTIONAL = {"torch", "diffusers", "transformers", "h5py"}
@@ -145,6 +150,8 @@ def test_every_import_is_a_requirement():
     listed = set(requirements())
     for module, files in imports_of({"sprint_jax", "configs", "launch", "benchmarks"}).items():
         known = listed | (OPTIONAL if module in OPTIONAL else set())
+        rooms = ("sprint_jax/serving/", "benchmarks/serve")
+        known |= SERVE | {"selenium"} if all(file.startswith(rooms) for file in files) else set()
         assert distributions(module) & known, f"{module} of {sorted(files)}: requirements.txt"
     for module, files in imports_of({"tests"}).items():
         assert distributions(module) & (listed | DEVELOPMENT), f"{module} of {sorted(files)}"
@@ -174,7 +181,8 @@ def test_requirements_are_bounded_on_both_sides():
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     extras = project["optional-dependencies"]
     assert {normalized(line) for line in extras["dev"] + extras["parity"]} == DEVELOPMENT
-    for line in [*requirements().values(), *extras["dev"], *extras["parity"]]:
+    assert {normalized(line) for line in extras["serve"]} == SERVE
+    for line in [*requirements().values(), *extras["serve"], *extras["dev"], *extras["parity"]]:
         # What the parity tests compare with is pinned where its numbers depend on the release.
         line = line.partition(";")[0]  # without the platforms it is for
         assert re.fullmatch(r"[\w-]+(?:\[\w+\])?(?:>=[\d.]+,<[\d.]+|==[\d.]+)", line), line

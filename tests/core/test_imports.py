@@ -16,7 +16,7 @@ ROOT = Path(__file__).parents[2]
 
 METHOD = "trigflow losses sampling"
 COMMANDS = ("train", "sample", "encode", "evaluate", "export", "plan", "benchmark")
-COMMANDS += ("prepare_teacher", "teacher_check")
+COMMANDS += ("prepare_teacher", "teacher_check", "serve")
 # From the ground up: the method, the rooms and the API, each with what it may import.
 MAY_IMPORT = {
     "__init__": "",  # the API is imported when it is first used
@@ -35,6 +35,7 @@ MAY_IMPORT = {
     "artifacts": f"core models parallel.sharding interop encoders checkpoints {METHOD} __version__",
     "data": "core parallel.sharding digits encoders",
     "pipeline": "core models encoders.autoencoder artifacts trigflow sampling",
+    "serving": "core pipeline",
     "training": f"core models parallel digits interop encoders checkpoints artifacts data {METHOD}",
     "teacher": "core models parallel digits interop encoders checkpoints artifacts data training "
     + METHOD,
@@ -100,7 +101,7 @@ def test_the_pipeline_loads_no_more_than_it_needs():
     assert not modules & (heavy | {"tensorflow_datasets", "torch", "huggingface_hub"})
     ours = {name.removeprefix("sprint_jax.") for name in modules if name.startswith("sprint_jax.")}
     assert {name for name in ours if name.startswith("parallel.")} <= {"parallel.sharding"}
-    unwanted = {"digits", "data", "training", "teacher", "sweeps", "planning", *COMMANDS}
+    unwanted = {"digits", "data", "serving", "training", "teacher", "sweeps", "planning", *COMMANDS}
     assert not {name.partition(".")[0] for name in ours} & unwanted
 
 
