@@ -48,6 +48,7 @@ class Request:
       seed: picture i of the result depends on (seed, i) and its prompt, on no other picture.
       height, width: in pixels; default the size of the training pictures.
       images_per_prompt: pictures of one prompt follow each other in the result.
+      first: the number of the first picture, to draw a part of a larger request.
       image: to start from instead of noise, one for all or one for each picture of the result; students
         only. See `core.pixels.to_pixels`.
       strength: how much of ``image`` may change, above 0 and at most 1, where it is ignored. See
@@ -69,6 +70,7 @@ class Request:
     height: int | None = None
     width: int | None = None
     images_per_prompt: int = 1
+    first: int = 0
     image: Any = None
     strength: float = 0.6
     negative: str = ""
@@ -197,7 +199,8 @@ class SprintPipeline:
         finish = functools.partial(resize_and_crop, height=asked[0], width=asked[1])
         for indices in batch_rows(count, request.batch_size):
             text, mask = self.encode_text([prompts[i] for i in indices])
-            noise, step_noise = self.draw_noise(request.seed, indices, shape, steps_run)
+            numbers = request.first + indices
+            noise, step_noise = self.draw_noise(request.seed, numbers, shape, steps_run)
             if pixels is not None:
                 encode, area = self.autoencoder.encode, pixels.shape[1] * pixels.shape[2]
                 options["start"] = jnp.concatenate(map_pictures(encode, pixels[indices], area))

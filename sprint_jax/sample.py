@@ -24,8 +24,8 @@ from .core.storage import as_path, in_bucket, local_output
 from .pipeline import Request, SprintPipeline
 from .sampling import SOLVERS
 
-# Fields of a request whose flag has another name, or is read first.
-OTHERWISE = {"height", "width", "image", "batch_size"}
+# Fields of a request whose flag has another name, is read first, or is not there.
+OTHERWISE = {"height", "width", "image", "batch_size", "first"}
 
 
 def main(argv: list[str]) -> None:

@@ -104,15 +104,15 @@ def _influence(x: np.ndarray, own: Moments, other: Moments) -> float:
 
 def infinity(
     a: np.ndarray, moments_b: Moments, points: int = 15, least: int | None = None, seed: int = 0
-) -> tuple[float, float]:
+) -> tuple[float, float, dict[str, list[float]]]:
     """Extrapolates the distance to infinitely many pictures, since that of N has a bias near c / N.
 
     Random subsets of ``points`` sizes from ``least`` to N are measured, and a line is drawn through the
     distances over 1 / size. Source: Chong and Forsyth, arXiv 1911.07023; ``least`` as in dgm-eval.
 
     Returns:
-      The line at 1 / size = 0, and its standard error as that of a regression (the subsets share pictures,
-      so it is too small).
+      The line at 1 / size = 0; its standard error as that of a regression (the subsets share pictures, so it
+      is too small); and the points, ``sizes`` and ``distances``.
     """
     count = len(a)
     least = min(5000, max(count // 10, 2)) if least is None else least
@@ -124,4 +124,5 @@ def infinity(
     line, rest, _, _ = np.linalg.lstsq(design, values)
     variance = rest[0] / (points - 2) if len(rest) and points > 2 else np.nan
     error = np.sqrt(variance * np.linalg.inv(design.T @ design)[0, 0])
-    return float(line[0]), float(error)
+    curve = {"sizes": sizes.tolist(), "distances": values.tolist()}
+    return float(line[0]), float(error), curve

@@ -52,7 +52,9 @@ def test_frechet_infinity_takes_the_bias_away():
     reference = frechet.moments(draw(20000, 12, seed=1))
     sets = [draw(600, 12, seed=s) for s in range(2, 12)]
     biased = np.mean([frechet.distance(frechet.moments(x), reference) for x in sets])
-    values, errors = np.transpose([frechet.infinity(x, reference, least=60) for x in sets])
+    found = [frechet.infinity(x, reference, least=60) for x in sets]
+    values, errors = np.transpose([each[:2] for each in found])
+    assert found[0][2]["sizes"][::14] == [60, 600] and len(found[0][2]["distances"]) == 15
     assert abs(values.mean()) < biased / 3 and 0 < errors.mean() < biased
 
 
@@ -77,8 +79,11 @@ def test_cmmd_on_unit_vectors_is_nearly_the_distance_of_means():
         x / np.linalg.norm(x, axis=1, keepdims=True)
         for x in (draw(50), draw(50, shift=0.5, seed=1))
     )
-    assert kernel.cmmd(a, b) == pytest.approx(10 * np.square(a.mean(0) - b.mean(0)).sum(), rel=0.02)
-    assert abs(kernel.cmmd(a, a)) < 1e-9
+    value, error = kernel.cmmd(a, b)
+    assert value == pytest.approx(10 * np.square(a.mean(0) - b.mean(0)).sum(), rel=0.02)
+    assert abs(kernel.cmmd(a, a)[0]) < 1e-9
+    fresh = [kernel.cmmd(draw(50, seed=s), draw(50, shift=0.5, seed=500 + s))[0] for s in range(60)]
+    assert error == pytest.approx(np.std(fresh), rel=0.4)
 
 
 def test_prdc_of_a_hand_made_scene():
