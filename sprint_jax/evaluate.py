@@ -176,6 +176,8 @@ def _check(flags: argparse.Namespace) -> AnyPath:
     if flags.out is None:
         raise UserError("--out FILE.json is missing", exit_code=2)
     digits = flags.metrics == "digits"
+    if digits and flags.distributed:
+        raise UserError("--metrics digits is for one process: leave out --distributed", exit_code=2)
     if (flags.model is None) == (flags.pictures is None) or (digits and flags.model is None):
         raise UserError(f"give --model DIR{'' if digits else ' or --pictures DIR, one of them'}", 2)
     count = whole(SHEET_SIZE if digits else 1, 10**6)

@@ -119,6 +119,12 @@ def test_damaged_parts_of_features_are_made_again(root, written):
     assert part.read_bytes() == whole
 
 
+def test_no_metrics_leave_a_report_of_the_pictures_alone(root, tmp_path):
+    evaluate.main(words(root, tmp_path / "r.json", metrics="none"))
+    found = json.loads((tmp_path / "r.json").read_text())
+    assert found["metrics"] == found["throughput"] == {} and found["protocol"]["count"] == COUNT
+
+
 def test_a_damaged_picture_is_named(root, tmp_path):
     write_pictures(tmp_path / "bad", make_pictures(3, 1, 16, 40))
     (tmp_path / "bad" / "00001.png").write_bytes(b"no picture")
