@@ -37,7 +37,7 @@ from .metrics import drawing, evaluation
 from .metrics.geneval_prompts import make_prompts
 from .metrics.measures import NEEDS
 from .metrics.networks import Places
-from .metrics.pictures import read_prompts
+from .metrics.pictures import first_prompts, read_prompts
 from .metrics.protocols import PROTOCOLS
 from .metrics.report import compare, markdown
 from .parallel import distributed
@@ -63,10 +63,12 @@ def main(argv: list[str]) -> None:
 def _measure_pictures(flags: argparse.Namespace, out: AnyPath, command: str, peers) -> None:
     cache = as_path(flags.cache) if flags.cache else out.with_suffix(".cache")
     check_writable(cache, "--cache")
-    requests = make_prompts() if flags.prompts == "geneval" else None
+    requests = make_prompts()[: flags.count] if flags.prompts == "geneval" else None
     prompts = requests and [request["prompt"] for request in requests]
     if flags.prompts and not prompts:
         prompts = read_prompts(as_path(flags.prompts))
+        if isinstance(prompts, list) or flags.model:
+            prompts = first_prompts(prompts, flags.count)
     pictures = as_path(flags.pictures) if flags.pictures else cache / "pictures"
     places = {name: getattr(flags, name) for name in Places._fields if getattr(flags, name)}
     job = evaluation.Job(
@@ -78,7 +80,7 @@ def _measure_pictures(flags: argparse.Namespace, out: AnyPath, command: str, pee
         cache=cache,
         prompts=prompts,
         boxes=as_path(flags.boxes) if flags.boxes else None,
-        count=flags.count,
+        count=None if flags.model else flags.count,
         batch=flags.batch or 32,
         command=command,
     )
@@ -116,8 +118,7 @@ def _draw(flags: argparse.Namespace, job: evaluation.Job, requests, peers) -> di
     if requests and jax.process_index() == 0:
         drawing.write_geneval_metadata(job.pictures, requests)
     drawing.draw(plan, job.pictures, pipe, base, job.protocol.format, about, peers)
-    asked = {key: value for key, value in vars(base).items() if key != "image"}
-    return about | {"request": asked}
+    return about | {"request": drawing.options(base)}
 
 
 def _judge_digits(flags: argparse.Namespace, out: AnyPath, command: str) -> None:
@@ -154,12 +155,7 @@ def _parser() -> cli.Parser:
     add("--out", metavar="FILE.json", help="the report")
     add("--cache", metavar="DIR", help="of features and drawn pictures (default: beside --out)")
     add("--compare", nargs="+", metavar="REPORT", help="print a common table of reports, no more")
-    add(
-        "--count",
-        type=int,
-        metavar="N",
-        help="pictures of --pictures (all); digits: prompts (1000)",
-    )
+    add("--count", type=int, metavar="N", help="first pictures or prompts (all); digits: 1000")
     add("--batch", type=int, metavar="N", help="pictures at once (default 32; digits 250)")
     add("--steps", type=int, metavar="N", help="of --model (default: as sample)")
     add("--guidance", type=float, metavar="G", help="CFG scale (default: as in training)")

@@ -52,6 +52,12 @@ def write_geneval_metadata(folder: AnyPath, requests: Sequence[Request]) -> None
         write_atomic(folder / f"{number:05d}" / "metadata.jsonl", json.dumps(request).encode())
 
 
+def options(base: Any) -> dict[str, Any]:
+    """Returns the fields of a `pipeline.Request` that pictures depend on."""
+    others = ("image", "first", "batch_size")
+    return {key: value for key, value in vars(base).items() if key not in others}
+
+
 def draw(
     plan: Plan, folder: AnyPath, pipe: Any, base: Any, format: str, about: dict, peers: Any = None
 ) -> None:
@@ -72,8 +78,7 @@ def draw(
     """
     kind, _, quality = format.partition(" ")
     ending, how = ("jpg", {"quality": int(quality)}) if kind == "jpeg" else ("png", {})
-    fields = {key: value for key, value in vars(base).items() if key not in ("image", "first")}
-    record = about | {"request": fields, "format": format, "prompts": digest(list(plan))}
+    record = about | {"request": options(base), "format": format, "prompts": digest(list(plan))}
     make_folder(folder)
     _check_record(folder, record)
     if peers is not None:

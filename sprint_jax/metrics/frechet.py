@@ -32,8 +32,11 @@ def distance(a: Moments, b: Moments) -> float:
     Source: Heusel et al., arXiv 1706.08500. The symmetric form has no imaginary parts and needs no added
     diagonal where a covariance is singular, as it is with fewer pictures than features.
     """
-    root, _ = _root(a.sigma)
-    cross = np.sqrt(np.linalg.eigvalsh(root @ b.sigma @ root).clip(0)).sum()
+    return _distance(a, b, _root(b.sigma))
+
+
+def _distance(a: Moments, b: Moments, root_b: np.ndarray) -> float:
+    cross = np.sqrt(np.linalg.eigvalsh(root_b @ a.sigma @ root_b).clip(0)).sum()
     return _assemble(a.mu - b.mu, np.trace(a.sigma), np.trace(b.sigma), cross)
 
 
@@ -61,11 +64,10 @@ def _assemble(gap: np.ndarray, trace_a: float, trace_b: float, cross: float) -> 
     return max(float(gap @ gap + trace_a + trace_b - 2 * cross), 0.0)
 
 
-def _root(sigma: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Returns the square root of a covariance, and its eigenvalues."""
+def _root(sigma: np.ndarray) -> np.ndarray:
+    """Returns the square root of a covariance."""
     values, vectors = np.linalg.eigh(sigma)
-    values = values.clip(0)
-    return (vectors * np.sqrt(values)) @ vectors.T, values
+    return (vectors * np.sqrt(values.clip(0))) @ vectors.T
 
 
 def distance_with_error(
@@ -84,22 +86,25 @@ def distance_with_error(
       b: features [M, D] that these are of, or None for a reference that is taken as it is.
     """
     moments_a = moments(a)
-    error = _influence(np.asarray(a, np.float64), moments_a, moments_b)
-    value = distance(moments_a, moments_b)
+    traces = np.trace(moments_a.sigma), np.trace(moments_b.sigma)
+    error, cross = _influence(np.asarray(a, np.float64), moments_a, moments_b)
+    value = _assemble(moments_a.mu - moments_b.mu, *traces, cross)
     if b is not None:
-        error = np.hypot(error, _influence(np.asarray(b, np.float64), moments_b, moments_a))
+        other, _ = _influence(np.asarray(b, np.float64), moments_b, moments_a)
+        error = np.hypot(error, other)
     return value, float(error)
 
 
-def _influence(x: np.ndarray, own: Moments, other: Moments) -> float:
-    """Returns the standard deviation over sqrt(N) of what each row of x changes."""
-    root, _ = _root(other.sigma)
+def _influence(x: np.ndarray, own: Moments, other: Moments) -> tuple[float, float]:
+    """Returns the standard deviation over sqrt(N) of what each row of x changes, and the last trace."""
+    root = _root(other.sigma)
     values, vectors = np.linalg.eigh(root @ own.sigma @ root)
     kept = values > SINGULAR * max(values[-1], 0)
     side = root @ vectors[:, kept] / values[kept] ** 0.25
     gap = x - own.mu
     changes = 2 * gap @ (own.mu - other.mu) + np.square(gap).sum(1) - np.square(gap @ side).sum(1)
-    return float(changes.std(ddof=1) / len(x) ** 0.5) if len(x) > 1 else np.nan
+    error = changes.std(ddof=1) / len(x) ** 0.5 if len(x) > 1 else np.nan
+    return float(error), np.sqrt(values.clip(0)).sum()
 
 
 def infinity(
@@ -119,7 +124,8 @@ def infinity(
     sizes = np.linspace(least, count, points).astype(int)
     generator = np.random.default_rng(seed)
     chosen = (a[generator.choice(count, size, replace=False)] for size in sizes)
-    values = np.array([distance(moments(rows), moments_b) for rows in chosen])
+    root = _root(moments_b.sigma)
+    values = np.array([_distance(moments(rows), moments_b, root) for rows in chosen])
     design = np.stack([np.ones(points), 1 / sizes], 1)
     line, rest, _, _ = np.linalg.lstsq(design, values)
     variance = rest[0] / (points - 2) if len(rest) and points > 2 else np.nan

@@ -4,7 +4,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-ROWS = 4096  # of a kernel matrix that are held at once
+ROWS = 1024  # of a kernel matrix that are held at once
 
 
 class Kid(NamedTuple):
@@ -18,7 +18,8 @@ class Kid(NamedTuple):
 
 def cubic(x: np.ndarray, y: np.ndarray) -> np.ndarray:
     """KID's kernel (x y / D + 1)^3 of [N, D] and [M, D]: [N, M] float64."""
-    return (x @ y.T / x.shape[1] + 1) ** 3
+    base = x @ y.T / x.shape[1] + 1
+    return base * base * base
 
 
 def unbiased_mmd(x: np.ndarray, y: np.ndarray) -> float:
@@ -44,24 +45,28 @@ def kid(
     for _ in range(subsets):
         rows = [random.choice(len(x), size, replace=False) for x in (a, b)]
         values.append(unbiased_mmd(a[rows[0]], b[rows[1]]))
-    within_a, across_a = _mean_rows(a, a, True), _mean_rows(a, b)
-    within_b, across_b = _mean_rows(b, b, True), _mean_rows(b, a)
+    within_a, within_b = _within(a), _within(b)
+    across_a, across_b = _across(a, b)
     value = within_a.mean() + within_b.mean() - 2 * across_a.mean()
-    parts = (
-        2 * (within - across) for within, across in ((within_a, across_a), (within_b, across_b))
-    )
+    parts = 2 * (within_a - across_a), 2 * (within_b - across_b)
     error = np.sqrt(sum(part.var(ddof=1) / len(part) for part in parts))
     return Kid(float(value), float(error), float(np.mean(values)), float(np.std(values)))
 
 
-def _mean_rows(x: np.ndarray, y: np.ndarray, same: bool = False) -> np.ndarray:
-    """Returns the mean kernel of each row of x with those of y, without itself if they are the same."""
-    sums = np.concatenate(
-        [cubic(x[start : start + ROWS], y).sum(1) for start in range(0, len(x), ROWS)]
-    )
-    if not same:
-        return sums / len(y)
-    return (sums - (np.square(x).sum(1) / x.shape[1] + 1) ** 3) / (len(y) - 1)
+def _across(x: np.ndarray, y: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Returns the mean kernel of each row of x with those of y, and of each row of y with those of x."""
+    rows, columns = [], np.zeros(len(y))
+    for start in range(0, len(x), ROWS):
+        block = cubic(x[start : start + ROWS], y)
+        rows.append(block.mean(1))
+        columns += block.sum(0)
+    return np.concatenate(rows), columns / len(x)
+
+
+def _within(x: np.ndarray) -> np.ndarray:
+    """Returns the mean kernel of each row with the others."""
+    own = (np.square(x).sum(1) / x.shape[1] + 1) ** 3
+    return (_across(x, x)[0] * len(x) - own) / (len(x) - 1)
 
 
 def cmmd(

@@ -77,6 +77,10 @@ def _stem(name: str) -> str:
     return name.rpartition("/")[2].rpartition(".")[0]
 
 
+def _parent(name: str) -> str:
+    return name.rpartition("/")[0].rpartition("/")[2]
+
+
 def read_prompts(path: AnyPath) -> dict[str, str] | list[str]:
     """Reads sentences: MJHQ's ``meta_data.json``, by the stems of pictures, or a text file, one in each line.
 
@@ -86,11 +90,8 @@ def read_prompts(path: AnyPath) -> dict[str, str] | list[str]:
     try:
         text = path.read_text(encoding="utf-8")
         if path.suffix == ".json":
-            rows = json.loads(text)
-            return {
-                key: row["prompt"] if isinstance(row, dict) else str(row)
-                for key, row in rows.items()
-            }
+            rows = sorted(json.loads(text).items())
+            return {key: row["prompt"] if isinstance(row, dict) else str(row) for key, row in rows}
     except (OSError, ValueError, KeyError, AttributeError) as error:
         wanted = (
             'an object of {KEY: {"prompt": ...}}' if path.suffix == ".json" else "lines of text"
@@ -102,19 +103,26 @@ def read_prompts(path: AnyPath) -> dict[str, str] | list[str]:
     return prompts
 
 
+def first_prompts(prompts: dict[str, str] | list[str], count: int | None):
+    """Returns the first ``count`` prompts, or all."""
+    return dict(list(prompts.items())[:count]) if isinstance(prompts, dict) else prompts[:count]
+
+
 def prompts_of(pictures: Pictures, prompts: dict[str, str] | list[str]) -> list[str]:
     """Returns the sentence of each picture.
 
-    A list is in the order of the pictures, each sentence for equally many that follow each other.
+    Those with keys belong to the picture KEY.png, or to all in a folder KEY. A list is in the order of the
+    pictures, each sentence for equally many that follow each other.
 
     Raises:
       UserError: a picture has none, or their numbers do not fit.
     """
     if isinstance(prompts, dict):
-        missing = [name for name in pictures.names if _stem(name) not in prompts]
-        if missing:
-            raise UserError(f"--prompts has no key {_stem(missing[0])!r} for {missing[0]}")
-        return [prompts[_stem(name)] for name in pictures.names]
+        keys = [_stem(name) if _stem(name) in prompts else _parent(name) for name in pictures.names]
+        for name, key in zip(pictures.names, keys, strict=True):
+            if key not in prompts:
+                raise UserError(f"--prompts has no key {_stem(name)!r} for {name}")
+        return [prompts[key] for key in keys]
     each, rest = divmod(len(pictures.names), len(prompts))
     if rest or not each:
         raise UserError(f"--prompts has {len(prompts)} lines for {len(pictures.names)} pictures")

@@ -2,7 +2,7 @@
 
 import numpy as np
 
-ROWS = 2048  # of a table of distances that are held at once
+ROWS = 1024  # of a table of distances that are held at once
 
 
 def prdc(real: np.ndarray, fake: np.ndarray, neighbours: int = 3) -> dict[str, dict[str, float]]:

@@ -15,6 +15,7 @@ from sprint_jax import evaluate
 from sprint_jax.core.errors import UserError
 from sprint_jax.metrics import drawing, evaluation, features, frechet, protocols, report
 from sprint_jax.metrics.geneval_prompts import make_prompts
+from sprint_jax.metrics.pictures import open_pictures, prompts_of
 from sprint_jax.pipeline import Request
 
 pytestmark = pytest.mark.usefixtures("quick")
@@ -120,7 +121,7 @@ def test_damaged_parts_of_features_are_made_again(root, written):
 
 
 def test_no_metrics_leave_a_report_of_the_pictures_alone(root, tmp_path):
-    evaluate.main(words(root, tmp_path / "r.json", metrics="none"))
+    evaluate.main(words(root, tmp_path / "r.json", metrics="none", count=COUNT))
     found = json.loads((tmp_path / "r.json").read_text())
     assert found["metrics"] == found["throughput"] == {} and found["protocol"]["count"] == COUNT
 
@@ -164,7 +165,7 @@ def test_statistics_are_read_and_written_as_pytorch_fid_does(tmp_path):
         (dict(metrics="fid"), ["--inception", "pt_inception-2015-12-05-6726825d.pth"]),
         (dict(metrics="geneval"), ["--boxes"]),
         (dict(pictures="nowhere"), ["nowhere"]),
-        (dict(count=COUNT + 1), [str(COUNT)]),
+        (dict(count=COUNT + 1), [f"has {COUNT} pictures", f"{COUNT + 1} are asked for"]),
         (dict(clip="nothing"), ["nothing"]),
         (dict(model="x"), ["--model", "--pictures"]),
         (dict(prompts="nowhere.txt"), ["nowhere.txt"]),
@@ -209,7 +210,13 @@ def test_pictures_are_drawn_once_whatever_was_there(tmp_path):
     requests = make_prompts(count=1)
     plan = drawing.plan_geneval(requests)
     assert len(plan.names) == 24 and plan.names[5] == "00001/samples/00001"
-    assert drawing.plan_prompts({"k": "x", "a": "y"}) == (["a", "k"], ["y", "x"])
+    keyed = {"k": "x", "a": "y"}
+    assert drawing.plan_prompts(keyed) == (["a", "k"], ["y", "x"])
+    several = drawing.plan_prompts(keyed, each=2)
+    drawing.draw(several, tmp_path / "k", pipe, base, "jpeg 75", {})
+    assert prompts_of(open_pictures(tmp_path / "k"), keyed) == several.prompts == list("yyxx")
+    with pytest.raises(UserError, match=r"no key '00000' for a/00000\.jpg"):
+        prompts_of(open_pictures(tmp_path / "k"), {"k": "x"})
     drawing.write_geneval_metadata(tmp_path, requests)
     assert json.loads((tmp_path / "00003" / "metadata.jsonl").read_text()) == requests[3]
 

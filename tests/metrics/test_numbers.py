@@ -44,6 +44,7 @@ def test_frechet_error_is_that_of_fresh_pictures():
     value, error = frechet.distance_with_error(draw(400), reference)
     assert error == pytest.approx(np.std(values), rel=0.25)
     assert abs(value - np.mean(values)) < 4 * error
+    assert value == pytest.approx(frechet.distance(frechet.moments(draw(400)), reference))
     both = frechet.distance_with_error(draw(400), reference, draw(400, shift=0.3, seed=1))[1]
     assert both > 1.2 * error
 
