@@ -108,6 +108,7 @@ def evaluate(
             count=len(ours.names),
             formats=ours.formats,
             reference=mark,
+            prompts=None if prompts is None else digest(prompts),
         ),
         "metrics": numbers,
         "throughput": timings,
@@ -131,9 +132,10 @@ def _all_features(
         sides += [(found[1], "reference", theirs)] if reference and theirs else []
         for rows, side, pictures in sides:
             inputs = features.view_pictures(pictures, view)
+            how["label"] = f"{name} of {side}"
             rows[name], timing = features.extract(network, inputs, job.cache, **how)
             if timing.rows:
-                timings[f"{name} of {side}"] = {
+                timings[how["label"]] = {
                     "pictures_per_second": timing.rows / timing.seconds,
                     "waited_for_pictures": timing.waiting / timing.seconds,
                 }
@@ -147,8 +149,8 @@ def _all_features(
         network, views["clip"], text, tokens = loaded
         take("clip", network, views["clip"], False)
         if text is not None:
-            rows, _ = features.extract(text, features.list_rows(tokens), job.cache, **how)
-            found[0]["text"] = rows
+            inputs, how["label"] = features.list_rows(tokens), "text"
+            found[0]["text"], _ = features.extract(text, inputs, job.cache, **how)
     if "cmmd" in wanted:
         network, views["cmmd"] = networks.load_cmmd_network(job.places.clip336, job.protocol)
         take("cmmd", network, views["cmmd"], True)

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
+from ..core.errors import UserError
 from ..core.files import write_atomic
 from ..core.fingerprint import digest, fingerprint
 from ..core.progress import Progress
@@ -69,6 +70,7 @@ def extract(
     batch: int = 32,
     threads: int = 8,
     peers: Any = None,
+    label: str = "",
 ) -> tuple[np.ndarray, Timing]:
     """Computes the features of all rows, or reads those that are on disk.
 
@@ -81,9 +83,13 @@ def extract(
       batch: rows at once; rounded up to a multiple of the devices.
       threads: that read rows while the network runs.
       peers: the other processes, `parallel.peers.Peers`.
+      label: of this call among those of a run.
 
     Returns:
       [count, D] float32, and what it took.
+
+    Raises:
+      UserError: what another process computed is not seen here.
     """
     place = folder / f"{network.name}-{digest([network.weights, inputs.identity, PART])[:16]}"
     make_folder(place)
@@ -94,11 +100,11 @@ def extract(
     if todo:
         timing = _compute(network, inputs, place, todo, batch, threads, peers)
     if peers is not None:
-        peers.meet(f"features/{place.name}")
+        peers.meet(f"features/{label}/{place.name}")
     found = [_read(place, part, inputs.count) for part in parts]
     if any(rows is None for rows in found):
         missing = next(part for part, rows in zip(parts, found, strict=True) if rows is None)
-        raise FileNotFoundError(f"{place / _name(missing)}: do all hosts see this folder?")
+        raise UserError(f"{place / _name(missing)} is missing: do all hosts see this folder?")
     return np.concatenate(found), timing
 
 

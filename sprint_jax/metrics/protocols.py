@@ -61,6 +61,8 @@ def _plain(view: View) -> dict[str, Any]:
 def check_same(reports: dict[str, dict[str, Any]]) -> None:
     """Refuses reports that no common table can hold.
 
+    A network, reference or prompts that only one of two reports used are no difference.
+
     Args:
       reports: by name; each has a ``protocol`` of `describe`.
 
@@ -69,7 +71,18 @@ def check_same(reports: dict[str, dict[str, Any]]) -> None:
     """
     (first, base), *others = reports.items()
     for name, report in others:
-        for key, one, two in differences(base["protocol"], report["protocol"]):
-            raise UserError(
-                f"{first} and {name} cannot be compared: protocol.{key} is {one!r} there and {two!r} here"
-            )
+        pair = _shared(base["protocol"], report["protocol"])
+        for key, one, two in differences(*pair):
+            where = f"protocol.{key} is {one!r} there and {two!r} here"
+            raise UserError(f"{first} and {name} cannot be compared: {where}")
+
+
+def _shared(one: dict[str, Any], two: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    one, two = dict(one), dict(two)
+    for key in ("reference", "prompts"):
+        if None in (one.get(key), two.get(key)):
+            one[key] = two[key] = None
+    for key in ("views", "weights"):
+        both = one.get(key, {}).keys() & two.get(key, {}).keys()
+        one[key], two[key] = ({name: each[key][name] for name in both} for each in (one, two))
+    return one, two

@@ -104,11 +104,22 @@ def test_reports_of_one_protocol_share_a_table_and_others_do_not(root, written, 
 
 
 @pytest.mark.parametrize(
-    ("key", "value"), [("count", 11), ("seed", 1), ("format", "png"), ("formats", {"jpg": 12})]
+    ("key", "value"),
+    [("count", 11), ("seed", 1), ("format", "png"), ("formats", {"jpg": 12}), ("prompts", "0")],
 )
 def test_any_difference_of_protocols_is_found(written, key, value):
     other = written | {"protocol": written["protocol"] | {key: value}}
     with pytest.raises(UserError, match=f"protocol.{key}"):
+        protocols.check_same({"a": written, "b": other})
+
+
+def test_what_only_one_report_used_is_no_difference(written):
+    protocol = written["protocol"]
+    less = {key: {"clip": protocol[key]["clip"]} for key in ("views", "weights")}
+    other = {"protocol": protocol | less | {"reference": None}}
+    protocols.check_same({"a": written, "b": other, "c": written})
+    other["protocol"]["weights"]["clip"] = "0" * 64
+    with pytest.raises(UserError, match=r"a and b cannot be compared: protocol\.weights\.clip"):
         protocols.check_same({"a": written, "b": other})
 
 

@@ -3,8 +3,10 @@
 import numpy as np
 import pytest
 
-from sprint_jax.metrics import clip_score, diversity, frechet, kernel
+from sprint_jax.core.errors import UserError
+from sprint_jax.metrics import clip_score, diversity, frechet, kernel, measures
 from sprint_jax.metrics.prdc import prdc
+from sprint_jax.metrics.protocols import PROTOCOLS
 
 
 def draw(count, width=6, shift=0.0, seed=0, scale=1.0):
@@ -114,3 +116,28 @@ def test_diversity_of_equal_and_of_orthogonal_pictures():
     ) == pytest.approx(1)
     sure = 50 * np.eye(4)[np.arange(40) % 4]
     assert diversity.inception_score(sure, splits=1)[0] == pytest.approx(4)
+
+
+def test_measures_take_the_pool_and_the_logits_from_where_they_stand(monkeypatch):
+    monkeypatch.setattr(measures, "POOL", 6)
+    ours = np.concatenate([draw(60, shift=0.5), draw(60, 3, seed=5)], axis=1)
+    theirs = np.concatenate([draw(70, seed=1), np.full((70, 3), np.nan)], axis=1)
+    a, b = ours[:, :6], theirs[:, :6]
+    known = frechet.moments(b)
+    names = ["fid", "fid_infinity", "kid", "prdc", "is"]
+    protocol = PROTOCOLS["clean-fid"]
+    found = measures.Features({"inception": ours}, {"inception": theirs}, known, None)
+    numbers = measures.measure(names, found, protocol)
+    assert list(numbers) == names
+    assert numbers["fid"]["value"] == pytest.approx(frechet.frechet(a, b))
+    assert numbers["fid_infinity"]["curve"]["sizes"][-1] == 60
+    assert numbers["kid"]["subset_mean"] == kernel.kid(a, b).mean
+    assert numbers["prdc"]["parts"] == prdc(b, a, 5)
+    assert numbers["is"]["value"] == diversity.inception_score(ours[:, 6:])[0]
+    # Against statistics alone the reference has no error of its own.
+    alone = found._replace(reference={})
+    error = measures.measure(["fid"], alone, protocol)["fid"]["standard_error"]
+    assert error < numbers["fid"]["standard_error"]
+    few = found._replace(pictures={"inception": ours[:5]})
+    with pytest.raises(UserError, match="5 pictures are too few for prdc: at least 6"):
+        measures.measure(["prdc"], few, protocol)
