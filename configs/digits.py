@@ -9,9 +9,9 @@ Words: ``teacher`` or ``student``; ``full`` (8x16 pixels, one or two digits, Gen
 keeps the student's losses those of SANA-Sprint, sCM and LADD, as in ``large``, where others were found better.
 
 The full world took 46 minutes for the teacher and 131 for the student, each on one of two CPU cores. On 1,000
-held-out prompts the teacher was right for 96.4 % in 20 steps, the student for 79.0, 89.0, 93.4 and 94.8 % in 1, 2,
-3 and 4. In the small world it was 5 minutes and 6.5, both cores: 93.0 %, and 72.0, 88.2, 92.0
-and 95.0 %, on 400 prompts.
+held-out prompts the teacher was right for 96.4 % in 20 steps, the student for 79.0, 89.0, 93.4 and 94.8 % in
+1, 2, 3 and 4. In the small world it was 5 minutes and 6.5, both cores: 93.0 %, and 72.0, 88.2, 92.0 and 95.0 %,
+on 400 prompts.
 """
 
 from configs import default
@@ -94,7 +94,7 @@ def sweep_lr():
 
 
 def sweep_losses():
-    """Students with ``sprint``: does sCM with LADD beat either alone? Judge them by `evaluate`: totals do not compare."""
+    """Students, ``sprint``: does sCM with LADD beat either alone? `evaluate` judges: totals do not compare."""
     return chain([{}], sweep("ladd.weight", [0.0]), sweep("scm.weight", [0.0]))
 
 

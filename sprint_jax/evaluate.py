@@ -1,99 +1,185 @@
-"""Measures how well a student or a teacher of the digits world draws what prompts ask for.
+"""Measures pictures: any folder of them, those that a model draws, and models of the digits world.
 
+    python -m sprint_jax.evaluate --pictures DIR --reference DIR --metrics fid,kid,prdc --protocol clean-fid \
+        --inception pt_inception-2015-12-05-6726825d.pth --out report.json
+    python -m sprint_jax.evaluate --model MODEL --prompts meta_data.json --reference imgs --metrics fid,clip \
+        --protocol sana --inception FILE --steps 2 --out report.json
+    python -m sprint_jax.evaluate --compare a.json b.json
     python -m sprint_jax.evaluate --model runs/student --teacher runs/teacher --out report.json
 
-A teacher is sampled with classifier-free guidance in 20 steps of DPM-Solver++, and for comparison
-in 50, 2 and 1 steps of Euler's method; a student in 1, 2, 3 and 4 steps. Prompts are held out, and
-the same for all; picture i starts from the same noise everywhere. A network with a control branch is also
-given sketches: right, shuffled and empty ones at scales 0, 0.5 and 1. Writes the numbers to report.json
-and a sheet of pictures beside it, report.png.
+Every number is written with its standard error and the protocol that it depends on, to report.json, .md and
+.html. The same line goes on after an interruption: features, and pictures that a model draws, are kept in
+--cache. Several processes with --distributed share one such folder.
+
+Without --metrics a model of the digits world is judged: a teacher in 20 steps of DPM-Solver++ with guidance,
+and for comparison by Euler's method; a student in 1, 2, 3 and 4 steps. Prompts are held out, and the same for
+all; picture i starts from the same noise everywhere. A network with a control branch is also given sketches,
+right, shuffled and empty ones at scales 0, 0.5 and 1. report.png shows pictures.
 """
 
 import argparse
 import shlex
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 
 from .checkpoints.workdir import read_workdir_config
 from .core import cli
 from .core.errors import UserError
-from .core.files import check_writable, without_nan, write_json_atomic
+from .core.files import check_writable
+from .core.fingerprint import fingerprint
 from .core.ranges import COUNT, GUIDANCE, SEED
 from .core.schema import check, optional, whole
 from .core.storage import AnyPath, as_path, in_bucket
-from .digits.evaluation import (
-    SHEET_SIZE,
-    draw_and_measure,
-    measure_sketches,
-    print_table,
-    student_runs,
-    teacher_runs,
-    write_sheet,
-)
-from .digits.report import (
-    judge_goals,
-    make_yardsticks,
-    measure_real,
-)
+from .digits.evaluation import SHEET_SIZE, judge_models
 from .digits.worlds import get_world
+from .metrics import drawing, evaluation
+from .metrics.geneval_prompts import make_prompts
+from .metrics.measures import NEEDS
+from .metrics.networks import Places
+from .metrics.pictures import first_prompts, read_prompts
+from .metrics.protocols import PROTOCOLS
+from .metrics.report import compare, markdown
+from .parallel import distributed
 from .pipeline import Request, SprintPipeline
 
 
 def main(argv: list[str]) -> None:
     """The command; ``argv`` are its words. Raises UserError for what cannot be measured."""
     flags = _parser().parse_args(argv)
+    command = "python -m sprint_jax.evaluate " + shlex.join(argv)
+    if flags.compare:
+        print(compare([as_path(name) for name in flags.compare]), end="")
+        return
     out = _check(flags)
     cli.use_compilation_cache()
+    if flags.metrics == "digits":
+        _judge_digits(flags, out, command)
+        return
+    with distributed.joined(flags) as peers:
+        _measure_pictures(flags, out, command, peers)
+
+
+def _measure_pictures(flags: argparse.Namespace, out: AnyPath, command: str, peers) -> None:
+    cache = as_path(flags.cache) if flags.cache else out.with_suffix(".cache")
+    check_writable(cache, "--cache")
+    requests = make_prompts()[: flags.count] if flags.prompts == "geneval" else None
+    prompts = requests and [request["prompt"] for request in requests]
+    if flags.prompts and not prompts:
+        prompts = read_prompts(as_path(flags.prompts))
+        if isinstance(prompts, list) or flags.model:
+            prompts = first_prompts(prompts, flags.count)
+    pictures = as_path(flags.pictures) if flags.pictures else cache / "pictures"
+    places = {name: getattr(flags, name) for name in Places._fields if getattr(flags, name)}
+    job = evaluation.Job(
+        pictures=pictures,
+        reference=as_path(flags.reference) if flags.reference else None,
+        metrics=[name for name in flags.metrics.split(",") if name != "none"],
+        protocol=PROTOCOLS[flags.protocol],
+        places=Places(**places),
+        cache=cache,
+        prompts=prompts,
+        boxes=as_path(flags.boxes) if flags.boxes else None,
+        count=None if flags.model else flags.count,
+        batch=flags.batch or 32,
+        command=command,
+    )
+    evaluation.check_job(job)
+    about = _draw(flags, job, requests, peers) if flags.model else {}
+    report = evaluation.evaluate(job, out, peers, about)
+    if jax.process_index() == 0:
+        print(markdown(report), end="")
+        print(f"numbers: {out}, and .md and .html beside it")
+
+
+def _draw(flags: argparse.Namespace, job: evaluation.Job, requests, peers) -> dict[str, Any]:
+    """Draws the pictures of a model that are not there yet; returns what the report says about it."""
+    if job.prompts is None:
+        raise UserError("--model needs --prompts FILE, or --prompts geneval", exit_code=2)
+    height, width = cli.parse_size(flags.size)
+    dtype = None if jax.default_backend() != "cpu" else jnp.float32
+    pipe = SprintPipeline.from_pretrained(flags.model, dtype, flags.params)
+    base = Request(
+        steps=pipe.check_steps(flags.steps),
+        guidance=pipe.guidance if flags.guidance is None else flags.guidance,
+        seed=flags.seed,
+        height=height,
+        width=width,
+        batch_size=flags.batch or 32,
+    )
+    about = {"model": {"path": flags.model, "step": pipe.meta.get("step"), "params": flags.params}}
+    about["model"]["weights"] = fingerprint(pipe.params)
+    each = flags.images_per_prompt or (4 if requests else 1)
+    plan = (
+        drawing.plan_geneval(requests, each)
+        if requests
+        else drawing.plan_prompts(job.prompts, each)
+    )
+    if requests and jax.process_index() == 0:
+        drawing.write_geneval_metadata(job.pictures, requests)
+    drawing.draw(plan, job.pictures, pipe, base, job.protocol.format, about, peers)
+    return about | {"request": drawing.options(base)}
+
+
+def _judge_digits(flags: argparse.Namespace, out: AnyPath, command: str) -> None:
     world = _world(flags)
     student, teacher = _pipelines(flags)
     first = student or teacher
     guidance = first.guidance if flags.guidance is None else flags.guidance
-    sticks = make_yardsticks(world, flags.count, flags.seed)
-    runs = teacher_runs(teacher) + student_runs(student)
-    base = Request(guidance=guidance, seed=flags.seed, batch_size=flags.batch)
-    results, pictures = draw_and_measure(sticks, runs, base)
-    report = {
-        "command": "python -m sprint_jax.evaluate " + shlex.join(argv),
-        "world": world,
-        "guidance": guidance,
-        "seed": flags.seed,
+    base = Request(guidance=guidance, seed=flags.seed, batch_size=flags.batch or 250)
+    about = {
+        "command": command,
         "params": flags.params,
         "model": _origin(flags.model, first),
         "teacher": _origin(flags.teacher, teacher) if flags.teacher else None,
-        "real": measure_real(sticks, flags.seed),
-        "runs": results,
-        "sketches": measure_sketches(sticks, runs, base),
-        "goals": judge_goals(results),
     }
-    write_json_atomic(out, without_nan(report))
-    sheet = out.with_suffix(".png")
-    write_sheet(sheet, sticks, flags.seed, pictures)
-    print_table(report)
-    print(f"numbers: {out}\npictures: {sheet}")
+    judge_models(out, world, student, teacher, base, flags.count or 1000, about)
 
 
 def _parser() -> cli.Parser:
     parser = cli.make_parser("evaluate", __doc__)
     add = parser.add_argument
-    add("--model", required=True, metavar="DIR", help="workdir of a student or a teacher")
-    add("--teacher", metavar="DIR", help="workdir to compare a student with")
-    add("--metrics", default="digits", metavar="LIST", help="digits (the only ones so far)")
-    add("--out", required=True, metavar="FILE.json", help="the report")
-    add("--count", type=int, default=1000, metavar="N", help="prompts (default 1000)")
-    add("--batch", type=int, default=250, metavar="N", help="pictures at once (default 250)")
+    add("--model", metavar="DIR", help="a workdir, a diffusers folder or a hub id, which draws")
+    add("--teacher", metavar="DIR", help="digits: workdir to compare a student with")
+    add("--pictures", metavar="DIR", help="a folder of pictures, instead of a model")
+    add("--reference", metavar="PATH", help="a folder of real pictures, or a .npz of mu and sigma")
+    add("--metrics", default="digits", metavar="LIST", help=f"digits, or of {', '.join(NEEDS)}")
+    add("--protocol", choices=PROTOCOLS, default="sana", help="whose choices (default sana)")
+    prompts = "lines of text, MJHQ's meta_data.json, or the word geneval"
+    add("--prompts", metavar="FILE", help=prompts)
+    add("--inception", metavar="FILE", help="weights of pytorch-fid's Inception-v3")
+    for name, what in (("clip", "CLIP"), ("clip336", "the CLIP of cmmd"), ("dinov2", "DINOv2")):
+        usual = Places._field_defaults[name]
+        add(f"--{name}", metavar="PATH", help=f"weights of {what}, or a hub id ({usual})")
+    add("--boxes", metavar="FILE", help="results.jsonl of GenEval's detector")
+    add("--out", metavar="FILE.json", help="the report")
+    add("--cache", metavar="DIR", help="of features and drawn pictures (default: beside --out)")
+    add("--compare", nargs="+", metavar="REPORT", help="print a common table of reports, no more")
+    add("--count", type=int, metavar="N", help="first pictures or prompts (all); digits: 1000")
+    add("--batch", type=int, metavar="N", help="pictures at once (default 32; digits 250)")
+    add("--steps", type=int, metavar="N", help="of --model (default: as sample)")
     add("--guidance", type=float, metavar="G", help="CFG scale (default: as in training)")
+    add("--size", metavar="HxW", help="of drawn pictures, in pixels (default: as in training)")
+    add("--images-per-prompt", type=int, metavar="N", help="drawn (default 1; geneval 4)")
     add("--seed", type=int, default=0, metavar="S", help="of prompts and noise (default 0)")
     add("--params", choices=("ema", "raw"), default="ema", help="which weights (default ema)")
+    distributed.add_flags(parser)
     return parser
 
 
 def _check(flags: argparse.Namespace) -> AnyPath:
     """The path of the report, once everything that needs no network is known to be in order."""
-    if flags.metrics != "digits":
-        raise UserError(f"--metrics {flags.metrics}: this version has digits only", exit_code=2)
-    kinds = {"count": whole(SHEET_SIZE, 10**6), "guidance": optional(GUIDANCE)}
-    kinds |= {"batch": COUNT, "seed": SEED}
+    if flags.out is None:
+        raise UserError("--out FILE.json is missing", exit_code=2)
+    digits = flags.metrics == "digits"
+    if digits and flags.distributed:
+        raise UserError("--metrics digits is for one process: leave out --distributed", exit_code=2)
+    if (flags.model is None) == (flags.pictures is None) or (digits and flags.model is None):
+        raise UserError(f"give --model DIR{'' if digits else ' or --pictures DIR, one of them'}", 2)
+    count = whole(SHEET_SIZE if digits else 1, 10**6)
+    kinds = {"count": optional(count), "guidance": optional(GUIDANCE), "batch": optional(COUNT)}
+    kinds |= {"seed": SEED, "images_per_prompt": optional(COUNT)}
     check(vars(flags), kinds, "--", exit_code=2)
     out = as_path(flags.out)
     if out.suffix != ".json":

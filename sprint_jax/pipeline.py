@@ -164,7 +164,8 @@ class SprintPipeline:
         finish = functools.partial(resize_and_crop, height=asked[0], width=asked[1])
         for indices in batch_rows(count, request.batch_size):
             text, mask = self.encode_text([prompts[i] for i in indices])
-            noise, step_noise = self.draw_noise(request.seed, indices, shape, steps_run)
+            numbers = request.first + indices
+            noise, step_noise = self.draw_noise(request.seed, numbers, shape, steps_run)
             if pixels is not None:
                 encode, area = self.autoencoder.encode, pixels.shape[1] * pixels.shape[2]
                 options["start"] = jnp.concatenate(map_pictures(encode, pixels[indices], area))

@@ -27,10 +27,10 @@ from .encoders.conditions import Conditions, load_conditions
 from .pipeline import Request, SprintPipeline
 from .sampling import SOLVERS
 
-# Fields of a request whose flag has another name, or is read first.
 # Maps that HED makes of photos: the kinds of `encoders.conditions`.
 MADE = {"hed": "hed", "photo": "scribble"}
-OTHERWISE = {"height", "width", "image", "control", "batch_size"}
+# Fields of a request whose flag has another name, is read first, or is not there.
+OTHERWISE = {"height", "width", "image", "control", "batch_size", "first"}
 
 
 def main(argv: list[str]) -> None:

@@ -82,6 +82,7 @@ REQUEST = dict(
     height=optional(whole(1, 2**13)),
     width=optional(whole(1, 2**13)),
     images_per_prompt=whole(1, 10**5),
+    first=whole(0, 2**31 - 1),
     strength=number(above=0, high=1),
     control_scale=number(-100, 100),
     negative=TEXT,

@@ -17,6 +17,7 @@ class Request:
       seed: picture i of the result depends on (seed, i) and its prompt, on no other picture.
       height, width: in pixels; default the size of the training pictures.
       images_per_prompt: pictures of one prompt follow each other in the result.
+      first: the number of the first picture, to draw a part of a larger request.
       image: to start from instead of noise, one for all or one for each picture of the result; students
         only. See `core.pixels.to_pixels`.
       strength: how much of ``image`` may change, above 0 and at most 1, where it is ignored. See
@@ -41,6 +42,7 @@ class Request:
     height: int | None = None
     width: int | None = None
     images_per_prompt: int = 1
+    first: int = 0
     image: Any = None
     strength: float = 0.6
     control: Any = None

@@ -7,10 +7,20 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from ..core.files import without_nan, write_json_atomic
 from ..core.pixels import to_bytes
 from ..core.progress import Progress
 from ..core.sheet import Cell, draw_sheet, save_picture
-from .report import FRECHET_MINIMUM, Yardsticks, measure, number
+from ..core.storage import AnyPath
+from .report import (
+    FRECHET_MINIMUM,
+    Yardsticks,
+    judge_goals,
+    make_yardsticks,
+    measure,
+    measure_real,
+    number,
+)
 from .scenes import draw_images
 from .sketches import measure_control
 
@@ -33,6 +43,37 @@ class Run(NamedTuple):
     def calls(self) -> int:
         """Network evaluations of one picture; a teacher's guidance doubles them."""
         return self.steps * (1 if self.pipe.is_student else 2)
+
+
+def judge_models(
+    out: AnyPath, world: str, student: Any, teacher: Any, base: Any, count: int, about: dict
+) -> None:
+    """Judges a student, a teacher or both, writes the report and a sheet of pictures, and prints numbers.
+
+    Args:
+      out: the report's .json file; the sheet is the .png beside it.
+      student, teacher: pipelines, or None.
+      base: a `pipeline.Request`, as of `draw_and_measure`.
+      count: prompts.
+      about: what else the report says.
+    """
+    sticks = make_yardsticks(world, count, base.seed)
+    runs = teacher_runs(teacher) + student_runs(student)
+    results, pictures = draw_and_measure(sticks, runs, base)
+    report = about | {
+        "world": world,
+        "guidance": base.guidance,
+        "seed": base.seed,
+        "real": measure_real(sticks, base.seed),
+        "runs": results,
+        "sketches": measure_sketches(sticks, runs, base),
+        "goals": judge_goals(results),
+    }
+    write_json_atomic(out, without_nan(report))
+    sheet = out.with_suffix(".png")
+    write_sheet(sheet, sticks, base.seed, pictures)
+    print_table(report)
+    print(f"numbers: {out}\npictures: {sheet}")
 
 
 def draw_and_measure(

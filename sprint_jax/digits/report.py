@@ -4,6 +4,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from .detector import geneval_scores
 from .judge import (
     Judge,
     PixelFeatures,
@@ -68,13 +69,14 @@ def measure(
       grouped: uint8 for all of ``sticks.grouped``, or None to leave out diversity.
 
     Returns:
-      ``accuracy`` (overall and by category), ``unreadable``, ``frechet`` and ``diversity``, None where not
-      measured; and bool [N], whether each picture is right.
+      ``accuracy`` (overall and by category), ``geneval`` (by GenEval's laxer rules), ``unreadable``,
+      ``frechet`` and ``diversity``, None where not measured; and bool [N], whether each picture is right.
     """
     prompts, world, images = sticks.prompts[: len(images)], sticks.world, to_float(images)
     readings = sticks.judge.read(images)
     result = {
         "accuracy": prompt_accuracy(readings, prompts, world),
+        "geneval": geneval_scores(readings, prompts, world),
         "unreadable": binomial("share", [not reading.readable for reading in readings]),
         "frechet": None,
         "diversity": None,

@@ -43,10 +43,11 @@ class Tensors(NamedTuple):
     read: Callable[[str], np.ndarray]
 
 
-def open_safetensors(path: Path, stem: str = "model") -> Tensors:
+def open_safetensors(path: Path, stem: str = "model", ignore: str | None = None) -> Tensors:
     """Opens a safetensors file, or a folder's ``stem``.safetensors or ``stem``.safetensors.index.json.
 
-    A folder without these may have the ``bf16`` or ``fp16`` variant alone, as some hub repositories do.
+    A folder without these may have the ``bf16`` or ``fp16`` variant alone, as some hub repositories do. What
+    matches the pattern ``ignore`` is left out.
 
     Raises:
       UserError: a file is missing, cut short or no safetensors, a name is in two files, or a tensor is
@@ -57,6 +58,8 @@ def open_safetensors(path: Path, stem: str = "model") -> Tensors:
     for file in [path] if path.is_file() else _weight_files(path, stem):
         with _open(file) as opened:
             for name in opened.keys():  # noqa: SIM118 - not a dict
+                if ignore and re.fullmatch(ignore, name):
+                    continue
                 if name in where:
                     raise UserError(f"{file}: tensor {name} is in another file as well")
                 tensor = opened.get_slice(name)
@@ -96,12 +99,13 @@ def _weight_files(folder: Path, stem: str) -> list[Path]:
     return [folder / f"{stem}.safetensors"]
 
 
-def open_torch(path: Path, key: str | None = None) -> Tensors:
+def open_torch(path: Path, key: str | None = None, ignore: str | None = None) -> Tensors:
     """Opens a ``.pth`` or ``.pt`` file by torch's weights-only loader, which runs no code.
 
     Args:
       path: the file; mapped, not read at once.
       key: the entry that holds the tensors, e.g. 'state_dict', unless the file is that dict itself.
+      ignore: a pattern of names that are left out.
 
     Raises:
       UserError: torch is not installed; the file is missing, damaged or holds more than tensors; a tensor
@@ -113,6 +117,8 @@ def open_torch(path: Path, key: str | None = None) -> Tensors:
     if not zipfile.is_zipfile(path):
         raise UserError(f"{path} is cut short, or no file that torch 1.6 or newer wrote")
     found = _map_torch(torch, path, key)
+    for name in [name for name in found if ignore and re.fullmatch(ignore, name)]:
+        del found[name]
     for name, value in found.items():
         if not isinstance(value, torch.Tensor):
             raise UserError(f"{path}: entry {name} is no tensor")

@@ -71,10 +71,10 @@ def make_table(
 
     Args:
       shapes: our parameters, or their `jax.eval_shape`.
-      name: ``name(path)``, torch's name of the leaf at a path of keys; below ``stacked``, the second key is
-        the layer's number.
+      name: ``name(path)``, torch's name of the leaf at a path of keys; after ``stacked`` comes the layer's
+        number.
       layout: ``layout(path, shape)`` of the leaf; below ``stacked``, of one layer.
-      stacked: first key of leaves [layers, ...], which are one tensor per layer in torch.
+      stacked: key above leaves [layers, ...], which are one tensor per layer in torch.
 
     Raises:
       ValueError: two leaves have one name.
@@ -82,13 +82,14 @@ def make_table(
     table = {}
     for keys, leaf in jax.tree_util.tree_leaves_with_path(shapes):
         path = tuple(key.key for key in keys)
-        shape, layers = leaf.shape, (None,)
-        if path[0] == stacked:
-            shape, layers = leaf.shape[1:], range(leaf.shape[0])
+        shape, layers, after = leaf.shape, (None,), 0
+        if stacked in path:
+            shape, layers, after = leaf.shape[1:], range(leaf.shape[0]), path.index(stacked) + 1
         between = layout(path, shape)
         torch_shape = between.write(np.broadcast_to(np.float32(0), shape)).shape
         for layer in layers:
-            torch_name = name(path if layer is None else (path[0], str(layer), *path[1:]))
+            middle = () if layer is None else (str(layer),)
+            torch_name = name((*path[:after], *middle, *path[after:]))
             if torch_name in table:
                 raise ValueError(f"two parameters are called {torch_name}")
             table[torch_name] = Entry(path, layer, between, torch_shape)

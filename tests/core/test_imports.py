@@ -26,9 +26,9 @@ MAY_IMPORT = {
     "core": "",
     "models": f"core {METHOD}",
     "parallel": "core",
-    "metrics": "core",
-    "digits": "core metrics",
     "interop": "core models",
+    "metrics": "core interop parallel",
+    "digits": "core metrics",
     "checkpoints": "core models parallel.sharding interop",
     "encoders": "core models parallel.sharding digits interop checkpoints.locate",
     # The version is written into exported files.

@@ -1,0 +1,205 @@
+"""The evaluation of pictures, from folders to a report: features, reference statistics, numbers."""
+
+import hashlib
+import io
+import time
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+
+from ..core.errors import UserError
+from ..core.files import write_atomic
+from ..core.fingerprint import digest
+from ..core.storage import AnyPath, make_folder
+from . import features, geneval, measures, networks, report
+from .frechet import Moments, moments
+from .inception import SIDE
+from .pictures import Pictures, open_pictures, prompts_of
+from .protocols import Protocol, describe
+
+
+class Job(NamedTuple):
+    """What is evaluated.
+
+    Attributes:
+      pictures: their folder.
+      reference: a folder, a .npz file of statistics, or None.
+      metrics: names of `measures.NEEDS`.
+      places: of weights.
+      cache: folder of features and statistics, which all processes see.
+      prompts: of `pictures.read_prompts`, or None.
+      boxes: GenEval's results.jsonl, or None.
+      count: pictures to take from the folder; None for all.
+      batch: pictures at once.
+      command: of the report.
+    """
+
+    pictures: AnyPath
+    reference: AnyPath | None
+    metrics: list[str]
+    protocol: Protocol
+    places: networks.Places
+    cache: AnyPath
+    prompts: Any = None
+    boxes: AnyPath | None = None
+    count: int | None = None
+    batch: int = 32
+    command: str = ""
+
+
+def check_job(job: Job) -> None:
+    """Refuses what can be refused before anything is loaded; see `measures.check_metrics`."""
+    given = {"reference"} if job.reference is not None else set()
+    given |= {"features"} if given and job.reference.suffix != ".npz" else set()
+    measures.check_metrics(job.metrics, given | ({"prompts"} if job.prompts is not None else set()))
+    if "geneval" in job.metrics and job.boxes is None:
+        raise UserError(
+            "--metrics geneval needs --boxes FILE, the results.jsonl that GenEval's evaluate_images.py writes; "
+            "draw the pictures for it with --prompts geneval",
+            exit_code=2,
+        )
+
+
+def evaluate(
+    job: Job, out: AnyPath, peers: Any = None, about: dict | None = None
+) -> dict[str, Any]:
+    """Computes the numbers of a job and writes its report; every process must call it.
+
+    Args:
+      out: of the report, a .json file; .md and .html are written beside it by process 0.
+      about: what else the report says, such as the model that drew the pictures.
+
+    Raises:
+      UserError: something is missing, damaged or too small.
+    """
+    check_job(job)
+    results = geneval.read_results(job.boxes) if job.boxes is not None else None
+    wanted = {name for metric in job.metrics for name in measures.NEEDS[metric].networks}
+    ours = open_pictures(job.pictures, job.count)
+    prompts = None if job.prompts is None else prompts_of(ours, job.prompts)
+    folder_given = job.reference is not None and job.reference.suffix != ".npz"
+    theirs = open_pictures(job.reference) if folder_given else None
+    stored = (
+        read_statistics(job.reference) if job.reference is not None and not folder_given else None
+    )
+    make_folder(job.cache)
+    found, used, views, timings = _all_features(job, wanted, ours, theirs, prompts, peers)
+    protocol = job.protocol._replace(**views)
+    known = _moments(job, found[1], stored, theirs, used)
+    numbers = {}
+    if jax.process_index() == 0:
+        rows = measures.Features(*found, known, prompts)
+        numbers = measures.measure(job.metrics, rows, protocol)
+        if results is not None and "geneval" in job.metrics:
+            pairs = [(result.request, result.correct) for result in results]
+            numbers["geneval"] = {"parts": geneval.summarize(pairs)}
+    weights = {name: network.weights for name, network in used.items()}
+    mark = None if job.reference is None else (theirs.identity if theirs else digest_of(stored))
+    written = {
+        "command": job.command,
+        "made": time.strftime("%Y-%m-%d"),
+        "pictures": {"path": ours.origin, "identity": ours.identity},
+        "reference": None if job.reference is None else str(job.reference),
+        "protocol": describe(
+            protocol,
+            wanted,
+            weights=weights,
+            count=len(ours.names),
+            formats=ours.formats,
+            reference=mark,
+            prompts=None if prompts is None else digest(prompts),
+        ),
+        "metrics": numbers,
+        "throughput": timings,
+    } | (about or {})
+    if jax.process_index() == 0:
+        samples = [ours.read(i) for i in range(min(report.SAMPLES, len(ours.names)))]
+        report.write(out, written, samples, prompts or [""] * len(samples))
+    return written
+
+
+def _all_features(
+    job: Job, wanted: set[str], ours: Pictures, theirs: Pictures | None, prompts, peers
+):
+    """Extracts what the metrics need: ((pictures, reference), networks, views that differ, timings)."""
+    found, used, views, timings = ({}, {}), {}, {}, {}
+    how = dict(batch=job.batch, peers=peers)
+
+    def take(name, network, view, reference):
+        used[name] = network
+        sides = [(found[0], "pictures", ours)]
+        sides += [(found[1], "reference", theirs)] if reference and theirs else []
+        for rows, side, pictures in sides:
+            inputs = features.view_pictures(pictures, view)
+            how["label"] = f"{name} of {side}"
+            rows[name], timing = features.extract(network, inputs, job.cache, **how)
+            if timing.rows:
+                timings[how["label"]] = {
+                    "pictures_per_second": timing.rows / timing.seconds,
+                    "waited_for_pictures": timing.waiting / timing.seconds,
+                }
+
+    if "inception" in wanted:
+        network = networks.load_inception_network(job.places, "is" in job.metrics)
+        take("inception", network, networks.with_side(job.protocol.inception, SIDE), True)
+    if "clip" in wanted:
+        sentences = prompts if "text" in wanted else None
+        loaded = networks.load_clip_networks(job.places.clip, sentences, job.protocol)
+        network, views["clip"], text, tokens = loaded
+        take("clip", network, views["clip"], False)
+        if text is not None:
+            inputs, how["label"] = features.list_rows(tokens), "text"
+            found[0]["text"], _ = features.extract(text, inputs, job.cache, **how)
+    if "cmmd" in wanted:
+        network, views["cmmd"] = networks.load_cmmd_network(job.places.clip336, job.protocol)
+        take("cmmd", network, views["cmmd"], True)
+    if "dinov2" in wanted:
+        network = networks.load_dinov2_network(job.places.dinov2)
+        take("dinov2", network, job.protocol.dinov2, True)
+    return found, used, views, timings
+
+
+def _moments(job: Job, reference: dict, stored: Moments | None, theirs, used) -> Moments | None:
+    """Returns Inception's moments of the reference; those of a folder are kept as pytorch-fid keeps its own."""
+    if stored is not None or not {"fid", "fid_infinity"} & set(job.metrics):
+        return stored
+    view = job.protocol.inception._asdict()
+    mark = digest([theirs.stamp, view, used["inception"].weights])[:16]
+    path = job.cache / f"reference-{mark}.npz"
+    if path.exists():
+        return read_statistics(path)
+    made = moments(reference["inception"][:, : measures.POOL])
+    if jax.process_index() == 0:
+        write_statistics(path, made)
+    return made
+
+
+def read_statistics(path: AnyPath) -> Moments:
+    """Reads a .npz file with ``mu`` and ``sigma``, of pytorch-fid, clean-fid or ours.
+
+    Raises:
+      UserError: it is missing, damaged or holds something else.
+    """
+    try:
+        with np.load(io.BytesIO(path.read_bytes()), allow_pickle=False) as file:
+            mu, sigma = (np.asarray(file[name], np.float64) for name in ("mu", "sigma"))
+    except Exception as error:  # of zip, NumPy and the disk, a dozen classes
+        raise UserError(f"{path} holds no statistics mu and sigma: {error}") from error
+    if mu.ndim != 1 or sigma.shape != (len(mu), len(mu)) or not np.isfinite(sigma).all():
+        raise UserError(
+            f"{path}: mu {mu.shape} and sigma {sigma.shape} are no statistics of features"
+        )
+    return Moments(mu, sigma)
+
+
+def write_statistics(path: AnyPath, values: Moments) -> None:
+    """Writes a .npz file that pytorch-fid reads."""
+    content = io.BytesIO()
+    np.savez(content, mu=values.mu, sigma=values.sigma)
+    write_atomic(path, content.getvalue())
+
+
+def digest_of(values: Moments) -> str:
+    """Returns a hash of statistics."""
+    return hashlib.sha256(values.mu.tobytes() + values.sigma.tobytes()).hexdigest()

@@ -1,0 +1,129 @@
+"""Folders of pictures, in the order of their names, and the sentences that belong to them."""
+
+import json
+from collections import Counter
+from collections.abc import Callable
+from typing import NamedTuple
+
+from PIL import Image
+
+from ..core.errors import UserError
+from ..core.fingerprint import digest
+from ..core.storage import AnyPath, in_bucket, open_file, walk
+
+ENDINGS = ("bmp", "jpeg", "jpg", "pgm", "png", "ppm", "tif", "tiff", "webp")  # pytorch-fid's
+
+
+class Pictures(NamedTuple):
+    """Pictures that are read when they are asked for.
+
+    Attributes:
+      origin: their folder.
+      names: paths below it, sorted.
+      read: ``read(i)``, an RGB picture; raises UserError, naming it, if it is damaged.
+      identity: a hash of names and sizes of files.
+      stamp: the same, and of their times of change.
+      formats: how many files have each ending.
+    """
+
+    origin: str
+    names: list[str]
+    read: Callable[[int], Image.Image]
+    identity: str
+    stamp: str
+    formats: dict[str, int]
+
+
+def open_pictures(folder: AnyPath, count: int | None = None) -> Pictures:
+    """Opens a folder of pictures, at any depth; the first ``count`` of them, if it is given.
+
+    Raises:
+      UserError: it is missing, or has no pictures, or fewer.
+    """
+    if in_bucket(folder):
+        stamps = {name: (entry.size, entry.mark) for name, entry in walk(folder).items()}
+    elif folder.is_dir():
+        paths = (path for path in folder.rglob("*") if path.is_file())
+        stats = {path.relative_to(folder).as_posix(): path.stat() for path in paths}
+        stamps = {name: (stat.st_size, stat.st_mtime_ns) for name, stat in stats.items()}
+    else:
+        raise UserError(f"{folder} is not a folder of pictures")
+    names = sorted(name for name in stamps if _ending(name) in ENDINGS)
+    if not names or len(names) < (count or 0):
+        asked = f"{count} are asked for" if names else "expected files such as .png or .jpg"
+        raise UserError(f"{folder} has {len(names)} pictures: {asked}")
+    names = names[:count]
+    formats = Counter(_ending(name).replace("jpeg", "jpg") for name in names)
+
+    def read(i):
+        try:
+            with open_file(folder / names[i]) as file, Image.open(file) as image:
+                return image.convert("RGB")
+        except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+            raise UserError(
+                f"{folder / names[i]} is no picture that can be read: {error}"
+            ) from error
+
+    identity = digest([(name, stamps[name][0]) for name in names])
+    stamp = digest([(name, *stamps[name]) for name in names])
+    return Pictures(str(folder), names, read, identity, stamp, dict(sorted(formats.items())))
+
+
+def _ending(name: str) -> str:
+    return name.rpartition(".")[2].lower()
+
+
+def _stem(name: str) -> str:
+    return name.rpartition("/")[2].rpartition(".")[0]
+
+
+def _parent(name: str) -> str:
+    return name.rpartition("/")[0].rpartition("/")[2]
+
+
+def read_prompts(path: AnyPath) -> dict[str, str] | list[str]:
+    """Reads sentences: MJHQ's ``meta_data.json``, by the stems of pictures, or a text file, one in each line.
+
+    Raises:
+      UserError: the file is missing or holds something else.
+    """
+    try:
+        text = path.read_text(encoding="utf-8")
+        if path.suffix == ".json":
+            rows = sorted(json.loads(text).items())
+            return {key: row["prompt"] if isinstance(row, dict) else str(row) for key, row in rows}
+    except (OSError, ValueError, KeyError, AttributeError) as error:
+        wanted = (
+            'an object of {KEY: {"prompt": ...}}' if path.suffix == ".json" else "lines of text"
+        )
+        raise UserError(f"--prompts {path} is not {wanted}: {error!r}") from error
+    prompts = [line.strip() for line in text.splitlines() if line.strip()]
+    if not prompts:
+        raise UserError(f"--prompts {path} has no prompt: write one in each line")
+    return prompts
+
+
+def first_prompts(prompts: dict[str, str] | list[str], count: int | None):
+    """Returns the first ``count`` prompts, or all."""
+    return dict(list(prompts.items())[:count]) if isinstance(prompts, dict) else prompts[:count]
+
+
+def prompts_of(pictures: Pictures, prompts: dict[str, str] | list[str]) -> list[str]:
+    """Returns the sentence of each picture.
+
+    Those with keys belong to the picture KEY.png, or to all in a folder KEY. A list is in the order of the
+    pictures, each sentence for equally many that follow each other.
+
+    Raises:
+      UserError: a picture has none, or their numbers do not fit.
+    """
+    if isinstance(prompts, dict):
+        keys = [_stem(name) if _stem(name) in prompts else _parent(name) for name in pictures.names]
+        for name, key in zip(pictures.names, keys, strict=True):
+            if key not in prompts:
+                raise UserError(f"--prompts has no key {_stem(name)!r} for {name}")
+        return [prompts[key] for key in keys]
+    each, rest = divmod(len(pictures.names), len(prompts))
+    if rest or not each:
+        raise UserError(f"--prompts has {len(prompts)} lines for {len(pictures.names)} pictures")
+    return [prompt for prompt in prompts for _ in range(each)]

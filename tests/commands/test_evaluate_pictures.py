@@ -1,0 +1,272 @@
+"""`evaluate` on folders of pictures and on a tiny model that draws them, by small random networks."""
+
+import io
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from helpers.metric_networks import write_clip, write_dinov2
+from helpers.metric_pictures import make_pictures, write_pictures
+from helpers.workdirs import make_workdir
+from PIL import Image
+
+from sprint_jax import evaluate
+from sprint_jax.core.errors import UserError
+from sprint_jax.metrics import drawing, evaluation, features, frechet, protocols, report
+from sprint_jax.metrics.geneval_prompts import make_prompts
+from sprint_jax.metrics.pictures import open_pictures, prompts_of
+from sprint_jax.pipeline import Request
+
+pytestmark = pytest.mark.usefixtures("quick")
+COUNT = 12
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory):
+    root = tmp_path_factory.mktemp("evaluate")
+    write_pictures(root / "fake", make_pictures(COUNT, 1, 16, 40))
+    write_pictures(root / "real", [x // 2 for x in make_pictures(COUNT + 3, 2, 16, 40)])
+    write_clip(root / "clip")
+    write_dinov2(root / "dinov2.safetensors")
+    (root / "prompts.txt").write_text("".join(f"a thing of kind {n % 4}\n" for n in range(COUNT)))
+    return root
+
+
+def words(root, out, *more, **flags):
+    usual = dict(pictures=root / "fake", reference=root / "real", prompts=root / "prompts.txt")
+    usual |= dict(clip=root / "clip", clip336=root / "clip", dinov2=root / "dinov2.safetensors")
+    usual |= dict(metrics="clip,diversity,cmmd,fd_dinov2", out=out, batch=5)
+    given = {name: value for name, value in (usual | flags).items() if value is not None}
+    return [*(word for name, value in given.items() for word in (f"--{name}", str(value))), *more]
+
+
+@pytest.fixture(scope="module")
+def written(root):
+    evaluate.main(words(root, root / "report.json"))
+    return json.loads((root / "report.json").read_text())
+
+
+def test_report_has_numbers_errors_and_their_protocol(root, written):
+    assert list(written["metrics"]) == ["clip", "diversity", "cmmd", "fd_dinov2"]
+    for name, number in written["metrics"].items():
+        assert np.isfinite(number["value"]) and number["standard_error"] > 0, name
+    assert written["metrics"]["diversity"]["prompts"] == 4
+    protocol = written["protocol"]
+    assert (protocol["name"], protocol["count"], protocol["formats"]) == (
+        "sana",
+        COUNT,
+        {"png": COUNT},
+    )
+    assert protocol["views"]["clip"]["resizes"][0] == dict(
+        size=16, filter="bicubic", way="pillow", shape="short side"
+    )
+    assert (
+        protocol["weights"]["clip"] == protocol["weights"]["cmmd"] != protocol["weights"]["dinov2"]
+    )
+    assert {len(mark) for mark in protocol["weights"].values()} == {64}
+    assert written["throughput"]["clip of pictures"]["pictures_per_second"] > 0
+    page = (root / "report.html").read_text()
+    assert page.count("data:image/png;base64,") == 2 and "http" not in page.replace(
+        "http-equiv", ""
+    )
+    assert (
+        f"| clip | {report.show(written['metrics']['clip'])} |" in (root / "report.md").read_text()
+    )
+
+
+def test_a_second_run_reads_features_and_finds_the_same(root, written, monkeypatch):
+    def never(*_):
+        raise AssertionError("features were computed again")
+
+    monkeypatch.setattr(features, "_compute", never)
+    evaluate.main(words(root, root / "again.json", cache=root / "report.cache"))
+    again = json.loads((root / "again.json").read_text())
+    assert again["metrics"] == written["metrics"] and again["protocol"] == written["protocol"]
+
+
+def test_numbers_are_those_of_features_one_by_one(root, written):
+    files = sorted((root / "report.cache").glob("dinov2-*/part-*.npy"))
+    sets = {len(rows): rows for rows in map(np.load, files)}
+    ours, theirs = sets[COUNT], sets[COUNT + 3]
+    number = written["metrics"]["fd_dinov2"]["value"]
+    assert number == pytest.approx(frechet.low_rank(ours, theirs), rel=1e-6)
+
+
+def test_reports_of_one_protocol_share_a_table_and_others_do_not(root, written, capsys):
+    evaluate.main(["--compare", str(root / "report.json"), str(root / "report.json")])
+    assert len(capsys.readouterr().out.splitlines()) == 3
+    evaluate.main(
+        words(root, root / "other.json", protocol="torch-fidelity", metrics="clip", reference=None)
+    )
+    with pytest.raises(UserError, match=r"report\.json and .*other\.json .*protocol\.clip_floor"):
+        evaluate.main(["--compare", str(root / "report.json"), str(root / "other.json")])
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [("count", 11), ("seed", 1), ("format", "png"), ("formats", {"jpg": 12}), ("prompts", "0")],
+)
+def test_any_difference_of_protocols_is_found(written, key, value):
+    other = written | {"protocol": written["protocol"] | {key: value}}
+    with pytest.raises(UserError, match=f"protocol.{key}"):
+        protocols.check_same({"a": written, "b": other})
+
+
+def test_what_only_one_report_used_is_no_difference(written):
+    protocol = written["protocol"]
+    less = {key: {"clip": protocol[key]["clip"]} for key in ("views", "weights")}
+    other = {"protocol": protocol | less | {"reference": None}}
+    protocols.check_same({"a": written, "b": other, "c": written})
+    other["protocol"]["weights"]["clip"] = "0" * 64
+    with pytest.raises(UserError, match=r"a and b cannot be compared: protocol\.weights\.clip"):
+        protocols.check_same({"a": written, "b": other})
+
+
+def test_damaged_parts_of_features_are_made_again(root, written):
+    part = sorted((root / "report.cache").glob("clip-*/part-*.npy"))[0]
+    whole = part.read_bytes()
+    part.write_bytes(whole[: len(whole) // 2])
+    evaluate.main(words(root, root / "mended.json", cache=root / "report.cache", metrics="clip"))
+    assert part.read_bytes() == whole
+
+
+def test_no_metrics_leave_a_report_of_the_pictures_alone(root, tmp_path):
+    evaluate.main(words(root, tmp_path / "r.json", metrics="none", count=COUNT))
+    found = json.loads((tmp_path / "r.json").read_text())
+    assert found["metrics"] == found["throughput"] == {} and found["protocol"]["count"] == COUNT
+
+
+def test_a_damaged_picture_is_named(root, tmp_path):
+    write_pictures(tmp_path / "bad", make_pictures(3, 1, 16, 40))
+    (tmp_path / "bad" / "00001.png").write_bytes(b"no picture")
+    with pytest.raises(UserError, match=r"bad/00001\.png"):
+        evaluate.main(
+            words(
+                root, tmp_path / "r.json", pictures=tmp_path / "bad", metrics="cmmd", prompts=None
+            )
+        )
+    assert not (tmp_path / "r.json").exists()
+
+
+def test_statistics_are_read_and_written_as_pytorch_fid_does(tmp_path):
+    random = np.random.default_rng(0)
+    made = frechet.moments(random.normal(size=(9, 4)))
+    evaluation.write_statistics(tmp_path / "a.npz", made)
+    with np.load(tmp_path / "a.npz") as file:
+        assert set(file.files) == {"mu", "sigma"}
+        assert (file["mu"] == made.mu).all() and (file["sigma"] == made.sigma).all()
+    np.savez(tmp_path / "b.npz", mu=np.float32(made.mu), sigma=np.float32(made.sigma))
+    assert evaluation.read_statistics(tmp_path / "b.npz").sigma.dtype == np.float64
+    content = io.BytesIO()
+    np.savez(content, mu=made.mu, sigma=np.array([object()]))
+    (tmp_path / "c.npz").write_bytes(content.getvalue())
+    for name in ("c.npz", "missing.npz"):
+        with pytest.raises(UserError, match=name):
+            evaluation.read_statistics(tmp_path / name)
+
+
+@pytest.mark.parametrize(
+    ("flags", "names"),
+    [
+        (dict(metrics="fiddle"), ["fiddle", "fid_infinity"]),
+        (dict(metrics="fid", reference=None), ["fid", "--reference"]),
+        (dict(metrics="kid", reference="stats.npz"), ["kid", "--reference DIR"]),
+        (dict(metrics="clip", prompts=None), ["clip", "--prompts"]),
+        (dict(metrics="fid"), ["--inception", "pt_inception-2015-12-05-6726825d.pth"]),
+        (dict(metrics="geneval"), ["--boxes"]),
+        (dict(pictures="nowhere"), ["nowhere"]),
+        (dict(count=COUNT + 1), [f"has {COUNT} pictures", f"{COUNT + 1} are asked for"]),
+        (dict(clip="nothing"), ["nothing"]),
+        (dict(model="x"), ["--model", "--pictures"]),
+        (dict(prompts="nowhere.txt"), ["nowhere.txt"]),
+    ],
+)
+def test_mistakes_are_refused(root, tmp_path, flags, names):
+    with pytest.raises(UserError) as error:
+        evaluate.main(words(root, tmp_path / "r.json", **flags))
+    assert all(name in str(error.value) for name in names), error.value
+
+
+class Pipe:
+    """Draws a picture of the number and the prompt of each."""
+
+    def __init__(self):
+        self.drawn = []
+
+    def draw(self, prompts, request):
+        numbers = [request.first + i for i in range(len(prompts))]
+        self.drawn += numbers
+        yield np.stack(
+            [
+                np.full((8, 8, 3), 10 * i + len(p), np.uint8)
+                for i, p in zip(numbers, prompts, strict=True)
+            ]
+        )
+
+
+def test_pictures_are_drawn_once_whatever_was_there(tmp_path):
+    plan = drawing.plan_prompts(["a", "bb", "ccc"], each=2)
+    assert plan.prompts == ["a", "a", "bb", "bb", "ccc", "ccc"] and plan.names[-1] == "00005"
+    pipe, base = Pipe(), Request(batch_size=4)
+    drawing.draw(plan, tmp_path, pipe, base, "png", {"model": 1})
+    assert pipe.drawn == [0, 1, 2, 3, 4, 5]
+    pixels = {path.name: np.asarray(Image.open(path))[0, 0, 0] for path in tmp_path.glob("*.png")}
+    assert pixels == {f"0000{n}.png": 10 * n + 1 + n // 2 for n in range(6)}
+    (tmp_path / "00005.png").unlink()
+    drawing.draw(plan, tmp_path, pipe, base, "png", {"model": 1})
+    assert pipe.drawn[6:] == [4, 5]
+    with pytest.raises(UserError, match="model=1, not 2"):
+        drawing.draw(plan, tmp_path, pipe, base, "png", {"model": 2})
+    requests = make_prompts(count=1)
+    plan = drawing.plan_geneval(requests)
+    assert len(plan.names) == 24 and plan.names[5] == "00001/samples/00001"
+    keyed = {"k": "x", "a": "y"}
+    assert drawing.plan_prompts(keyed) == (["a", "k"], ["y", "x"])
+    several = drawing.plan_prompts(keyed, each=2)
+    drawing.draw(several, tmp_path / "k", pipe, base, "jpeg 75", {})
+    assert prompts_of(open_pictures(tmp_path / "k"), keyed) == several.prompts == list("yyxx")
+    with pytest.raises(UserError, match=r"no key '00000' for a/00000\.jpg"):
+        prompts_of(open_pictures(tmp_path / "k"), {"k": "x"})
+    drawing.write_geneval_metadata(tmp_path, requests)
+    assert json.loads((tmp_path / "00003" / "metadata.jsonl").read_text()) == requests[3]
+
+
+@pytest.mark.slow
+def test_a_model_draws_each_picture_once_and_is_measured(root, tmp_path):
+    model = make_workdir(tmp_path / "student", "distill", "small")
+    (tmp_path / "p.json").write_text(json.dumps({f"k{n}": {"prompt": f"a {n}"} for n in range(5)}))
+    flags = dict(pictures=None, model=model, prompts=tmp_path / "p.json", metrics="clip", batch=2)
+    flags |= dict(cache=tmp_path / "cache", steps=1, reference=None)
+    evaluate.main(words(root, tmp_path / "a.json", **flags))
+    first = json.loads((tmp_path / "a.json").read_text())
+    files = {
+        path.name: path.read_bytes() for path in (tmp_path / "cache" / "pictures").glob("*.jpg")
+    }
+    assert sorted(files) == [f"k{n}.jpg" for n in range(5)]
+    assert Image.open(io.BytesIO(files["k0.jpg"])).format == "JPEG"
+    assert first["request"]["steps"] == 1 and first["model"]["path"] == str(model)
+    # Of a run that was killed some pictures are missing: the same come again, and no others are drawn.
+    for name in ("k3.jpg", "k4.jpg"):
+        (tmp_path / "cache" / "pictures" / name).unlink()
+    evaluate.main(words(root, tmp_path / "b.json", **flags))
+    for name, content in files.items():
+        assert (tmp_path / "cache" / "pictures" / name).read_bytes() == content, name
+    assert json.loads((tmp_path / "b.json").read_text())["metrics"] == first["metrics"]
+    with pytest.raises(UserError, match=r"request\.steps=1, not 2"):
+        evaluate.main(words(root, tmp_path / "c.json", **(flags | dict(steps=2))))
+
+
+def test_geneval_is_summed_up_from_its_detectors_results(root, tmp_path):
+    rows = [("colors", True), ("colors", False), ("counting", True)]
+    lines = [
+        dict(filename="x", correct=correct, details="{}")
+        | dict(metadata=json.dumps(dict(tag=tag, prompt=str(n))))
+        for n, (tag, correct) in enumerate(rows)
+    ]
+    path = Path(tmp_path / "results.jsonl")
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    evaluate.main(words(root, tmp_path / "r.json", metrics="geneval", boxes=path))
+    parts = json.loads((tmp_path / "r.json").read_text())["metrics"]["geneval"]["parts"]
+    assert parts["overall"]["value"] == 0.75 and parts["images"]["count"] == 3
+    assert "| geneval/overall | 0.75" in (tmp_path / "r.md").read_text()
