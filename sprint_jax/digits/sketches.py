@@ -11,8 +11,8 @@ from .judge import Judge, prompt_accuracy, read_ink
 from .scenes import draw_images, to_float
 from .worlds import CELL
 
-# The least ink of a pixel in a stroke. Scenes of other captions overlap by an IoU of 0.3 in the full world,
-# with half the ink by 0.35, and with more ink a little noise would count too much.
+# The least ink of a pixel in a stroke. With less, scenes of other captions overlap more; with more, a little
+# noise counts too much: tests/digits/test_sketches.py has both.
 MIN_INK = 0.6
 
 

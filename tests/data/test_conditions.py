@@ -1,5 +1,7 @@
 """Conditions as data: cached and online, in buckets, of every source; folders without them are as they were."""
 
+import functools
+
 import chex
 import jax
 import numpy as np
@@ -7,6 +9,7 @@ import pytest
 from helpers.encoding import Pictures, small_config
 from helpers.runs import tiny, write_digits
 from PIL import Image
+from safetensors.numpy import save_file
 
 from sprint_jax.core.errors import UserError
 from sprint_jax.core.files import read_json
@@ -18,6 +21,9 @@ from sprint_jax.data.sources.folders import open_folder
 from sprint_jax.data.sources.maps import with_maps
 from sprint_jax.data.sources.records import Caption, Rejected
 from sprint_jax.encode import open_source
+from sprint_jax.encoders import conditions
+from sprint_jax.interop.hed import hed_table, load_hed
+from sprint_jax.models.hed import HED
 from sprint_jax.training import setup
 
 TEACHER = "configs/digits.py:teacher,small"
@@ -86,6 +92,31 @@ def test_cached_and_online_conditions_are_the_same_numbers(pictures, tmp_path):
     assert plain.identity not in (cached.identity, online.identity)
     with pytest.raises(UserError, match=r"config\.data\.control is 'edges'.*are strokes"):
         open_data(pictures, tmp_path, "latents", data__control="edges")
+
+
+@pytest.mark.slow
+def test_cached_and_online_scribbles_are_the_same_numbers(pictures, tmp_path, monkeypatch):
+    """Of a tiny HED that sees where red exceeds green by 80, in noise."""
+    fields = dict(features=(2, 2, 2, 2, 2), depths=(1, 1, 1, 1, 1))
+    monkeypatch.setattr(conditions, "load_hed", functools.partial(load_hed, fields=fields))
+    table, weights = hed_table(HED(**fields)).items(), tmp_path / "hed.safetensors"
+    tensors = {name: np.zeros(entry.shape, np.float32) for name, entry in table}
+    tensors["block1.convs.0.weight"][:, :2, 1, 1] = [[1, -1], [-1, 1]]
+    tensors["block1.projection.weight"][0, :, 0, 0] = [0.3, -0.3]
+    tensors["block1.projection.bias"] -= 24
+    save_file(tensors, weights)
+    keys = {"data__control": "scribble", "data__control_weights": str(weights)}
+    keys |= {"data__control_variants": 2, "data__sizes": ("48x96",)}
+    encode(pictures / "scribbles", pictures, **keys)
+    cached = open_data(pictures, tmp_path, "latents", cache="scribbles", data__control="scribble")
+    online = open_data(pictures, tmp_path, "images", **keys)
+    for i in range(3):
+        batch = cached.batches(i)
+        chex.assert_trees_all_equal(batch, online.batches(i), strict=True)
+        assert len(np.unique(batch["control"])) == 2
+        assert len({row.tobytes() for row in batch["control"]}) == 8
+    about = open_cache(pictures / "scribbles").control
+    assert about["hed"]["weights"] == "ControlNetHED" and about["thickness"] == [0, 24]
 
 
 def test_the_manifest_tells_of_conditions_and_is_as_before_without(pictures, tmp_path):
