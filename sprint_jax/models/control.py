@@ -10,6 +10,10 @@ added to the trunk's tokens, times a scale. Two wirings of the same weights are 
 * ``diffusers``: the stream starts at the embedded latents plus ``before_proj`` of the embedded condition,
   with embedders of its own, and its k-th residual is added behind block k + 1.
 
+At scale 0, and while a branch is new, the result is the trunk's bit for bit. The one exception is bfloat16 with
+blocks that are not scanned: XLA then keeps more digits between operations than bfloat16 has, in either program
+elsewhere (``xla_allow_excess_precision``).
+
 A branch's parameters lie in the trunk's, under ``control``:
 
 * ``before_proj``;

@@ -3,6 +3,8 @@
 import collections
 import functools
 import inspect
+import json
+import shutil
 
 import jax
 import numpy as np
@@ -10,10 +12,10 @@ import pytest
 from helpers.compare import assert_same
 from helpers.runs import read_state, tiny, train_here
 from helpers.updates import changed, one_device
-from helpers.workdirs import make_workdir
+from helpers.workdirs import make_workdir, random_params
 
 from sprint_jax import SprintPipeline
-from sprint_jax.checkpoints.checkpoint import load_params
+from sprint_jax.checkpoints.checkpoint import Checkpoints, load_params
 from sprint_jax.checkpoints.weights import find_weights
 from sprint_jax.core.errors import UserError
 from sprint_jax.core.fingerprint import fingerprint
@@ -69,12 +71,21 @@ def test_a_branch_learns_alone_on_a_frozen_teacher(teacher, trunks):
     assert (np.asarray(drawn[1]) != expected).any()
 
 
-def test_another_trunk_is_refused(teacher, trunks, tmp_path, data):
-    """By its hash, when the run goes on and when it is drawn with; and what is no trunk at all."""
+def test_another_trunk_is_refused(teacher, trunks, tmp_path):
+    """By its shape; by its hash, where the branch is put back on it; and what is no trunk at all."""
     c, workdir = teacher
-    other = make_workdir(tmp_path / "other", "flow", mlp_ratio=2.0)
+    wider = make_workdir(tmp_path / "wider", "flow", mlp_ratio=3.0)
     with pytest.raises(UserError, match="mlp_ratio"):
-        train_here(c.override({"trunk": str(other), "steps": 3}), workdir)
+        train_here(c.override({"trunk": str(wider), "steps": 3}), workdir)
+    other, copied = tmp_path / "other", shutil.copytree(workdir, tmp_path / "copied")
+    shutil.copytree(trunks["flow"], other, ignore=lambda *_: ["checkpoints"])
+    params = random_params(dict(c.model) | {"control_blocks": 0}, 5)
+    with Checkpoints(other / "checkpoints", keep=1) as checkpoints:
+        checkpoints.save(7, {"ema": params, "params": params}, {"stage": "flow"})
+    config = json.loads((copied / "config.json").read_text())
+    (copied / "config.json").write_text(json.dumps(config | {"trunk": str(other)}))
+    with pytest.raises(UserError, match=r"another network than the one in .*other"):
+        SprintPipeline.from_pretrained(copied)
     with pytest.raises(UserError, match="stage 'flow' takes"):
         setup.build_nets(c.override({"trunk": str(trunks["distill"])}), one_device())
     for change, word in (
@@ -92,23 +103,15 @@ def student(data, teacher):
     return config(teacher=str(teacher[1]), **SMALL)
 
 
-@pytest.mark.parametrize("alone", [False, True], ids=["trunk and branch", "branch alone"])
-def test_what_a_student_trains(student, data, teacher, trunks, alone):
-    """Its branch starts from the teacher's; alone, it learns on a student that stays as it is."""
-    c = student.override({"trunk": str(trunks["distill"]) if alone else ""})
-    mesh = one_device()
+def test_a_branch_is_distilled_alone(student, data, teacher, trunks):
+    """It starts from the teacher's, on a student that stays as it is and is no part of the state."""
+    c, mesh = student.override({"trunk": str(trunks["distill"])}), one_device()
     nets, opened = setup.build_nets(c, mesh), feed.open_data(c, mesh)
     frozen, origin = setup.load_frozen(c, opened, mesh)
     state = setup.init_state(c, nets, opened.batches(0), frozen, mesh)
     whole, _ = find_weights(str(teacher[1])).load()
-    assert_same(state.params["control"], whole["control"])
-    if not alone:
-        assert "trunk" not in origin | frozen
-        assert_same(
-            {k: state.params[k] for k in whole if k != "time_embed"}, without(whole, "time_embed")
-        )
-        return
     trunk, _ = load_params(str(trunks["distill"]))
+    assert_same(state.params["control"], whole["control"])
     assert state.params.keys() == state.ema.keys() == {"control", "logvar_linear"}
     assert_same(frozen["trunk"], without(trunk, "logvar_linear"))
     assert origin["trunk"]["hash"] == fingerprint(frozen["trunk"])
