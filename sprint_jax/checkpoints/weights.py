@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from ..core.config import Config
 from ..core.errors import UserError
 from ..core.fingerprint import fingerprint
+from ..core.storage import as_path
 from ..interop import diffusers, nvlabs
 from ..interop.sana import control_fields, fields_from_config
 from ..models.sana import from_fields
@@ -106,10 +107,13 @@ def load_workdir(
     params, meta = load_params(str(path), which, **how)
     if not getattr(config, "trunk", ""):
         return params, meta
-    trunk, _ = load_trunk(config.trunk, shardings)
+    place = config.trunk
+    if not as_path(place).exists() and as_path(meta["trunk"]["path"]).exists():
+        place = meta["trunk"]["path"]  # from the root, wherever this process runs
+    trunk, _ = load_trunk(place, shardings)
     if fingerprint(trunk) != meta["trunk"]["hash"]:
         raise UserError(
-            f"{path} holds the control branch of another network than the one in {config.trunk}, which was at "
+            f"{path} holds the control branch of another network than the one in {place}, which was at "
             f"step {meta['trunk']['step']} then"
         )
     return trunk | params, meta

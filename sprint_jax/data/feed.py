@@ -37,7 +37,7 @@ from ..parallel.sharding import local_rows, make_mesh, same_everywhere
 from . import synthetic
 from .batches import Batch, ImageReader, Reader, make_batches, read_latents
 from .buckets import check_factor, choose_sizes, describe_repeats, describe_resolution
-from .latents.cache import Cache, check_mixture, open_cache, pad_texts
+from .latents.cache import Cache, check_mixture, open_cache
 from .members import Buckets
 from .order import VERSION, Order, Rows, hold_out, make_order, make_single_order
 from .rejects import RejectLog
@@ -224,6 +224,11 @@ def _open_latents(c: Config, rows: Sequence[int]) -> Data:
         raise UserError(
             f"captions in {first.folder} are put as '{style}' does: set --config.data.prompt_style={style}"
         )
+    if c.data.null_mask == "caption" and not first.manifest.get("null_padding"):
+        raise UserError(
+            f"{first.folder} was written before the empty prompt's padding was kept, which "
+            "config.data.null_mask=caption shows: encode it anew, or set --config.data.null_mask=own"
+        )
     record, size = first[0], first.manifest["buckets"][0]
     return _make_bucketed(
         c,
@@ -263,7 +268,6 @@ def _open_images(c: Config, rows: Sequence[int], workdir: AnyPath | None) -> Dat
         temperature=c.data.caption_temperature,
     )
     text, mask = encode_captions(encoders.text_encoder, [""])
-    text, mask = pad_texts([text[0][mask[0] == 1]], mask.shape[1])
     return _make_bucketed(
         c,
         rows,

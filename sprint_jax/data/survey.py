@@ -11,6 +11,7 @@ import jax
 import numpy as np
 from tqdm import tqdm
 
+from ..core.errors import UserError
 from ..core.files import write_atomic
 from ..core.pixels import nearest_size
 from ..parallel.sharding import from_everyone
@@ -47,17 +48,21 @@ def survey(
     dtype = np.dtype(np.int8 if len(sizes) < 128 else np.int16)
     path = cache_dir / f"survey-{identity[:16]}.{dtype.name}"
     log.count(len(source))
+    rejected = set()
 
     def measure(index: int) -> int:
         try:
             _, size = source.measure(index)
-        except Rejected as rejected:
-            log.add(rejected, source.name)
+        except Rejected as reason:
+            log.add(reason, source.name)
+            rejected.add(index)
             return -1
         return sizes.index(nearest_size(*size, sizes))
 
-    known = path.is_file() and path.stat().st_size == len(source) * dtype.itemsize
-    if not from_everyone(np.array(known)).all():
+    numbers = None
+    if path.is_file() and path.stat().st_size == len(source) * dtype.itemsize:
+        numbers = np.memmap(path, dtype, "r")
+    if not _all_know(source, identity, numbers):
         numbers = np.empty(len(source), dtype)
         _measure_all(numbers, measure, f"sizes of {source.name}", threads)
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -65,13 +70,27 @@ def survey(
         own = path.with_name(f"{path.name}.{platform.node()}-{os.getpid()}")
         write_atomic(own, numbers.data)
         own.replace(path)
-    numbers = np.memmap(path, dtype, "r")
-    for start in range(0, len(source), PART):
-        for index in (start + np.flatnonzero(numbers[start : start + PART] < 0)).tolist():
-            measure(
-                index
-            )  # what other processes and earlier runs rejected is in this one's log too
+    with ThreadPoolExecutor(threads) as pool:
+        for start in range(0, len(source), PART):
+            found = start + np.flatnonzero(numbers[start : start + PART] < 0)
+            # What other processes and earlier runs rejected is in this one's log too.
+            list(pool.map(measure, [index for index in found.tolist() if index not in rejected]))
     return Surveyed(numbers, len(sizes))
+
+
+def _all_know(source: Source, identity: str, numbers: np.ndarray | None) -> bool:
+    """Whether all processes have the same survey already. UserError if they see other images."""
+    images = hashlib.sha256(f"{identity} {len(source)}".encode()).digest()
+    kept = b"" if numbers is None else hashlib.sha256(numbers.data).digest()
+    mine = np.frombuffer(images + kept.ljust(len(images), b"\0"), np.uint8)
+    everyone = from_everyone(mine)
+    for process, other in enumerate(everyone[:, : len(images)]):
+        if (other != everyone[0, : len(images)]).any():
+            raise UserError(
+                f"process {process} sees other images in {source.name} than process 0: do all hosts have "
+                "the same config.data.images, whole?"
+            )
+    return numbers is not None and bool((everyone == mine).all())
 
 
 def _measure_all(

@@ -162,7 +162,9 @@ def load_conditions(
         identity["thickness"] = [min(random), max(random)]
     if uses_hed:
         finders[kind], identity["hed"] = _load_hed(kind, weights, dtype, mesh)
-    sharding = None if mesh is None else batch_sharding(mesh)
+    # Edges grow until those of no picture do: devices would wait for one another, beside a training.
+    whole = mesh is None or kind == "edges"
+    sharding = None if whole else batch_sharding(mesh)
     return Conditions(finders[kind], random, variants, identity, sharding)
 
 

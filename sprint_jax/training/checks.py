@@ -27,6 +27,7 @@ FREE = (
     "data.max_rejected",
 )
 FREE += ("data.latents", "data.images", "data.encoders")  # places: checkpoints know what was there
+FREE += ("data.control_maps", "data.control_weights")
 # At 0 a checkpoint holds nothing of theirs, or holds the optimizer in another form.
 SWITCHES = ("ladd.weight", "dmd.weight", "optimizer.clip_norm", "optimizer.weight_decay")
 

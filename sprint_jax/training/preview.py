@@ -17,7 +17,6 @@ from ..data.feed import Data
 from ..models import functions
 from ..models.control import Control
 from ..parallel.sharding import batch_ways, replicated
-from . import draws
 from .stages import stage_of
 from .state import Nets
 
@@ -56,7 +55,7 @@ def make_preview(
         return sampling.draw_student(F, noise(0), **how)
 
     def teacher(network, frozen, steps):
-        null = draws.null_prompt(c, frozen, mask)
+        null = frozen["null_text"][None], frozen["null_mask"][None]  # as `sample` draws
         velocity = functions.guided(functions.velocity, *network, guidance, null, control)
         how = dict(steps=steps, sigma_d=c.sigma_d, shift=c.flow.shift)
         return sampling.draw_teacher(velocity, noise(0), **how)

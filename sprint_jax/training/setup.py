@@ -84,6 +84,11 @@ def init_state(
     warm = {}
     if c.init and c.trunk:
         branch = find_branch(c.init, dict(c.model))
+        for name in ("control_blocks", "control_wiring"):
+            if branch.fields[name] != c.model[name]:
+                raise UserError(
+                    f"config.model.{name}={c.model[name]}, but {branch.fields[name]} in --config.init={c.init}"
+                )
         warm = {"control": branch.load(jnp.float32, lambda tree: state_shardings(mesh, tree))}
     elif c.init:
         warm, _ = find_weights(c.init).load(lambda tree: state_shardings(mesh, tree))

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from helpers.encoding import Pictures
 
+from sprint_jax.core.errors import UserError
 from sprint_jax.data import survey as surveying
 from sprint_jax.data.members import BLOCK, Runs, Surveyed, Without
 from sprint_jax.data.rejects import RejectLog
@@ -70,7 +71,7 @@ def test_processes_share_a_survey(processes, count, tmp_path, monkeypatch):
                 measured[self.process].append(index)
             return super().measure(index)
 
-    def run(process, folder):
+    def run(process, folder, count=count):
         me.index, source = process, Counted(count, (1, 21))
         source.process = process
         log = RejectLog(None, 1.0, process)
@@ -86,6 +87,22 @@ def test_processes_share_a_survey(processes, count, tmp_path, monkeypatch):
         with ThreadPoolExecutor(processes) as pool:
             folders = [tmp_path / str(process) for process in range(processes)]
             first, *others = pool.map(run, range(processes), folders)
+            # All know it now; then one process knows something else, and in the end sees other images.
+            measured_once = [*map(len, measured)]
+            assert [*pool.map(run, range(processes), folders)] == [first] * processes
+            assert [*map(len, measured)] == measured_once
+            (kept,) = folders[0].iterdir()
+            kept.write_bytes(bytes(count))
+            assert [*pool.map(run, range(processes), folders)] == [first] * processes
+            assert [*map(len, measured)] == [2 * each for each in measured_once]
+            counts = [count + 1, *[count] * (processes - 1)]
+            with pytest.raises(
+                UserError, match="process 1 sees other images in pictures than process 0"
+            ):
+                [*pool.map(run, range(processes), folders, counts)]
+            del measured[0][measured_once[0] :]
+            for each, once in zip(measured, measured_once, strict=True):
+                del each[once:]
     assert all(other == first for other in others)
     good = [index for index in range(count) if index not in (1, 21)]
     assert sorted(index for each in measured for index in each) == good

@@ -86,6 +86,14 @@ def test_another_trunk_is_refused(teacher, trunks, tmp_path):
     (copied / "config.json").write_text(json.dumps(config | {"trunk": str(other)}))
     with pytest.raises(UserError, match=r"another network than the one in .*other"):
         SprintPipeline.from_pretrained(copied)
+    # Where the trunk is not found as it was named, as from another folder, its place from the root is.
+    (copied / "config.json").write_text(json.dumps(config | {"trunk": "trunks/flow"}))
+    assert "control" in find_weights(str(copied)).load()[0]
+    wired = c.override({"init": str(workdir), "model.control_wiring": "diffusers"})
+    built = one_device(), feed.open_data(c, one_device())
+    nets = setup.build_nets(wired, built[0])
+    with pytest.raises(UserError, match=r"control_wiring=diffusers, but nvlabs in --config\.init"):
+        setup.init_state(wired, nets, built[1].batches(0), {}, built[0])
     with pytest.raises(UserError, match="stage 'flow' takes"):
         setup.build_nets(c.override({"trunk": str(trunks["distill"])}), one_device())
     for change, word in (

@@ -97,7 +97,7 @@ def finish(job: Job, entries: list[dict[str, Any]], sigma_d: float) -> dict[str,
         raise UserError(f"no record of {job.source.name} can be used: see {job.folder / REJECTED}")
     text, mask = job.encoders.text_encoder.encode_plain([""])
     kept = np.asarray(mask[0], np.int32)
-    null = np.where(kept[:, None] == 1, np.asarray(text[0], np.float32), 0)
+    null = np.asarray(text[0], np.float32)  # padding included, which `data.null_mask=caption` shows
     content = safetensors.numpy.save({"text": null, "mask": kept})
     write_atomic(job.folder / NULL_TEXT, content)
     records: Counter = Counter()
@@ -120,6 +120,7 @@ def finish(job: Job, entries: list[dict[str, Any]], sigma_d: float) -> dict[str,
             job.encoders.identity["autoencoder"]["scaling_factor"],
             sigma_d,
         ),
+        "null_padding": True,
         "null_text_sha256": hash_file(job.folder / NULL_TEXT),
         "shards": shards,
     }
