@@ -2,6 +2,7 @@
 
 import asyncio
 import base64
+import concurrent.futures
 import hashlib
 import importlib.resources
 import re
@@ -24,7 +25,7 @@ from .counters import Counters
 from .engine import Drawn
 from .frames import parse_json
 from .guard import PROTOCOL, Guard, refusal
-from .pictures import read_picture, to_png
+from .pictures import DECODERS, read_picture, to_png
 from .requests import Offer, Refused, check_request
 from .session import Session
 from .worker import Worker
@@ -57,6 +58,7 @@ class Service:
         self._kinds |= {"output_format": one_of("png")}
         if offer.control:
             self._kinds |= {"control": TEXT}
+        self._decoders = concurrent.futures.ThreadPoolExecutor(DECODERS, "pictures")
         self.closing = False
 
     def app(self, names: Sequence[str], token: str | None) -> Guard:
@@ -120,7 +122,7 @@ class Service:
         if self.closing or len(self._sessions) >= self.clients:
             what = "the server is ending" if self.closing else "too many people are here"
             return await socket.send_denial_response(refusal(Refused("busy", what, 503)))
-        session = Session(socket, self._offer, self._worker, self._counters)
+        session = Session(socket, self._offer, self._worker, self._counters, self._decoders)
         self._sessions.add(session)
         try:
             await socket.accept(PROTOCOL if PROTOCOL in socket.scope["subprotocols"] else None)
@@ -142,7 +144,8 @@ class Service:
             raise Refused("value", "n must be 1 where the answer is one PNG")
         control = given.pop("control", None)
         if control is not None:
-            control = await run_in_threadpool(_control, control, self._offer.size(given))
+            how = _control, control, self._offer.size(given)
+            control = await asyncio.get_running_loop().run_in_executor(self._decoders, *how)
         jobs = [self._offer.job(given, index, control) for index in range(count)]
         self._requests += 1
         try:

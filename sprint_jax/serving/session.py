@@ -1,6 +1,7 @@
 """One page that is connected: one request in flight, the newest one waiting."""
 
 import asyncio
+import concurrent.futures
 import time
 from typing import Any
 
@@ -27,12 +28,24 @@ class Session:
     The newest request waits until the answer to the one before it is sent, so that a client has at most one
     job in the worker's line, and one that does not read costs nothing.
 
+    Args:
+      decoders: threads that read pictures of clients, few, so that these take neither all memory nor the
+        threads that others need.
+
     Attributes:
       busy: whether a request waits or is being answered.
     """
 
-    def __init__(self, socket: WebSocket, offer: Offer, worker: Worker, counters: Counters):
+    def __init__(
+        self,
+        socket: WebSocket,
+        offer: Offer,
+        worker: Worker,
+        counters: Counters,
+        decoders: concurrent.futures.Executor,
+    ):
         self._socket, self._offer, self._worker, self._counters = socket, offer, worker, counters
+        self._decoders = decoders
         self._kinds: dict[str, Kind] = {"id": IDS} | offer.kinds()
         self._newest: tuple[int, Job] | None = None
         self._came = asyncio.Event()
@@ -90,7 +103,8 @@ class Session:
             if not self._offer.control:
                 raise Refused("image", "this server takes no control image")
             size = self._offer.size(values)
-            control = await run_in_threadpool(read_picture, body, *size)
+            how = read_picture, body, *size
+            control = await asyncio.get_running_loop().run_in_executor(self._decoders, *how)
         if self.closing:
             raise Refused("closing", "the server is ending", 503)
         job = self._offer.job(values, control=control)

@@ -14,9 +14,10 @@ from helpers.serving import OFFER, SKETCHES, Held, draw, get, picture, post, rec
 from PIL import Image
 from websockets.exceptions import InvalidStatus
 
-from sprint_jax.serving import frames
+from sprint_jax.serving import frames, session
 from sprint_jax.serving.counters import Histogram
 from sprint_jax.serving.guard import Bucket, split_host
+from sprint_jax.serving.pictures import DECODERS, SCANS, read_picture
 from sprint_jax.serving.requests import Refused
 
 
@@ -133,6 +134,38 @@ def test_control_images_come_in_frames_and_in_requests():
         drawn = pixels(file).astype(int)
         rows = [0, 8, 20, 28, 40, 63]  # away from edges, which resizing softens
         assert np.abs(drawn[rows] - wanted[rows]).max() < 8
+
+
+def test_pictures_of_too_many_scans_are_refused():
+    out = io.BytesIO()
+    Image.new("RGB", (16, 16), "white").save(out, "JPEG", progressive=True)
+    file = out.getvalue()
+    scan = file[file.rindex(b"\xff\xda") : -2]
+    most = SCANS - file.count(b"\xff\xda")
+    assert read_picture(file[:-2] + most * scan + file[-2:], 8, 8).min() > 250
+    with pytest.raises(Refused) as refused:
+        read_picture(file[:-2] + (most + 1) * scan + file[-2:], 8, 8)
+    assert (refused.value.code, refused.value.status) == ("image", 413)
+
+
+def test_few_pictures_are_read_at_once(monkeypatch):
+    reading, go = [], threading.Semaphore(0)
+
+    def slowly(data, height, width):
+        reading.append(data)
+        assert go.acquire(timeout=20)
+        return np.zeros((height, width, 3), np.uint8)
+
+    monkeypatch.setattr(session, "read_picture", slowly)
+    with running(offer=SKETCHES) as server, contextlib.ExitStack() as stack:
+        pages = [stack.enter_context(server.socket()) for _ in range(DECODERS + 2)]
+        for page in pages:
+            page.send(frames.pack({"id": 1}, b"picture"))
+        time.sleep(0.2)
+        assert len(reading) <= DECODERS
+        go.release(len(pages))
+        assert [receive(page)[0]["picture"] for page in pages] == ["image/png"] * len(pages)
+    assert len(reading) == len(pages)
 
 
 @pytest.mark.parametrize(
