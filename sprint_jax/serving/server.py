@@ -60,7 +60,7 @@ class _Patient(asyncio.Protocol):
 
 
 class HttpProtocol(_Patient, H11Protocol):
-    """uvicorn's, with an end to the wait for the head of a request, and to the number of connections."""
+    """uvicorn's, with an end to the wait for a head, or a body that is answered already, and to connections."""
 
     _late: asyncio.TimerHandle | None = None
 
@@ -87,7 +87,11 @@ class HttpProtocol(_Patient, H11Protocol):
             self.transport.abort()  # the head is none to websockets, which would wait for a better one
 
     def _wait(self):
-        if self.conn.their_state is not h11.IDLE or self.transport.is_closing():
+        """Starts the clock where nobody but the client can go on; each byte ends uvicorn's own."""
+        state, cycle = self.conn.their_state, self.cycle
+        answered = cycle is not None and cycle.response_complete
+        theirs = state is h11.IDLE or (state is h11.SEND_BODY and answered)
+        if not theirs or self.transport.is_closing():
             self._stop_waiting()
         elif self._late is None:
             self._late = self.loop.call_later(PATIENCE, self.transport.abort)

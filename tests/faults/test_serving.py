@@ -233,6 +233,21 @@ def test_slow_clients_are_left(service, neighbour, monkeypatch):
     assert time.monotonic() - begin < 30
 
 
+def test_a_body_that_was_answered_before_it_came_must_come(service, monkeypatch):
+    monkeypatch.setattr(server, "PATIENCE", 0.3)
+    host, port = service.address.split(":")
+    head = f"GET /health HTTP/1.1\r\nHost: {service.address}\r\nContent-Length: 10\r\n\r\n"
+    with socket.create_connection((host, int(port)), 4) as client:
+        client.sendall(head.encode())
+        assert client.recv(65536).startswith(b"HTTP/1.1 200 ")
+        with contextlib.suppress(ConnectionError):
+            for _ in range(5):  # one byte and then nothing would do; these must not prolong it
+                client.sendall(b"x")
+                time.sleep(0.1)
+            while client.recv(65536):
+                pass
+
+
 def test_a_client_that_reads_nothing_is_left(monkeypatch):
     monkeypatch.setattr(server, "PATIENCE", 0.3)
     monkeypatch.setattr(guard, "BURST", 1e6)
