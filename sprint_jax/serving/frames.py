@@ -17,6 +17,7 @@ from .requests import Refused
 
 HEADER = 16 * 1024  # bytes of a header, at most
 FRAME = 2**22  # bytes of a frame
+COMMAS = 4096  # in a client's JSON; a prompt may hold 1000
 
 
 def pack(header: dict[str, Any], body: bytes = b"") -> bytes:
@@ -45,9 +46,14 @@ def unpack(frame: bytes) -> tuple[Any, bytes]:
 def parse_json(text: bytes) -> Any:
     """A JSON value of a client.
 
+    While Python reads it, nobody else is served, even by other threads. Long text is read in milliseconds,
+    many values are not, and each but the first has a comma or a bracket.
+
     Raises:
-      Refused: it is none, or is nested too deeply.
+      Refused: it is none, has too many values, or is nested too deeply.
     """
+    if text.count(b",") > COMMAS:
+        raise Refused("large", f"JSON of more than {COMMAS} commas", 413)
     try:
         return json.loads(text.decode("utf-8"))
     except (ValueError, RecursionError) as error:  # UnicodeDecodeError is a ValueError

@@ -18,7 +18,7 @@ from sprint_jax.serving import frames, session
 from sprint_jax.serving.counters import Histogram
 from sprint_jax.serving.guard import Bucket, split_host
 from sprint_jax.serving.pictures import DECODERS, SCANS, read_picture
-from sprint_jax.serving.requests import Refused
+from sprint_jax.serving.requests import Refused, check_request
 
 
 @pytest.fixture(scope="module")
@@ -173,6 +173,8 @@ def test_few_pictures_are_read_at_once(monkeypatch):
     [
         (b"no JSON", 400, "json"),
         (b"[" * 100000, 400, "json"),
+        (b'{"prompt": [' + b"1," * 5000 + b"1]}", 413, "large"),
+        ({"prompt": ["1"] * 4000}, 400, "value"),
         ([], 400, "value"),
         ({"prompt": "a 3", "n": 9}, 400, "value"),
         ({"prompt": "a 3", "n": 2, "response_format": "png"}, 400, "value"),
@@ -185,6 +187,28 @@ def test_the_images_api_refuses_in_its_own_form(server, request_, status, code):
     error = json.loads(body)["error"]
     assert (found, error["code"]) == (status, code)
     assert error.keys() == {"message", "type", "param", "code"} and error["message"]
+
+
+def test_no_more_of_a_wrong_request_is_looked_at_than_is_told():
+    looked = []
+
+    class Key(str):
+        def __hash__(self):
+            looked.append(self)
+            return super().__hash__()
+
+        def __repr__(self):
+            looked.append(self)
+            return super().__repr__()
+
+    many = [Key(number) for number in range(1000)]
+    wrong = {"prompt": many}, {"prompt": {1: many}}, dict.fromkeys(many, 1)
+    for values in wrong:
+        looked.clear()
+        with pytest.raises(Refused) as refused:
+            check_request(values, OFFER.kinds())
+        assert refused.value.code == "value" and len(looked) < 100
+        assert "'0'" in str(refused.value) and len(str(refused.value)) < 200
 
 
 def test_pages_come_with_a_policy_that_allows_their_own_script_alone(server):
