@@ -28,7 +28,7 @@ from .worker import Worker
 PATIENCE = 10.0  # seconds for the head of a request to come, and for an answer to be taken
 DRAIN = 30.0  # seconds in which those who wait are answered when the server ends
 SOCKETS = 4  # connections for each client that is allowed, before any of them is read
-LINE = 256  # jobs that wait, at most
+LINE = 256  # jobs that wait, at most; or two for each client that is allowed
 
 
 class _Patient(asyncio.Protocol):
@@ -216,10 +216,15 @@ def run(
         for done in engine.compile(programs):
             progress.update(done)
     print(f"{len(programs)} programs ready in {time.monotonic() - begin:.0f} s", flush=True)
-    worker = Worker(engine.draw, batch, LINE, counters)
+    worker = Worker(engine.draw, batch, longest_line(clients), counters)
     service = Service(offer, worker, counters, clients)
     make_server(service, bound, names, token).run([bound])
     worker.stop()
+
+
+def longest_line(clients: int) -> int:
+    """Jobs that wait, at most: one of each page, and as many or more of the images API."""
+    return max(LINE, 2 * clients)
 
 
 def make_server(

@@ -5,6 +5,7 @@ import contextlib
 import io
 import json
 import re
+import socket
 import threading
 import time
 
@@ -14,11 +15,11 @@ from helpers.serving import OFFER, SKETCHES, Held, draw, get, picture, post, rec
 from PIL import Image
 from websockets.exceptions import InvalidStatus
 
-from sprint_jax.serving import frames, session
+from sprint_jax.serving import app, frames
+from sprint_jax.serving import server as serving
 from sprint_jax.serving.counters import Histogram
 from sprint_jax.serving.guard import Bucket, split_host
-from sprint_jax.serving.pictures import DECODERS, SCANS, read_picture
-from sprint_jax.serving.requests import Refused, check_request
+from sprint_jax.serving.requests import Refused
 
 
 @pytest.fixture(scope="module")
@@ -136,38 +137,6 @@ def test_control_images_come_in_frames_and_in_requests():
         assert np.abs(drawn[rows] - wanted[rows]).max() < 8
 
 
-def test_pictures_of_too_many_scans_are_refused():
-    out = io.BytesIO()
-    Image.new("RGB", (16, 16), "white").save(out, "JPEG", progressive=True)
-    file = out.getvalue()
-    scan = file[file.rindex(b"\xff\xda") : -2]
-    most = SCANS - file.count(b"\xff\xda")
-    assert read_picture(file[:-2] + most * scan + file[-2:], 8, 8).min() > 250
-    with pytest.raises(Refused) as refused:
-        read_picture(file[:-2] + (most + 1) * scan + file[-2:], 8, 8)
-    assert (refused.value.code, refused.value.status) == ("image", 413)
-
-
-def test_few_pictures_are_read_at_once(monkeypatch):
-    reading, go = [], threading.Semaphore(0)
-
-    def slowly(data, height, width):
-        reading.append(data)
-        assert go.acquire(timeout=20)
-        return np.zeros((height, width, 3), np.uint8)
-
-    monkeypatch.setattr(session, "read_picture", slowly)
-    with running(offer=SKETCHES) as server, contextlib.ExitStack() as stack:
-        pages = [stack.enter_context(server.socket()) for _ in range(DECODERS + 2)]
-        for page in pages:
-            page.send(frames.pack({"id": 1}, b"picture"))
-        time.sleep(0.2)
-        assert len(reading) <= DECODERS
-        go.release(len(pages))
-        assert [receive(page)[0]["picture"] for page in pages] == ["image/png"] * len(pages)
-    assert len(reading) == len(pages)
-
-
 @pytest.mark.parametrize(
     ("request_", "status", "code"),
     [
@@ -187,28 +156,6 @@ def test_the_images_api_refuses_in_its_own_form(server, request_, status, code):
     error = json.loads(body)["error"]
     assert (found, error["code"]) == (status, code)
     assert error.keys() == {"message", "type", "param", "code"} and error["message"]
-
-
-def test_no_more_of_a_wrong_request_is_looked_at_than_is_told():
-    looked = []
-
-    class Key(str):
-        def __hash__(self):
-            looked.append(self)
-            return super().__hash__()
-
-        def __repr__(self):
-            looked.append(self)
-            return super().__repr__()
-
-    many = [Key(number) for number in range(1000)]
-    wrong = {"prompt": many}, {"prompt": {1: many}}, dict.fromkeys(many, 1)
-    for values in wrong:
-        looked.clear()
-        with pytest.raises(Refused) as refused:
-            check_request(values, OFFER.kinds())
-        assert refused.value.code == "value" and len(looked) < 100
-        assert "'0'" in str(refused.value) and len(str(refused.value)) < 200
 
 
 def test_pages_come_with_a_policy_that_allows_their_own_script_alone(server):
@@ -301,6 +248,51 @@ def test_those_who_wait_together_are_one_call_and_everybody_gets_their_own():
             assert header["seed"] == seed
             np.testing.assert_array_equal(pixels(file), picture(wanted))
     assert [[job.seed for job in jobs] for jobs in model.batches] == [[0], [1, 2, 4, 5], [3], [6]]
+
+
+@pytest.mark.parametrize("here", [True, False])
+def test_requests_of_the_api_leave_room_for_pages(monkeypatch, here):
+    monkeypatch.setattr(serving, "LINE", 4 if here else 34)
+    monkeypatch.setattr(app, "is_loopback", lambda address: here)
+    assert serving.longest_line(100) == 200
+    model, count, answers = Held(), 2 if here else 8, []
+    with running(model, most=1, clients=2) as server, contextlib.ExitStack() as stack:
+        pages = [stack.enter_context(server.socket()) for _ in range(2)]
+        asked = {"prompt": "a 3", "n": count}
+        asking = threading.Thread(target=lambda: answers.append(post(server.address, asked)))
+        asking.start()
+        while server.service.waiting < count - 1 or not model.batches:
+            time.sleep(0.002)
+        status, _, body = post(server.address, {"prompt": "a 3"})
+        assert (status, json.loads(body)["error"]["code"]) == (503, "busy")
+        for page in pages:
+            send(page, 1)
+        model.go.release(count + 3)
+        assert [receive(page)[0]["picture"] for page in pages] == ["image/png"] * 2
+        asking.join(20)
+        assert answers[0][0] == post(server.address, {"prompt": "a 3"})[0] == 200
+
+
+def test_what_nobody_waits_for_leaves_the_line():
+    model = Held()
+    with running(model, most=1) as server:
+        host, port = server.address.split(":")
+        body = json.dumps({"prompt": "a 3", "n": 3})
+        lines = ["POST /v1/images HTTP/1.1", f"Host: {server.address}"]
+        lines += [f"Content-Length: {len(body)}", "", body]
+        with socket.create_connection((host, int(port)), 20) as client:
+            client.sendall("\r\n".join(lines).encode())
+            while server.service.waiting < 2 or not model.batches:
+                time.sleep(0.002)
+        with server.socket() as page:
+            send(page, 1)
+            deadline = time.monotonic() + 5
+            while server.service.waiting != 1:
+                assert time.monotonic() < deadline
+                time.sleep(0.002)
+            model.go.release(2)
+            assert receive(page)[0]["id"] == 1
+    assert len(model.batches) == 2 and server.counters.refused["gone"] == 1
 
 
 def test_a_model_that_fails_hurts_only_its_cause():
