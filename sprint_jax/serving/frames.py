@@ -6,7 +6,8 @@
 
 From the page: ``id``, which grows, and the keys of `requests.Offer.kinds`. To the page: the same ``id`` and
 one of ``picture``, the media type of the bytes, with ``seed`` and ``ms`` (milliseconds by phase); ``dropped``,
-where a newer request took its place; ``error`` with ``code`` and ``message``.
+where a newer request took its place; ``error`` with ``code`` and ``message``; ``waiting``, every 10 seconds
+until one of the others comes.
 """
 
 import json

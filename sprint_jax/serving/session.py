@@ -3,6 +3,7 @@
 import asyncio
 import concurrent.futures
 import time
+from collections.abc import Awaitable
 from typing import Any
 
 from starlette.concurrency import run_in_threadpool
@@ -19,6 +20,7 @@ from .worker import Worker
 
 RATE, BURST = 60.0, 120.0  # frames of a connection in a second, and at once
 FAULTS = 100  # refused frames, after which a connection is closed
+BEAT = 10.0  # seconds after which a page is told that its picture is still to come
 IDLE = 900.0  # seconds without a frame; a page connects again when it has one
 
 
@@ -128,7 +130,7 @@ class Session:
     async def _draw(self, number: int, job: Job) -> None:
         try:
             begin = time.perf_counter()
-            drawn = await self._worker.picture(job)
+            drawn = await self._patiently(number, self._worker.picture(job))
             kind, body = await encode(drawn)
         except Refused as refused:
             return await self._refuse({"id": number}, refused)
@@ -136,6 +138,16 @@ class Session:
         ms = {phase: round(value, 2) for phase, value in ms.items()}
         await self._send({"id": number, "picture": kind, "seed": job.seed, "ms": ms}, body)
         self._counters.picture(ms)
+
+    async def _patiently(self, number: int, picture: Awaitable[Drawn]) -> Drawn:
+        """The picture; until it is there, the page hears now and then that the connection lives."""
+        task = asyncio.ensure_future(picture)
+        try:
+            while not (await asyncio.wait([task], timeout=BEAT))[0]:
+                await self._send({"id": number, "waiting": True})
+            return await task
+        finally:
+            task.cancel()
 
     async def _refuse(self, header: Any, refused: Refused) -> None:
         self._counters.refused[refused.code] += 1

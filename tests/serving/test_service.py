@@ -15,7 +15,7 @@ from helpers.serving import OFFER, SKETCHES, Held, draw, get, picture, post, rec
 from PIL import Image
 from websockets.exceptions import InvalidStatus
 
-from sprint_jax.serving import app, frames
+from sprint_jax.serving import app, frames, session
 from sprint_jax.serving import server as serving
 from sprint_jax.serving.counters import Histogram
 from sprint_jax.serving.guard import Bucket, split_host
@@ -230,6 +230,18 @@ def test_one_request_is_in_flight_and_only_the_newest_waits():
     assert [(each["id"], each["seed"]) for each in answers] == [(1, 1), (4, 4)]
     assert [[job.seed for job in jobs] for jobs in model.batches] == [[1], [4]]
     assert server.counters.dropped == 2
+
+
+def test_a_page_hears_that_a_slow_picture_is_still_to_come(monkeypatch):
+    monkeypatch.setattr(session, "BEAT", 0.02, raising=False)
+    model = Held()
+    with running(model) as server, server.socket() as page:
+        send(page, 7)
+        assert [receive(page, 5)[0] for _ in range(2)] == [{"id": 7, "waiting": True}] * 2
+        model.go.release()
+        while (header := receive(page)[0]) == {"id": 7, "waiting": True}:
+            pass
+        assert header["picture"] == "image/png"
 
 
 def test_those_who_wait_together_are_one_call_and_everybody_gets_their_own():
