@@ -122,10 +122,18 @@ class Service:
         return JSONResponse(self._offer.describe())
 
     async def _page(self, socket: WebSocket) -> None:
-        if self.closing or len(self._sessions) >= self.clients:
-            what = "the server is ending" if self.closing else "too many people are here"
+        address = socket.client.host if socket.client else ""
+        most = self.clients if is_loopback(address) else max(4, self.clients // 4)
+        what = "the server is ending" if self.closing else ""
+        if len(self._sessions) >= self.clients:
+            what = what or "too many people are here"
+        elif sum(each.address == address for each in self._sessions) >= most:
+            what = what or "too many pages of this address are open"
+        if what:
             return await socket.send_denial_response(refusal(Refused("busy", what, 503)))
-        session = Session(socket, self._offer, self._worker, self._counters, self._decoders)
+        session = Session(
+            socket, address, self._offer, self._worker, self._counters, self._decoders
+        )
         self._sessions.add(session)
         try:
             await socket.accept(PROTOCOL if PROTOCOL in socket.scope["subprotocols"] else None)

@@ -31,23 +31,26 @@ class Session:
     job in the worker's line, and one that does not read costs nothing.
 
     Args:
+      address: of the client.
       decoders: threads that read pictures of clients, few, so that these take neither all memory nor the
         threads that others need.
 
     Attributes:
+      address: as given.
       busy: whether a request waits or is being answered.
     """
 
     def __init__(
         self,
         socket: WebSocket,
+        address: str,
         offer: Offer,
         worker: Worker,
         counters: Counters,
         decoders: concurrent.futures.Executor,
     ):
         self._socket, self._offer, self._worker, self._counters = socket, offer, worker, counters
-        self._decoders = decoders
+        self.address, self._decoders = address, decoders
         self._kinds: dict[str, Kind] = {"id": IDS} | offer.kinds()
         self._newest: tuple[int, Job] | None = None
         self._came = asyncio.Event()

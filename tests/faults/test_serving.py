@@ -19,7 +19,7 @@ from helpers.serving import OFFER, SKETCHES, exchange, get, picture, post, recei
 from helpers.workdirs import make_workdir
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
-from websockets.exceptions import ConnectionClosed
+from websockets.exceptions import ConnectionClosed, InvalidStatus
 
 from sprint_jax import serve
 from sprint_jax.serving import app, frames, guard, server, session
@@ -317,6 +317,15 @@ def test_a_client_that_reads_nothing_is_left(monkeypatch):
 
 def connections(service):
     return list(service.server.server_state.connections)
+
+
+def test_one_address_cannot_hold_the_places_of_all(monkeypatch):
+    monkeypatch.setattr(app, "is_loopback", lambda address: False)
+    with running(clients=20) as service, contextlib.ExitStack() as stack:
+        for _ in range(5):
+            stack.enter_context(service.socket())
+        with pytest.raises(InvalidStatus, match="503"), service.socket():
+            pass
 
 
 def test_connections_that_do_nothing_leave_room_for_others():
