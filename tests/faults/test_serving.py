@@ -382,6 +382,7 @@ def test_a_taken_port_and_wrong_flags_are_told_before_anything_is_loaded(
         assert ended.code == 1 and f"--port {port}" in ended.error
     assert fails("--port", "70000").code == 2
     assert fails("--batch", "3").code == 2
+    assert {fails("--name", name).code for name in ("a:80", "http://a", "a/b")} == {2}
     assert fails("--size", "8").code == 2
     assert fails("--host", "no.such.host.example", "--port", "0").code == 1
     (tmp_path / "token").write_text("short")

@@ -98,7 +98,7 @@ def running(
     worker = Worker(model, most, server.longest_line(clients), counters)
     service = Service(offer, worker, counters, clients)
     bound = server.bind("127.0.0.1", port)
-    made = server.make_server(service, bound, ["draw.example"], token)
+    made = server.make_server(service, bound, ["Draw.Example"], token)
     thread = threading.Thread(target=made.run, args=[[bound]])
     address = "{}:{}".format(*bound.getsockname())
     thread.start()
