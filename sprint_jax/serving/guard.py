@@ -138,7 +138,8 @@ class Guard:
         for protocol in asked.scope.get("subprotocols", ()):
             if protocol.startswith(TOKEN):
                 shown = protocol.removeprefix(TOKEN)
-        return hmac.compare_digest(shown.encode(), self._token.encode())
+        # websockets keeps bytes that are not ASCII as halves of characters, which plain UTF-8 refuses.
+        return hmac.compare_digest(shown.encode("utf-8", "surrogateescape"), self._token.encode())
 
 
 def refusal(refused: Refused) -> Response:

@@ -18,7 +18,6 @@ from websockets.exceptions import InvalidStatus
 from sprint_jax.serving import app, frames, session
 from sprint_jax.serving import server as serving
 from sprint_jax.serving.counters import Histogram
-from sprint_jax.serving.guard import Bucket, split_host
 from sprint_jax.serving.requests import Refused
 
 
@@ -380,19 +379,3 @@ def test_a_histogram_counts_up_to_its_bounds():
         "x_sum 56.500000",
         "x_count 4",
     ]
-
-
-def test_a_bucket_gives_its_burst_and_then_its_rate():
-    now = [0.0]
-    bucket = Bucket(2.0, 3.0, lambda: now[0])
-    assert [bucket.take() for _ in range(4)] == [True, True, True, False]
-    now[0] = 0.5
-    assert [bucket.take() for _ in range(2)] == [True, False]
-
-
-@pytest.mark.parametrize(
-    ("header", "name"),
-    [("A.b:80", "a.b"), ("a.b", "a.b"), ("[::1]:80", "::1"), ("[::1]", "::1"), (":80", ":80")],
-)
-def test_names_of_hosts(header, name):
-    assert split_host(header) == name
