@@ -119,7 +119,9 @@ class Client:
                 (values, sketch, since), self._newest = self._newest, None
                 asked += 1
                 await page.send(frames.pack({"id": asked, **values}, sketch))
-                header, file = frames.unpack(await asyncio.wait_for(page.recv(), 30))
+                header = {"waiting": True}
+                while "waiting" in header:
+                    header, file = frames.unpack(await asyncio.wait_for(page.recv(), 30))
                 if header.get("id") != asked or header.get("seed") != values["seed"]:
                     self.faults.append(header)
                 self.latencies.append(1000 * (time.perf_counter() - since))

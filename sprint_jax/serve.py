@@ -8,14 +8,17 @@ are compiled before the port opens. SIGTERM and Ctrl-C end it when those who wai
 `serve`.
 """
 
+import re
+
 import jax.numpy as jnp
 
 from .core import cli
 from .core.errors import UserError
-from .core.schema import check, one_of, whole
+from .core.schema import Kind, check, one_of, several, whole
 
 # Values of flags.
-FLAGS = {"--port": whole(0, 65535), "--clients": whole(1, 4096)}
+NAME = Kind("names as in draw.example.org", lambda v: re.fullmatch(r"[\w.-]+", v) is not None)
+FLAGS = {"--port": whole(0, 65535), "--clients": whole(1, 4096), "--name": several(NAME)}
 FLAGS |= {"--batch": one_of(*(1 << power for power in range(9)))}
 
 

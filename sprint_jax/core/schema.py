@@ -2,7 +2,7 @@
 
 import math
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from numbers import Integral, Real
 from typing import Any, NamedTuple
 
@@ -93,11 +93,33 @@ def check(
 
 
 def _shown(value: Any) -> str:
-    """A value for a message; Python refuses to print whole numbers of more than some thousand digits."""
+    """A value for a message; of a long one its first 80 letters, and no more of it is looked at."""
+    text = ""
+    for part in _parts(value):
+        text += part
+        if len(text) > 80:
+            return f"{text[:80]}..."
+    return text
+
+
+def _parts(value: Any) -> Iterator[str]:
+    """What Python prints for a value, part by part; it prints no whole numbers of some thousand digits."""
     if isinstance(value, int) and abs(value) >= LARGE:
-        return f"{'-' if value < 0 else ''}2^{value.bit_length()}"
-    text = repr(value) if isinstance(value, str | list | tuple | dict) else str(value)
-    return text if len(text) <= 80 else f"{text[:80]}..."
+        yield f"{'-' if value < 0 else ''}2^{value.bit_length()}"
+    elif isinstance(value, str):
+        yield repr(value[:100])
+    elif isinstance(value, list | tuple | dict):
+        begin, end = "[]" if isinstance(value, list) else "()" if isinstance(value, tuple) else "{}"
+        yield begin
+        for number, each in enumerate(value):
+            yield ", " if number else ""
+            yield from _parts(each)
+            if isinstance(value, dict):
+                yield ": "
+                yield from _parts(value[each])
+        yield end
+    else:
+        yield str(value)
 
 
 def _is(value: Any, kind: type) -> bool:

@@ -2,12 +2,15 @@
 
 import asyncio
 import base64
+import collections
+import concurrent.futures
+import contextlib
 import hashlib
 import importlib.resources
 import re
 import secrets
 import time
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -23,8 +26,8 @@ from ..core.schema import TEXT, Kind, one_of, optional, whole
 from .counters import Counters
 from .engine import Drawn
 from .frames import parse_json
-from .guard import PROTOCOL, Guard, refusal
-from .pictures import read_picture, to_png
+from .guard import PROTOCOL, Guard, is_loopback, refusal
+from .pictures import DECODERS, read_picture, to_png
 from .requests import Offer, Refused, check_request
 from .session import Session
 from .worker import Worker
@@ -51,12 +54,14 @@ class Service:
 
     def __init__(self, offer: Offer, worker: Worker, counters: Counters, clients: int):
         self._offer, self._worker, self._counters = offer, worker, counters
-        self.clients, self._sessions, self._requests = clients, set(), 0
+        self.clients, self._sessions = clients, set()
+        self._requests: collections.Counter[str] = collections.Counter()  # pictures, by address
         self._kinds: dict[str, Kind] = offer.kinds() | UNUSED
         self._kinds |= {"n": whole(1, PICTURES), "response_format": one_of("b64_json", "png")}
         self._kinds |= {"output_format": one_of("png")}
         if offer.control:
             self._kinds |= {"control": TEXT}
+        self._decoders = concurrent.futures.ThreadPoolExecutor(DECODERS, "pictures")
         self.closing = False
 
     def app(self, names: Sequence[str], token: str | None) -> Guard:
@@ -78,7 +83,7 @@ class Service:
     @property
     def busy(self) -> bool:
         """Whether anybody waits for an answer."""
-        return self._requests > 0 or any(session.busy for session in self._sessions)
+        return bool(self._requests) or any(session.busy for session in self._sessions)
 
     @property
     def waiting(self) -> int:
@@ -117,10 +122,18 @@ class Service:
         return JSONResponse(self._offer.describe())
 
     async def _page(self, socket: WebSocket) -> None:
-        if self.closing or len(self._sessions) >= self.clients:
-            what = "the server is ending" if self.closing else "too many people are here"
+        address = socket.client.host if socket.client else ""
+        most = self.clients if is_loopback(address) else max(4, self.clients // 4)
+        what = "the server is ending" if self.closing else ""
+        if len(self._sessions) >= self.clients:
+            what = what or "too many people are here"
+        elif sum(each.address == address for each in self._sessions) >= most:
+            what = what or "too many pages of this address are open"
+        if what:
             return await socket.send_denial_response(refusal(Refused("busy", what, 503)))
-        session = Session(socket, self._offer, self._worker, self._counters)
+        session = Session(
+            socket, address, self._offer, self._worker, self._counters, self._decoders
+        )
         self._sessions.add(session)
         try:
             await socket.accept(PROTOCOL if PROTOCOL in socket.scope["subprotocols"] else None)
@@ -140,23 +153,8 @@ class Service:
             form = "png" if request.headers.get("accept") == "image/png" else "b64_json"
         if form == "png" and count > 1:
             raise Refused("value", "n must be 1 where the answer is one PNG")
-        control = given.pop("control", None)
-        if control is not None:
-            control = await run_in_threadpool(_control, control, self._offer.size(given))
-        jobs = [self._offer.job(given, index, control) for index in range(count)]
-        self._requests += 1
-        try:
-            begin = time.perf_counter()
-            drawn = await _all(*map(self._worker.picture, jobs))
-            files = [
-                await run_in_threadpool(_png, each, job)
-                for each, job in zip(drawn, jobs, strict=True)
-            ]
-            total = 1000 * (time.perf_counter() - begin)
-        finally:
-            self._requests -= 1
-        for each in drawn:
-            self._counters.picture(each.ms | {"total": total})
+        with self._places(request.client.host if request.client else "", count):
+            files, jobs = await self._draw(request, given, count)
         if form == "png":
             return Response(files[0], media_type="image/png", headers={"x-seed": str(jobs[0].seed)})
         data = [
@@ -164,6 +162,37 @@ class Service:
             for file, job in zip(files, jobs, strict=True)
         ]
         return JSONResponse({"created": int(time.time()), "data": data})
+
+    @contextlib.contextmanager
+    def _places(self, address: str, count: int) -> Iterator[None]:
+        """Holds places for the pictures of an API request; never those that pages need in the line."""
+        most = self._worker.longest - self.clients
+        own = most if is_loopback(address) else max(PICTURES, most // 4)
+        if self._requests.total() + count > most or self._requests[address] + count > own:
+            raise Refused("busy", "too many requests wait: try again in a moment", 503)
+        self._requests[address] += count
+        try:
+            yield
+        finally:
+            self._requests[address] -= count
+            self._requests = +self._requests  # without addresses that have none
+
+    async def _draw(self, request: Request, given: dict, count: int) -> tuple[list[bytes], list]:
+        """PNGs of an API request and their jobs."""
+        control = given.pop("control", None)
+        if control is not None:
+            how = _control, control, self._offer.size(given)
+            control = await asyncio.get_running_loop().run_in_executor(self._decoders, *how)
+        jobs = [self._offer.job(given, index, control) for index in range(count)]
+        begin = time.perf_counter()
+        drawn = await _all(request, *map(self._worker.picture, jobs))
+        files = [
+            await run_in_threadpool(_png, each, job) for each, job in zip(drawn, jobs, strict=True)
+        ]
+        total = 1000 * (time.perf_counter() - begin)
+        for each in drawn:
+            self._counters.picture(each.ms | {"total": total})
+        return files, jobs
 
     async def _refused(self, request: Request, refused: Exception) -> Response:
         self._counters.refused[refused.code] += 1
@@ -185,20 +214,31 @@ async def _http_error(request: Request, error: Exception) -> Response:
     return refusal(Refused(codes.get(error.status_code, "http"), error.detail, error.status_code))
 
 
-async def _all(*pictures: Awaitable[Drawn]) -> list[Drawn]:
-    """All pictures, or the first refusal; then the others are given up."""
-    tasks = [asyncio.ensure_future(each) for each in pictures]
+async def _all(request: Request, *pictures: Awaitable[Drawn]) -> list[Drawn]:
+    """All pictures, or the first refusal, of which one is that the client went away; then all are given up."""
+    tasks = [asyncio.ensure_future(each) for each in (_gone(request), *pictures)]
     try:
-        return await asyncio.gather(*tasks)
+        drawn = asyncio.gather(*tasks[1:])
+        await asyncio.wait([tasks[0], drawn], return_when=asyncio.FIRST_COMPLETED)
+        if not drawn.done():
+            raise Refused("gone", "the client went away")
+        return await drawn
     finally:
         for task in tasks:
             task.cancel()
 
 
+async def _gone(request: Request) -> None:
+    """Waits until the client of a request that is read goes away."""
+    while (await request.receive())["type"] != "http.disconnect":
+        pass
+
+
 def _control(text: str, size: tuple[int, int]) -> np.ndarray:
     """The control image of a request: base64, or a data URL."""
     try:
-        data = base64.b64decode(re.sub(r"^data:image/\w+;base64,", "", text), validate=True)
+        head = re.match(r"data:image/\w{1,20};base64,", text)
+        data = base64.b64decode(text[head.end() :] if head else text, validate=True)
     except ValueError as error:
         raise Refused("image", "control is a picture in base64") from error
     return read_picture(data, *size)

@@ -6,7 +6,8 @@
 
 From the page: ``id``, which grows, and the keys of `requests.Offer.kinds`. To the page: the same ``id`` and
 one of ``picture``, the media type of the bytes, with ``seed`` and ``ms`` (milliseconds by phase); ``dropped``,
-where a newer request took its place; ``error`` with ``code`` and ``message``.
+where a newer request took its place; ``error`` with ``code`` and ``message``; ``waiting``, every 10 seconds
+until one of the others comes.
 """
 
 import json
@@ -17,6 +18,7 @@ from .requests import Refused
 
 HEADER = 16 * 1024  # bytes of a header, at most
 FRAME = 2**22  # bytes of a frame
+COMMAS = 4096  # in a client's JSON; a prompt may hold 1000
 
 
 def pack(header: dict[str, Any], body: bytes = b"") -> bytes:
@@ -45,9 +47,14 @@ def unpack(frame: bytes) -> tuple[Any, bytes]:
 def parse_json(text: bytes) -> Any:
     """A JSON value of a client.
 
+    While Python reads it, nobody else is served, even by other threads. Long text is read in milliseconds,
+    many values are not, and each but the first has a comma or a bracket.
+
     Raises:
-      Refused: it is none, or is nested too deeply.
+      Refused: it is none, has too many values, or is nested too deeply.
     """
+    if text.count(b",") > COMMAS:
+        raise Refused("large", f"JSON of more than {COMMAS} commas", 413)
     try:
         return json.loads(text.decode("utf-8"))
     except (ValueError, RecursionError) as error:  # UnicodeDecodeError is a ValueError

@@ -66,7 +66,7 @@ def is_loopback(host: str) -> bool:
     try:
         return ipaddress.ip_address(host).is_loopback
     except ValueError:
-        return host == "localhost"
+        return host.lower() == "localhost"
 
 
 class Guard:
@@ -83,8 +83,8 @@ class Guard:
     """
 
     def __init__(self, app: Any, names: Iterable[str], token: str | None, counters: Counters):
-        self._app, self._names, self._token = app, {*names, "localhost"}, token
-        self._counters = counters
+        self._app, self._token, self._counters = app, token, counters
+        self._names = {"localhost", *(name.lower() for name in names)}
         self._buckets: collections.OrderedDict[str, Bucket] = collections.OrderedDict()
 
     async def __call__(self, scope, receive, send) -> None:
@@ -138,7 +138,8 @@ class Guard:
         for protocol in asked.scope.get("subprotocols", ()):
             if protocol.startswith(TOKEN):
                 shown = protocol.removeprefix(TOKEN)
-        return hmac.compare_digest(shown.encode(), self._token.encode())
+        # websockets keeps bytes that are not ASCII as halves of characters, which plain UTF-8 refuses.
+        return hmac.compare_digest(shown.encode("utf-8", "surrogateescape"), self._token.encode())
 
 
 def refusal(refused: Refused) -> Response:

@@ -13,6 +13,8 @@ from .requests import Refused
 
 FORMATS = ("PNG", "JPEG", "WEBP")
 LARGEST = 2**23  # pixels of a client's picture
+SCANS = 64  # of a JPEG; each, of a few bytes, may take as long as the whole picture. Encoders make some ten
+DECODERS = 2  # pictures that are read at once, of 100 MB or more each
 
 SMALL = 256 * 256  # pixels up to which PNG is as quick as JPEG
 
@@ -21,13 +23,15 @@ def read_picture(data: bytes, height: int, width: int) -> np.ndarray:
     """A client's picture as uint8 [height, width, 3]; what is transparent in it is black.
 
     Raises:
-      Refused: it is of another format, too large, or damaged.
+      Refused: it is of another format, too large, too slow to read, or damaged.
     """
     try:
         with Image.open(io.BytesIO(data), formats=FORMATS) as image:
             # The size stands in the head of a file: nothing is decoded yet.
             if image.width * image.height > LARGEST:
                 raise Refused("image", f"a picture of more than {LARGEST} pixels", 413)
+            if data.startswith(b"\xff\xd8") and data.count(b"\xff\xda") > SCANS:
+                raise Refused("image", f"a JPEG of more than {SCANS} scans: save it anew", 413)
             if image.has_transparency_data:
                 layer = image.convert("RGBA")
                 image = Image.alpha_composite(Image.new("RGBA", layer.size, "black"), layer)

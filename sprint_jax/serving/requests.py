@@ -131,10 +131,10 @@ def check_request(values: Any, kinds: Mapping[str, Kind]) -> dict[str, Any]:
     """Refuses a request that is no JSON object, has an unknown key, or a value out of its range."""
     if not isinstance(values, dict):
         raise Refused("value", "a request is a JSON object")
-    unknown = sorted(values.keys() - kinds.keys())
-    if unknown:
+    unknown = next((key for key in values if key not in kinds), None)
+    if unknown is not None:
         known = ", ".join(kinds)
-        raise Refused("value", f"unknown key {unknown[0][:40]!r}; known are {known}")
+        raise Refused("value", f"unknown key {unknown[:40]!r}; known are {known}")
     try:
         check(values, kinds, "")
     except UserError as error:

@@ -28,7 +28,7 @@ from .worker import Worker
 PATIENCE = 10.0  # seconds for the head of a request to come, and for an answer to be taken
 DRAIN = 30.0  # seconds in which those who wait are answered when the server ends
 SOCKETS = 4  # connections for each client that is allowed, before any of them is read
-LINE = 256  # jobs that wait, at most
+LINE = 256  # jobs that wait, at most; or two for each client that is allowed
 
 
 class _Patient(asyncio.Protocol):
@@ -60,7 +60,7 @@ class _Patient(asyncio.Protocol):
 
 
 class HttpProtocol(_Patient, H11Protocol):
-    """uvicorn's, with an end to the wait for the head of a request, and to the number of connections."""
+    """uvicorn's, with an end to the wait for a head, or a body that is answered already, and to connections."""
 
     _late: asyncio.TimerHandle | None = None
 
@@ -87,7 +87,11 @@ class HttpProtocol(_Patient, H11Protocol):
             self.transport.abort()  # the head is none to websockets, which would wait for a better one
 
     def _wait(self):
-        if self.conn.their_state is not h11.IDLE or self.transport.is_closing():
+        """Starts the clock where nobody but the client can go on; each byte ends uvicorn's own."""
+        state, cycle = self.conn.their_state, self.cycle
+        answered = cycle is not None and cycle.response_complete
+        theirs = state is h11.IDLE or (state is h11.SEND_BODY and answered)
+        if not theirs or self.transport.is_closing():
             self._stop_waiting()
         elif self._late is None:
             self._late = self.loop.call_later(PATIENCE, self.transport.abort)
@@ -212,10 +216,15 @@ def run(
         for done in engine.compile(programs):
             progress.update(done)
     print(f"{len(programs)} programs ready in {time.monotonic() - begin:.0f} s", flush=True)
-    worker = Worker(engine.draw, batch, LINE, counters)
+    worker = Worker(engine.draw, batch, longest_line(clients), counters)
     service = Service(offer, worker, counters, clients)
     make_server(service, bound, names, token).run([bound])
     worker.stop()
+
+
+def longest_line(clients: int) -> int:
+    """Jobs that wait, at most: one of each page, and as many or more of the images API."""
+    return max(LINE, 2 * clients)
 
 
 def make_server(

@@ -1,7 +1,9 @@
 """One page that is connected: one request in flight, the newest one waiting."""
 
 import asyncio
+import concurrent.futures
 import time
+from collections.abc import Awaitable
 from typing import Any
 
 from starlette.concurrency import run_in_threadpool
@@ -18,6 +20,7 @@ from .worker import Worker
 
 RATE, BURST = 60.0, 120.0  # frames of a connection in a second, and at once
 FAULTS = 100  # refused frames, after which a connection is closed
+BEAT = 10.0  # seconds after which a page is told that its picture is still to come
 IDLE = 900.0  # seconds without a frame; a page connects again when it has one
 
 
@@ -27,12 +30,27 @@ class Session:
     The newest request waits until the answer to the one before it is sent, so that a client has at most one
     job in the worker's line, and one that does not read costs nothing.
 
+    Args:
+      address: of the client.
+      decoders: threads that read pictures of clients, few, so that these take neither all memory nor the
+        threads that others need.
+
     Attributes:
+      address: as given.
       busy: whether a request waits or is being answered.
     """
 
-    def __init__(self, socket: WebSocket, offer: Offer, worker: Worker, counters: Counters):
+    def __init__(
+        self,
+        socket: WebSocket,
+        address: str,
+        offer: Offer,
+        worker: Worker,
+        counters: Counters,
+        decoders: concurrent.futures.Executor,
+    ):
         self._socket, self._offer, self._worker, self._counters = socket, offer, worker, counters
+        self.address, self._decoders = address, decoders
         self._kinds: dict[str, Kind] = {"id": IDS} | offer.kinds()
         self._newest: tuple[int, Job] | None = None
         self._came = asyncio.Event()
@@ -90,7 +108,8 @@ class Session:
             if not self._offer.control:
                 raise Refused("image", "this server takes no control image")
             size = self._offer.size(values)
-            control = await run_in_threadpool(read_picture, body, *size)
+            how = read_picture, body, *size
+            control = await asyncio.get_running_loop().run_in_executor(self._decoders, *how)
         if self.closing:
             raise Refused("closing", "the server is ending", 503)
         job = self._offer.job(values, control=control)
@@ -114,7 +133,7 @@ class Session:
     async def _draw(self, number: int, job: Job) -> None:
         try:
             begin = time.perf_counter()
-            drawn = await self._worker.picture(job)
+            drawn = await self._patiently(number, self._worker.picture(job))
             kind, body = await encode(drawn)
         except Refused as refused:
             return await self._refuse({"id": number}, refused)
@@ -122,6 +141,16 @@ class Session:
         ms = {phase: round(value, 2) for phase, value in ms.items()}
         await self._send({"id": number, "picture": kind, "seed": job.seed, "ms": ms}, body)
         self._counters.picture(ms)
+
+    async def _patiently(self, number: int, picture: Awaitable[Drawn]) -> Drawn:
+        """The picture; until it is there, the page hears now and then that the connection lives."""
+        task = asyncio.ensure_future(picture)
+        try:
+            while not (await asyncio.wait([task], timeout=BEAT))[0]:
+                await self._send({"id": number, "waiting": True})
+            return await task
+        finally:
+            task.cancel()
 
     async def _refuse(self, header: Any, refused: Refused) -> None:
         self._counters.refused[refused.code] += 1

@@ -50,6 +50,9 @@ class Worker:
       most: jobs of one call.
       longest: jobs in the line, at most.
       counters: are told of every call.
+
+    Attributes:
+      longest: as given.
     """
 
     def __init__(
@@ -59,7 +62,7 @@ class Worker:
         longest: int,
         counters: Counters,
     ):
-        self._draw, self._most, self._longest, self._counters = draw, most, longest, counters
+        self._draw, self._most, self.longest, self._counters = draw, most, longest, counters
         self._line: collections.deque[Ticket] = collections.deque()
         self._changed = threading.Condition()
         self._over = False
@@ -74,11 +77,13 @@ class Worker:
     async def picture(self, job: Job) -> Drawn:
         """The picture of a job; ``ms`` has the time in the line, too, as ``queue``.
 
+        Whoever is cancelled leaves the line.
+
         Raises:
           Refused: the line is full, or the prompt cannot be drawn.
         """
         with self._changed:
-            if len(self._line) >= self._longest:
+            if len(self._line) >= self.longest:
                 raise Refused("busy", "too many requests wait: try again in a moment", 503)
             ticket = Ticket(job)
             self._line.append(ticket)
@@ -87,6 +92,11 @@ class Worker:
             return await ticket.picture
         except UserError as error:
             raise Refused("prompt", str(error)) from error
+        except asyncio.CancelledError:
+            with self._changed:
+                if ticket in self._line:
+                    self._line.remove(ticket)
+            raise
 
     def stop(self) -> None:
         """Ends the thread after the call that it is in."""

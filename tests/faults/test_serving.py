@@ -15,23 +15,16 @@ import numpy as np
 import pytest
 from helpers.damage import damage_json
 from helpers.runs import finish, run_here, start
-from helpers.serving import (
-    OFFER,
-    exchange,
-    get,
-    picture,
-    post,
-    receive,
-    running,
-    send,
-)
+from helpers.serving import OFFER, SKETCHES, exchange, get, picture, post, receive, running, send
 from helpers.workdirs import make_workdir
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
-from websockets.exceptions import ConnectionClosed
+from websockets.exceptions import ConnectionClosed, InvalidStatus
 
 from sprint_jax import serve
-from sprint_jax.serving import app, frames, guard, server
+from sprint_jax.serving import app, frames, guard, server, session
+from sprint_jax.serving.pictures import DECODERS, SCANS, read_picture
+from sprint_jax.serving.requests import Refused, check_request
 
 CASES = 200
 WHOLE = {"prompt": "a 3", "seed": 1, "steps": 2, "guidance": 3.0, "size": "8x8", "style": "none"}
@@ -189,6 +182,60 @@ def test_frames_and_requests_of_all_wrong_kinds_are_refused_with_a_reason(servic
     assert get(service.address, "/health")[0] == 200
 
 
+def test_pictures_of_too_many_scans_are_refused():
+    out = io.BytesIO()
+    Image.new("RGB", (16, 16), "white").save(out, "JPEG", progressive=True)
+    file = out.getvalue()
+    scan = file[file.rindex(b"\xff\xda") : -2]
+    most = SCANS - file.count(b"\xff\xda")
+    assert read_picture(file[:-2] + most * scan + file[-2:], 8, 8).min() > 250
+    with pytest.raises(Refused) as refused:
+        read_picture(file[:-2] + (most + 1) * scan + file[-2:], 8, 8)
+    assert (refused.value.code, refused.value.status) == ("image", 413)
+
+
+def test_few_pictures_are_read_at_once(monkeypatch):
+    reading, go = [], threading.Semaphore(0)
+
+    def slowly(data, height, width):
+        reading.append(data)
+        assert go.acquire(timeout=20)
+        return np.zeros((height, width, 3), np.uint8)
+
+    monkeypatch.setattr(session, "read_picture", slowly)
+    with running(offer=SKETCHES) as shared, contextlib.ExitStack() as stack:
+        pages = [stack.enter_context(shared.socket()) for _ in range(DECODERS + 2)]
+        for page in pages:
+            page.send(frames.pack({"id": 1}, b"picture"))
+        time.sleep(0.2)
+        assert len(reading) <= DECODERS
+        go.release(len(pages))
+        assert [receive(page)[0]["picture"] for page in pages] == ["image/png"] * len(pages)
+    assert len(reading) == len(pages)
+
+
+def test_no_more_of_a_wrong_request_is_looked_at_than_is_told():
+    looked = []
+
+    class Key(str):
+        def __hash__(self):
+            looked.append(self)
+            return super().__hash__()
+
+        def __repr__(self):
+            looked.append(self)
+            return super().__repr__()
+
+    many = [Key(number) for number in range(1000)]
+    wrong = {"prompt": many}, {"prompt": {1: many}}, dict.fromkeys(many, 1)
+    for values in wrong:
+        looked.clear()
+        with pytest.raises(Refused) as refused:
+            check_request(values, OFFER.kinds())
+        assert refused.value.code == "value" and len(looked) < 100
+        assert "'0'" in str(refused.value) and len(str(refused.value)) < 200
+
+
 def test_what_is_too_large_is_not_kept(service, neighbour):
     status, _, body = post(service.address, b" " * (app.BODY + 1))
     assert (status, json.loads(body)["error"]["code"]) == (413, "large")
@@ -233,6 +280,21 @@ def test_slow_clients_are_left(service, neighbour, monkeypatch):
     assert time.monotonic() - begin < 30
 
 
+def test_a_body_that_was_answered_before_it_came_must_come(service, monkeypatch):
+    monkeypatch.setattr(server, "PATIENCE", 0.3)
+    host, port = service.address.split(":")
+    head = f"GET /health HTTP/1.1\r\nHost: {service.address}\r\nContent-Length: 10\r\n\r\n"
+    with socket.create_connection((host, int(port)), 4) as client:
+        client.sendall(head.encode())
+        assert client.recv(65536).startswith(b"HTTP/1.1 200 ")
+        with contextlib.suppress(ConnectionError):
+            for _ in range(5):  # one byte and then nothing would do; these must not prolong it
+                client.sendall(b"x")
+                time.sleep(0.1)
+            while client.recv(65536):
+                pass
+
+
 def test_a_client_that_reads_nothing_is_left(monkeypatch):
     monkeypatch.setattr(server, "PATIENCE", 0.3)
     monkeypatch.setattr(guard, "BURST", 1e6)
@@ -255,6 +317,15 @@ def test_a_client_that_reads_nothing_is_left(monkeypatch):
 
 def connections(service):
     return list(service.server.server_state.connections)
+
+
+def test_one_address_cannot_hold_the_places_of_all(monkeypatch):
+    monkeypatch.setattr(app, "is_loopback", lambda address: False)
+    with running(clients=20) as service, contextlib.ExitStack() as stack:
+        for _ in range(5):
+            stack.enter_context(service.socket())
+        with pytest.raises(InvalidStatus, match="503"), service.socket():
+            pass
 
 
 def test_connections_that_do_nothing_leave_room_for_others():
@@ -311,6 +382,7 @@ def test_a_taken_port_and_wrong_flags_are_told_before_anything_is_loaded(
         assert ended.code == 1 and f"--port {port}" in ended.error
     assert fails("--port", "70000").code == 2
     assert fails("--batch", "3").code == 2
+    assert {fails("--name", name).code for name in ("a:80", "http://a", "a/b")} == {2}
     assert fails("--size", "8").code == 2
     assert fails("--host", "no.such.host.example", "--port", "0").code == 1
     (tmp_path / "token").write_text("short")

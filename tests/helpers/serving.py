@@ -95,10 +95,10 @@ def running(
 ) -> Iterator[Running]:
     """Runs a server on the loopback; it must end in the end."""
     counters = Counters()
-    worker = Worker(model, most, 64, counters)
+    worker = Worker(model, most, server.longest_line(clients), counters)
     service = Service(offer, worker, counters, clients)
     bound = server.bind("127.0.0.1", port)
-    made = server.make_server(service, bound, ["draw.example"], token)
+    made = server.make_server(service, bound, ["Draw.Example"], token)
     thread = threading.Thread(target=made.run, args=[[bound]])
     address = "{}:{}".format(*bound.getsockname())
     thread.start()

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from helpers.serving import OFFER, SKETCHES, picture, running
+from helpers.serving import OFFER, SKETCHES, draw, picture, running
 from PIL import Image
 
 BROWSER, DRIVER = shutil.which("chromium"), shutil.which("chromedriver")
@@ -278,6 +278,22 @@ def test_a_page_recovers_from_a_server_that_ended(browser, killed):
     with running(port=port):
         shows(browser, prompt="a 9 on red")
         assert state.get_attribute("data-state") == "open"
+    complaints(browser)
+
+
+def test_a_page_asks_again_where_the_server_failed(browser):
+    calls = []
+
+    def fail_once(jobs):
+        calls.append(jobs)
+        if len(calls) == 1:
+            raise RuntimeError("a fault of the model")
+        return draw(jobs)
+
+    with running(fail_once) as server:
+        browser.get(f"http://{server.address}/")
+        shows(browser, prompt=OFFER.prompt)
+    assert len(calls) == 2
     complaints(browser)
 
 

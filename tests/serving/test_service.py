@@ -5,6 +5,7 @@ import contextlib
 import io
 import json
 import re
+import socket
 import threading
 import time
 
@@ -14,9 +15,9 @@ from helpers.serving import OFFER, SKETCHES, Held, draw, get, picture, post, rec
 from PIL import Image
 from websockets.exceptions import InvalidStatus
 
-from sprint_jax.serving import frames
+from sprint_jax.serving import app, frames, session
+from sprint_jax.serving import server as serving
 from sprint_jax.serving.counters import Histogram
-from sprint_jax.serving.guard import Bucket, split_host
 from sprint_jax.serving.requests import Refused
 
 
@@ -140,6 +141,8 @@ def test_control_images_come_in_frames_and_in_requests():
     [
         (b"no JSON", 400, "json"),
         (b"[" * 100000, 400, "json"),
+        (b'{"prompt": [' + b"1," * 5000 + b"1]}", 413, "large"),
+        ({"prompt": ["1"] * 4000}, 400, "value"),
         ([], 400, "value"),
         ({"prompt": "a 3", "n": 9}, 400, "value"),
         ({"prompt": "a 3", "n": 2, "response_format": "png"}, 400, "value"),
@@ -228,6 +231,18 @@ def test_one_request_is_in_flight_and_only_the_newest_waits():
     assert server.counters.dropped == 2
 
 
+def test_a_page_hears_that_a_slow_picture_is_still_to_come(monkeypatch):
+    monkeypatch.setattr(session, "BEAT", 0.02, raising=False)
+    model = Held()
+    with running(model) as server, server.socket() as page:
+        send(page, 7)
+        assert [receive(page, 5)[0] for _ in range(2)] == [{"id": 7, "waiting": True}] * 2
+        model.go.release()
+        while (header := receive(page)[0]) == {"id": 7, "waiting": True}:
+            pass
+        assert header["picture"] == "image/png"
+
+
 def test_those_who_wait_together_are_one_call_and_everybody_gets_their_own():
     model = Held()
     with running(model, most=4) as server, contextlib.ExitStack() as stack:
@@ -244,6 +259,51 @@ def test_those_who_wait_together_are_one_call_and_everybody_gets_their_own():
             assert header["seed"] == seed
             np.testing.assert_array_equal(pixels(file), picture(wanted))
     assert [[job.seed for job in jobs] for jobs in model.batches] == [[0], [1, 2, 4, 5], [3], [6]]
+
+
+@pytest.mark.parametrize("here", [True, False])
+def test_requests_of_the_api_leave_room_for_pages(monkeypatch, here):
+    monkeypatch.setattr(serving, "LINE", 4 if here else 34)
+    monkeypatch.setattr(app, "is_loopback", lambda address: here)
+    assert serving.longest_line(100) == 200
+    model, count, answers = Held(), 2 if here else 8, []
+    with running(model, most=1, clients=2) as server, contextlib.ExitStack() as stack:
+        pages = [stack.enter_context(server.socket()) for _ in range(2)]
+        asked = {"prompt": "a 3", "n": count}
+        asking = threading.Thread(target=lambda: answers.append(post(server.address, asked)))
+        asking.start()
+        while server.service.waiting < count - 1 or not model.batches:
+            time.sleep(0.002)
+        status, _, body = post(server.address, {"prompt": "a 3"})
+        assert (status, json.loads(body)["error"]["code"]) == (503, "busy")
+        for page in pages:
+            send(page, 1)
+        model.go.release(count + 3)
+        assert [receive(page)[0]["picture"] for page in pages] == ["image/png"] * 2
+        asking.join(20)
+        assert answers[0][0] == post(server.address, {"prompt": "a 3"})[0] == 200
+
+
+def test_what_nobody_waits_for_leaves_the_line():
+    model = Held()
+    with running(model, most=1) as server:
+        host, port = server.address.split(":")
+        body = json.dumps({"prompt": "a 3", "n": 3})
+        lines = ["POST /v1/images HTTP/1.1", f"Host: {server.address}"]
+        lines += [f"Content-Length: {len(body)}", "", body]
+        with socket.create_connection((host, int(port)), 20) as client:
+            client.sendall("\r\n".join(lines).encode())
+            while server.service.waiting < 2 or not model.batches:
+                time.sleep(0.002)
+        with server.socket() as page:
+            send(page, 1)
+            deadline = time.monotonic() + 5
+            while server.service.waiting != 1:
+                assert time.monotonic() < deadline
+                time.sleep(0.002)
+            model.go.release(2)
+            assert receive(page)[0]["id"] == 1
+    assert len(model.batches) == 2 and server.counters.refused["gone"] == 1
 
 
 def test_a_model_that_fails_hurts_only_its_cause():
@@ -319,19 +379,3 @@ def test_a_histogram_counts_up_to_its_bounds():
         "x_sum 56.500000",
         "x_count 4",
     ]
-
-
-def test_a_bucket_gives_its_burst_and_then_its_rate():
-    now = [0.0]
-    bucket = Bucket(2.0, 3.0, lambda: now[0])
-    assert [bucket.take() for _ in range(4)] == [True, True, True, False]
-    now[0] = 0.5
-    assert [bucket.take() for _ in range(2)] == [True, False]
-
-
-@pytest.mark.parametrize(
-    ("header", "name"),
-    [("A.b:80", "a.b"), ("a.b", "a.b"), ("[::1]:80", "::1"), ("[::1]", "::1"), (":80", ":80")],
-)
-def test_names_of_hosts(header, name):
-    assert split_host(header) == name
