@@ -64,12 +64,12 @@ def main(argv: list[str]) -> None:
 def _measure_pictures(flags: argparse.Namespace, out: AnyPath, command: str, peers) -> None:
     cache = as_path(flags.cache) if flags.cache else out.with_suffix(".cache")
     check_writable(cache, "--cache")
-    requests = make_prompts()[: flags.count] if flags.prompts == "geneval" else None
+    # A model draws the first prompts; of a folder the first pictures are taken, whose prompts all of it tells.
+    first = flags.count if flags.model else None
+    requests = make_prompts()[:first] if flags.prompts == "geneval" else None
     prompts = requests and [request["prompt"] for request in requests]
     if flags.prompts and not prompts:
-        prompts = read_prompts(as_path(flags.prompts))
-        if isinstance(prompts, list) or flags.model:
-            prompts = first_prompts(prompts, flags.count)
+        prompts = first_prompts(read_prompts(as_path(flags.prompts)), first)
     pictures = as_path(flags.pictures) if flags.pictures else cache / "pictures"
     places = {name: getattr(flags, name) for name in Places._fields if getattr(flags, name)}
     job = evaluation.Job(

@@ -28,7 +28,7 @@ class Job(NamedTuple):
       metrics: names of `measures.NEEDS`.
       places: of weights.
       cache: folder of features and statistics, which all processes see.
-      prompts: of `pictures.read_prompts`, or None.
+      prompts: of `pictures.read_prompts` for the whole folder, or None.
       boxes: GenEval's results.jsonl, or None.
       count: pictures to take from the folder; None for all.
       batch: pictures at once.
@@ -77,7 +77,10 @@ def evaluate(
     results = geneval.read_results(job.boxes) if job.boxes is not None else None
     wanted = {name for metric in job.metrics for name in measures.NEEDS[metric].networks}
     ours = open_pictures(job.pictures, job.count)
-    prompts = None if job.prompts is None else prompts_of(ours, job.prompts)
+    prompts = None
+    if job.prompts is not None:
+        every = ours if job.count is None else open_pictures(job.pictures)
+        prompts = prompts_of(every, job.prompts)[: job.count]
     folder_given = job.reference is not None and job.reference.suffix != ".npz"
     theirs = open_pictures(job.reference) if folder_given else None
     stored = (

@@ -13,6 +13,7 @@ from PIL import Image
 
 from sprint_jax import evaluate
 from sprint_jax.core.errors import UserError
+from sprint_jax.core.fingerprint import digest
 from sprint_jax.metrics import drawing, evaluation, features, frechet, protocols, report
 from sprint_jax.metrics.geneval_prompts import make_prompts
 from sprint_jax.metrics.pictures import open_pictures, prompts_of
@@ -230,6 +231,22 @@ def test_pictures_are_drawn_once_whatever_was_there(tmp_path):
         prompts_of(open_pictures(tmp_path / "k"), {"k": "x"})
     drawing.write_geneval_metadata(tmp_path, requests)
     assert json.loads((tmp_path / "00003" / "metadata.jsonl").read_text()) == requests[3]
+
+
+@pytest.mark.parametrize("source", ["geneval", "lines"])
+def test_the_first_pictures_keep_their_prompts(root, tmp_path, source, monkeypatch):
+    requests = make_prompts(count=1)
+    monkeypatch.setattr(evaluate, "make_prompts", lambda: requests)
+    plan = drawing.plan_geneval(requests)
+    for name in plan.names:
+        (tmp_path / "p" / name).parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (1, 1)).save(tmp_path / "p" / f"{name}.png")
+    (tmp_path / "lines").write_text("".join(each["prompt"] + "\n" for each in requests))
+    flags = dict(pictures=tmp_path / "p", metrics="none", count=8)
+    flags["prompts"] = "geneval" if source == "geneval" else tmp_path / "lines"
+    evaluate.main(words(root, tmp_path / "r.json", **flags))
+    found = json.loads((tmp_path / "r.json").read_text())["protocol"]["prompts"]
+    assert found == digest(plan.prompts[:8])
 
 
 @pytest.mark.slow
