@@ -111,14 +111,19 @@ def first_prompts(prompts: dict[str, str] | list[str], count: int | None):
 def prompts_of(pictures: Pictures, prompts: dict[str, str] | list[str]) -> list[str]:
     """Returns the sentence of each picture.
 
-    Those with keys belong to the picture KEY.png, or to all in a folder KEY. A list is in the order of the
+    Those with keys belong to all pictures in a folder KEY, or to the picture KEY.png. A list is in the order of the
     pictures, each sentence for equally many that follow each other.
 
     Raises:
       UserError: a picture has none, or their numbers do not fit.
     """
     if isinstance(prompts, dict):
-        keys = [_stem(name) if _stem(name) in prompts else _parent(name) for name in pictures.names]
+        # The folder counts first: what lies in it has numbers for names, which may be keys as well.
+        parents = [_parent(name) for name in pictures.names]
+        keys = [
+            parent if parent in prompts else _stem(name)
+            for name, parent in zip(pictures.names, parents, strict=True)
+        ]
         for name, key in zip(pictures.names, keys, strict=True):
             if key not in prompts:
                 raise UserError(f"--prompts has no key {_stem(name)!r} for {name}")

@@ -227,6 +227,9 @@ def test_pictures_are_drawn_once_whatever_was_there(tmp_path):
     several = drawing.plan_prompts(keyed, each=2)
     drawing.draw(several, tmp_path / "k", pipe, base, "jpeg 75", {})
     assert prompts_of(open_pictures(tmp_path / "k"), keyed) == several.prompts == list("yyxx")
+    numbered = {"00000": "x", "00001": "y"}
+    drawing.draw(drawing.plan_prompts(numbered, each=2), tmp_path / "n", pipe, base, "png", {})
+    assert prompts_of(open_pictures(tmp_path / "n"), numbered) == list("xxyy")
     with pytest.raises(UserError, match=r"no key '00000' for a/00000\.jpg"):
         prompts_of(open_pictures(tmp_path / "k"), {"k": "x"})
     drawing.write_geneval_metadata(tmp_path, requests)
