@@ -1,5 +1,6 @@
 """Protocols: all that a number about pictures depends on, as values that are printed and stored with it."""
 
+import itertools
 from typing import Any, NamedTuple
 
 from ..core.errors import UserError
@@ -69,8 +70,8 @@ def check_same(reports: dict[str, dict[str, Any]]) -> None:
     Raises:
       UserError: naming two reports and the first thing in which their protocols differ.
     """
-    (first, base), *others = reports.items()
-    for name, report in others:
+    # All pairs: what the first lacks, two others may have and differ in.
+    for (first, base), (name, report) in itertools.combinations(reports.items(), 2):
         pair = _shared(base["protocol"], report["protocol"])
         for key, one, two in differences(*pair):
             where = f"protocol.{key} is {one!r} there and {two!r} here"

@@ -119,6 +119,10 @@ def test_what_only_one_report_used_is_no_difference(written):
     less = {key: {"clip": protocol[key]["clip"]} for key in ("views", "weights")}
     other = {"protocol": protocol | less | {"reference": None}}
     protocols.check_same({"a": written, "b": other, "c": written})
+    # Two that differ in what the first lacks.
+    third = {"protocol": protocol | {"reference": "0"}}
+    with pytest.raises(UserError, match=r"a and c cannot be compared: protocol\.reference"):
+        protocols.check_same({"b": other, "a": written, "c": third})
     other["protocol"]["weights"]["clip"] = "0" * 64
     with pytest.raises(UserError, match=r"a and b cannot be compared: protocol\.weights\.clip"):
         protocols.check_same({"a": written, "b": other})
