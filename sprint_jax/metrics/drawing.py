@@ -30,18 +30,26 @@ class Plan(NamedTuple):
 def plan_prompts(prompts: dict[str, str] | list[str], each: int = 1) -> Plan:
     """Plans ``each`` pictures of each prompt: 00000 ..., or KEY for prompts that have keys (MJHQ's layout)."""
     if isinstance(prompts, list):
-        names = [f"{number:05d}" for number in range(len(prompts) * each)]
-        return Plan(names, [prompt for prompt in prompts for _ in range(each)])
+        return Plan(
+            _numbers(len(prompts) * each), [prompt for prompt in prompts for _ in range(each)]
+        )
     pairs = sorted(prompts.items())
     if each == 1:
         return Plan([key for key, _ in pairs], [prompt for _, prompt in pairs])
-    names = [f"{key}/{number:05d}" for key, _ in pairs for number in range(each)]
+    names = [f"{key}/{number}" for key, _ in pairs for number in _numbers(each)]
     return Plan(names, [prompt for _, prompt in pairs for _ in range(each)])
+
+
+def _numbers(count: int) -> list[str]:
+    """Returns 00000 ... in digits enough that their order is that of the numbers."""
+    width = max(5, len(str(count - 1)))
+    return [f"{number:0{width}d}" for number in range(count)]
 
 
 def plan_geneval(requests: Sequence[Request], each: int = 4) -> Plan:
     """Plans GenEval's pictures where its own scripts look for them: 00000/samples/00000 ..."""
-    names = [f"{n:05d}/samples/{k:05d}" for n in range(len(requests)) for k in range(each)]
+    samples = _numbers(each)
+    names = [f"{n}/samples/{k}" for n in _numbers(len(requests)) for k in samples]
     return Plan(names, [request["prompt"] for request in requests for _ in range(each)])
 
 

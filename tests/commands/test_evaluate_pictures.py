@@ -213,6 +213,8 @@ class Pipe:
 def test_pictures_are_drawn_once_whatever_was_there(tmp_path):
     plan = drawing.plan_prompts(["a", "bb", "ccc"], each=2)
     assert plan.prompts == ["a", "a", "bb", "bb", "ccc", "ccc"] and plan.names[-1] == "00005"
+    many = drawing.plan_prompts(["a"], each=100_001).names
+    assert many == sorted(many) and many[-1] == "100000"
     pipe, base = Pipe(), Request(batch_size=4)
     drawing.draw(plan, tmp_path, pipe, base, "png", {"model": 1})
     assert pipe.drawn == [0, 1, 2, 3, 4, 5]
