@@ -85,18 +85,26 @@ def read_prompts(path: AnyPath) -> dict[str, str] | list[str]:
     """Reads sentences: MJHQ's ``meta_data.json``, by the stems of pictures, or a text file, one in each line.
 
     Raises:
-      UserError: the file is missing or holds something else.
+      UserError: the file is missing or holds something else; or a key that is no name of a file.
     """
     try:
         text = path.read_text(encoding="utf-8")
         if path.suffix == ".json":
             rows = sorted(json.loads(text).items())
-            return {key: row["prompt"] if isinstance(row, dict) else str(row) for key, row in rows}
+            found = {key: row["prompt"] if isinstance(row, dict) else str(row) for key, row in rows}
     except (OSError, ValueError, KeyError, AttributeError) as error:
         wanted = (
             'an object of {KEY: {"prompt": ...}}' if path.suffix == ".json" else "lines of text"
         )
         raise UserError(f"--prompts {path} is not {wanted}: {error!r}") from error
+    if path.suffix == ".json":
+        # They become names of files and folders.
+        for key in found:
+            if key in ("", ".", "..") or set(key) & set("/\\\0"):
+                raise UserError(
+                    f"--prompts {path}: the key {key!r} cannot be the name of a picture"
+                )
+        return found
     prompts = [line.strip() for line in text.splitlines() if line.strip()]
     if not prompts:
         raise UserError(f"--prompts {path} has no prompt: write one in each line")
@@ -111,8 +119,8 @@ def first_prompts(prompts: dict[str, str] | list[str], count: int | None):
 def prompts_of(pictures: Pictures, prompts: dict[str, str] | list[str]) -> list[str]:
     """Returns the sentence of each picture.
 
-    Those with keys belong to all pictures in a folder KEY, or to the picture KEY.png. A list is in the order of the
-    pictures, each sentence for equally many that follow each other.
+    Those with keys belong to all pictures in a folder KEY, or to the picture KEY.png. A list is in the order
+    of the pictures, each sentence for equally many that follow each other.
 
     Raises:
       UserError: a picture has none, or their numbers do not fit.

@@ -16,7 +16,7 @@ from sprint_jax.core.errors import UserError
 from sprint_jax.core.fingerprint import digest
 from sprint_jax.metrics import drawing, evaluation, features, frechet, protocols, report
 from sprint_jax.metrics.geneval_prompts import make_prompts
-from sprint_jax.metrics.pictures import open_pictures, prompts_of
+from sprint_jax.metrics.pictures import open_pictures, prompts_of, read_prompts
 from sprint_jax.pipeline import Request
 
 pytestmark = pytest.mark.usefixtures("quick")
@@ -191,6 +191,14 @@ def test_mistakes_are_refused(root, tmp_path, flags, names):
     with pytest.raises(UserError) as error:
         evaluate.main(words(root, tmp_path / "r.json", **flags))
     assert all(name in str(error.value) for name in names), error.value
+
+
+@pytest.mark.parametrize("key", ["../../evil", "/evil", "a/b", "..", "", "a\0"])
+def test_keys_of_prompts_are_names_and_not_paths(tmp_path, key):
+    (tmp_path / "p.json").write_text(json.dumps({"good": "x", key: "y"}))
+    with pytest.raises(UserError, match=r"p\.json: the key") as error:
+        read_prompts(tmp_path / "p.json")
+    assert repr(key) in str(error.value)
 
 
 class Pipe:
