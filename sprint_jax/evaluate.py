@@ -70,13 +70,16 @@ def _measure_pictures(flags: argparse.Namespace, out: AnyPath, command: str, pee
     prompts = requests and [request["prompt"] for request in requests]
     if flags.prompts and not prompts:
         prompts = first_prompts(read_prompts(as_path(flags.prompts)), first)
+    protocol = PROTOCOLS[flags.protocol]
+    if requests and flags.model:  # GenEval's scripts look for NUMBER.png alone
+        protocol = protocol._replace(format="png")
     pictures = as_path(flags.pictures) if flags.pictures else cache / "pictures"
     places = {name: getattr(flags, name) for name in Places._fields if getattr(flags, name)}
     job = evaluation.Job(
         pictures=pictures,
         reference=as_path(flags.reference) if flags.reference else None,
         metrics=[name for name in flags.metrics.split(",") if name != "none"],
-        protocol=PROTOCOLS[flags.protocol],
+        protocol=protocol,
         places=Places(**places),
         cache=cache,
         prompts=prompts,

@@ -204,8 +204,13 @@ def test_keys_of_prompts_are_names_and_not_paths(tmp_path, key):
 class Pipe:
     """Draws a picture of the number and the prompt of each."""
 
+    guidance, meta, params = 4.5, {}, {"w": np.zeros(2, np.float32)}
+
     def __init__(self):
         self.drawn = []
+
+    def check_steps(self, steps):
+        return steps or 2
 
     def draw(self, prompts, request):
         numbers = [request.first + i for i in range(len(prompts))]
@@ -264,6 +269,25 @@ def test_the_first_pictures_keep_their_prompts(root, tmp_path, source, monkeypat
     evaluate.main(words(root, tmp_path / "r.json", **flags))
     found = json.loads((tmp_path / "r.json").read_text())["protocol"]["prompts"]
     assert found == digest(plan.prompts[:8])
+
+
+@pytest.fixture
+def pipe(monkeypatch):
+    """The pipeline that ``--model`` loads."""
+    pipe = Pipe()
+    monkeypatch.setattr(evaluate.SprintPipeline, "from_pretrained", lambda *_: pipe)
+    return pipe
+
+
+def test_pictures_for_geneval_are_png_under_any_protocol(root, tmp_path, pipe):
+    flags = dict(pictures=None, model="m", prompts="geneval", metrics="none", count=2)
+    evaluate.main(words(root, tmp_path / "r.json", **flags))
+    protocol = json.loads((tmp_path / "r.json").read_text())["protocol"]
+    assert (protocol["name"], protocol["format"], protocol["formats"]) == (
+        "sana",
+        "png",
+        {"png": 8},
+    )
 
 
 @pytest.mark.slow
