@@ -97,7 +97,6 @@ def evaluate(
         if results is not None and "geneval" in job.metrics:
             pairs = [(result.request, result.correct) for result in results]
             numbers["geneval"] = {"parts": geneval.summarize(pairs)}
-    weights = {name: network.weights for name, network in used.items()}
     mark = None if job.reference is None else (theirs.identity if theirs else digest_of(stored))
     written = {
         "command": job.command,
@@ -107,7 +106,8 @@ def evaluate(
         "protocol": describe(
             protocol,
             wanted,
-            weights=weights,
+            weights={name: network.weights for name, network in used.items()},
+            networks={name: network.fields for name, network in used.items()},
             count=len(ours.names),
             formats=ours.formats,
             reference=mark,
@@ -168,7 +168,8 @@ def _moments(job: Job, reference: dict, stored: Moments | None, theirs, used) ->
     if stored is not None or not {"fid", "fid_infinity"} & set(job.metrics):
         return stored
     view = job.protocol.inception._asdict()
-    mark = digest([theirs.stamp, view, used["inception"].weights])[:16]
+    network = used["inception"]
+    mark = digest([theirs.stamp, view, network.weights, network.fields])[:16]
     path = job.cache / f"reference-{mark}.npz"
     if path.exists():
         return read_statistics(path)

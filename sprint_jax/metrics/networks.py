@@ -61,7 +61,7 @@ def load_inception_network(places: Places, logits: bool) -> Network:
         wanted = ["2048"] + ["logits_unbiased"] * logits
         return jnp.concatenate([found[name] for name in wanted], axis=-1)
 
-    return make_network("inception" + "-logits" * logits, apply, params)
+    return make_network("inception" + "-logits" * logits, apply, params, model)
 
 
 def load_clip_networks(
@@ -71,7 +71,7 @@ def load_clip_networks(
     place = find(name)
     model, params = load_clip(place)
     picture = make_network(
-        "clip", lambda p, x: model.apply({"params": p}, x, method="image_features"), params
+        "clip", lambda p, x: model.apply({"params": p}, x, method="image_features"), params, model
     )
     view = with_side(protocol.clip, model.image)
     if sentences is None:
@@ -85,6 +85,7 @@ def load_clip_networks(
         lambda p, ids: model.apply({"params": p}, ids, method="text_features"),
         params,
         picture.weights,
+        picture.fields,
     )
     return picture, view, text, tokens
 
@@ -93,7 +94,7 @@ def load_cmmd_network(name: str, protocol: Protocol) -> tuple[Network, View]:
     """Returns the CLIP of CMMD, and its view."""
     model, params = load_clip(find(name))
     network = make_network(
-        "cmmd", lambda p, x: model.apply({"params": p}, x, method="image_features"), params
+        "cmmd", lambda p, x: model.apply({"params": p}, x, method="image_features"), params, model
     )
     return network, with_side(protocol.cmmd, model.image)
 
@@ -101,7 +102,7 @@ def load_cmmd_network(name: str, protocol: Protocol) -> tuple[Network, View]:
 def load_dinov2_network(name: str) -> Network:
     """Returns DINOv2."""
     model, params = load_dinov2(find(name))
-    return make_network("dinov2", lambda p, x: model.apply({"params": p}, x), params)
+    return make_network("dinov2", lambda p, x: model.apply({"params": p}, x), params, model)
 
 
 def with_side(view: View, side: int) -> View:

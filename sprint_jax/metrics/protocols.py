@@ -47,11 +47,16 @@ PROTOCOLS = {
 }
 
 
-def describe(protocol: Protocol, networks: set[str], **found: Any) -> dict[str, Any]:
-    """Returns a JSON-able protocol with the views of the networks that were used, and what was ``found``."""
+def describe(protocol: Protocol, used: set[str], **found: Any) -> dict[str, Any]:
+    """Returns a JSON-able protocol with the views of the networks that were used, and what was ``found``.
+
+    Args:
+      found: ``weights`` and ``networks`` by network, their fingerprints and fields; ``reference`` and
+        ``prompts``, hashes or None; and what else the numbers depend on.
+    """
     fields = protocol._asdict()
     views = {name: _plain(fields.pop(name)) for name in ("inception", "dinov2", "cmmd", "clip")}
-    return fields | {"views": {name: views[name] for name in sorted(networks & set(views))}} | found
+    return fields | {"views": {name: views[name] for name in sorted(used & set(views))}} | found
 
 
 def _plain(view: View) -> dict[str, Any]:
@@ -83,7 +88,7 @@ def _shared(one: dict[str, Any], two: dict[str, Any]) -> tuple[dict[str, Any], d
     for key in ("reference", "prompts"):
         if None in (one.get(key), two.get(key)):
             one[key] = two[key] = None
-    for key in ("views", "weights"):
+    for key in ("views", "weights", "networks"):
         both = one.get(key, {}).keys() & two.get(key, {}).keys()
         one[key], two[key] = ({name: each[key][name] for name in both} for each in (one, two))
     return one, two

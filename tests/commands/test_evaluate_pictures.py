@@ -2,6 +2,7 @@
 
 import io
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -66,6 +67,9 @@ def test_report_has_numbers_errors_and_their_protocol(root, written):
         protocol["weights"]["clip"] == protocol["weights"]["cmmd"] != protocol["weights"]["dinov2"]
     )
     assert {len(mark) for mark in protocol["weights"].values()} == {64}
+    networks = protocol["networks"]
+    assert (networks["clip"]["act"], networks["clip"]["vision_heads"]) == ("quick_gelu", 2)
+    assert (networks["dinov2"]["offset"], networks["dinov2"]["heads"]) == (0.0, 1)
     assert written["throughput"]["clip of pictures"]["pictures_per_second"] > 0
     page = (root / "report.html").read_text()
     assert page.count("data:image/png;base64,") == 2 and "http" not in page.replace(
@@ -125,6 +129,20 @@ def test_what_only_one_report_used_is_no_difference(written):
         protocols.check_same({"b": other, "a": written, "c": third})
     other["protocol"]["weights"]["clip"] = "0" * 64
     with pytest.raises(UserError, match=r"a and b cannot be compared: protocol\.weights\.clip"):
+        protocols.check_same({"a": written, "b": other})
+
+
+def test_equal_weights_in_another_network_are_other_features(root, written, tmp_path):
+    shutil.copytree(root / "clip", tmp_path / "clip")
+    heads = {f"{tower}_config": {"num_attention_heads": 4} for tower in ("vision", "text")}
+    (tmp_path / "clip" / "config.json").write_text(json.dumps(heads))
+    before = set((root / "report.cache").glob("cmmd-*"))
+    flags = dict(clip336=tmp_path / "clip", metrics="cmmd", cache=root / "report.cache")
+    evaluate.main(words(root, tmp_path / "heads.json", **flags))
+    assert len(set((root / "report.cache").glob("cmmd-*")) - before) == 2
+    other = json.loads((tmp_path / "heads.json").read_text())
+    assert other["metrics"]["cmmd"]["value"] != written["metrics"]["cmmd"]["value"]
+    with pytest.raises(UserError, match=r"protocol\.networks\.cmmd\.text_heads is 2 .* 4"):
         protocols.check_same({"a": written, "b": other})
 
 
