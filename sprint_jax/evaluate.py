@@ -28,12 +28,13 @@ from .checkpoints.workdir import read_workdir_config
 from .core import cli
 from .core.errors import UserError
 from .core.files import check_writable
-from .core.fingerprint import fingerprint
+from .core.fingerprint import digest, fingerprint
 from .core.ranges import COUNT, GUIDANCE, SEED
 from .core.schema import check, optional, whole
 from .core.storage import AnyPath, as_path, in_bucket
 from .digits.evaluation import SHEET_SIZE, judge_models
 from .digits.worlds import get_world
+from .encoders.load import identify
 from .metrics import drawing, evaluation
 from .metrics.geneval_prompts import make_prompts
 from .metrics.measures import NEEDS
@@ -43,6 +44,9 @@ from .metrics.protocols import PROTOCOLS
 from .metrics.report import compare, markdown
 from .parallel import distributed
 from .pipeline import Request, SprintPipeline
+
+# What a pipeline's pictures depend on beside its weights, its encoders and the request.
+SAMPLING = ("is_student", "sigma_d", "shift", "midpoint", "integer_times")
 
 
 def main(argv: list[str]) -> None:
@@ -112,7 +116,12 @@ def _draw(flags: argparse.Namespace, job: evaluation.Job, requests, peers) -> di
         batch_size=flags.batch or 32,
     )
     about = {"model": {"path": flags.model, "step": pipe.meta.get("step"), "params": flags.params}}
-    about["model"]["weights"] = fingerprint(pipe.params)
+    about["model"] |= {key: getattr(pipe, key) for key in SAMPLING}
+    about["model"] |= {
+        "weights": fingerprint(pipe.params),
+        "dtype": jnp.dtype(pipe.model.dtype).name,
+    }
+    about["model"]["encoders"] = digest(identify(pipe.autoencoder, pipe.text_encoder))
     each = flags.images_per_prompt or (4 if requests else 1)
     plan = (
         drawing.plan_geneval(requests, each)

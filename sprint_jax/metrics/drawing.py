@@ -16,6 +16,7 @@ from ..core.fingerprint import digest
 from ..core.progress import Progress
 from ..core.storage import AnyPath, in_bucket, make_folder, walk
 from .geneval_prompts import Request
+from .pictures import is_picture
 
 RECORD = "drawn.json"
 
@@ -79,21 +80,25 @@ def draw(
       pipe: a `pipeline.SprintPipeline`.
       base: a `pipeline.Request` with all options; ``batch_size`` pictures are drawn at once.
       format: 'png', or 'jpeg QUALITY'.
-      about: JSON-able, the model; with the request it is kept in `RECORD`.
+      about: JSON-able, the model and all that pictures of it depend on; with the request it is kept in
+        `RECORD`.
 
     Raises:
-      UserError: the folder holds pictures of another model, request or prompts.
+      UserError: the folder holds pictures of another model, request or prompts, or of unknown origin.
     """
     kind, _, quality = format.partition(" ")
     ending, how = ("jpg", {"quality": int(quality)}) if kind == "jpeg" else ("png", {})
     record = about | {"request": options(base), "format": format, "prompts": digest(list(plan))}
     make_folder(folder)
+    names = [f"{name}.{ending}" for name in plan.names]
+    there = _files(folder)
     _check_record(folder, record)
+    _check_files(folder, there, set(names))
     if peers is not None:
         peers.meet("drawing/checked")
     write_json_atomic(folder / RECORD, record)
-    names = [f"{name}.{ending}" for name in plan.names]
-    there = _files(folder)
+    if peers is not None:
+        peers.meet("drawing/recorded")  # no picture is there before the record
     starts = range(0, len(names), base.batch_size)[jax.process_index() :: jax.process_count()]
     rows = [range(start, min(start + base.batch_size, len(names))) for start in starts]
     todo = [each for each in rows if not {names[i] for i in each} <= there]
@@ -134,3 +139,15 @@ def _check_record(folder: AnyPath, record: dict[str, Any]) -> None:
     for key, old, new in differences(read_json(folder / RECORD), json.loads(json.dumps(record))):
         what = f"{folder} holds pictures drawn with {key}={old!r}, not {new!r}"
         raise UserError(f"{what}: choose another --cache, or remove it")
+
+
+def _check_files(folder: AnyPath, there: set[str], names: set[str]) -> None:
+    """Refuses pictures of which no record tells what drew them, and others than those that are drawn."""
+    found = sorted(name for name in there if is_picture(name))
+    if found and RECORD not in there:
+        what = f"{folder} holds pictures such as {found[0]}, and no {RECORD} tells what drew them"
+        raise UserError(f"{what}: choose another --cache, or remove it")
+    for name in found:
+        if name not in names:
+            what = f"{folder / name} is none of the pictures to be drawn, and would be measured"
+            raise UserError(f"{what}: move it away")

@@ -48,7 +48,7 @@ def open_pictures(folder: AnyPath, count: int | None = None) -> Pictures:
         stamps = {name: (stat.st_size, stat.st_mtime_ns) for name, stat in stats.items()}
     else:
         raise UserError(f"{folder} is not a folder of pictures")
-    names = sorted(name for name in stamps if _ending(name) in ENDINGS)
+    names = sorted(name for name in stamps if is_picture(name))
     if not names or len(names) < (count or 0):
         asked = f"{count} are asked for" if names else "expected files such as .png or .jpg"
         raise UserError(f"{folder} has {len(names)} pictures: {asked}")
@@ -67,6 +67,11 @@ def open_pictures(folder: AnyPath, count: int | None = None) -> Pictures:
     identity = digest([(name, stamps[name][0]) for name in names])
     stamp = digest([(name, *stamps[name]) for name in names])
     return Pictures(str(folder), names, read, identity, stamp, dict(sorted(formats.items())))
+
+
+def is_picture(name: str) -> bool:
+    """Whether the name of a file ends as that of a picture does."""
+    return _ending(name) in ENDINGS
 
 
 def _ending(name: str) -> str:

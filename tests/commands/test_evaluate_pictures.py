@@ -4,6 +4,7 @@ import io
 import json
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -223,6 +224,8 @@ class Pipe:
     """Draws a picture of the number and the prompt of each."""
 
     guidance, meta, params = 4.5, {}, {"w": np.zeros(2, np.float32)}
+    is_student, sigma_d, shift, midpoint, integer_times = True, 0.5, 3.0, 1.3, False
+    model, autoencoder, text_encoder = SimpleNamespace(dtype="float32"), None, None
 
     def __init__(self):
         self.drawn = []
@@ -306,6 +309,30 @@ def test_pictures_for_geneval_are_png_under_any_protocol(root, tmp_path, pipe):
         "png",
         {"png": 8},
     )
+
+
+def test_pictures_of_another_or_of_no_known_origin_are_refused(root, tmp_path, pipe, monkeypatch):
+    flags = dict(pictures=None, model="m", metrics="none", count=2, cache=tmp_path)
+    folder, line = tmp_path / "pictures", words(root, tmp_path / "r.json", **flags)
+    evaluate.main(line)
+    for name, value in dict(midpoint=1.1, shift=1.0, sigma_d=1.0, integer_times=True).items():
+        with monkeypatch.context() as patch, pytest.raises(UserError, match=f"model.{name}="):
+            patch.setattr(pipe, name, value)
+            evaluate.main(line)
+    with monkeypatch.context() as patch, pytest.raises(UserError, match=r"model\.dtype='float32'"):
+        patch.setattr(pipe, "model", SimpleNamespace(dtype="bfloat16"))
+        evaluate.main(line)
+    with monkeypatch.context() as patch, pytest.raises(UserError, match=r"model\.encoders="):
+        patch.setattr(evaluate, "identify", lambda *_: "other")
+        evaluate.main(line)
+    Image.new("RGB", (1, 1)).save(folder / "stranger.png")
+    with pytest.raises(UserError, match=r"stranger\.png"):
+        evaluate.main(line)
+    (folder / "stranger.png").unlink()
+    (folder / drawing.RECORD).unlink()
+    with pytest.raises(UserError, match=r"00000\.jpg, and no drawn\.json"):
+        evaluate.main(line)
+    assert pipe.drawn == [0, 1]
 
 
 @pytest.mark.slow
