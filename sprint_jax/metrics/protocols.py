@@ -42,7 +42,14 @@ PROTOCOLS = {
     for protocol in (
         Protocol("sana", preprocess.INCEPTION_SANA, "jpeg 75", True, False),
         Protocol("clean-fid", preprocess.INCEPTION_CLEAN, "png", True, False, neighbours=5),
-        Protocol("torch-fidelity", preprocess.INCEPTION_FIDELITY, "png", False, True),
+        Protocol(
+            "torch-fidelity",
+            preprocess.INCEPTION_FIDELITY,
+            "png",
+            False,
+            True,
+            clip=preprocess.clip_view(shape="short side, floor"),
+        ),
     )
 }
 
