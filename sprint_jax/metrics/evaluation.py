@@ -48,8 +48,31 @@ class Job(NamedTuple):
     command: str = ""
 
 
-def check_job(job: Job) -> None:
-    """Refuses what can be refused before anything is loaded; see `measures.check_metrics`."""
+class Inputs(NamedTuple):
+    """What a job has beside its pictures; None for what it has not.
+
+    Attributes:
+      theirs: pictures of the reference.
+      stored: statistics of the reference.
+      results: of GenEval's detector.
+    """
+
+    theirs: Pictures | None
+    stored: Moments | None
+    results: list[geneval.Result] | None
+
+
+def networks_of(job: Job) -> set[str]:
+    """Returns the names of the networks that the metrics of a job take."""
+    return {name for metric in job.metrics for name in measures.NEEDS[metric].networks}
+
+
+def check_job(job: Job) -> Inputs:
+    """Opens all that a job needs beside its pictures, before these are drawn or any network is loaded.
+
+    Raises:
+      UserError: something is missing or damaged, or as `measures.check_metrics`.
+    """
     given = {"reference"} if job.reference is not None else set()
     given |= {"features"} if given and job.reference.suffix != ".npz" else set()
     measures.check_metrics(job.metrics, given | ({"prompts"} if job.prompts is not None else set()))
@@ -59,6 +82,11 @@ def check_job(job: Job) -> None:
             "draw the pictures for it with --prompts geneval",
             exit_code=2,
         )
+    theirs = open_pictures(job.reference) if "features" in given else None
+    stored = read_statistics(job.reference) if given and "features" not in given else None
+    results = None if job.boxes is None else geneval.read_results(job.boxes)
+    networks.find_all(job.places, networks_of(job))
+    return Inputs(theirs, stored, results)
 
 
 def evaluate(
@@ -73,19 +101,13 @@ def evaluate(
     Raises:
       UserError: something is missing, damaged or too small.
     """
-    check_job(job)
-    results = geneval.read_results(job.boxes) if job.boxes is not None else None
-    wanted = {name for metric in job.metrics for name in measures.NEEDS[metric].networks}
+    theirs, stored, results = check_job(job)
+    wanted = networks_of(job)
     ours = open_pictures(job.pictures, job.count)
     prompts = None
     if job.prompts is not None:
         every = ours if job.count is None else open_pictures(job.pictures)
         prompts = prompts_of(every, job.prompts)[: job.count]
-    folder_given = job.reference is not None and job.reference.suffix != ".npz"
-    theirs = open_pictures(job.reference) if folder_given else None
-    stored = (
-        read_statistics(job.reference) if job.reference is not None and not folder_given else None
-    )
     make_folder(job.cache)
     found, used, views, timings = _all_features(job, wanted, ours, theirs, prompts, peers)
     protocol = job.protocol._replace(**views)

@@ -50,10 +50,22 @@ def find(name: str) -> Path:
     return Path(name)
 
 
+def find_all(places: Places, wanted: set[str]) -> None:
+    """Finds the weights of the networks that are wanted, and loads none.
+
+    Raises:
+      UserError: one has no place, or there is nothing.
+    """
+    if "inception" in wanted and places.inception is None:
+        raise UserError(f"give --inception FILE: {INCEPTION_URL}", exit_code=2)
+    names = {"inception": "inception", "clip": "clip", "cmmd": "clip336", "dinov2": "dinov2"}
+    for network in sorted(wanted & set(names)):
+        find(getattr(places, names[network]))
+
+
 def load_inception_network(places: Places, logits: bool) -> Network:
     """Returns Inception's last pool [B, 2048], with ``logits`` behind it if they are asked for."""
-    if places.inception is None:
-        raise UserError(f"give --inception FILE: {INCEPTION_URL}", exit_code=2)
+    find_all(places, {"inception"})
     model, params = load_inception(find(places.inception))
 
     def apply(params, x):

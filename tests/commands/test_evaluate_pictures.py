@@ -311,6 +311,24 @@ def test_pictures_for_geneval_are_png_under_any_protocol(root, tmp_path, pipe):
     )
 
 
+@pytest.mark.parametrize(
+    ("flags", "name"),
+    [
+        (dict(metrics="fid"), "--inception"),
+        (dict(metrics="cmmd", reference="no_folder"), "no_folder"),
+        (dict(metrics="fid", reference="no.npz"), "no.npz"),
+        (dict(metrics="geneval", boxes="no.jsonl"), "no.jsonl"),
+        (dict(metrics="clip", clip="no_clip"), "no_clip"),
+        (dict(metrics="cmmd", clip336="no_clip"), "no_clip"),
+        (dict(metrics="fd_dinov2", dinov2="no_dino"), "no_dino"),
+    ],
+)
+def test_what_is_missing_is_said_before_a_picture_is_drawn(root, tmp_path, pipe, flags, name):
+    with pytest.raises(UserError, match=name):
+        evaluate.main(words(root, tmp_path / "r.json", pictures=None, model="m", **flags))
+    assert not pipe.drawn
+
+
 def test_pictures_of_another_or_of_no_known_origin_are_refused(root, tmp_path, pipe, monkeypatch):
     flags = dict(pictures=None, model="m", metrics="none", count=2, cache=tmp_path)
     folder, line = tmp_path / "pictures", words(root, tmp_path / "r.json", **flags)
