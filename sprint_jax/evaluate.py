@@ -28,12 +28,13 @@ from .checkpoints.workdir import read_workdir_config
 from .core import cli
 from .core.errors import UserError
 from .core.files import check_writable
-from .core.fingerprint import fingerprint
+from .core.fingerprint import digest, fingerprint
 from .core.ranges import COUNT, GUIDANCE, SEED
 from .core.schema import check, optional, whole
 from .core.storage import AnyPath, as_path, in_bucket
 from .digits.evaluation import SHEET_SIZE, judge_models
 from .digits.worlds import get_world
+from .encoders.load import identify
 from .metrics import drawing, evaluation
 from .metrics.geneval_prompts import make_prompts
 from .metrics.measures import NEEDS
@@ -43,6 +44,9 @@ from .metrics.protocols import PROTOCOLS
 from .metrics.report import compare, markdown
 from .parallel import distributed
 from .pipeline import Request, SprintPipeline
+
+# What a pipeline's pictures depend on beside its weights, its encoders and the request.
+SAMPLING = ("is_student", "sigma_d", "shift", "midpoint", "integer_times")
 
 
 def main(argv: list[str]) -> None:
@@ -64,19 +68,22 @@ def main(argv: list[str]) -> None:
 def _measure_pictures(flags: argparse.Namespace, out: AnyPath, command: str, peers) -> None:
     cache = as_path(flags.cache) if flags.cache else out.with_suffix(".cache")
     check_writable(cache, "--cache")
-    requests = make_prompts()[: flags.count] if flags.prompts == "geneval" else None
+    # A model draws the first prompts; of a folder the first pictures are taken, whose prompts all of it tells.
+    first = flags.count if flags.model else None
+    requests = make_prompts()[:first] if flags.prompts == "geneval" else None
     prompts = requests and [request["prompt"] for request in requests]
     if flags.prompts and not prompts:
-        prompts = read_prompts(as_path(flags.prompts))
-        if isinstance(prompts, list) or flags.model:
-            prompts = first_prompts(prompts, flags.count)
+        prompts = first_prompts(read_prompts(as_path(flags.prompts)), first)
+    protocol = PROTOCOLS[flags.protocol]
+    if requests and flags.model:  # GenEval's scripts look for NUMBER.png alone
+        protocol = protocol._replace(format="png")
     pictures = as_path(flags.pictures) if flags.pictures else cache / "pictures"
     places = {name: getattr(flags, name) for name in Places._fields if getattr(flags, name)}
     job = evaluation.Job(
         pictures=pictures,
         reference=as_path(flags.reference) if flags.reference else None,
         metrics=[name for name in flags.metrics.split(",") if name != "none"],
-        protocol=PROTOCOLS[flags.protocol],
+        protocol=protocol,
         places=Places(**places),
         cache=cache,
         prompts=prompts,
@@ -109,7 +116,12 @@ def _draw(flags: argparse.Namespace, job: evaluation.Job, requests, peers) -> di
         batch_size=flags.batch or 32,
     )
     about = {"model": {"path": flags.model, "step": pipe.meta.get("step"), "params": flags.params}}
-    about["model"]["weights"] = fingerprint(pipe.params)
+    about["model"] |= {key: getattr(pipe, key) for key in SAMPLING}
+    about["model"] |= {
+        "weights": fingerprint(pipe.params),
+        "dtype": jnp.dtype(pipe.model.dtype).name,
+    }
+    about["model"]["encoders"] = digest(identify(pipe.autoencoder, pipe.text_encoder))
     each = flags.images_per_prompt or (4 if requests else 1)
     plan = (
         drawing.plan_geneval(requests, each)

@@ -89,7 +89,7 @@ def load_encoders(
     autoencoder = open_autoencoder(folder, dtype, shardings)
     how = dict(batch_size=text_batch_size, sharding=sharding, **STYLES[style])
     text_encoder = open_text_encoder(folder, tokenizer, dtype, shardings, **how)
-    identity = _identify(autoencoder, text_encoder)
+    identity = identify(autoencoder, text_encoder)
     return Encoders(autoencoder, text_encoder, identity, sharding)
 
 
@@ -166,7 +166,10 @@ def open_text_encoder(
     return TextEncoder(gemma, params, tokenizer, **how)
 
 
-def _identify(autoencoder: Autoencoder, text_encoder: TextEncoder) -> dict[str, Any]:
+def identify(autoencoder: Any, text_encoder: Any) -> dict[str, Any]:
+    """Returns the identity of `Encoders` of an autoencoder and a text encoder, as a pipeline has them."""
+    if not isinstance(text_encoder, TextEncoder):
+        return _digits_encoders(None).identity
     words = text_encoder.tokenizer.tokenizer.to_str().encode()
     instruction = text_encoder.instruction or ""
     return {

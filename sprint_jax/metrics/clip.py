@@ -72,12 +72,13 @@ class Vision(nn.Module):
     layers: int
     heads: int
     patch: int
+    act: str
 
     @nn.compact
     def __call__(self, pixels: Array) -> Array:
         x = VisionEmbeddings(self.width, self.patch, name="embeddings")(pixels)
         x = _norm("pre_layrnorm")(x)  # so in the files
-        encoder = Encoder(self.layers, self.heads, 4 * self.width, "quick_gelu", name="encoder")
+        encoder = Encoder(self.layers, self.heads, 4 * self.width, self.act, name="encoder")
         return _norm("post_layernorm")(encoder(x)[:, 0])
 
 
@@ -104,12 +105,13 @@ class Text(nn.Module):
     heads: int
     vocab: int
     context: int
+    act: str
 
     @nn.compact
     def __call__(self, ids: Array) -> Array:
         x = TextEmbeddings(self.width, self.vocab, self.context, name="embeddings")(ids)
         how = dict(causal=True, name="encoder")
-        x = Encoder(self.layers, self.heads, 4 * self.width, "quick_gelu", **how)(x)
+        x = Encoder(self.layers, self.heads, 4 * self.width, self.act, **how)(x)
         x = _norm("final_layer_norm")(x)
         return jnp.take_along_axis(x, ids.argmax(1)[:, None, None], 1)[:, 0]
 
@@ -119,7 +121,10 @@ def _norm(name: str) -> nn.LayerNorm:
 
 
 class Clip(nn.Module):
-    """Both towers; call ``image_features`` or ``text_features`` by ``apply(..., method=...)``."""
+    """Both towers; call ``image_features`` or ``text_features`` by ``apply(..., method=...)``.
+
+    ``act`` is OpenAI's; no file of weights tells its own, so that it is printed with every number.
+    """
 
     vision_width: int
     vision_layers: int
@@ -132,13 +137,14 @@ class Clip(nn.Module):
     vocab: int
     context: int
     projection: int
+    act: str = "quick_gelu"
 
     def setup(self):
         self.vision_model = Vision(
-            self.vision_width, self.vision_layers, self.vision_heads, self.patch
+            self.vision_width, self.vision_layers, self.vision_heads, self.patch, self.act
         )
         self.text_model = Text(
-            self.text_width, self.text_layers, self.text_heads, self.vocab, self.context
+            self.text_width, self.text_layers, self.text_heads, self.vocab, self.context, self.act
         )
         self.visual_projection = nn.Dense(self.projection, use_bias=False)
         self.text_projection = nn.Dense(self.projection, use_bias=False)

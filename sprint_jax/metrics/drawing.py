@@ -16,6 +16,7 @@ from ..core.fingerprint import digest
 from ..core.progress import Progress
 from ..core.storage import AnyPath, in_bucket, make_folder, walk
 from .geneval_prompts import Request
+from .pictures import is_picture
 
 RECORD = "drawn.json"
 
@@ -30,18 +31,26 @@ class Plan(NamedTuple):
 def plan_prompts(prompts: dict[str, str] | list[str], each: int = 1) -> Plan:
     """Plans ``each`` pictures of each prompt: 00000 ..., or KEY for prompts that have keys (MJHQ's layout)."""
     if isinstance(prompts, list):
-        names = [f"{number:05d}" for number in range(len(prompts) * each)]
-        return Plan(names, [prompt for prompt in prompts for _ in range(each)])
+        return Plan(
+            _numbers(len(prompts) * each), [prompt for prompt in prompts for _ in range(each)]
+        )
     pairs = sorted(prompts.items())
     if each == 1:
         return Plan([key for key, _ in pairs], [prompt for _, prompt in pairs])
-    names = [f"{key}/{number:05d}" for key, _ in pairs for number in range(each)]
+    names = [f"{key}/{number}" for key, _ in pairs for number in _numbers(each)]
     return Plan(names, [prompt for _, prompt in pairs for _ in range(each)])
+
+
+def _numbers(count: int) -> list[str]:
+    """Returns 00000 ... in digits enough that their order is that of the numbers."""
+    width = max(5, len(str(count - 1)))
+    return [f"{number:0{width}d}" for number in range(count)]
 
 
 def plan_geneval(requests: Sequence[Request], each: int = 4) -> Plan:
     """Plans GenEval's pictures where its own scripts look for them: 00000/samples/00000 ..."""
-    names = [f"{n:05d}/samples/{k:05d}" for n in range(len(requests)) for k in range(each)]
+    samples = _numbers(each)
+    names = [f"{n}/samples/{k}" for n in _numbers(len(requests)) for k in samples]
     return Plan(names, [request["prompt"] for request in requests for _ in range(each)])
 
 
@@ -71,21 +80,25 @@ def draw(
       pipe: a `pipeline.SprintPipeline`.
       base: a `pipeline.Request` with all options; ``batch_size`` pictures are drawn at once.
       format: 'png', or 'jpeg QUALITY'.
-      about: JSON-able, the model; with the request it is kept in `RECORD`.
+      about: JSON-able, the model and all that pictures of it depend on; with the request it is kept in
+        `RECORD`.
 
     Raises:
-      UserError: the folder holds pictures of another model, request or prompts.
+      UserError: the folder holds pictures of another model, request or prompts, or of unknown origin.
     """
     kind, _, quality = format.partition(" ")
     ending, how = ("jpg", {"quality": int(quality)}) if kind == "jpeg" else ("png", {})
     record = about | {"request": options(base), "format": format, "prompts": digest(list(plan))}
     make_folder(folder)
+    names = [f"{name}.{ending}" for name in plan.names]
+    there = _files(folder)
     _check_record(folder, record)
+    _check_files(folder, there, set(names))
     if peers is not None:
         peers.meet("drawing/checked")
     write_json_atomic(folder / RECORD, record)
-    names = [f"{name}.{ending}" for name in plan.names]
-    there = _files(folder)
+    if peers is not None:
+        peers.meet("drawing/recorded")  # no picture is there before the record
     starts = range(0, len(names), base.batch_size)[jax.process_index() :: jax.process_count()]
     rows = [range(start, min(start + base.batch_size, len(names))) for start in starts]
     todo = [each for each in rows if not {names[i] for i in each} <= there]
@@ -126,3 +139,15 @@ def _check_record(folder: AnyPath, record: dict[str, Any]) -> None:
     for key, old, new in differences(read_json(folder / RECORD), json.loads(json.dumps(record))):
         what = f"{folder} holds pictures drawn with {key}={old!r}, not {new!r}"
         raise UserError(f"{what}: choose another --cache, or remove it")
+
+
+def _check_files(folder: AnyPath, there: set[str], names: set[str]) -> None:
+    """Refuses pictures of which no record tells what drew them, and others than those that are drawn."""
+    found = sorted(name for name in there if is_picture(name))
+    if found and RECORD not in there:
+        what = f"{folder} holds pictures such as {found[0]}, and no {RECORD} tells what drew them"
+        raise UserError(f"{what}: choose another --cache, or remove it")
+    for name in found:
+        if name not in names:
+            what = f"{folder / name} is none of the pictures to be drawn, and would be measured"
+            raise UserError(f"{what}: move it away")

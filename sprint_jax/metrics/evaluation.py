@@ -9,13 +9,13 @@ import jax
 import numpy as np
 
 from ..core.errors import UserError
-from ..core.files import write_atomic
+from ..core.files import read_json, write_atomic, write_json_atomic
 from ..core.fingerprint import digest
 from ..core.storage import AnyPath, make_folder
 from . import features, geneval, measures, networks, report
 from .frechet import Moments, moments
 from .inception import SIDE
-from .pictures import Pictures, open_pictures, prompts_of
+from .pictures import Pictures, hash_contents, open_pictures, prompts_of
 from .protocols import Protocol, describe
 
 
@@ -28,7 +28,7 @@ class Job(NamedTuple):
       metrics: names of `measures.NEEDS`.
       places: of weights.
       cache: folder of features and statistics, which all processes see.
-      prompts: of `pictures.read_prompts`, or None.
+      prompts: of `pictures.read_prompts` for the whole folder, or None.
       boxes: GenEval's results.jsonl, or None.
       count: pictures to take from the folder; None for all.
       batch: pictures at once.
@@ -48,8 +48,31 @@ class Job(NamedTuple):
     command: str = ""
 
 
-def check_job(job: Job) -> None:
-    """Refuses what can be refused before anything is loaded; see `measures.check_metrics`."""
+class Inputs(NamedTuple):
+    """What a job has beside its pictures; None for what it has not.
+
+    Attributes:
+      theirs: pictures of the reference.
+      stored: statistics of the reference.
+      results: of GenEval's detector.
+    """
+
+    theirs: Pictures | None
+    stored: Moments | None
+    results: list[geneval.Result] | None
+
+
+def networks_of(job: Job) -> set[str]:
+    """Returns the names of the networks that the metrics of a job take."""
+    return {name for metric in job.metrics for name in measures.NEEDS[metric].networks}
+
+
+def check_job(job: Job) -> Inputs:
+    """Opens all that a job needs beside its pictures, before these are drawn or any network is loaded.
+
+    Raises:
+      UserError: something is missing or damaged, or as `measures.check_metrics`.
+    """
     given = {"reference"} if job.reference is not None else set()
     given |= {"features"} if given and job.reference.suffix != ".npz" else set()
     measures.check_metrics(job.metrics, given | ({"prompts"} if job.prompts is not None else set()))
@@ -59,6 +82,16 @@ def check_job(job: Job) -> None:
             "draw the pictures for it with --prompts geneval",
             exit_code=2,
         )
+    theirs = open_pictures(job.reference) if "features" in given else None
+    stored = read_statistics(job.reference) if given and "features" not in given else None
+    if stored is not None and len(stored.mu) != measures.POOL:
+        what = f"statistics of {len(stored.mu)} features, not of Inception's {measures.POOL}"
+        raise UserError(f"--reference {job.reference} has {what}")
+    many = len(theirs.names) if theirs else None
+    measures.check_counts(job.metrics, None, many, job.protocol)
+    results = None if job.boxes is None else geneval.read_results(job.boxes)
+    networks.find_all(job.places, networks_of(job))
+    return Inputs(theirs, stored, results)
 
 
 def evaluate(
@@ -70,32 +103,37 @@ def evaluate(
       out: of the report, a .json file; .md and .html are written beside it by process 0.
       about: what else the report says, such as the model that drew the pictures.
 
+    Returns:
+      The report on process 0, an empty dict on others.
+
     Raises:
       UserError: something is missing, damaged or too small.
     """
-    check_job(job)
-    results = geneval.read_results(job.boxes) if job.boxes is not None else None
-    wanted = {name for metric in job.metrics for name in measures.NEEDS[metric].networks}
+    _begin(peers, "opening pictures")
+    theirs, stored, results = check_job(job)
+    wanted = networks_of(job)
     ours = open_pictures(job.pictures, job.count)
-    prompts = None if job.prompts is None else prompts_of(ours, job.prompts)
-    folder_given = job.reference is not None and job.reference.suffix != ".npz"
-    theirs = open_pictures(job.reference) if folder_given else None
-    stored = (
-        read_statistics(job.reference) if job.reference is not None and not folder_given else None
-    )
+    measures.check_counts(job.metrics, len(ours.names), None, job.protocol)
+    prompts = None
+    if job.prompts is not None:
+        every = ours if job.count is None else open_pictures(job.pictures)
+        prompts = prompts_of(every, job.prompts)[: job.count]
     make_folder(job.cache)
     found, used, views, timings = _all_features(job, wanted, ours, theirs, prompts, peers)
     protocol = job.protocol._replace(**views)
+    _begin(peers, "measuring")
     known = _moments(job, found[1], stored, theirs, used)
-    numbers = {}
-    if jax.process_index() == 0:
-        rows = measures.Features(*found, known, prompts)
-        numbers = measures.measure(job.metrics, rows, protocol)
-        if results is not None and "geneval" in job.metrics:
-            pairs = [(result.request, result.correct) for result in results]
-            numbers["geneval"] = {"parts": geneval.summarize(pairs)}
-    weights = {name: network.weights for name, network in used.items()}
-    mark = None if job.reference is None else (theirs.identity if theirs else digest_of(stored))
+    if jax.process_index() != 0:
+        return {}
+    rows = measures.Features(*found, known, prompts)
+    numbers = measures.measure(job.metrics, rows, protocol)
+    if "geneval" in job.metrics:
+        pairs = [(result.request, result.correct) for result in results]
+        missing = geneval.missing_tasks(result.request for result in results)
+        mark = hashlib.sha256(job.boxes.read_bytes()).hexdigest()
+        boxes = {"path": str(job.boxes), "sha256": mark}
+        numbers["geneval"] = {"parts": geneval.summarize(pairs), "missing": missing, "boxes": boxes}
+    mark = _contents(job, theirs) if theirs else stored and digest_of(stored)
     written = {
         "command": job.command,
         "made": time.strftime("%Y-%m-%d"),
@@ -104,7 +142,8 @@ def evaluate(
         "protocol": describe(
             protocol,
             wanted,
-            weights=weights,
+            weights={name: network.weights for name, network in used.items()},
+            networks={name: network.fields for name, network in used.items()},
             count=len(ours.names),
             formats=ours.formats,
             reference=mark,
@@ -113,10 +152,23 @@ def evaluate(
         "metrics": numbers,
         "throughput": timings,
     } | (about or {})
-    if jax.process_index() == 0:
-        samples = [ours.read(i) for i in range(min(report.SAMPLES, len(ours.names)))]
-        report.write(out, written, samples, prompts or [""] * len(samples))
+    samples = [ours.read(i) for i in range(min(report.SAMPLES, len(ours.names)))]
+    report.write(out, written, samples, prompts or [""] * len(samples))
     return written
+
+
+def _begin(peers: Any, doing: str) -> None:
+    """Tells the other processes of long work without steps, which the clock for steps would take for a halt."""
+    if peers is not None:
+        peers.at_phase(doing)
+
+
+def _contents(job: Job, pictures: Pictures) -> str:
+    """Returns the hash of a reference's contents, which is kept: a large one takes minutes to read."""
+    path = job.cache / f"contents-{pictures.stamp[:16]}.json"
+    if not path.exists():
+        write_json_atomic(path, {"sha256": hash_contents(job.reference, pictures)})
+    return read_json(path)["sha256"]
 
 
 def _all_features(
@@ -141,9 +193,11 @@ def _all_features(
                 }
 
     if "inception" in wanted:
+        _begin(peers, "loading Inception")
         network = networks.load_inception_network(job.places, "is" in job.metrics)
         take("inception", network, networks.with_side(job.protocol.inception, SIDE), True)
     if "clip" in wanted:
+        _begin(peers, "loading CLIP")
         sentences = prompts if "text" in wanted else None
         loaded = networks.load_clip_networks(job.places.clip, sentences, job.protocol)
         network, views["clip"], text, tokens = loaded
@@ -152,9 +206,11 @@ def _all_features(
             inputs, how["label"] = features.list_rows(tokens), "text"
             found[0]["text"], _ = features.extract(text, inputs, job.cache, **how)
     if "cmmd" in wanted:
+        _begin(peers, "loading the CLIP of CMMD")
         network, views["cmmd"] = networks.load_cmmd_network(job.places.clip336, job.protocol)
         take("cmmd", network, views["cmmd"], True)
     if "dinov2" in wanted:
+        _begin(peers, "loading DINOv2")
         network = networks.load_dinov2_network(job.places.dinov2)
         take("dinov2", network, job.protocol.dinov2, True)
     return found, used, views, timings
@@ -165,7 +221,8 @@ def _moments(job: Job, reference: dict, stored: Moments | None, theirs, used) ->
     if stored is not None or not {"fid", "fid_infinity"} & set(job.metrics):
         return stored
     view = job.protocol.inception._asdict()
-    mark = digest([theirs.stamp, view, used["inception"].weights])[:16]
+    network = used["inception"]
+    mark = digest([theirs.stamp, view, network.weights, network.fields])[:16]
     path = job.cache / f"reference-{mark}.npz"
     if path.exists():
         return read_statistics(path)
@@ -186,7 +243,8 @@ def read_statistics(path: AnyPath) -> Moments:
             mu, sigma = (np.asarray(file[name], np.float64) for name in ("mu", "sigma"))
     except Exception as error:  # of zip, NumPy and the disk, a dozen classes
         raise UserError(f"{path} holds no statistics mu and sigma: {error}") from error
-    if mu.ndim != 1 or sigma.shape != (len(mu), len(mu)) or not np.isfinite(sigma).all():
+    fits = mu.ndim == 1 and sigma.shape == (len(mu), len(mu))
+    if not fits or not np.isfinite(mu).all() or not np.isfinite(sigma).all():
         raise UserError(
             f"{path}: mu {mu.shape} and sigma {sigma.shape} are no statistics of features"
         )

@@ -1,5 +1,6 @@
 """Features of many pictures or sentences: computed in parts, kept on disk, shared by processes, resumed."""
 
+import dataclasses
 import io
 import time
 from collections.abc import Callable
@@ -8,6 +9,7 @@ from typing import Any, NamedTuple
 
 import jax
 import numpy as np
+from flax import linen as nn
 
 from ..core.errors import UserError
 from ..core.files import write_atomic
@@ -30,12 +32,17 @@ class Inputs(NamedTuple):
 
 
 class Network(NamedTuple):
-    """A pure function ``apply(params, rows) -> [B, D]``, its parameters, and ``weights``, their fingerprint."""
+    """A pure function ``apply(params, rows) -> [B, D]``, its parameters, and all that its numbers depend on.
+
+    ``weights`` is their fingerprint; ``fields``, JSON-able, are those of the module: with equal parameters
+    another number of heads or another activation makes other features.
+    """
 
     name: str
     apply: Callable[[Any, jax.Array], jax.Array]
     params: Any
     weights: str
+    fields: dict[str, Any]
 
 
 class Timing(NamedTuple):
@@ -46,9 +53,12 @@ class Timing(NamedTuple):
     waiting: float
 
 
-def make_network(name: str, apply: Callable, params: Any) -> Network:
-    """Makes a `Network`, and takes its fingerprint."""
-    return Network(name, apply, params, fingerprint(params))
+def make_network(name: str, apply: Callable, params: Any, model: nn.Module) -> Network:
+    """Makes a `Network`, and takes its fingerprint and the fields of its module."""
+    names = [each.name for each in dataclasses.fields(model) if each.name not in ("parent", "name")]
+    return Network(
+        name, apply, params, fingerprint(params), {each: getattr(model, each) for each in names}
+    )
 
 
 def view_pictures(pictures: Pictures, view: View) -> Inputs:
@@ -91,7 +101,8 @@ def extract(
     Raises:
       UserError: what another process computed is not seen here.
     """
-    place = folder / f"{network.name}-{digest([network.weights, inputs.identity, PART])[:16]}"
+    identity = [network.weights, network.fields, inputs.identity, PART]
+    place = folder / f"{network.name}-{digest(identity)[:16]}"
     make_folder(place)
     parts = range(-(-inputs.count // PART))
     mine = [part for part in parts[jax.process_index() :: jax.process_count()]]

@@ -50,10 +50,22 @@ def find(name: str) -> Path:
     return Path(name)
 
 
+def find_all(places: Places, wanted: set[str]) -> None:
+    """Finds the weights of the networks that are wanted, and loads none.
+
+    Raises:
+      UserError: one has no place, or there is nothing.
+    """
+    if "inception" in wanted and places.inception is None:
+        raise UserError(f"give --inception FILE: {INCEPTION_URL}", exit_code=2)
+    names = {"inception": "inception", "clip": "clip", "cmmd": "clip336", "dinov2": "dinov2"}
+    for network in sorted(wanted & set(names)):
+        find(getattr(places, names[network]))
+
+
 def load_inception_network(places: Places, logits: bool) -> Network:
     """Returns Inception's last pool [B, 2048], with ``logits`` behind it if they are asked for."""
-    if places.inception is None:
-        raise UserError(f"give --inception FILE: {INCEPTION_URL}", exit_code=2)
+    find_all(places, {"inception"})
     model, params = load_inception(find(places.inception))
 
     def apply(params, x):
@@ -61,7 +73,7 @@ def load_inception_network(places: Places, logits: bool) -> Network:
         wanted = ["2048"] + ["logits_unbiased"] * logits
         return jnp.concatenate([found[name] for name in wanted], axis=-1)
 
-    return make_network("inception" + "-logits" * logits, apply, params)
+    return make_network("inception" + "-logits" * logits, apply, params, model)
 
 
 def load_clip_networks(
@@ -71,7 +83,7 @@ def load_clip_networks(
     place = find(name)
     model, params = load_clip(place)
     picture = make_network(
-        "clip", lambda p, x: model.apply({"params": p}, x, method="image_features"), params
+        "clip", lambda p, x: model.apply({"params": p}, x, method="image_features"), params, model
     )
     view = with_side(protocol.clip, model.image)
     if sentences is None:
@@ -85,6 +97,7 @@ def load_clip_networks(
         lambda p, ids: model.apply({"params": p}, ids, method="text_features"),
         params,
         picture.weights,
+        picture.fields,
     )
     return picture, view, text, tokens
 
@@ -93,7 +106,7 @@ def load_cmmd_network(name: str, protocol: Protocol) -> tuple[Network, View]:
     """Returns the CLIP of CMMD, and its view."""
     model, params = load_clip(find(name))
     network = make_network(
-        "cmmd", lambda p, x: model.apply({"params": p}, x, method="image_features"), params
+        "cmmd", lambda p, x: model.apply({"params": p}, x, method="image_features"), params, model
     )
     return network, with_side(protocol.cmmd, model.image)
 
@@ -101,7 +114,7 @@ def load_cmmd_network(name: str, protocol: Protocol) -> tuple[Network, View]:
 def load_dinov2_network(name: str) -> Network:
     """Returns DINOv2."""
     model, params = load_dinov2(find(name))
-    return make_network("dinov2", lambda p, x: model.apply({"params": p}, x), params)
+    return make_network("dinov2", lambda p, x: model.apply({"params": p}, x), params, model)
 
 
 def with_side(view: View, side: int) -> View:

@@ -1,8 +1,10 @@
 """Folders of pictures, in the order of their names, and the sentences that belong to them."""
 
+import hashlib
 import json
 from collections import Counter
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple
 
 from PIL import Image
@@ -48,7 +50,7 @@ def open_pictures(folder: AnyPath, count: int | None = None) -> Pictures:
         stamps = {name: (stat.st_size, stat.st_mtime_ns) for name, stat in stats.items()}
     else:
         raise UserError(f"{folder} is not a folder of pictures")
-    names = sorted(name for name in stamps if _ending(name) in ENDINGS)
+    names = sorted(name for name in stamps if is_picture(name))
     if not names or len(names) < (count or 0):
         asked = f"{count} are asked for" if names else "expected files such as .png or .jpg"
         raise UserError(f"{folder} has {len(names)} pictures: {asked}")
@@ -69,6 +71,29 @@ def open_pictures(folder: AnyPath, count: int | None = None) -> Pictures:
     return Pictures(str(folder), names, read, identity, stamp, dict(sorted(formats.items())))
 
 
+def hash_contents(folder: AnyPath, pictures: Pictures, threads: int = 8) -> str:
+    """Returns a hash of the bytes of pictures, whatever their names, order and folder are; reads them all.
+
+    Raises:
+      UserError: one cannot be read.
+    """
+
+    def one(name):
+        try:
+            with open_file(folder / name) as file:
+                return hashlib.sha256(file.read()).hexdigest()
+        except OSError as error:
+            raise UserError(f"{folder / name} cannot be read: {error}") from error
+
+    with ThreadPoolExecutor(threads) as pool:
+        return digest(sorted(pool.map(one, pictures.names)))
+
+
+def is_picture(name: str) -> bool:
+    """Whether the name of a file ends as that of a picture does."""
+    return _ending(name) in ENDINGS
+
+
 def _ending(name: str) -> str:
     return name.rpartition(".")[2].lower()
 
@@ -85,18 +110,26 @@ def read_prompts(path: AnyPath) -> dict[str, str] | list[str]:
     """Reads sentences: MJHQ's ``meta_data.json``, by the stems of pictures, or a text file, one in each line.
 
     Raises:
-      UserError: the file is missing or holds something else.
+      UserError: the file is missing or holds something else; or a key that is no name of a file.
     """
     try:
         text = path.read_text(encoding="utf-8")
         if path.suffix == ".json":
             rows = sorted(json.loads(text).items())
-            return {key: row["prompt"] if isinstance(row, dict) else str(row) for key, row in rows}
+            found = {key: row["prompt"] if isinstance(row, dict) else str(row) for key, row in rows}
     except (OSError, ValueError, KeyError, AttributeError) as error:
         wanted = (
             'an object of {KEY: {"prompt": ...}}' if path.suffix == ".json" else "lines of text"
         )
         raise UserError(f"--prompts {path} is not {wanted}: {error!r}") from error
+    if path.suffix == ".json":
+        # They become names of files and folders.
+        for key in found:
+            if key in ("", ".", "..") or set(key) & set("/\\\0"):
+                raise UserError(
+                    f"--prompts {path}: the key {key!r} cannot be the name of a picture"
+                )
+        return found
     prompts = [line.strip() for line in text.splitlines() if line.strip()]
     if not prompts:
         raise UserError(f"--prompts {path} has no prompt: write one in each line")
@@ -111,14 +144,19 @@ def first_prompts(prompts: dict[str, str] | list[str], count: int | None):
 def prompts_of(pictures: Pictures, prompts: dict[str, str] | list[str]) -> list[str]:
     """Returns the sentence of each picture.
 
-    Those with keys belong to the picture KEY.png, or to all in a folder KEY. A list is in the order of the
-    pictures, each sentence for equally many that follow each other.
+    Those with keys belong to all pictures in a folder KEY, or to the picture KEY.png. A list is in the order
+    of the pictures, each sentence for equally many that follow each other.
 
     Raises:
       UserError: a picture has none, or their numbers do not fit.
     """
     if isinstance(prompts, dict):
-        keys = [_stem(name) if _stem(name) in prompts else _parent(name) for name in pictures.names]
+        # The folder counts first: what lies in it has numbers for names, which may be keys as well.
+        parents = [_parent(name) for name in pictures.names]
+        keys = [
+            parent if parent in prompts else _stem(name)
+            for name, parent in zip(pictures.names, parents, strict=True)
+        ]
         for name, key in zip(pictures.names, keys, strict=True):
             if key not in prompts:
                 raise UserError(f"--prompts has no key {_stem(name)!r} for {name}")

@@ -3,6 +3,7 @@
 Most of what published numbers disagree in is here. The steps are values, which a protocol prints and stores.
 """
 
+import math
 from typing import NamedTuple
 
 import numpy as np
@@ -26,7 +27,8 @@ class Resize(NamedTuple):
         (torch-fidelity).
       shape: 'stretch' to the square; 'short side', to which the shorter side is brought, and the middle cut
       out;
-        'middle', the middle square, cut out first.
+        'short side, floor', the same with an odd rest halved downwards, as transformers does; 'middle', the
+        middle square, cut out first, halved downwards too.
     """
 
     size: int
@@ -62,10 +64,10 @@ def resize(step: Resize, x: np.ndarray) -> np.ndarray:
     height, width = x.shape[:2]
     if step.shape == "middle":
         side = min(height, width)
-        x = _middle(x, side)
+        x = _middle(x, side, floor=True)
         height = width = side
     goal = (step.size, step.size)
-    if step.shape == "short side":
+    if step.shape.startswith("short side"):
         short, long = min(height, width), int(step.size * max(height, width) / min(height, width))
         goal = (step.size, long) if short == height else (long, step.size)
     if step.way == "pillow":
@@ -75,12 +77,15 @@ def resize(step: Resize, x: np.ndarray) -> np.ndarray:
         x = np.stack([_channel(x[..., c], goal, step.filter) for c in range(x.shape[-1])], -1)
     else:
         x = _two_taps(x.astype(np.float32), goal, half=step.way == "torch")
-    return _middle(x, step.size) if step.shape == "short side" else x
+    if step.shape.startswith("short side"):
+        x = _middle(x, step.size, floor=step.shape == "short side, floor")
+    return x
 
 
-def _middle(x: np.ndarray, side: int) -> np.ndarray:
-    """Cuts out the middle square; odd rests are halved as torchvision's CenterCrop does."""
-    top, left = (round((length - side) / 2.0) for length in x.shape[:2])
+def _middle(x: np.ndarray, side: int, floor: bool) -> np.ndarray:
+    """Cuts out the middle square; half of an odd rest is rounded as torchvision's CenterCrop does, or down."""
+    half = math.floor if floor else round  # to even
+    top, left = (half((length - side) / 2.0) for length in x.shape[:2])
     return x[top : top + side, left : left + side]
 
 
@@ -125,6 +130,6 @@ DINOV2 = View((Resize(224, "bicubic", "pillow"),), mean=_bytes(dinov2.MEAN), std
 CMMD = View((Resize(336, "bicubic", "pillow", "middle"),), **_CLIP)
 
 
-def clip_view(side: int = 224) -> View:
-    """The view of OpenAI's package and of transformers."""
-    return View((Resize(side, "bicubic", "pillow", "short side"),), **_CLIP)
+def clip_view(side: int = 224, shape: str = "short side") -> View:
+    """The view of OpenAI's package; with the shape 'short side, floor' that of transformers."""
+    return View((Resize(side, "bicubic", "pillow", shape),), **_CLIP)

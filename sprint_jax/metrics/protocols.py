@@ -1,5 +1,6 @@
 """Protocols: all that a number about pictures depends on, as values that are printed and stored with it."""
 
+import itertools
 from typing import Any, NamedTuple
 
 from ..core.errors import UserError
@@ -41,16 +42,28 @@ PROTOCOLS = {
     for protocol in (
         Protocol("sana", preprocess.INCEPTION_SANA, "jpeg 75", True, False),
         Protocol("clean-fid", preprocess.INCEPTION_CLEAN, "png", True, False, neighbours=5),
-        Protocol("torch-fidelity", preprocess.INCEPTION_FIDELITY, "png", False, True),
+        Protocol(
+            "torch-fidelity",
+            preprocess.INCEPTION_FIDELITY,
+            "png",
+            False,
+            True,
+            clip=preprocess.clip_view(shape="short side, floor"),
+        ),
     )
 }
 
 
-def describe(protocol: Protocol, networks: set[str], **found: Any) -> dict[str, Any]:
-    """Returns a JSON-able protocol with the views of the networks that were used, and what was ``found``."""
+def describe(protocol: Protocol, used: set[str], **found: Any) -> dict[str, Any]:
+    """Returns a JSON-able protocol with the views of the networks that were used, and what was ``found``.
+
+    Args:
+      found: ``weights`` and ``networks`` by network, their fingerprints and fields; ``reference`` and
+        ``prompts``, hashes or None; and what else the numbers depend on.
+    """
     fields = protocol._asdict()
     views = {name: _plain(fields.pop(name)) for name in ("inception", "dinov2", "cmmd", "clip")}
-    return fields | {"views": {name: views[name] for name in sorted(networks & set(views))}} | found
+    return fields | {"views": {name: views[name] for name in sorted(used & set(views))}} | found
 
 
 def _plain(view: View) -> dict[str, Any]:
@@ -69,8 +82,8 @@ def check_same(reports: dict[str, dict[str, Any]]) -> None:
     Raises:
       UserError: naming two reports and the first thing in which their protocols differ.
     """
-    (first, base), *others = reports.items()
-    for name, report in others:
+    # All pairs: what the first lacks, two others may have and differ in.
+    for (first, base), (name, report) in itertools.combinations(reports.items(), 2):
         pair = _shared(base["protocol"], report["protocol"])
         for key, one, two in differences(*pair):
             where = f"protocol.{key} is {one!r} there and {two!r} here"
@@ -82,7 +95,7 @@ def _shared(one: dict[str, Any], two: dict[str, Any]) -> tuple[dict[str, Any], d
     for key in ("reference", "prompts"):
         if None in (one.get(key), two.get(key)):
             one[key] = two[key] = None
-    for key in ("views", "weights"):
+    for key in ("views", "weights", "networks"):
         both = one.get(key, {}).keys() & two.get(key, {}).keys()
         one[key], two[key] = ({name: each[key][name] for name in both} for each in (one, two))
     return one, two

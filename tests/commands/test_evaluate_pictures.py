@@ -1,8 +1,12 @@
 """`evaluate` on folders of pictures and on a tiny model that draws them, by small random networks."""
 
+import contextlib
+import hashlib
 import io
 import json
+import shutil
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -13,10 +17,7 @@ from PIL import Image
 
 from sprint_jax import evaluate
 from sprint_jax.core.errors import UserError
-from sprint_jax.metrics import drawing, evaluation, features, frechet, protocols, report
-from sprint_jax.metrics.geneval_prompts import make_prompts
-from sprint_jax.metrics.pictures import open_pictures, prompts_of
-from sprint_jax.pipeline import Request
+from sprint_jax.metrics import evaluation, features, frechet, protocols, report
 
 pytestmark = pytest.mark.usefixtures("quick")
 COUNT = 12
@@ -65,6 +66,9 @@ def test_report_has_numbers_errors_and_their_protocol(root, written):
         protocol["weights"]["clip"] == protocol["weights"]["cmmd"] != protocol["weights"]["dinov2"]
     )
     assert {len(mark) for mark in protocol["weights"].values()} == {64}
+    networks = protocol["networks"]
+    assert (networks["clip"]["act"], networks["clip"]["vision_heads"]) == ("quick_gelu", 2)
+    assert (networks["dinov2"]["offset"], networks["dinov2"]["heads"]) == (0.0, 1)
     assert written["throughput"]["clip of pictures"]["pictures_per_second"] > 0
     page = (root / "report.html").read_text()
     assert page.count("data:image/png;base64,") == 2 and "http" not in page.replace(
@@ -118,8 +122,56 @@ def test_what_only_one_report_used_is_no_difference(written):
     less = {key: {"clip": protocol[key]["clip"]} for key in ("views", "weights")}
     other = {"protocol": protocol | less | {"reference": None}}
     protocols.check_same({"a": written, "b": other, "c": written})
+    # Two that differ in what the first lacks.
+    third = {"protocol": protocol | {"reference": "0"}}
+    with pytest.raises(UserError, match=r"a and c cannot be compared: protocol\.reference"):
+        protocols.check_same({"b": other, "a": written, "c": third})
     other["protocol"]["weights"]["clip"] = "0" * 64
     with pytest.raises(UserError, match=r"a and b cannot be compared: protocol\.weights\.clip"):
+        protocols.check_same({"a": written, "b": other})
+
+
+def test_references_of_equal_names_and_sizes_share_no_table(root, tmp_path):
+    found = {}
+    for name, level in (("a", 1), ("b", 2), ("again", 1)):
+        folder = tmp_path / name
+        folder.mkdir()
+        Image.new("RGB", (4, 4), (level,) * 3).save(folder / "x.bmp")
+        flags = dict(reference=folder, metrics="none", prompts=None)
+        evaluate.main(words(root, tmp_path / f"{name}.json", **flags))
+        found[name] = json.loads((tmp_path / f"{name}.json").read_text())
+    protocols.check_same({"a": found["a"], "again": found["again"]})
+    with pytest.raises(UserError, match=r"protocol\.reference"):
+        protocols.check_same(found)
+
+
+def test_long_work_without_steps_is_told_to_the_other_processes(
+    root, written, tmp_path, monkeypatch
+):
+    peers, told = mock.Mock(), []
+    peers.at_phase.side_effect = told.append
+    peers.at_step.side_effect = lambda _: told.append("step")
+    joined = contextlib.nullcontext(peers)
+    monkeypatch.setattr(evaluate.distributed, "joined", lambda _: joined)
+    shutil.copytree(root / "report.cache", tmp_path / "cache")
+    shutil.rmtree(next((tmp_path / "cache").glob("text-*")))
+    evaluate.main(words(root, tmp_path / "r.json", cache=tmp_path / "cache"))
+    names = ["CLIP", "step", "the CLIP of CMMD", "DINOv2"]
+    loading = [name if name == "step" else f"loading {name}" for name in names]
+    assert list(dict.fromkeys(told)) == ["opening pictures", *loading, "measuring"]
+
+
+def test_equal_weights_in_another_network_are_other_features(root, written, tmp_path):
+    shutil.copytree(root / "clip", tmp_path / "clip")
+    heads = {f"{tower}_config": {"num_attention_heads": 4} for tower in ("vision", "text")}
+    (tmp_path / "clip" / "config.json").write_text(json.dumps(heads))
+    before = set((root / "report.cache").glob("cmmd-*"))
+    flags = dict(clip336=tmp_path / "clip", metrics="cmmd", cache=root / "report.cache")
+    evaluate.main(words(root, tmp_path / "heads.json", **flags))
+    assert len(set((root / "report.cache").glob("cmmd-*")) - before) == 2
+    other = json.loads((tmp_path / "heads.json").read_text())
+    assert other["metrics"]["cmmd"]["value"] != written["metrics"]["cmmd"]["value"]
+    with pytest.raises(UserError, match=r"protocol\.networks\.cmmd\.text_heads is 2 .* 4"):
         protocols.check_same({"a": written, "b": other})
 
 
@@ -161,7 +213,8 @@ def test_statistics_are_read_and_written_as_pytorch_fid_does(tmp_path):
     content = io.BytesIO()
     np.savez(content, mu=made.mu, sigma=np.array([object()]))
     (tmp_path / "c.npz").write_bytes(content.getvalue())
-    for name in ("c.npz", "missing.npz"):
+    np.savez(tmp_path / "nan.npz", mu=np.full(4, np.nan), sigma=made.sigma)
+    for name in ("c.npz", "missing.npz", "nan.npz"):
         with pytest.raises(UserError, match=name):
             evaluation.read_statistics(tmp_path / name)
 
@@ -188,48 +241,20 @@ def test_mistakes_are_refused(root, tmp_path, flags, names):
     assert all(name in str(error.value) for name in names), error.value
 
 
-class Pipe:
-    """Draws a picture of the number and the prompt of each."""
-
-    def __init__(self):
-        self.drawn = []
-
-    def draw(self, prompts, request):
-        numbers = [request.first + i for i in range(len(prompts))]
-        self.drawn += numbers
-        yield np.stack(
-            [
-                np.full((8, 8, 3), 10 * i + len(p), np.uint8)
-                for i, p in zip(numbers, prompts, strict=True)
-            ]
-        )
-
-
-def test_pictures_are_drawn_once_whatever_was_there(tmp_path):
-    plan = drawing.plan_prompts(["a", "bb", "ccc"], each=2)
-    assert plan.prompts == ["a", "a", "bb", "bb", "ccc", "ccc"] and plan.names[-1] == "00005"
-    pipe, base = Pipe(), Request(batch_size=4)
-    drawing.draw(plan, tmp_path, pipe, base, "png", {"model": 1})
-    assert pipe.drawn == [0, 1, 2, 3, 4, 5]
-    pixels = {path.name: np.asarray(Image.open(path))[0, 0, 0] for path in tmp_path.glob("*.png")}
-    assert pixels == {f"0000{n}.png": 10 * n + 1 + n // 2 for n in range(6)}
-    (tmp_path / "00005.png").unlink()
-    drawing.draw(plan, tmp_path, pipe, base, "png", {"model": 1})
-    assert pipe.drawn[6:] == [4, 5]
-    with pytest.raises(UserError, match="model=1, not 2"):
-        drawing.draw(plan, tmp_path, pipe, base, "png", {"model": 2})
-    requests = make_prompts(count=1)
-    plan = drawing.plan_geneval(requests)
-    assert len(plan.names) == 24 and plan.names[5] == "00001/samples/00001"
-    keyed = {"k": "x", "a": "y"}
-    assert drawing.plan_prompts(keyed) == (["a", "k"], ["y", "x"])
-    several = drawing.plan_prompts(keyed, each=2)
-    drawing.draw(several, tmp_path / "k", pipe, base, "jpeg 75", {})
-    assert prompts_of(open_pictures(tmp_path / "k"), keyed) == several.prompts == list("yyxx")
-    with pytest.raises(UserError, match=r"no key '00000' for a/00000\.jpg"):
-        prompts_of(open_pictures(tmp_path / "k"), {"k": "x"})
-    drawing.write_geneval_metadata(tmp_path, requests)
-    assert json.loads((tmp_path / "00003" / "metadata.jsonl").read_text()) == requests[3]
+@pytest.mark.parametrize("metric", ["fid", "fid_infinity", "fd_dinov2", "narrow"])
+def test_references_without_a_number_are_refused_before_features(
+    root, tmp_path, metric, monkeypatch
+):
+    monkeypatch.setattr(features, "_compute", None)
+    write_pictures(tmp_path / "one", make_pictures(1, 2, 16, 40))
+    evaluation.write_statistics(tmp_path / "a.npz", frechet.moments(np.eye(5)))
+    flags = dict(reference=tmp_path / "one", metrics=metric, inception=tmp_path / "none.pth")
+    match = f"1 pictures of the reference are too few for {metric}: at least 2"
+    if metric == "narrow":
+        flags |= dict(reference=tmp_path / "a.npz", metrics="fid")
+        match = r"a\.npz has statistics of 5 features, not of Inception's 2048"
+    with pytest.raises(UserError, match=match):
+        evaluate.main(words(root, tmp_path / "r.json", **flags))
 
 
 @pytest.mark.slow
@@ -267,6 +292,12 @@ def test_geneval_is_summed_up_from_its_detectors_results(root, tmp_path):
     path = Path(tmp_path / "results.jsonl")
     path.write_text("".join(json.dumps(line) + "\n" for line in lines))
     evaluate.main(words(root, tmp_path / "r.json", metrics="geneval", boxes=path))
-    parts = json.loads((tmp_path / "r.json").read_text())["metrics"]["geneval"]["parts"]
+    number = json.loads((tmp_path / "r.json").read_text())["metrics"]["geneval"]
+    parts = number["parts"]
+    missing = ["single_object", "two_object", "position", "color_attr"]
+    assert number["missing"] == missing
+    assert number["boxes"]["sha256"] == hashlib.sha256(path.read_bytes()).hexdigest()
+    for page in ("r.md", "r.html"):
+        assert f"without {', '.join(missing)}" in (tmp_path / page).read_text()
     assert parts["overall"]["value"] == 0.75 and parts["images"]["count"] == 3
     assert "| geneval/overall | 0.75" in (tmp_path / "r.md").read_text()

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from sprint_jax.core.errors import UserError
-from sprint_jax.metrics import clip_score, diversity, frechet, kernel, measures
+from sprint_jax.metrics import clip_score, diversity, frechet, kernel, measures, preprocess
 from sprint_jax.metrics.prdc import prdc
 from sprint_jax.metrics.protocols import PROTOCOLS
 
@@ -97,6 +97,16 @@ def test_prdc_of_a_hand_made_scene():
     assert found == pytest.approx(dict(precision=2 / 3, recall=1, density=1, coverage=3 / 4))
 
 
+@pytest.mark.parametrize("rest", range(6))
+def test_middles_are_those_of_each_library(rest):
+    """torchvision rounds half of the rest to even; CMMD's code and transformers round it down."""
+    picture = np.broadcast_to(np.arange(4 + rest, dtype=np.uint8)[None, :, None], (4, 4 + rest, 3))
+    down = [PROTOCOLS["torch-fidelity"].clip, *(protocol.cmmd for protocol in PROTOCOLS.values())]
+    for view, left in [(PROTOCOLS["sana"].clip, round(rest / 2)), *((v, rest // 2) for v in down)]:
+        small = view.resizes[0]._replace(size=4)
+        assert (preprocess.resize(small, picture)[0, :, 0] == np.arange(left, left + 4)).all()
+
+
 def test_clip_scores_and_their_error_over_prompts():
     image, text = np.array([[2.0, 0], [0, 3], [1, 1]]), np.array([[1.0, 0], [1, 0], [0, -1]])
     assert clip_score.clip_scores(image, text) == pytest.approx([100, 0, -100 / 2**0.5])
@@ -134,6 +144,7 @@ def test_measures_take_the_pool_and_the_logits_from_where_they_stand(monkeypatch
     assert numbers["kid"]["subset_mean"] == kernel.kid(a, b).mean
     assert numbers["prdc"]["parts"] == prdc(b, a, 5)
     assert numbers["is"]["value"] == diversity.inception_score(ours[:, 6:])[0]
+    assert numbers["is"]["standard_error"] == numbers["is"]["split_std"] / 3
     # Against statistics alone the reference has no error of its own.
     alone = found._replace(reference={})
     error = measures.measure(["fid"], alone, protocol)["fid"]["standard_error"]
