@@ -39,6 +39,7 @@ def browser(tmp_path_factory):
         where = {"behavior": "allow", "downloadPath": str(driver.downloads)}
         driver.execute_cdp_cmd("Browser.setDownloadBehavior", where)
         driver.set_script_timeout(20)
+        resize(driver, "desktop")
         yield driver
 
 
