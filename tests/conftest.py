@@ -80,8 +80,22 @@ def copied(saved, tmp_path):
 
 
 # Files that take longest, the longest first: else a worker would be left alone with one at the end.
-SLOW = ("test_pod", "test_updates", "test_compiled", "test_train", "test_sweep_backends")
-SLOW += ("test_launch", "test_peers", "test_feed", "test_faults", "test_encode_faults")
+SLOW = (
+    "test_pod",
+    "test_updates",
+    "test_recipes",
+    "test_compiled",
+    "test_train",
+    "test_bucket_runs",
+)
+SLOW += (
+    "test_sweep_backends",
+    "test_launch",
+    "test_peers",
+    "test_feed",
+    "test_faults",
+    "test_encode_faults",
+)
 
 
 def pytest_collection_modifyitems(items):
