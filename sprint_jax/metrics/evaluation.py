@@ -9,13 +9,13 @@ import jax
 import numpy as np
 
 from ..core.errors import UserError
-from ..core.files import write_atomic
+from ..core.files import read_json, write_atomic, write_json_atomic
 from ..core.fingerprint import digest
 from ..core.storage import AnyPath, make_folder
 from . import features, geneval, measures, networks, report
 from .frechet import Moments, moments
 from .inception import SIDE
-from .pictures import Pictures, open_pictures, prompts_of
+from .pictures import Pictures, hash_contents, open_pictures, prompts_of
 from .protocols import Protocol, describe
 
 
@@ -98,6 +98,9 @@ def evaluate(
       out: of the report, a .json file; .md and .html are written beside it by process 0.
       about: what else the report says, such as the model that drew the pictures.
 
+    Returns:
+      The report on process 0, an empty dict on others.
+
     Raises:
       UserError: something is missing, damaged or too small.
     """
@@ -112,14 +115,14 @@ def evaluate(
     found, used, views, timings = _all_features(job, wanted, ours, theirs, prompts, peers)
     protocol = job.protocol._replace(**views)
     known = _moments(job, found[1], stored, theirs, used)
-    numbers = {}
-    if jax.process_index() == 0:
-        rows = measures.Features(*found, known, prompts)
-        numbers = measures.measure(job.metrics, rows, protocol)
-        if results is not None and "geneval" in job.metrics:
-            pairs = [(result.request, result.correct) for result in results]
-            numbers["geneval"] = {"parts": geneval.summarize(pairs)}
-    mark = None if job.reference is None else (theirs.identity if theirs else digest_of(stored))
+    if jax.process_index() != 0:
+        return {}
+    rows = measures.Features(*found, known, prompts)
+    numbers = measures.measure(job.metrics, rows, protocol)
+    if "geneval" in job.metrics:
+        pairs = [(result.request, result.correct) for result in results]
+        numbers["geneval"] = {"parts": geneval.summarize(pairs)}
+    mark = _contents(job, theirs) if theirs else stored and digest_of(stored)
     written = {
         "command": job.command,
         "made": time.strftime("%Y-%m-%d"),
@@ -138,10 +141,17 @@ def evaluate(
         "metrics": numbers,
         "throughput": timings,
     } | (about or {})
-    if jax.process_index() == 0:
-        samples = [ours.read(i) for i in range(min(report.SAMPLES, len(ours.names)))]
-        report.write(out, written, samples, prompts or [""] * len(samples))
+    samples = [ours.read(i) for i in range(min(report.SAMPLES, len(ours.names)))]
+    report.write(out, written, samples, prompts or [""] * len(samples))
     return written
+
+
+def _contents(job: Job, pictures: Pictures) -> str:
+    """Returns the hash of a reference's contents, which is kept: a large one takes minutes to read."""
+    path = job.cache / f"contents-{pictures.stamp[:16]}.json"
+    if not path.exists():
+        write_json_atomic(path, {"sha256": hash_contents(job.reference, pictures)})
+    return read_json(path)["sha256"]
 
 
 def _all_features(

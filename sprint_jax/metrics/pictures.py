@@ -1,8 +1,10 @@
 """Folders of pictures, in the order of their names, and the sentences that belong to them."""
 
+import hashlib
 import json
 from collections import Counter
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple
 
 from PIL import Image
@@ -67,6 +69,24 @@ def open_pictures(folder: AnyPath, count: int | None = None) -> Pictures:
     identity = digest([(name, stamps[name][0]) for name in names])
     stamp = digest([(name, *stamps[name]) for name in names])
     return Pictures(str(folder), names, read, identity, stamp, dict(sorted(formats.items())))
+
+
+def hash_contents(folder: AnyPath, pictures: Pictures, threads: int = 8) -> str:
+    """Returns a hash of the bytes of pictures, whatever their names, order and folder are; reads them all.
+
+    Raises:
+      UserError: one cannot be read.
+    """
+
+    def one(name):
+        try:
+            with open_file(folder / name) as file:
+                return hashlib.sha256(file.read()).hexdigest()
+        except OSError as error:
+            raise UserError(f"{folder / name} cannot be read: {error}") from error
+
+    with ThreadPoolExecutor(threads) as pool:
+        return digest(sorted(pool.map(one, pictures.names)))
 
 
 def is_picture(name: str) -> bool:
