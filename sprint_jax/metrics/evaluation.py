@@ -84,6 +84,11 @@ def check_job(job: Job) -> Inputs:
         )
     theirs = open_pictures(job.reference) if "features" in given else None
     stored = read_statistics(job.reference) if given and "features" not in given else None
+    if stored is not None and len(stored.mu) != measures.POOL:
+        what = f"statistics of {len(stored.mu)} features, not of Inception's {measures.POOL}"
+        raise UserError(f"--reference {job.reference} has {what}")
+    many = len(theirs.names) if theirs else None
+    measures.check_counts(job.metrics, None, many, job.protocol)
     results = None if job.boxes is None else geneval.read_results(job.boxes)
     networks.find_all(job.places, networks_of(job))
     return Inputs(theirs, stored, results)
@@ -107,6 +112,7 @@ def evaluate(
     theirs, stored, results = check_job(job)
     wanted = networks_of(job)
     ours = open_pictures(job.pictures, job.count)
+    measures.check_counts(job.metrics, len(ours.names), None, job.protocol)
     prompts = None
     if job.prompts is not None:
         every = ours if job.count is None else open_pictures(job.pictures)
@@ -222,7 +228,8 @@ def read_statistics(path: AnyPath) -> Moments:
             mu, sigma = (np.asarray(file[name], np.float64) for name in ("mu", "sigma"))
     except Exception as error:  # of zip, NumPy and the disk, a dozen classes
         raise UserError(f"{path} holds no statistics mu and sigma: {error}") from error
-    if mu.ndim != 1 or sigma.shape != (len(mu), len(mu)) or not np.isfinite(sigma).all():
+    fits = mu.ndim == 1 and sigma.shape == (len(mu), len(mu))
+    if not fits or not np.isfinite(mu).all() or not np.isfinite(sigma).all():
         raise UserError(
             f"{path}: mu {mu.shape} and sigma {sigma.shape} are no statistics of features"
         )

@@ -64,6 +64,28 @@ def check_metrics(names: Sequence[str], given: set[str]) -> None:
                 raise UserError(f"--metrics {name} needs {flag}", exit_code=2)
 
 
+def check_counts(
+    names: Sequence[str], count: int | None, reference: int | None, protocol: Protocol
+) -> None:
+    """Refuses metrics that so few pictures, or pictures of the reference, cannot have; None is any number.
+
+    Raises:
+      UserError: naming the metric and the least number.
+    """
+    least = {"fid": 2, "fid_infinity": 45, "kid": 2, "prdc": protocol.neighbours + 1, "is": 10}
+    least |= {"clip": 1, "diversity": 2, "cmmd": 1, "fd_dinov2": 2}
+    for name in names:
+        # Of the reference FID's limit takes the moments alone, as FID does.
+        others = least["fid"] if name == "fid_infinity" else least.get(name, 0)
+        sides = [(count, "", least.get(name, 0))]
+        sides += [(reference, " of the reference", others)] if NEEDS[name].reference else []
+        for found, whose, lowest in sides:
+            if found is not None and found < lowest:
+                raise UserError(
+                    f"{found} pictures{whose} are too few for {name}: at least {lowest}"
+                )
+
+
 def measure(names: Sequence[str], found: Features, protocol: Protocol) -> dict[str, dict[str, Any]]:
     """Computes each metric: a dict of ``value`` and ``standard_error``, and what else there is to it.
 
@@ -71,14 +93,8 @@ def measure(names: Sequence[str], found: Features, protocol: Protocol) -> dict[s
       UserError: there are too few pictures for a metric.
     """
     count = min((len(x) for x in found.pictures.values()), default=0)
-    least = {"fid": 2, "fid_infinity": 45, "kid": 2, "prdc": protocol.neighbours + 1, "is": 10}
-    least |= {"clip": 1, "diversity": 2, "cmmd": 1, "fd_dinov2": 2}
-    for name in names:
-        sizes = [count] + (
-            [len(x) for x in found.reference.values()] if NEEDS[name].features else []
-        )
-        if min(sizes) < least.get(name, 0):
-            raise UserError(f"{min(sizes)} pictures are too few for {name}: at least {least[name]}")
+    theirs = min((len(x) for x in found.reference.values()), default=None)
+    check_counts(names, count, theirs, protocol)
     return {name: _one(name, found, protocol) for name in names if name != "geneval"}
 
 

@@ -194,7 +194,8 @@ def test_statistics_are_read_and_written_as_pytorch_fid_does(tmp_path):
     content = io.BytesIO()
     np.savez(content, mu=made.mu, sigma=np.array([object()]))
     (tmp_path / "c.npz").write_bytes(content.getvalue())
-    for name in ("c.npz", "missing.npz"):
+    np.savez(tmp_path / "nan.npz", mu=np.full(4, np.nan), sigma=made.sigma)
+    for name in ("c.npz", "missing.npz", "nan.npz"):
         with pytest.raises(UserError, match=name):
             evaluation.read_statistics(tmp_path / name)
 
@@ -219,6 +220,22 @@ def test_mistakes_are_refused(root, tmp_path, flags, names):
     with pytest.raises(UserError) as error:
         evaluate.main(words(root, tmp_path / "r.json", **flags))
     assert all(name in str(error.value) for name in names), error.value
+
+
+@pytest.mark.parametrize("metric", ["fid", "fid_infinity", "fd_dinov2", "narrow"])
+def test_references_without_a_number_are_refused_before_features(
+    root, tmp_path, metric, monkeypatch
+):
+    monkeypatch.setattr(features, "_compute", None)
+    write_pictures(tmp_path / "one", make_pictures(1, 2, 16, 40))
+    evaluation.write_statistics(tmp_path / "a.npz", frechet.moments(np.eye(5)))
+    flags = dict(reference=tmp_path / "one", metrics=metric, inception=tmp_path / "none.pth")
+    match = f"1 pictures of the reference are too few for {metric}: at least 2"
+    if metric == "narrow":
+        flags |= dict(reference=tmp_path / "a.npz", metrics="fid")
+        match = r"a\.npz has statistics of 5 features, not of Inception's 2048"
+    with pytest.raises(UserError, match=match):
+        evaluate.main(words(root, tmp_path / "r.json", **flags))
 
 
 @pytest.mark.slow
