@@ -49,7 +49,7 @@ def vendi(features: np.ndarray) -> float:
 
 
 def inception_score(logits: np.ndarray, splits: int = 10, seed: int = 2020) -> tuple[float, float]:
-    """Computes the Inception score of logits [N, classes], and its standard deviation over splits.
+    """Computes the Inception score of logits [N, classes], and its standard deviation over splits (ddof 0).
 
     The order is drawn from the seed as torch-fidelity does. Source: Salimans et al., arXiv 1606.03498.
     """

@@ -117,7 +117,8 @@ def _one(name: str, found: Features, protocol: Protocol) -> dict[str, Any]:
         return {"parts": prdc(other, pool, protocol.neighbours)}
     if name == "is":
         value, spread = diversity.inception_score(ours["inception"][:, POOL:])
-        return _number(value, spread / 10**0.5, split_std=spread)
+        # The ten splits' deviation has 10 in its denominator; that of a sample has 9.
+        return _number(value, spread / 9**0.5, split_std=spread)
     if name == "clip":
         scores = clip_score.clip_scores(ours["clip"], ours["text"])
         value, error = clip_score.mean_with_error(scores, found.prompts)

@@ -144,6 +144,7 @@ def test_measures_take_the_pool_and_the_logits_from_where_they_stand(monkeypatch
     assert numbers["kid"]["subset_mean"] == kernel.kid(a, b).mean
     assert numbers["prdc"]["parts"] == prdc(b, a, 5)
     assert numbers["is"]["value"] == diversity.inception_score(ours[:, 6:])[0]
+    assert numbers["is"]["standard_error"] == numbers["is"]["split_std"] / 3
     # Against statistics alone the reference has no error of its own.
     alone = found._replace(reference={})
     error = measures.measure(["fid"], alone, protocol)["fid"]["standard_error"]
