@@ -127,7 +127,10 @@ def evaluate(
     numbers = measures.measure(job.metrics, rows, protocol)
     if "geneval" in job.metrics:
         pairs = [(result.request, result.correct) for result in results]
-        numbers["geneval"] = {"parts": geneval.summarize(pairs)}
+        missing = geneval.missing_tasks(result.request for result in results)
+        mark = hashlib.sha256(job.boxes.read_bytes()).hexdigest()
+        boxes = {"path": str(job.boxes), "sha256": mark}
+        numbers["geneval"] = {"parts": geneval.summarize(pairs), "missing": missing, "boxes": boxes}
     mark = _contents(job, theirs) if theirs else stored and digest_of(stored)
     written = {
         "command": job.command,

@@ -15,7 +15,7 @@ from PIL import Image
 from ..core.errors import UserError
 from ..core.storage import AnyPath
 from .clip_score import mean_with_error
-from .geneval_prompts import COLORS, Request
+from .geneval_prompts import COLORS, TAGS, Request
 
 THRESHOLD, COUNTING_THRESHOLD = 0.3, 0.9  # of confidence, which must be larger
 MOST = 16  # things of a class
@@ -180,7 +180,9 @@ def read_results(path: AnyPath) -> list[Result]:
                 for name, found in boxes.items()
             }
             request["tag"], request["prompt"]
-            results.append(Result(row["filename"], request, bool(row["correct"]), things))
+            if not isinstance(row["correct"], bool):
+                raise TypeError(f"correct is {row['correct']!r}, not true or false")
+            results.append(Result(row["filename"], request, row["correct"], things))
         except (ValueError, KeyError, TypeError, IndexError, AttributeError) as error:
             raise UserError(
                 f"{path}, line {number} is none of GenEval's results ({error!r})"
@@ -188,6 +190,12 @@ def read_results(path: AnyPath) -> list[Result]:
     if not results:
         raise UserError(f"{path} has no results")
     return results
+
+
+def missing_tasks(requests: Iterable[Request]) -> list[str]:
+    """Returns GenEval's tasks of which there is no request; ``overall`` is then that of the others."""
+    found = {request["tag"] for request in requests}
+    return [tag for tag in TAGS if tag not in found]
 
 
 def summarize(pairs: Iterable[tuple[Request, bool]]) -> dict[str, Any]:

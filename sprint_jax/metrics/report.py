@@ -42,6 +42,14 @@ def rows_of(report: dict[str, Any]) -> list[tuple[str, dict[str, Any]]]:
     return rows
 
 
+def note(report: dict[str, Any]) -> str:
+    """Returns a sentence on GenEval's tasks without pictures, or none."""
+    missing = report["metrics"].get("geneval", {}).get("missing")
+    return (
+        f"geneval/overall is without {', '.join(missing)}: no results of them." if missing else ""
+    )
+
+
 def show(number: dict[str, Any] | None) -> str:
     """Returns a number with its error, to as many digits as the error allows, such as ``6.53 ± 0.12``."""
     value = (number or {}).get("value")
@@ -82,6 +90,7 @@ def compare(paths: Sequence[AnyPath]) -> str:
 def markdown(report: dict[str, Any]) -> str:
     """Returns a report as a page of Markdown."""
     lines = "".join(f"| {name} | {show(number)} |\n" for name, number in rows_of(report))
+    lines += f"\n{note(report)}\n" if note(report) else ""
     protocol = json.dumps(report["protocol"], indent=2)
     return (
         f"# {report['pictures']['path']}\n\n```\n{report['command']}\n```\n\n"
@@ -117,7 +126,8 @@ def page(report: dict[str, Any], samples: Sequence[Image.Image], captions: Seque
     return _PAGE.format(
         title=html.escape(report["pictures"]["path"]),
         command=html.escape(report["command"]),
-        table=f"<table><tr><th>metric</th><th>value ± standard error</th></tr>{cells}</table>",
+        table=f"<table><tr><th>metric</th><th>value ± standard error</th></tr>{cells}</table>"
+        f"<p>{html.escape(note(report))}</p>",
         pictures="\n".join(f'<p><img alt="" src="{_inside(image)}"></p>' for image in images),
         protocol=html.escape(json.dumps(report["protocol"], indent=2)),
     )

@@ -1,5 +1,6 @@
 """`evaluate` on folders of pictures and on a tiny model that draws them, by small random networks."""
 
+import hashlib
 import io
 import json
 import shutil
@@ -273,6 +274,12 @@ def test_geneval_is_summed_up_from_its_detectors_results(root, tmp_path):
     path = Path(tmp_path / "results.jsonl")
     path.write_text("".join(json.dumps(line) + "\n" for line in lines))
     evaluate.main(words(root, tmp_path / "r.json", metrics="geneval", boxes=path))
-    parts = json.loads((tmp_path / "r.json").read_text())["metrics"]["geneval"]["parts"]
+    number = json.loads((tmp_path / "r.json").read_text())["metrics"]["geneval"]
+    parts = number["parts"]
+    missing = ["single_object", "two_object", "position", "color_attr"]
+    assert number["missing"] == missing
+    assert number["boxes"]["sha256"] == hashlib.sha256(path.read_bytes()).hexdigest()
+    for page in ("r.md", "r.html"):
+        assert f"without {', '.join(missing)}" in (tmp_path / page).read_text()
     assert parts["overall"]["value"] == 0.75 and parts["images"]["count"] == 3
     assert "| geneval/overall | 0.75" in (tmp_path / "r.md").read_text()

@@ -219,6 +219,11 @@ def test_results_are_read_judged_again_and_summed_up(tmp_path):
     assert values == pytest.approx(
         dict(position=0.5, counting=1, overall=0.75, images=2 / 3, prompts=1)
     )
+    for correct in ("false", 1, None):
+        bad = [lines[0] | {"correct": correct}]
+        path.write_text("".join(json.dumps(line) + "\n" for line in bad))
+        with pytest.raises(UserError, match=r"results\.jsonl, line 1 .*not true or false"):
+            geneval.read_results(path)
     lines[1].pop("details")
     path.write_text("".join(json.dumps(line) + "\n" for line in lines))
     with pytest.raises(UserError, match=r"results\.jsonl, line 2"):
