@@ -109,6 +109,7 @@ def evaluate(
     Raises:
       UserError: something is missing, damaged or too small.
     """
+    _begin(peers, "opening pictures")
     theirs, stored, results = check_job(job)
     wanted = networks_of(job)
     ours = open_pictures(job.pictures, job.count)
@@ -120,6 +121,7 @@ def evaluate(
     make_folder(job.cache)
     found, used, views, timings = _all_features(job, wanted, ours, theirs, prompts, peers)
     protocol = job.protocol._replace(**views)
+    _begin(peers, "measuring")
     known = _moments(job, found[1], stored, theirs, used)
     if jax.process_index() != 0:
         return {}
@@ -155,6 +157,12 @@ def evaluate(
     return written
 
 
+def _begin(peers: Any, doing: str) -> None:
+    """Tells the other processes of long work without steps, which the clock for steps would take for a halt."""
+    if peers is not None:
+        peers.at_phase(doing)
+
+
 def _contents(job: Job, pictures: Pictures) -> str:
     """Returns the hash of a reference's contents, which is kept: a large one takes minutes to read."""
     path = job.cache / f"contents-{pictures.stamp[:16]}.json"
@@ -185,9 +193,11 @@ def _all_features(
                 }
 
     if "inception" in wanted:
+        _begin(peers, "loading Inception")
         network = networks.load_inception_network(job.places, "is" in job.metrics)
         take("inception", network, networks.with_side(job.protocol.inception, SIDE), True)
     if "clip" in wanted:
+        _begin(peers, "loading CLIP")
         sentences = prompts if "text" in wanted else None
         loaded = networks.load_clip_networks(job.places.clip, sentences, job.protocol)
         network, views["clip"], text, tokens = loaded
@@ -196,9 +206,11 @@ def _all_features(
             inputs, how["label"] = features.list_rows(tokens), "text"
             found[0]["text"], _ = features.extract(text, inputs, job.cache, **how)
     if "cmmd" in wanted:
+        _begin(peers, "loading the CLIP of CMMD")
         network, views["cmmd"] = networks.load_cmmd_network(job.places.clip336, job.protocol)
         take("cmmd", network, views["cmmd"], True)
     if "dinov2" in wanted:
+        _begin(peers, "loading DINOv2")
         network = networks.load_dinov2_network(job.places.dinov2)
         take("dinov2", network, job.protocol.dinov2, True)
     return found, used, views, timings

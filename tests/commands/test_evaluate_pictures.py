@@ -1,10 +1,12 @@
 """`evaluate` on folders of pictures and on a tiny model that draws them, by small random networks."""
 
+import contextlib
 import hashlib
 import io
 import json
 import shutil
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -141,6 +143,22 @@ def test_references_of_equal_names_and_sizes_share_no_table(root, tmp_path):
     protocols.check_same({"a": found["a"], "again": found["again"]})
     with pytest.raises(UserError, match=r"protocol\.reference"):
         protocols.check_same(found)
+
+
+def test_long_work_without_steps_is_told_to_the_other_processes(
+    root, written, tmp_path, monkeypatch
+):
+    peers, told = mock.Mock(), []
+    peers.at_phase.side_effect = told.append
+    peers.at_step.side_effect = lambda _: told.append("step")
+    joined = contextlib.nullcontext(peers)
+    monkeypatch.setattr(evaluate.distributed, "joined", lambda _: joined)
+    shutil.copytree(root / "report.cache", tmp_path / "cache")
+    shutil.rmtree(next((tmp_path / "cache").glob("text-*")))
+    evaluate.main(words(root, tmp_path / "r.json", cache=tmp_path / "cache"))
+    names = ["CLIP", "step", "the CLIP of CMMD", "DINOv2"]
+    loading = [name if name == "step" else f"loading {name}" for name in names]
+    assert list(dict.fromkeys(told)) == ["opening pictures", *loading, "measuring"]
 
 
 def test_equal_weights_in_another_network_are_other_features(root, written, tmp_path):
