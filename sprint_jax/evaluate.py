@@ -168,7 +168,9 @@ def _parser() -> cli.Parser:
     add("--out", metavar="FILE.json", help="the report")
     add("--cache", metavar="DIR", help="of features and drawn pictures (default: beside --out)")
     add("--compare", nargs="+", metavar="REPORT", help="print a common table of reports, no more")
-    add("--count", type=int, metavar="N", help="first pictures or prompts (all); digits: 1000")
+    add(
+        "--count", type=int, metavar="N", help="first prompts drawn, or pictures (all); digits 1000"
+    )
     add("--batch", type=int, metavar="N", help="pictures at once (default 32; digits 250)")
     add("--steps", type=int, metavar="N", help="of --model (default: as sample)")
     add("--guidance", type=float, metavar="G", help="CFG scale (default: as in training)")
