@@ -19,7 +19,7 @@ from typing import Any
 
 import jax
 
-from sprint_jax.benchmarking.scripts import run_command, write_lines
+from sprint_jax.benchmarking.scripts import digits_report, run_minutes, write_lines
 from sprint_jax.checkpoints.workdir import read_metrics, read_workdir_config
 from sprint_jax.core.config import Config
 from sprint_jax.digits.evaluation import SHEET_SIZE, write_sheet
@@ -40,15 +40,6 @@ def finished(run: Path) -> bool:
     if not (run / "config.json").is_file():
         return False
     return (run / "checkpoints" / str(read_workdir_config(run).steps)).is_dir()
-
-
-def evaluated(model: Path, count: int) -> list[dict[str, Any]]:
-    """The runs of a model's report, which is made if it is missing."""
-    report = model / f"report_{count}.json"
-    if not report.is_file():
-        words = ["--metrics", "digits", "--count", count, "--out", report]
-        run_command("evaluate", "--model", model, *words)
-    return json.loads(report.read_text())["runs"]
 
 
 def numbers(runs: Sequence[dict[str, Any]]) -> dict[str, list[float]]:
@@ -84,16 +75,14 @@ def forwards(c: Config) -> float:
 def logged(folder: Path) -> dict[str, float]:
     """Of a run: minutes of its loop, compilation left out, and means of `LOGGED` over the last ten lines."""
     records = read_metrics(folder / "metrics.jsonl")
-    steps = [0, *(record["step"] for record in records)]
-    taken = [r["time/step_seconds"] * (r["step"] - n) for r, n in zip(records, steps, strict=False)]
     late = {k: [r[k] for r in records[-10:] if r.get(k) is not None] for k in LOGGED}
     means = {name: statistics.mean(values) for name, values in late.items() if values}
-    return {"minutes": sum(taken) / 60} | means
+    return {"minutes": run_minutes(folder)} | means
 
 
 def line_of(method: str, folders: list[Path], count: int) -> dict[str, Any]:
     c = read_workdir_config(folders[0])
-    reports = [evaluated(folder, count) for folder in folders]
+    reports = [digits_report(folder, count)["runs"] for folder in folders]
     logs = [logged(folder) for folder in folders]
     return {
         "method": method,
@@ -127,7 +116,7 @@ def main(argv: list[str]) -> None:
     for row in load_rows(sweep["config"], sweep["sweep"], [], flags.runs):
         if finished(row.folder):
             methods[row.name.rpartition("-")[0]].append(row.folder)
-    teacher = evaluated(flags.teacher, flags.count)[0]
+    teacher = digits_report(flags.teacher, flags.count)["runs"][0]
     lines = [{"command": "python benchmarks/methods.py " + " ".join(argv)}]
     lines += [
         {"teacher": number(teacher, "accuracy")[0], "diversity": number(teacher, "diversity")[0]}

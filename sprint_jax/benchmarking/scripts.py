@@ -38,6 +38,25 @@ def resident_memory(name: str) -> int:
     return 1024 * next(int(line.split()[1]) for line in lines if line.startswith(f"{name}:"))
 
 
+def digits_report(model: Path, count: int) -> dict[str, Any]:
+    """Returns `evaluate`'s report of a digits workdir, which it makes where it is missing."""
+    report = model / f"report_{count}.json"
+    if not report.is_file():
+        words = ["--metrics", "digits", "--count", count, "--out", report]
+        run_command("evaluate", "--model", model, *words)
+    return json.loads(report.read_text())
+
+
+def run_minutes(folder: Path) -> float:
+    """Returns the minutes that a run's loop took, compilation left out."""
+    from ..checkpoints.workdir import read_metrics
+
+    records = read_metrics(folder / "metrics.jsonl")
+    steps = [0, *(record["step"] for record in records)]
+    pairs = zip(records, steps, strict=False)
+    return sum(each["time/step_seconds"] * (each["step"] - before) for each, before in pairs) / 60
+
+
 def digits_accuracy(model: Path, count: int, **how: Any) -> float:
     """Returns the share of held-out prompts that pictures satisfy, drawn with CFG scale 3 from seed 0.
 

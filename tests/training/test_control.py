@@ -135,6 +135,7 @@ def planned(c):
 
 def test_every_network_of_every_loss_sees_the_condition(student, monkeypatch):
     losses = {
+        "ladd.weight": 1.0,
         "dmd.weight": 1.0,
         "twinflow.weight": 1.0,
         "trajectory.weight": 1.0,
