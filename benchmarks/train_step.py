@@ -98,7 +98,7 @@ def parts(nets, c, state, batch, given):
     """{part: (its update, function)}; those of the optimizers return a state first."""
     x0, text, mask = draws.images_of(c, batch)
     t, noise, gradients, disc = given["t"], given["noise"], given["gradients"], state.disc
-    student = draws.student_of(nets, text, mask, given["guidance"])
+    student = draws.student_of(nets, c, text, mask, given["guidance"])
     teacher = draws.teacher_of(nets, c, given, text, mask, given["guidance"])
     features = functions.features(nets.teacher, given["teacher"], text, mask, c.ladd.taps)
 

@@ -107,6 +107,7 @@ def get_config(arg=None):
     c.scm.time_mean = 0.2  # log-normal angles
     c.scm.time_std = 1.6
     c.scm.guidance = (4.0, 4.5, 5.0)  # teacher's CFG scale, drawn per sample from these
+    c.scm.show_guidance = True  # False: the student is always shown the middle one (an ablation)
     c.scm.tangent_warmup = 2000  # generator updates until the tangent counts in full
     c.scm.tangent_constant = 0.1  # c in g / (|g| + c)
     c.scm.mean_norm = False  # True: root mean square instead of Euclidean norm

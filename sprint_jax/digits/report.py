@@ -4,6 +4,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from ..metrics.kernel import kid
 from .detector import geneval_scores
 from .judge import (
     Judge,
@@ -18,7 +19,7 @@ from .judge import (
 from .scenes import draw_images, held_out_prompts, to_float
 
 GROUP = 8  # pictures of one prompt, which diversity compares with each other
-FRECHET_MINIMUM = 128  # pictures that a Frechet distance of 64 features needs
+FRECHET_MINIMUM = 128  # pictures that distances by 64 features need
 
 # The goals of the project: (run, number, sense, limit, reference). With a reference run, 'at least' and 'at
 # most' take the limit as a factor of its number, and 'within' as a difference.
@@ -69,8 +70,9 @@ def measure(
       grouped: uint8 for all of ``sticks.grouped``, or None to leave out diversity.
 
     Returns:
-      ``accuracy`` (overall and by category), ``geneval`` (by GenEval's laxer rules), ``unreadable``,
-      ``frechet`` and ``diversity``, None where not measured; and bool [N], whether each picture is right.
+      ``accuracy`` (overall and by category), ``geneval`` (by GenEval's laxer rules), ``unreadable``, and
+      ``frechet``, ``kid`` and ``diversity``, None where not measured; and bool [N], whether each picture is
+      right.
     """
     prompts, world, images = sticks.prompts[: len(images)], sticks.world, to_float(images)
     readings = sticks.judge.read(images)
@@ -79,10 +81,13 @@ def measure(
         "geneval": geneval_scores(readings, prompts, world),
         "unreadable": binomial("share", [not reading.readable for reading in readings]),
         "frechet": None,
+        "kid": None,
         "diversity": None,
     }
     if len(images) >= FRECHET_MINIMUM:
         result["frechet"] = frechet_distance(images, sticks.real, sticks.features)
+        found = kid(sticks.features(images), sticks.features(sticks.real), subsets=1)
+        result["kid"] = {"distance": found.value, "standard_error": found.standard_error}
     if grouped is not None:
         readings_of_groups = sticks.judge.read(to_float(grouped))
         result["diversity"] = diversity_with_error(readings_of_groups, sticks.grouped, world)
@@ -149,5 +154,5 @@ def number(result: dict[str, Any], key: str) -> tuple[float, float]:
         return np.nan, np.nan
     if key == "accuracy":
         entry = entry["overall"]
-    name = {"accuracy": "accuracy", "frechet": "distance", "diversity": "combined"}[key]
+    name = {"accuracy": "accuracy", "diversity": "combined"}.get(key, "distance")
     return entry[name], entry["standard_error"]

@@ -147,6 +147,12 @@ def draw_guidance(c, key: Key, x0: jax.Array) -> jax.Array:
     return jax.random.choice(key, jnp.asarray(c.scm.guidance, jnp.float32), x0.shape[:1])
 
 
+def shown_guidance(c, guidance: jax.Array) -> jax.Array:
+    """The CFG scales of a batch as the student is shown them: the middle one, where it is not told."""
+    scales = c.scm.guidance
+    return guidance if c.scm.show_guidance else jnp.full_like(guidance, scales[len(scales) // 2])
+
+
 def draw_flow_time(c, key: Key, latents: jax.Array) -> tuple[jax.Array, jax.Array]:
     """Flow times of the samples, and those that the network is shown, [B] each."""
     how = (c.flow.time_mean, c.flow.time_std, c.flow.shift)
@@ -185,10 +191,10 @@ def after(updates: int, step: jax.Array) -> jax.Array | float:
     return (step >= updates).astype(jnp.float32) if updates else 1.0
 
 
-def student_of(nets: Nets, text, mask, guidance, dtype=None, *, control=None):
+def student_of(nets: Nets, c, text, mask, guidance, dtype=None, *, control=None):
     """``student(params, x, t) -> (F, logvar)`` of one batch; matmuls in ``dtype`` where it is given."""
     model = functions.in_dtype(nets.model, dtype)
-    how = dict(control=control, with_logvar=True)
+    guidance, how = shown_guidance(c, guidance), dict(control=control, with_logvar=True)
 
     def student(params, x, t):
         return functions.trigflow(model, params, text, mask, guidance, **how)(x, t)
@@ -256,7 +262,7 @@ def images_in(nets: Nets, c, params, batch: dict, keys) -> tuple[jax.Array, jax.
         return batch["fake"], batch["fake_angle"]
     x0, text, mask = images_of(c, batch)
     guidance, control = draw_guidance(c, keys.guidance, x0), control_of(nets, batch)
-    student = student_of(nets, text, mask, guidance, control=control)
+    student = student_of(nets, c, text, mask, guidance, control=control)
     made = generate(c, student, params, x0, keys.fake_time, keys.fake_noise)
     return jax.lax.stop_gradient(made)
 

@@ -45,7 +45,7 @@ def make_exam(
         x0, text, mask = draws.images_of(c, jax.tree.map(jnp.asarray, batch))
         guidance = draws.draw_guidance(c, keys.guidance, x0)
         control = draws.control_of(nets, batch)
-        student = draws.student_of(nets, text, mask, guidance, control=control)
+        student = draws.student_of(nets, c, text, mask, guidance, control=control)
         params, z = draws.whole(nets, frozen, state.ema), draws.draw_noise(c, keys.fake_noise, x0)
 
         def denoised(angle):

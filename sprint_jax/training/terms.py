@@ -53,7 +53,7 @@ def consistency_term(nets: Nets, c, state: TrainState, frozen: dict) -> Callable
         x0, text, mask = draws.images_of(c, batch)
         guidance, control = draws.draw_guidance(c, keys.guidance, x0), draws.control_of(nets, batch)
         loss, aux = losses.scm_loss(
-            draws.student_of(nets, text, mask, guidance, c.scm.jvp_dtype, control=control),
+            draws.student_of(nets, c, text, mask, guidance, c.scm.jvp_dtype, control=control),
             draws.teacher_of(nets, c, frozen, text, mask, guidance, control=control),
             draws.whole(nets, frozen, params),
             x0,
@@ -82,10 +82,11 @@ def meanflow_term(nets: Nets, c, frozen: dict) -> Callable:
             draws.control_of(nets, batch),
         )
         model = functions.in_dtype(nets.model, c.scm.jvp_dtype)
+        shown = draws.shown_guidance(c, guidance)
 
         def average(params, x, t, target):
             how = dict(target=target, control=control)
-            return functions.velocity(model, params, text, mask, guidance, **how)(x, t)
+            return functions.velocity(model, params, text, mask, shown, **how)(x, t)
 
         t, target = draws.draw_jump(c, keys.jump_time, latents)
         loss, aux = losses.meanflow_loss(
@@ -132,7 +133,9 @@ def trajectory_term(nets: Nets, c, frozen: dict) -> Callable:
         x_t = x_t.swapaxes(0, 1).reshape(-1, *noise.shape[1:])
         if control is not None:
             control = control._replace(latents=along(control.latents))
-        student = draws.student_of(nets, along(text), along(mask), along(guidance), control=control)
+        student = draws.student_of(
+            nets, c, along(text), along(mask), along(guidance), control=control
+        )
         gathered = draws.whole(nets, frozen, params)
         loss, aux = losses.trajectory_loss(
             lambda x, t: student(gathered, x, t)[0],
@@ -174,7 +177,7 @@ def images_term(nets: Nets, c, state: TrainState, frozen: dict) -> Callable:
             draws.draw_guidance(c, keys.guidance, real),
             draws.control_of(nets, batch),
         )
-        student = draws.student_of(nets, text, mask, guidance, control=control)
+        student = draws.student_of(nets, c, text, mask, guidance, control=control)
         gathered = draws.whole(nets, frozen, params)
         x0, angle = draws.generate(c, student, gathered, real, keys.fake_time, keys.fake_noise)
         fixed, count = jax.lax.stop_gradient(x0), len(x0)
@@ -267,6 +270,7 @@ def _dmd(nets, c, state, frozen, text, mask, guidance, key, control) -> Callable
 
 def _twinflow(nets, c, frozen, text, mask, guidance, key, control) -> Callable:
     real = draws.teacher_velocity(nets, c, frozen, text, mask, guidance, control=control)
+    shown = draws.shown_guidance(c, guidance)
     keys = draws.split(ScoreKeys, key)
 
     def loss(params, x0):
@@ -274,7 +278,7 @@ def _twinflow(nets, c, frozen, text, mask, guidance, key, control) -> Callable:
         noise = jax.random.normal(keys.noise, x0.shape)
         t = trigflow.flow_time(draws.score_time(c.twinflow, keys.time, x0))
         fixed = jax.lax.stop_gradient(params)
-        fake = functions.velocity(nets.model, fixed, text, mask, guidance, control=control)
+        fake = functions.velocity(nets.model, fixed, text, mask, shown, control=control)
         # The one-step velocity is noise minus the image: its gradient is minus that of the image.
         value, aux = losses.rectify_loss(-latents, latents, noise, t, fake=fake, real=real)
         return value, {"twin_gap": aux["gap"], "twin_gap_t": trigflow.trig_time(t)}
@@ -288,7 +292,7 @@ def twin_term(nets: Nets, c, frozen: dict) -> Callable:
     def term(params, batch, key, found):
         keys = draws.split(GeneratorKeys, key)
         _, text, mask = draws.images_of(c, batch)
-        guidance = draws.draw_guidance(c, keys.guidance, text)
+        guidance = draws.shown_guidance(c, draws.draw_guidance(c, keys.guidance, text))
         latents = found["fake"] / c.sigma_d
         keys = draws.split(ScoreKeys, keys.twin)
         noise = jax.random.normal(keys.noise, latents.shape)

@@ -202,7 +202,7 @@ def check_tangent(nets: Nets, c, state: TrainState, batch: dict, frozen: dict) -
     dx = trigflow.expand(scale, x) * teacher(x, t)
 
     def F(dtype):
-        student = draws.student_of(nets, text, mask, guidance, dtype, control=control)
+        student = draws.student_of(nets, c, text, mask, guidance, dtype, control=control)
         return lambda x, t: student(params, x, t)[0]
 
     return tangent_checks(F(jnp.float32), F(jnp.bfloat16), x, t, dx, scale)

@@ -42,6 +42,7 @@ def test_real_pictures_get_full_marks(sticks):
     assert result["unreadable"]["share"] < 0.05
     assert result["geneval"]["overall"]["value"] >= 0.95
     frechet, variety = result["frechet"], result["diversity"]
+    assert abs(result["kid"]["distance"]) < 4 * result["kid"]["standard_error"]
     assert abs(frechet["distance"] - frechet["real"]) < 5 * frechet["standard_error"]
     assert abs(variety["combined"] - 1) < 0.1 and 0 < variety["standard_error"] < 0.1
     # A Frechet distance needs 128 pictures, diversity its own.

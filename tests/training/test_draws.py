@@ -45,6 +45,14 @@ def test_pairs_of_an_image_and_its_own_caption_do_not_count_for_the_critic(tmp_p
     assert loss(True, jnp.ones(4, bool)) == loss(True) != pytest.approx(loss(False), rel=1e-3)
 
 
+def test_a_student_that_is_not_told_the_scale_is_shown_the_middle_one(tmp_path):
+    c = tiny("configs/digits.py:student,small", tmp_path)
+    scales = jnp.array([2.5, 3.5, 3.0])
+    assert draws.shown_guidance(c, scales).tolist() == [2.5, 3.5, 3.0]
+    shown = draws.shown_guidance(c.override({"scm.show_guidance": False}), scales)
+    assert shown.tolist() == [3.0, 3.0, 3.0] and c.scm.guidance == (2.5, 3.0, 3.5)
+
+
 def test_the_empty_prompt_has_its_own_mask_or_the_captions(tmp_path):
     c = tiny("configs/digits.py:student,small", tmp_path)
     frozen = {"null_text": jnp.ones((3, 2)), "null_mask": jnp.array([1, 0, 0])}
