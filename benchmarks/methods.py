@@ -9,17 +9,22 @@ benchmarks/pictures/methods.png: the same prompts from the same noise in one ste
 
 import argparse
 import json
-import math
 import statistics
 import sys
 from collections import defaultdict
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
 
-from sprint_jax.benchmarking.scripts import digits_report, run_minutes, write_lines
+from sprint_jax.benchmarking.scripts import (
+    digits_report,
+    finished,
+    numbers,
+    run_minutes,
+    spread,
+    write_lines,
+)
 from sprint_jax.checkpoints.workdir import read_metrics, read_workdir_config
 from sprint_jax.core.config import Config
 from sprint_jax.digits.evaluation import SHEET_SIZE, write_sheet
@@ -33,30 +38,6 @@ from sprint_jax.training.stages import lower_updates
 HERE = Path(__file__).parent
 # Means of the last lines of a log.
 LOGGED = ("critic/auc", "share/images", "cosine/images", "fake_gap/t7", "twin_gap/t7")
-
-
-def finished(run: Path) -> bool:
-    """Whether a run's folder holds the checkpoint of its last step."""
-    if not (run / "config.json").is_file():
-        return False
-    return (run / "checkpoints" / str(read_workdir_config(run).steps)).is_dir()
-
-
-def numbers(runs: Sequence[dict[str, Any]]) -> dict[str, list[float]]:
-    """Mean and standard error over seeds of the numbers of one step count."""
-    found = {
-        name: [number(run, name)[0] for run in runs]
-        for name in ("accuracy", "frechet", "diversity")
-    }
-    found["unreadable"] = [run["unreadable"]["share"] for run in runs]
-    return {name: spread(values) for name, values in found.items()}
-
-
-def spread(values: Sequence[float]) -> list[float | None]:
-    """Mean of what was measured, and its standard error, which a single value has not."""
-    values = [value for value in values if value is not None and math.isfinite(value)]
-    error = statistics.stdev(values) / len(values) ** 0.5 if values[1:] else None
-    return [statistics.mean(values) if values else None, error]
 
 
 def forwards(c: Config) -> float:

@@ -1,12 +1,15 @@
-"""Every method on one digits teacher: the loss that repairs one step, and its cost to the other steps.
+"""Students of one digits teacher by every method, and by the arms of the paper's ablations.
 
     python -m sprint_jax.train --config configs/digits.py:teacher --workdir runs/teacher
     python -m launch.sweep --config configs/methods.py --sweep updates --workdir runs/methods \\
         --config.teacher=runs/teacher
     python benchmarks/methods.py --runs runs/methods --teacher runs/teacher
+    python -m launch.sweep --config configs/methods.py:small --sweep paper --workdir runs/paper \\
+        --config.teacher=runs/teacher
+    python benchmarks/claims.py --runs runs/paper --teacher runs/teacher
 
 The same lines go on where they stopped. Word: ``full`` or ``small``, the world of `configs/digits.py`, whose
-student these change. Three seeds each.
+student of SANA-Sprint's losses these change. Three seeds of each method, five of each arm.
 """
 
 from configs import digits
@@ -40,6 +43,19 @@ METHODS = {
     "meanflow": OFF | {"scm.weight": 0.0, "meanflow.weight": 1.0, "model.flow_map": True},
 }
 
+# Tables 3 to 6 of SANA-Sprint, each arm a change of "both", which has the published weights and share.
+PAPER = {
+    "both": {},
+    "scm_alone": {"ladd.weight": 0.0},
+    "ladd_alone": {"scm.weight": 0.0},
+    "untold": {"scm.show_guidance": False},
+    "ladd_whole": {"ladd.weight": 1.0},
+    "ladd_tenth": {"ladd.weight": 0.1},
+    "pure_0": {"images.max_time_probability": 0.0},
+    "pure_70": {"images.max_time_probability": 0.7},
+}
+PAPER = {arm: {"ladd.weight": 0.5} | keys for arm, keys in PAPER.items()}
+
 
 def get_config(arg=None):
     (world,) = parse_arg(arg, ("full", "small"))
@@ -48,8 +64,18 @@ def get_config(arg=None):
 
 def sweep_updates():
     """Which method is best at one step, and at two and four, after as many updates?"""
+    return _rows(METHODS, SEEDS)
+
+
+def sweep_paper():
+    """Which of the paper's claims about its losses hold here, with errors from seeds?"""
+    return _rows(PAPER, range(5))
+
+
+def _rows(arms, seeds):
+    """All arms of one seed, then those of the next: what is finished can be compared seed by seed."""
     return [
-        {"name": f"{method}-{seed}", "seed": seed} | keys
-        for seed in SEEDS
-        for method, keys in METHODS.items()
+        {"name": f"{arm}-{seed}", "seed": seed} | keys
+        for seed in seeds
+        for arm, keys in arms.items()
     ]

@@ -1,9 +1,12 @@
 """Parts that the scripts of the folder benchmarks share: processes of their own, commands, digits' accuracy."""
 
 import json
+import math
 import os
+import statistics
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -47,6 +50,15 @@ def digits_report(model: Path, count: int) -> dict[str, Any]:
     return json.loads(report.read_text())
 
 
+def finished(run: Path) -> bool:
+    """Whether a run's folder holds the checkpoint of its last step."""
+    from ..checkpoints.workdir import read_workdir_config
+
+    if not (run / "config.json").is_file():
+        return False
+    return (run / "checkpoints" / str(read_workdir_config(run).steps)).is_dir()
+
+
 def run_minutes(folder: Path) -> float:
     """Returns the minutes that a run's loop took, compilation left out."""
     from ..checkpoints.workdir import read_metrics
@@ -55,6 +67,25 @@ def run_minutes(folder: Path) -> float:
     steps = [0, *(record["step"] for record in records)]
     pairs = zip(records, steps, strict=False)
     return sum(each["time/step_seconds"] * (each["step"] - before) for each, before in pairs) / 60
+
+
+def numbers(runs: Sequence[dict[str, Any]]) -> dict[str, list[float]]:
+    """Mean and standard error over seeds of the numbers of one step count, of `digits_report`."""
+    from ..digits.report import number
+
+    found = {
+        name: [number(run, name)[0] for run in runs]
+        for name in ("accuracy", "frechet", "kid", "diversity")
+    }
+    found["unreadable"] = [run["unreadable"]["share"] for run in runs]
+    return {name: spread(values) for name, values in found.items()}
+
+
+def spread(values: Sequence[float]) -> list[float | None]:
+    """Mean of what was measured, and its standard error, which a single value has not."""
+    values = [value for value in values if value is not None and math.isfinite(value)]
+    error = statistics.stdev(values) / len(values) ** 0.5 if values[1:] else None
+    return [statistics.mean(values) if values else None, error]
 
 
 def digits_accuracy(model: Path, count: int, **how: Any) -> float:

@@ -90,6 +90,11 @@ def test_every_method_is_a_row_with_a_name_that_train_accepts(tmp_path):
     assert all("--config.name" not in " ".join(row.arguments) for row in rows)
     meanflow = next(row.config for row in rows if row.name == "meanflow-1")
     assert meanflow.model.flow_map and not meanflow.scm.weight
+    rows = load_rows(str(ROOT / "configs" / "methods.py") + ":small", "paper", [], tmp_path)
+    assert len(rows) == 5 * len(methods.PAPER) and rows[0].name == "both-0"
+    weights = {row.name: (row.config.scm.weight, row.config.ladd.weight) for row in rows}
+    assert weights["both-4"] == weights["untold-0"] == (1.0, 0.5)
+    assert (weights["ladd_alone-1"], weights["scm_alone-1"]) == ((0.0, 0.5), (1.0, 0.0))
 
 
 def test_dry_run_prints_the_commands_and_touches_nothing(toy, tmp_path, capsys):

@@ -1,0 +1,135 @@
+"""The paper's ablations asked again on digits: what holds, by differences between students of one seed.
+
+    python benchmarks/claims.py --runs runs/paper --teacher runs/teacher
+
+The students are those of `configs/methods.py`, sweep ``paper``; each is evaluated once. A claim says that one
+arm is better than another in some numbers of steps. It is confirmed where the mean of the differences, seed by
+seed, lies on its side by more than the 95 % quantile of Student's t times its standard error, contradicted
+where on the other side, and else not seen. Writes benchmarks/results/claims.jsonl and
+benchmarks/pictures/claims.png, and says what is there before all seeds are.
+"""
+
+import argparse
+import json
+import statistics
+import sys
+from collections import defaultdict
+from pathlib import Path
+from typing import Any
+
+from matplotlib.figure import Figure
+
+from sprint_jax.benchmarking.scripts import digits_report, finished, numbers, write_lines
+from sprint_jax.digits.report import number
+from sprint_jax.sweeps.rows import load_rows
+
+HERE = Path(__file__).parent
+STEPS = (1, 2, 4)
+# Of measures, which way is better. The paper's own is FID.
+MEASURES = {"accuracy": 1, "frechet": -1, "kid": -1, "diversity": 1}
+# (where the paper says it, what it says, the better arm, the other)
+CLAIMS = (
+    ("Table 3", "sCM and LADD are better than sCM alone (FID 8.11, 8.93)", "both", "scm_alone"),
+    ("Table 3", "sCM and LADD are better than LADD alone (8.11, 12.20)", "both", "ladd_alone"),
+    ("Table 3", "sCM alone is better than LADD alone (8.93, 12.20)", "scm_alone", "ladd_alone"),
+    ("Table 4", "a student that is told the guidance is better (8.72, 9.23)", "both", "untold"),
+    ("Table 5", "LADD's weight 0.5 is better than 1 (8.43, 8.81)", "both", "ladd_whole"),
+    ("Table 5", "LADD's weight 0.5 is better than 0.1 (8.43, 8.90)", "both", "ladd_tenth"),
+    ("Table 6", "half of the fakes from pure noise are better than none (8.32, 9.44)", "both", "pure_0"),
+    ("Table 6", "70 % from pure noise are better than half (8.11, 8.32)", "pure_70", "both"),
+)  # fmt: skip
+# 97.5 % quantiles of Student's t by degrees of freedom.
+QUANTILES = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776}
+
+
+def compare(better: dict[int, list], other: dict[int, list], steps: int) -> dict[str, Any]:
+    """Differences of two arms in every measure, over the seeds that both have; positive is better.
+
+    Args:
+      better, other: {seed: runs of a report}.
+    """
+    seeds, found = sorted(better.keys() & other.keys()), {}
+    for measure, sign in MEASURES.items():
+        pairs = [[at(arm[seed], steps, measure) for arm in (better, other)] for seed in seeds]
+        differences = [sign * (a - b) for a, b in pairs]
+        error = statistics.stdev(differences) / len(seeds) ** 0.5 if seeds[1:] else None
+        found[measure] = {"mean": statistics.mean(differences), "standard_error": error}
+        found[measure]["verdict"] = judge(found[measure]["mean"], error, len(seeds))
+    return {"seeds": len(seeds)} | found
+
+
+def at(runs: list[dict], steps: int, measure: str) -> float:
+    """A number of the run in so many steps."""
+    return number(next(run for run in runs if run["steps"] == steps), measure)[0]
+
+
+def judge(mean: float, error: float | None, seeds: int) -> str:
+    """Confirmed, contradicted or not seen; unknown of a single seed."""
+    if error is None:
+        return "unknown"
+    limit = QUANTILES[min(seeds - 1, max(QUANTILES))] * error
+    return "confirmed" if mean > limit else "contradicted" if mean < -limit else "not seen"
+
+
+def teacher_line(runs: list[dict]) -> dict[str, Any]:
+    """Table 1: the teacher by Euler's method as a flow and as TrigFlow, on the same noise; and in 20 steps."""
+    by_name = {run["name"]: run for run in runs}
+    line = {"what": "teacher"}
+    for name in ("teacher 20", "flow Euler 50", "TrigFlow Euler 50"):
+        line[name] = {key: number(by_name[name], key) for key in ("accuracy", "frechet")}
+    return line
+
+
+def draw(path: Path, claims: list[dict[str, Any]]) -> None:
+    """Draws the differences in accuracy, a row for each claim and a panel for each number of steps."""
+    figure = Figure(figsize=(13, 0.5 * len(CLAIMS) + 1.5), layout="constrained")
+    panels = figure.subplots(1, len(STEPS), sharey=True)
+    for steps, panel in zip(STEPS, panels, strict=True):
+        rows = [claim for claim in claims if claim["steps"] == steps]
+        for place, claim in enumerate(rows):
+            value = claim["accuracy"]
+            error = 100 * (value["standard_error"] or 0)
+            panel.errorbar(
+                100 * value["mean"], -place, xerr=error, fmt="o", color="tab:blue", capsize=3
+            )
+        panel.axvline(0, color="grey", linewidth=0.8)
+        panel.set_title(f"{steps} step{'s' * (steps > 1)}", fontsize=9)
+        panel.set_xlabel("better by points of accuracy", fontsize=8)
+        panel.set_yticks([-place for place in range(len(rows))])
+        panel.set_yticklabels([claim["claim"] for claim in rows], fontsize=7)
+    figure.savefig(path, dpi=80)
+
+
+def main(argv: list[str]) -> None:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--runs", type=Path, required=True, help="the sweep's --workdir")
+    parser.add_argument("--teacher", type=Path, required=True)
+    parser.add_argument("--count", type=int, default=1000, help="prompts (default 1000)")
+    flags = parser.parse_args(argv)
+    sweep = json.loads((flags.runs / "sweep.json").read_text())
+    arms = defaultdict(dict)
+    for row in load_rows(sweep["config"], sweep["sweep"], [], flags.runs):
+        if finished(row.folder):
+            runs = digits_report(row.folder, flags.count)["runs"]
+            arms[row.name.rpartition("-")[0]][row.config.seed] = runs
+    lines = [{"command": "python benchmarks/claims.py " + " ".join(argv)}]
+    lines += [teacher_line(digits_report(flags.teacher, flags.count)["runs"])]
+    for arm, reports in arms.items():
+        steps = {
+            str(runs[0]["steps"]): numbers(runs) for runs in zip(*reports.values(), strict=True)
+        }
+        lines.append({"arm": arm, "seeds": len(reports), "by_steps": steps})
+    claims = [
+        {"claim": claim, "source": source, "better": a, "other": b, "steps": n} | compare(arms[a], arms[b], n)
+        for source, claim, a, b in CLAIMS
+        if arms[a].keys() & arms[b].keys()
+        for n in STEPS
+    ]  # fmt: skip
+    for claim in claims:
+        print("{source}, {steps} steps: {claim}: {accuracy[verdict]}".format(**claim))
+    write_lines(HERE / "results" / "claims.jsonl", [*lines, *claims])
+    draw(HERE / "pictures" / "claims.png", claims)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
