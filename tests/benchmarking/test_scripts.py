@@ -51,6 +51,33 @@ def test_the_committed_page_is_what_its_script_makes():
     assert f"| {line['accuracy']:.1%} |" in page
 
 
+def test_a_claim_is_judged_by_differences_of_the_same_seed():
+    """The spread that two arms share does not count; a single seed decides nothing."""
+    script = load("claims")
+
+    def runs(accuracy, frechet):
+        numbers = {"accuracy": {"overall": {"accuracy": accuracy, "standard_error": 0.1}}}
+        for name, key in (("frechet", "distance"), ("kid", "distance"), ("diversity", "combined")):
+            numbers[name] = {key: frechet, "standard_error": 0.1}
+        return [{"steps": steps} | numbers for steps in (1, 2, 3, 4)]
+
+    shared = [0.5, 0.7, 0.6, 0.9, 0.8]
+    one = {seed: runs(0.05 + base + 0.001 * (seed % 2), base) for seed, base in enumerate(shared)}
+    other = {seed: runs(base, base - 0.1) for seed, base in enumerate(shared)}
+    found = script.compare(one, other, 2)
+    assert found["seeds"] == 5 and found["accuracy"]["mean"] == pytest.approx(0.0504)
+    assert found["accuracy"]["standard_error"] == pytest.approx(0.0012**0.5 / 100 * 0.5**0.5)
+    verdicts = [found[name]["verdict"] for name in script.MEASURES]
+    assert verdicts == ["confirmed", "contradicted", "contradicted", "confirmed"]
+    assert script.compare({0: one[0], 7: one[1]}, other, 1)["accuracy"]["verdict"] == "unknown"
+    # Student's t of four degrees of freedom: 2.776 standard errors.
+    assert [script.judge(x, 1.0, 5) for x in (2.7, 2.8, -2.8)] == [
+        "not seen",
+        "confirmed",
+        "contradicted",
+    ]
+
+
 @pytest.fixture(scope="module")
 def train_step():
     """The script, and its lines."""
