@@ -80,6 +80,13 @@ def _may_change(key: str, old: Any, new: Any) -> bool:
 def check_values(c: Config) -> None:
     """Refuses values of a student that cannot work together; the range of each alone: `core.ranges`."""
     _check_decay(c)
+    made = {"weights": "", "maps": (), "thickness": -1, "variants": 1}
+    for option, unset in made.items():
+        if c.data.source == "latents" and c.data[f"control_{option}"] != unset:
+            raise UserError(
+                f"config.data.control_{option} is for `encode`: latents hold their conditions; leave it out",
+                exit_code=2,
+            )
     if c.trunk and not c.model.control_blocks:
         raise UserError(
             "config.trunk is frozen beneath a control branch: set config.model.control_blocks", 2

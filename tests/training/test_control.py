@@ -100,6 +100,11 @@ def test_another_trunk_is_refused(teacher, trunks, tmp_path):
         ({"trunk": ""}, "config.init"),
         ({"model.control_blocks": 0}, "config.trunk"),
         ({"data.control": ""}, "config.data.control"),
+        (
+            {"data.source": "latents", "data.control_variants": 4},
+            "control_variants is for `encode`",
+        ),
+        ({"data.source": "latents", "data.control_weights": "hed.pth"}, "control_weights"),
     ):
         with pytest.raises(UserError, match=word):
             checks.check_values(c.override(change))
