@@ -5,6 +5,8 @@ import dataclasses
 import hashlib
 import json
 import socket
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Iterator, Sequence
@@ -66,18 +68,6 @@ class Running:
     def __init__(self, server: server.Server, service: Service, counters: Counters, address: str):
         self.server, self.service, self.counters, self.address = server, service, counters, address
 
-    def kill(self) -> None:
-        """Ends the server as a kill would: no word to anybody."""
-
-        def end():
-            for each in self.server.servers:
-                each.close()
-            for each in list(self.server.server_state.connections):
-                each.transport.abort()
-            self.server.should_exit = self.server.force_exit = True
-
-        self.server.servers[0].get_loop().call_soon_threadsafe(end)
-
     def socket(self, **how: Any) -> ClientConnection:
         """A page's connection."""
         return connect(f"ws://{self.address}/draw", compression=None, proxy=None, **how)
@@ -113,6 +103,17 @@ def running(
         thread.join(30)
         worker.stop()
         assert not thread.is_alive()
+
+
+@contextlib.contextmanager
+def process(port: int) -> Iterator[subprocess.Popen]:
+    """The same server in a process of its own, which is killed in the end."""
+    with subprocess.Popen([sys.executable, __file__, str(port)], stdout=subprocess.PIPE) as made:
+        try:
+            assert made.stdout.readline()
+            yield made
+        finally:
+            made.kill()
 
 
 def send(connection: ClientConnection, number: int, **values: Any) -> None:
@@ -154,3 +155,9 @@ def post(address: str, values: Any, *more: str) -> tuple[int, dict, bytes]:
     lines = ["POST /v1/images HTTP/1.1", f"Host: {address}", "Connection: close"]
     lines += [f"Content-Length: {len(body)}", *more]
     return exchange(address, "\r\n".join([*lines, "", ""]).encode() + body)
+
+
+if __name__ == "__main__":
+    with running(port=int(sys.argv[1])) as one:
+        print(one.address, flush=True)
+        threading.Event().wait()

@@ -5,12 +5,13 @@ SCREENSHOTS=FOLDER keeps pictures of the page at the sizes of a desktop and of a
 
 import os
 import shutil
+import socket
 import time
 from pathlib import Path
 
 import numpy as np
 import pytest
-from helpers.serving import OFFER, SKETCHES, draw, picture, running
+from helpers.serving import OFFER, SKETCHES, draw, picture, process, running
 from PIL import Image
 
 BROWSER, DRIVER = shutil.which("chromium"), shutil.which("chromedriver")
@@ -266,12 +267,12 @@ def touch(browser, *points):
 
 @pytest.mark.parametrize("killed", [True, False])
 def test_a_page_recovers_from_a_server_that_ended(browser, killed):
-    with running() as server:
-        port = int(server.address.rpartition(":")[2])
-        browser.get(f"http://{server.address}/")
+    """By SIGKILL, and in good order."""
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    with process(port) if killed else running(port=port):
+        browser.get(f"http://127.0.0.1:{port}/")
         shows(browser, prompt=OFFER.prompt)
-        if killed:
-            server.kill()
     state = element(browser, "state")
     until(lambda: state.get_attribute("data-state") == "closed")
     write(browser, "prompt", "a 9 on red")
