@@ -53,6 +53,9 @@ DEVELOPMENT |= SERVE
 # For tests/parity/store_metrics.py, which is run by hand, in an environment of its own.
 BY_HAND = {"torchvision", "cleanfid", "pytorch-fid", "torch-fidelity"}
 
+# Whose speed is compared with ours.
+BESIDE = {"pytorch-fid", "open-clip", "open-clip-torch"}
+
 # Of these a function may import what only it needs; nothing of the kind is imported with a module.
 OPTIONAL = {"torch", "diffusers", "transformers", "h5py", "ftfy"}
 
@@ -158,6 +161,7 @@ def test_every_import_is_a_requirement():
     for module, files in imports_of({"sprint_jax", "configs", "launch", "benchmarks"}).items():
         known = listed | (OPTIONAL if module in OPTIONAL else set())
         rooms = ("sprint_jax/serving/", "benchmarks/serve")
+        known |= BESIDE if files == {"benchmarks/metrics.py"} else set()
         known |= SERVE | {"selenium"} if all(file.startswith(rooms) for file in files) else set()
         assert distributions(module) & known, f"{module} of {sorted(files)}: requirements.txt"
     for module, files in imports_of({"tests"}).items():

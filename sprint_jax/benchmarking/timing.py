@@ -38,7 +38,8 @@ class Round(NamedTuple):
 def processor_times(stat: Path = Path("/proc/stat")) -> np.ndarray | None:
     """Returns seconds that this process's cores were busy, passed, and worked for it: [3], or None.
 
-    A core is busy for other processes, or the host of a virtual machine, too.
+    A core is busy for other processes, or the host of a virtual machine, too. Children that have ended, such as
+    those that load data, count as this process.
     """
     try:
         lines = stat.read_text().splitlines()
@@ -50,7 +51,7 @@ def processor_times(stat: Path = Path("/proc/stat")) -> np.ndarray | None:
     counts = np.array([row[1:9] for row in rows if row[0] in ours], float)
     busy = counts.sum() - counts[:, 3:5].sum()  # idle, waiting for a disk
     rate = os.sysconf("SC_CLK_TCK")
-    return np.array([busy / rate, counts.sum() / rate, time.process_time()])
+    return np.array([busy / rate, counts.sum() / rate, sum(os.times()[:4])])
 
 
 def foreign_share(before: np.ndarray | None, after: np.ndarray | None) -> float | None:

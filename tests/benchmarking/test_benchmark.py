@@ -88,7 +88,8 @@ def test_rounds_without_numbers(tmp_path):
 def test_foreign_load_is_what_our_cores_did_without_us(tmp_path, monkeypatch):
     monkeypatch.setattr(timing.os, "sched_getaffinity", lambda _: {0, 2})
     monkeypatch.setattr(timing.os, "sysconf", lambda _: 100)
-    monkeypatch.setattr(timing.time, "process_time", iter([10.0, 11.0]).__next__)
+    times = iter([(9.0, 0.5, 0.5, 0.0, 99.0), (9.2, 0.6, 1.0, 0.2, 101.0)])  # a child has ended
+    monkeypatch.setattr(timing.os, "times", times.__next__)
     stat = tmp_path / "stat"
     # user nice system idle iowait irq softirq steal guest guest_nice
     line = "cpu{} {} 0 0 {} {} 0 0 {} 9 9\n".format
