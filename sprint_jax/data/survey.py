@@ -5,7 +5,6 @@ import os
 import platform
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 
 import jax
 import numpy as np
@@ -14,6 +13,7 @@ from tqdm import tqdm
 from ..core.errors import UserError
 from ..core.files import write_atomic
 from ..core.pixels import nearest_size
+from ..core.storage import AnyPath, in_bucket, read_range, size_of
 from ..parallel.sharding import from_everyone
 from .buckets import merge_sizes
 from .members import Buckets, Surveyed
@@ -30,7 +30,7 @@ def survey(
     log: RejectLog,
     *,
     threads: int,
-    cache_dir: Path,
+    cache_dir: AnyPath,
 ) -> Surveyed:
     """Finds the size of every image, once: a byte an image is kept in a file of ``cache_dir``, and read there.
 
@@ -59,23 +59,39 @@ def survey(
             return -1
         return sizes.index(nearest_size(*size, sizes))
 
-    numbers = None
-    if path.is_file() and path.stat().st_size == len(source) * dtype.itemsize:
-        numbers = np.memmap(path, dtype, "r")
+    numbers = _kept(path, dtype, len(source))
     if not _all_know(source, identity, numbers):
         numbers = np.empty(len(source), dtype)
         _measure_all(numbers, measure, f"sizes of {source.name}", threads)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        # Several processes may come to this; each writes a file of its own.
-        own = path.with_name(f"{path.name}.{platform.node()}-{os.getpid()}")
-        write_atomic(own, numbers.data)
-        own.replace(path)
+        _keep(path, numbers)
     with ThreadPoolExecutor(threads) as pool:
         for start in range(0, len(source), PART):
             found = start + np.flatnonzero(numbers[start : start + PART] < 0)
             # What other processes and earlier runs rejected is in this one's log too.
             list(pool.map(measure, [index for index in found.tolist() if index not in rejected]))
     return Surveyed(numbers, len(sizes))
+
+
+def _kept(path: AnyPath, dtype: np.dtype, count: int) -> np.ndarray | None:
+    """The numbers in a file; None where there is none, or one that was cut short."""
+    if not path.is_file() or size_of(path) != count * dtype.itemsize:
+        return None
+    if in_bucket(path):
+        return np.frombuffer(read_range(path, 0, count * dtype.itemsize), dtype)
+    return np.memmap(path, dtype, "r")
+
+
+def _keep(path: AnyPath, numbers: np.ndarray) -> None:
+    content = numbers.view(np.uint8).data
+    if in_bucket(path):
+        if jax.process_index() == 0:
+            write_atomic(path, content)
+        return
+    path.parent.mkdir(parents=True, exist_ok=True)
+    # Several processes may come to this; each writes a file of its own.
+    own = path.with_name(f"{path.name}.{platform.node()}-{os.getpid()}")
+    write_atomic(own, content)
+    own.replace(path)
 
 
 def _all_know(source: Source, identity: str, numbers: np.ndarray | None) -> bool:
