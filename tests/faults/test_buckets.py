@@ -13,11 +13,13 @@ from array_record.python.array_record_data_source import ArrayRecordDataSource
 from array_record.python.array_record_module import ArrayRecordWriter
 from helpers import bucket_servers, image_sets
 from helpers.checkpoints import META, make_state
+from helpers.metric_networks import write_clip
+from helpers.metric_pictures import make_pictures, write_pictures
 from helpers.runs import ROOT, tiny
 from helpers.toy_sweep import TOY
 
 from launch import sweep
-from sprint_jax import benchmark, plan
+from sprint_jax import benchmark, evaluate, plan
 from sprint_jax.checkpoints.checkpoint import Checkpoints, load_params
 from sprint_jax.checkpoints.workdir import write_workdir_config
 from sprint_jax.core.config import load_config
@@ -252,6 +254,31 @@ def test_a_token_is_read_and_a_config_file_refused(bucket, tmp_path):
     with pytest.raises(UserError, match=f"--config={bucket}/c.py:a") as refused:
         load_config(f"{bucket}/c.py:a", [])
     assert refused.value.exit_code == 2
+
+
+@pytest.mark.parametrize("bucket", ["s3"], indirect=True)
+def test_pictures_are_measured_where_they_lie(bucket, tmp_path, monkeypatch, quick, capsys):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    here, there = tmp_path / "here", f"{bucket}/measured"
+    write_pictures(here / "fake", make_pictures(8, 1, 16, 40))
+    write_clip(here / "clip")
+    (here / "prompts.txt").write_text("a thing\n" * 8)
+    with local_output(as_path(there)) as local:
+        shutil.copytree(here, local, dirs_exist_ok=True)
+    found = []
+    for place in (str(here), there, there):
+        flags = dict(pictures="fake", reference="fake", prompts="prompts.txt", clip="clip")
+        flags |= dict(clip336="clip", cache="kept", out="report.json")
+        words = [word for flag, name in flags.items() for word in (f"--{flag}", f"{place}/{name}")]
+        evaluate.main([*words, "--metrics", "clip,diversity,cmmd", "--batch", "8"])
+        found.append(json.loads((as_path(place) / "report.json").read_text()))
+    assert found[0]["metrics"] == found[1]["metrics"] == found[2]["metrics"]
+    assert found[1]["throughput"] and not found[2]["throughput"]  # it went on
+    names = walk(as_path(there))
+    assert {"report.json", "report.md", "report.html"} <= set(names)
+    capsys.readouterr()
+    evaluate.main(["--compare", f"{there}/report.json"])
+    assert f"{there}/report.json" in capsys.readouterr().out
 
 
 # Stands in for a training: the run of seed 1 fails when it is started for the first time.
