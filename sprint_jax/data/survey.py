@@ -10,7 +10,6 @@ import jax
 import numpy as np
 from tqdm import tqdm
 
-from ..core.errors import UserError
 from ..core.files import write_atomic
 from ..core.pixels import nearest_size
 from ..core.storage import AnyPath, in_bucket, read_range, size_of
@@ -18,7 +17,7 @@ from ..parallel.sharding import from_everyone
 from .buckets import merge_sizes
 from .members import Buckets, Surveyed
 from .rejects import RejectLog
-from .sources.records import Rejected, Source
+from .sources.records import Rejected, Source, check_same
 
 CHUNK = 4096  # images whose headers a thread reads at a time
 PART = 256 * CHUNK  # images that are handed to the threads at once
@@ -96,17 +95,10 @@ def _keep(path: AnyPath, numbers: np.ndarray) -> None:
 
 def _all_know(source: Source, identity: str, numbers: np.ndarray | None) -> bool:
     """Whether all processes have the same survey already. UserError if they see other images."""
-    images = hashlib.sha256(f"{identity} {len(source)}".encode()).digest()
-    kept = b"" if numbers is None else hashlib.sha256(numbers.data).digest()
-    mine = np.frombuffer(images + kept.ljust(len(images), b"\0"), np.uint8)
-    everyone = from_everyone(mine)
-    for process, other in enumerate(everyone[:, : len(images)]):
-        if (other != everyone[0, : len(images)]).any():
-            raise UserError(
-                f"process {process} sees other images in {source.name} than process 0: do all hosts have "
-                "the same config.data.images, whole?"
-            )
-    return numbers is not None and bool((everyone == mine).all())
+    check_same(source.name, hashlib.sha256(f"{identity} {len(source)}".encode()).digest())
+    kept = bytes(32) if numbers is None else hashlib.sha256(numbers.data).digest()
+    mine = np.frombuffer(kept, np.uint8)
+    return bool((from_everyone(mine) == mine).all()) and numbers is not None
 
 
 def _measure_all(
