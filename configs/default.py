@@ -44,7 +44,7 @@ def get_config(arg=None):
     c.data.source = "digits"
     # 'small': one digit on 8x8 pixels; 'full', 'large': one or two on 8x16, 16x16
     c.data.world = "full"
-    c.data.dir = "data"  # where built datasets lie
+    c.data.dir = "data"  # where data sets of TFDS, the digits and surveys of images lie
     c.data.latent_size = (32, 32)  # synthetic: height and width of latents
     c.data.text_length = 300  # synthetic: tokens of a caption
     c.data.latents = ()  # latents: folders that `encode` wrote, as a mixture

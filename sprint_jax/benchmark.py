@@ -23,7 +23,8 @@ from .benchmarking.parts import OF_PIPELINES, PARTS
 from .benchmarking.workloads import NETWORK, STUDENTS
 from .core import cli
 from .core.errors import UserError
-from .core.storage import local_path
+from .core.files import append, check_writable
+from .core.storage import as_path, local_copy, make_folder
 
 
 def main(argv: list[str]) -> None:
@@ -40,16 +41,19 @@ def main(argv: list[str]) -> None:
         raise UserError(f"--parts {min(missing)} needs --model, a pipeline folder", exit_code=2)
     if flags.command != "sample":
         flags.workloads = {name: name for name in flags.only}
-    for place in filter(None, (flags.out, flags.model)):
-        local_path(place)
+    flags.name = flags.model or flags.size
+    flags.model = flags.model and str(local_copy(flags.model))
+    out = as_path(flags.out or os.devnull)
+    if flags.out:
+        check_writable(out.parent)
+        make_folder(out.parent)
+        append(out, "")
     command = " ".join(["python -m sprint_jax.benchmark", *argv])
-    with open(flags.out or os.devnull, "a", encoding="utf-8") as file:
-        for line in measure.lines(flags, command):
-            # One by one: a run that is stopped keeps what it has measured.
-            file.write(json.dumps(line) + "\n")
-            file.flush()
-            if "workload" in line:
-                print(measure.table_row(line), flush=True)
+    for line in measure.lines(flags, command):
+        # One by one: a run that is stopped keeps what it has measured.
+        append(out, json.dumps(line) + "\n")
+        if "workload" in line:
+            print(measure.table_row(line), flush=True)
 
 
 def _parser() -> cli.Parser:

@@ -14,13 +14,13 @@ remat. docs/planning.md says what each number means and how it was checked.
 """
 
 import sys
-from pathlib import Path
 
 import jax
 
 from .core import cli
 from .core.errors import UserError
 from .core.files import check_writable, write_json_atomic
+from .core.storage import as_path, local_output
 from .planning.layout import image_flops, plan_layout
 from .planning.report import picture, sweep_table, table
 from .planning.search import SUMMARY, best, check_keys, sweep
@@ -46,13 +46,14 @@ def main(argv: list[str]) -> None:
         action="store_true",
         help="compile to machine code too (ten times as long), to know its size",
     )
-    parser.add_argument("--out", type=Path, metavar="FILE.json", help="a .png is written beside it")
+    parser.add_argument("--out", metavar="FILE.json", help="a .png is written beside it")
     flags, c = cli.parse_with_config(parser, argv)
     keys = check_keys(flags.sweep) if flags.sweep else ()
-    if flags.out and flags.out.suffix != ".json":
-        raise UserError(f"--out {flags.out} must end in .json", exit_code=2)
-    if flags.out:
-        check_writable(flags.out.parent)
+    out = flags.out and as_path(flags.out)
+    if out and out.suffix != ".json":
+        raise UserError(f"--out {out} must end in .json", exit_code=2)
+    if out:
+        check_writable(out.parent)
     topology = open_topology(flags.topology, flags.slices)
     flops = image_flops(c, topology)
 
@@ -78,11 +79,12 @@ def main(argv: list[str]) -> None:
         "jax": jax.__version__,
     }
     print(table(plan))
-    if flags.out:
-        flags.out.parent.mkdir(parents=True, exist_ok=True)
-        write_json_atomic(flags.out, plan)
-        picture(plan, flags.out.with_suffix(".png"))
-        print(f"wrote {flags.out} and {flags.out.with_suffix('.png')}")
+    if out:
+        with local_output(out.parent, (out.name,)) as folder:
+            folder.mkdir(parents=True, exist_ok=True)
+            write_json_atomic(folder / out.name, plan)
+            picture(plan, folder / out.with_suffix(".png").name)
+        print(f"wrote {out} and {out.with_suffix('.png')}")
 
 
 if __name__ == "__main__":

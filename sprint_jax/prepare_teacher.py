@@ -8,13 +8,15 @@ Surgery comes first. It adds RMS norms of queries and keys and the dense time em
 0.001), if the config's network has them and PATH's has not; --prune N keeps the N most important blocks only.
 Its result is the diffusers folder DIR/prepared, with prepared.json (the changes, and the hash of the source)
 and, after pruning, importance.png. Then `train` fine-tunes from there in stage 'flow'; DIR is a workdir as any
-other, for ``--config.teacher=DIR``. The same line resumes, and does not operate twice.
+other, for ``--config.teacher=DIR``. The same line resumes, and does not operate twice. Of several processes the
+first one operates, on its own devices; --prune is for one process.
 """
 
 from .core import cli
 from .core.errors import UserError
 from .core.storage import as_path
 from .parallel import distributed
+from .parallel.interrupt import Stop, named_memory
 from .teacher.prepare import Options, prepare
 from .train import train
 from .training import checks
@@ -36,9 +38,10 @@ def main(argv: list[str]) -> None:
     options = Options(**{name: getattr(flags, name) for name in Options._fields})
     with distributed.joined(flags) as peers:
         checks.check_values(c)
-        with checks.hold_workdir(workdir, peers):
+        with Stop(peers) as stop, named_memory(stop), checks.hold_workdir(workdir, peers):
             checks.check_workdir(workdir, c)
-            prepare(c, options, workdir / PREPARED)
+            stop.phase("preparing the teacher")
+            prepare(c, options, workdir / PREPARED, peers)
         if not flags.surgery_only:
             train(c, workdir, peers)
 

@@ -24,7 +24,7 @@ def lines(flags: argparse.Namespace, command: str) -> Iterator[dict]:
     """
     yield header(command)
     for part in parts(flags):
-        line = {"workload": part.name, "size": flags.model or flags.size, "dtype": flags.dtype}
+        line = {"workload": part.name, "size": flags.name, "dtype": flags.dtype}
         line |= {"image": flags.image, "batch": part.batch}
         line |= measure(part, TOLERANCE[flags.dtype], flags.rounds)
         if line.get("ms"):

@@ -158,6 +158,8 @@ def parse_arg(arg: str | None, *groups: Sequence[str]) -> tuple[str, ...]:
 
 def _run_file(spec: str) -> ModuleType:
     """Runs the file of ``FILE.py:WORDS`` and returns it as a module."""
+    if "://" in spec:
+        raise UserError(f"--config={spec}: config files are run: copy it to this machine first", 2)
     name = spec.partition(":")[0]
     path = Path(name)
     shipped = Path(__file__).parents[2] / path

@@ -38,6 +38,16 @@ def write_atomic(path: AnyPath, content: bytes) -> None:
         raise UserError(f"cannot write {path}: {error.strerror or error}") from error
 
 
+def append(path: AnyPath, text: str) -> None:
+    """Adds text to a file, made if missing; an object of a bucket is written anew with it. Raises OSError."""
+    if not in_bucket(path):
+        with path.open("a", encoding="utf-8") as file:
+            file.write(text)
+        return
+    with answers_as_os_errors(path):
+        path.write_text((path.read_text() if path.is_file() else "") + text)
+
+
 def check_writable(folder: AnyPath, flag: str = "--out") -> None:
     """Refuses a folder that cannot be made or written to, before what goes there is computed; leaves nothing.
 

@@ -9,7 +9,6 @@ from typing import Any
 from .errors import UserError
 from .schema import (
     FLAG,
-    LOCAL,
     PLACE,
     TEXT,
     Kind,
@@ -108,7 +107,7 @@ SECTIONS = {
     "data": dict(
         source=TEXT,
         world=TEXT,
-        dir=LOCAL,
+        dir=PLACE,
         latent_size=several(SIZE, 2, 2),
         text_length=SIZE,
         latents=several(PLACE),

@@ -214,6 +214,11 @@ def fetch(path: epath.Path, patterns: Sequence[str] = ("*",)) -> Path:
     return target
 
 
+def local_copy(name: str | os.PathLike) -> Path:
+    """The path of a file or folder on this machine; of one in a bucket, that of a copy (`fetch`)."""
+    return fetch(as_path(name)) if in_bucket(name) else Path(name)
+
+
 class Mirror:
     """A local folder whose files go to a bucket, those that changed, whenever `push` is called.
 

@@ -8,7 +8,6 @@ import math
 import sys
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -18,7 +17,7 @@ import numpy as np
 from ..core.config import Config
 from ..core.errors import UserError
 from ..core.pixels import decode_bytes, to_bytes
-from ..core.storage import AnyPath
+from ..core.storage import AnyPath, as_path
 from ..digits.dataset import Digits, open_digits
 from ..digits.encoders import digits_parts
 from ..digits.report import readable
@@ -125,7 +124,7 @@ def open_sources(c: Config) -> tuple[Source, ...]:
     """Opens the sources in ``data.images``; a digits world that is named there is written first if missing."""
     for path in c.data.images:
         name, *config = path.removeprefix(TFDS).partition(":")[0].split("/")
-        folder = Path(c.data.dir, name, *config).expanduser()
+        folder = as_path(c.data.dir).expanduser().joinpath(name, *config)
         if path.startswith(TFDS) and name == Digits.name and not folder.is_dir():
             open_digits(c.data.dir, (*config, "full")[0], "train")
     features = dict(image_feature=c.data.image_feature, caption_feature=c.data.caption_feature)
@@ -253,7 +252,7 @@ def _open_images(c: Config, rows: Sequence[int], workdir: AnyPath | None) -> Dat
     sizes = choose_sizes(c.data.resolution, c.data.sizes, c.data.most_sizes)
     check_factor(sizes, factor)
     log = RejectLog(workdir, c.data.max_rejected, jax.process_index())
-    how = dict(threads=threads, cache_dir=Path(c.data.dir))
+    how = dict(threads=threads, cache_dir=as_path(c.data.dir))
     surveys = [survey(source, sizes, log, **how) for source in sources]
     buckets, joined = join_sizes(surveys, sizes, factor, c.data.batch_size)
     _say(joined)

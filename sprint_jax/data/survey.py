@@ -5,20 +5,19 @@ import os
 import platform
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 
 import jax
 import numpy as np
 from tqdm import tqdm
 
-from ..core.errors import UserError
 from ..core.files import write_atomic
 from ..core.pixels import nearest_size
+from ..core.storage import AnyPath, in_bucket, read_range, size_of
 from ..parallel.sharding import from_everyone
 from .buckets import merge_sizes
 from .members import Buckets, Surveyed
 from .rejects import RejectLog
-from .sources.records import Rejected, Source
+from .sources.records import Rejected, Source, check_same
 
 CHUNK = 4096  # images whose headers a thread reads at a time
 PART = 256 * CHUNK  # images that are handed to the threads at once
@@ -30,7 +29,7 @@ def survey(
     log: RejectLog,
     *,
     threads: int,
-    cache_dir: Path,
+    cache_dir: AnyPath,
 ) -> Surveyed:
     """Finds the size of every image, once: a byte an image is kept in a file of ``cache_dir``, and read there.
 
@@ -59,17 +58,11 @@ def survey(
             return -1
         return sizes.index(nearest_size(*size, sizes))
 
-    numbers = None
-    if path.is_file() and path.stat().st_size == len(source) * dtype.itemsize:
-        numbers = np.memmap(path, dtype, "r")
+    numbers = _kept(path, dtype, len(source))
     if not _all_know(source, identity, numbers):
         numbers = np.empty(len(source), dtype)
         _measure_all(numbers, measure, f"sizes of {source.name}", threads)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        # Several processes may come to this; each writes a file of its own.
-        own = path.with_name(f"{path.name}.{platform.node()}-{os.getpid()}")
-        write_atomic(own, numbers.data)
-        own.replace(path)
+        _keep(path, numbers)
     with ThreadPoolExecutor(threads) as pool:
         for start in range(0, len(source), PART):
             found = start + np.flatnonzero(numbers[start : start + PART] < 0)
@@ -78,19 +71,34 @@ def survey(
     return Surveyed(numbers, len(sizes))
 
 
+def _kept(path: AnyPath, dtype: np.dtype, count: int) -> np.ndarray | None:
+    """The numbers in a file; None where there is none, or one that was cut short."""
+    if not path.is_file() or size_of(path) != count * dtype.itemsize:
+        return None
+    if in_bucket(path):
+        return np.frombuffer(read_range(path, 0, count * dtype.itemsize), dtype)
+    return np.memmap(path, dtype, "r")
+
+
+def _keep(path: AnyPath, numbers: np.ndarray) -> None:
+    content = numbers.view(np.uint8).data
+    if in_bucket(path):
+        if jax.process_index() == 0:
+            write_atomic(path, content)
+        return
+    path.parent.mkdir(parents=True, exist_ok=True)
+    # Several processes may come to this; each writes a file of its own.
+    own = path.with_name(f"{path.name}.{platform.node()}-{os.getpid()}")
+    write_atomic(own, content)
+    own.replace(path)
+
+
 def _all_know(source: Source, identity: str, numbers: np.ndarray | None) -> bool:
     """Whether all processes have the same survey already. UserError if they see other images."""
-    images = hashlib.sha256(f"{identity} {len(source)}".encode()).digest()
-    kept = b"" if numbers is None else hashlib.sha256(numbers.data).digest()
-    mine = np.frombuffer(images + kept.ljust(len(images), b"\0"), np.uint8)
-    everyone = from_everyone(mine)
-    for process, other in enumerate(everyone[:, : len(images)]):
-        if (other != everyone[0, : len(images)]).any():
-            raise UserError(
-                f"process {process} sees other images in {source.name} than process 0: do all hosts have "
-                "the same config.data.images, whole?"
-            )
-    return numbers is not None and bool((everyone == mine).all())
+    check_same(source.name, hashlib.sha256(f"{identity} {len(source)}".encode()).digest())
+    kept = bytes(32) if numbers is None else hashlib.sha256(numbers.data).digest()
+    mine = np.frombuffer(kept, np.uint8)
+    return bool((from_everyone(mine) == mine).all()) and numbers is not None
 
 
 def _measure_all(

@@ -15,6 +15,7 @@ import numpy as np
 import tensorflow_datasets as tfds
 
 from ..core.errors import UserError
+from ..core.storage import AnyPath, as_path, fetch, in_bucket, local_output
 from .captions import COLORS, draw_prompt, write_caption
 from .scenes import draw_scene, handwriting, render
 from .worlds import WORLDS, World, get_world
@@ -112,6 +113,8 @@ class DigitsSource:
 def open_digits(data_dir: str | os.PathLike, world: str, split: str) -> DigitsSource:
     """Opens a split of a world; writes both splits under ``data_dir`` first if they are missing.
 
+    From a bucket, the world is copied to this machine.
+
     Several processes may call this at once: TFDS writes to a folder beside and renames it when it is
     whole. The first to finish wins, and all read the same records, which depend on the code alone.
 
@@ -120,6 +123,8 @@ def open_digits(data_dir: str | os.PathLike, world: str, split: str) -> DigitsSo
     """
     get_world(world)
     handwriting(split)
+    if in_bucket(data_dir):
+        data_dir = _copy_world(as_path(data_dir), world)
     folder = pathlib.Path(data_dir).expanduser().absolute()
     builder = _builder(folder, world)
     if not pathlib.Path(builder.data_path).exists():
@@ -134,6 +139,15 @@ def open_digits(data_dir: str | os.PathLike, world: str, split: str) -> DigitsSo
             f"{builder.data_path} is not a whole data set: delete it to have it written"
         )
     return DigitsSource(builder.as_data_source(split))
+
+
+def _copy_world(folder: AnyPath, world: str) -> pathlib.Path:
+    """A copy here of a bucket's folder with this world, which is written there if it is missing."""
+    mark = folder / Digits.name / world / str(Digits.VERSION) / "dataset_info.json"
+    if not mark.is_file():
+        with local_output(folder, (mark.name,)) as local:
+            open_digits(local, world, "train")
+    return fetch(folder, (f"{Digits.name}/{world}/*",))
 
 
 def _builder(folder: pathlib.Path, world: str) -> Digits:

@@ -98,8 +98,8 @@ def load_decoder(
 ) -> Callable[[Any], np.ndarray]:
     """Loads the decoder of an autoencoder, and no more, for pictures of samples during a training.
 
-    Its weights stay in the host's memory, and are on a device while it decodes. Process 0 reads them at once,
-    others when they decode first.
+    Its weights stay in the host's memory, and are on a device while it decodes. Process 0 finds and reads them
+    at once, others when they decode first: hosts that draw no pictures download nothing.
 
     Args:
       path, dtype: as of `load_encoders`.
@@ -111,17 +111,19 @@ def load_decoder(
     Raises:
       UserError: as `load_encoders`; or this is another autoencoder.
     """
-    folder = None
-    if path in ("", "digits"):
-        found = _digits_encoders(None).identity["autoencoder"]
-    else:
-        folder = _locate(path, [name for name in FILES if name.startswith("vae/")]) / "vae"
-        found = _identify_autoencoder(read_autoencoder(folder))
-    if found | {"params": None} != made | {"params": None}:
-        raise UserError(f"config.data.encoders={path} has not the autoencoder that made {cache}")
 
     @functools.cache
     def autoencoder():
+        folder = None
+        if path in ("", "digits"):
+            found = _digits_encoders(None).identity["autoencoder"]
+        else:
+            folder = _locate(path, [name for name in FILES if name.startswith("vae/")]) / "vae"
+            found = _identify_autoencoder(read_autoencoder(folder))
+        if found | {"params": None} != made | {"params": None}:
+            raise UserError(
+                f"config.data.encoders={path} has not the autoencoder that made {cache}"
+            )
         if folder is None:
             return _digits_encoders(None).autoencoder
         config, params = load_autoencoder(folder, dtype)

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 
 from ..core.errors import UserError
 from ..core.files import read_json, write_json_atomic
-from ..core.storage import local_path
+from ..core.storage import local_copy, local_path
 from ..models.control import EMBEDDERS
 from ..models.dc_ae import AutoencoderDC
 from ..models.sana import from_fields
@@ -54,7 +54,7 @@ def load_transformer(
       UserError: a file is missing, cut short or of another class; a config key or a tensor is unknown,
         missing or misshapen, or not finite.
     """
-    path = local_path(path)
+    path = local_copy(path)
     folder = path.parent if path.is_file() else path
     if fields is None:
         config = read_config(folder, "SanaTransformer2DModel")
@@ -121,7 +121,7 @@ def load_control(
     Raises:
       UserError: as `load_transformer`; or the branch is of another transformer.
     """
-    folder = local_path(path)
+    folder = local_copy(path)
     config = read_config(folder, "SanaControlNetModel")
     fields = control_fields(config, fields, f"{folder}/config.json")
     how = dtype, shardings, allow_nonfinite
@@ -163,7 +163,7 @@ def load_autoencoder(
     Returns:
       ``(autoencoder, params)``; ``autoencoder.dtype`` is float32 whatever the parameters are in.
     """
-    folder = local_path(folder)
+    folder = local_copy(folder)
     autoencoder = read_autoencoder(folder)
     try:
         table = dc_ae_table(autoencoder)

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from ..core.errors import UserError
 from ..core.files import read_json, write_json_atomic
 from ..core.schema import check
-from ..core.storage import local_path
+from ..core.storage import local_copy, local_path
 from ..models.gemma2 import KINDS, Gemma2
 from .files import Tensors, load_params, open_safetensors, save_safetensors
 from .tables import LINEAR, SAME, Entry, make_table
@@ -57,7 +57,7 @@ def load_text_encoder(
       UserError: a file is missing, cut short or of another class; `Gemma2` does not support the config; a
         tensor is unknown, missing or misshapen.
     """
-    folder = local_path(folder)
+    folder = local_copy(folder)
     gemma = _from_config(_read_config(folder), f"{folder}/config.json", dtype)
     tensors = _without_head(open_safetensors(folder, STEM))
     return gemma, load_params(gemma2_table(gemma), tensors, dtype, shardings)

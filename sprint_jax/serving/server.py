@@ -7,7 +7,6 @@ import secrets
 import socket
 import time
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import h11
@@ -17,6 +16,7 @@ from uvicorn.protocols.websockets.websockets_sansio_impl import WebSocketsSansIO
 
 from ..core.errors import UserError
 from ..core.progress import Progress
+from ..core.storage import answers_as_os_errors, as_path
 from ..pipeline import SprintPipeline
 from .app import BODY, Service
 from .counters import Counters
@@ -162,7 +162,8 @@ def make_token(host: str, names: Sequence[str], file: str | None) -> str | None:
         here = is_loopback(host) and all(map(is_loopback, names))
         return None if here else secrets.token_urlsafe(24)
     try:
-        token = Path(file).read_text(encoding="ascii").strip()
+        with answers_as_os_errors(file):
+            token = as_path(file).read_bytes().decode("ascii").strip()
     except (OSError, UnicodeError) as error:
         reason = getattr(error, "strerror", None) or "it is not ASCII text"
         raise UserError(f"--token {file}: {reason}") from error

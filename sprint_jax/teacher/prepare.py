@@ -2,11 +2,13 @@
 
 import contextlib
 import shutil
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
+import numpy as np
 
 from ..checkpoints.weights import Weights, find_weights
 from ..core.config import Config
@@ -17,11 +19,12 @@ from ..core.storage import AnyPath, absolute, as_path, in_bucket, local_output
 from ..data import feed
 from ..interop.diffusers import save_transformer
 from ..models.sana import from_fields
-from ..parallel.sharding import state_shardings, to_devices
+from ..parallel.sharding import make_mesh, same_everywhere, state_shardings, to_devices
 from ..training import setup
 from . import pruning, surgery
 
 RECORD = "prepared.json"
+VISIBLE_SECONDS = 60.0  # until a file of one host must be there for another
 PROBE_BATCHES, PROBE_TIMES = 2, 8  # of the data, to measure the importance of blocks
 
 
@@ -42,29 +45,58 @@ class Options(NamedTuple):
     timestep_scale: float = 1.0
 
 
-def prepare(c: Config, options: Options, folder: AnyPath) -> None:
+def prepare(c: Config, options: Options, folder: AnyPath, peers: Any = None) -> None:
     """Writes ``folder``, whole or not at all; one that the same options made is left as it is.
+
+    Args:
+      peers: the processes of the run, `parallel.peers.Peers`; all call this together, and process 0 writes.
 
     Raises:
       UserError: the source does not fit, or the folder was made with other options.
     """
     if (path := as_path(options.model)).exists():
         options = options._replace(model=str(absolute(path)))
-    if (folder / RECORD).is_file() if in_bucket(folder) else folder.is_dir():
+    there = (folder / RECORD).is_file() if in_bucket(folder) else folder.is_dir()
+    if same_everywhere(np.asarray(there)):
         _check_same(folder, options)
-        print(f"{folder} is there already; going on from it", flush=True)
+        if jax.process_index() == 0:
+            print(f"{folder} is there already; going on from it", flush=True)
         return
-    if jax.process_count() > 1:
+    if options.prune and jax.process_count() > 1:
         raise UserError(
-            f"{folder} is not there yet: make it in one process, with --surgery_only and without --distributed"
+            f"--prune is for one process, and {folder} is not there yet: make it with --surgery_only and "
+            "without --distributed, then give this line again",
+            exit_code=2,
         )
+    # Checkpoints are read by all processes together; what else there is, by the first alone.
+    if jax.process_index() == 0 or (as_path(options.model) / "checkpoints").is_dir():
+        _operate(c, options, folder)
+    if peers is not None:
+        peers.meet("prepared the teacher")
+    _wait_for(folder / RECORD)
+
+
+def _wait_for(path: AnyPath) -> None:
+    """Waits for what another process wrote: the disk of a network may need a moment to show it."""
+    deadline = time.monotonic() + VISIBLE_SECONDS
+    while not path.is_file():
+        if time.monotonic() > deadline:
+            raise UserError(f"{path} of process 0 is not seen here: all hosts must see one folder")
+        time.sleep(1.0)
+
+
+def _operate(c: Config, options: Options, folder: AnyPath) -> None:
+    """Reads the source on this process' devices and, if it is the first, writes the folder."""
     target = dict(c.model)
     source = find_weights(options.model, target | {"timestep_scale": options.timestep_scale})
     if not source.is_teacher:
         raise UserError(f"--model {options.model} is a student: it embeds guidance")
     surgery.check_fits(options.model, source.fields, target, options.prune)
-    mesh = setup.mesh_from(c)
+    alone = jax.process_count() == 1
+    mesh = setup.mesh_from(c) if alone else make_mesh(1, -1, devices=jax.local_devices())
     params, step = source.load(lambda tree: state_shardings(mesh, tree))
+    if jax.process_index():
+        return
     for name in ("logvar_linear", "control"):  # a teacher is prepared without its control branch
         params.pop(name, None)
     source = source._replace(fields=source.fields | {"control_blocks": 0})

@@ -15,7 +15,7 @@ from ..checkpoints.weights import find_branch, find_weights, load_trunk
 from ..core.config import Config
 from ..core.errors import UserError
 from ..core.fingerprint import fingerprint
-from ..core.storage import absolute, as_path, local_path
+from ..core.storage import absolute, as_path, local_copy
 from ..data.feed import Data, batch_shapes
 from ..interop.discriminator import load_heads
 from ..models.blocks import compute_params
@@ -105,7 +105,7 @@ def init_state(
 
 def _published_heads(c: Config, mesh: jax.sharding.Mesh) -> dict:
     """The heads in the file ``c.ladd.init``; UserError if it has not as many as there are taps."""
-    path = local_path(c.ladd.init)
+    path = local_copy(c.ladd.init)
     heads = load_heads(path, shardings=functools.partial(state_shardings, mesh))
     if len(heads["params"]) != len(c.ladd.taps):
         raise UserError(

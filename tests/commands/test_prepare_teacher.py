@@ -6,6 +6,7 @@ import shutil
 import jax
 import numpy as np
 import pytest
+from helpers.pods import finish_pod, start_pod
 from helpers.runs import read_state, run_here, tiny, words
 from helpers.workdirs import make_workdir, slow_time_params, tiny_config
 
@@ -16,6 +17,7 @@ from sprint_jax.core.fingerprint import fingerprint
 from sprint_jax.data import feed
 from sprint_jax.interop import diffusers
 from sprint_jax.models.sana import from_fields
+from sprint_jax.teacher import prepare as preparation
 from sprint_jax.teacher import surgery
 from sprint_jax.training import setup
 
@@ -33,6 +35,7 @@ def folder(tmp_path_factory):
     diffusers.save_transformer(folder / "transformer", OLD, slow_time_params(OLD, 5))
     make_workdir(folder / "teacher", "flow")
     make_workdir(folder / "student", "distill")
+    make_workdir(folder / "old", "flow", qk_norm=False)
     return folder
 
 
@@ -89,6 +92,29 @@ def test_command_prunes_a_workdir_and_may_stop_before_training(prepare, folder, 
     assert fields["num_layers"] == 1
     kept = jax.tree.map(lambda leaf: leaf[record["kept"][0]][None], whole["transformer_blocks"])
     assert fingerprint(params["transformer_blocks"]) == fingerprint(kept)
+
+
+@pytest.mark.slow
+def test_of_two_processes_one_operates(folder, data, tmp_path):
+    line = ["-m", "sprint_jax.prepare_teacher", "--model", str(folder / "old"), "--surgery_only"]
+    line += words(SPEC, data, tmp_path / "run")
+    for ended in finish_pod(start_pod(line, devices=2)):
+        assert ended.code == 0, ended.err
+    prepared = tmp_path / "run" / "prepared"
+    assert [path.name for path in prepared.parent.iterdir()] == ["prepared"]
+    record = json.loads((prepared / "prepared.json").read_text())
+    whole, _ = load_params(str(folder / "old"), "ema")
+    assert record["changes"] and record["hash"] == fingerprint(whole)
+    expected, _ = surgery.operate(DENSE | {"qk_norm": False}, whole, DENSE)
+    assert fingerprint(diffusers.load_transformer(prepared)[1]) == fingerprint(expected)
+
+
+def test_blocks_are_pruned_by_one_process(prepare, monkeypatch, tmp_path):
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    monkeypatch.setattr(preparation, "same_everywhere", lambda array: array)
+    ended = prepare("--prune", "1", "--surgery_only")
+    assert ended.code == 2 and "--prune" in ended.error
+    assert not (tmp_path / "run").exists()
 
 
 def test_interrupted_surgery_is_begun_anew(prepare, folder, tmp_path):

@@ -1,12 +1,9 @@
 """Records of a bucket by compact indices: the same numbers as of plain arrays."""
 
-import threading
-from concurrent.futures import ThreadPoolExecutor
-
-import jax
 import numpy as np
 import pytest
 from helpers.encoding import Pictures
+from helpers.processes import run_processes
 
 from sprint_jax.core.errors import UserError
 from sprint_jax.data import survey as surveying
@@ -54,16 +51,9 @@ def test_what_is_left_out_is_passed_over():
 
 @pytest.mark.parametrize(("processes", "count"), [(2, 40), (3, 41), (3, 2)])
 def test_processes_share_a_survey(processes, count, tmp_path, monkeypatch):
-    """Threads stand for processes; parts of 16 images."""
-    me, together = threading.local(), threading.Barrier(processes, timeout=20)
-    given, measured = [None] * processes, [[] for _ in range(processes)]
-
-    def from_everyone(array):
-        given[me.index] = array
-        together.wait()
-        found = np.stack(given)
-        together.wait()
-        return found
+    """Parts of 16 images."""
+    monkeypatch.setattr(surveying, "PART", 16)
+    measured = [[] for _ in range(processes)]
 
     class Counted(Pictures):
         def measure(self, index):
@@ -72,41 +62,31 @@ def test_processes_share_a_survey(processes, count, tmp_path, monkeypatch):
             return super().measure(index)
 
     def run(process, folder, count=count):
-        me.index, source = process, Counted(count, (1, 21))
+        source = Counted(count, (1, 21))
         source.process = process
         log = RejectLog(None, 1.0, process)
         sizes = [(8, 16), (16, 8), (8, 8)]
         found = surveying.survey(source, sizes, log, threads=2, cache_dir=folder)
         return found.counts.tolist(), found.select([0, 1, 2]).hash(), sorted(log._found)
 
-    with monkeypatch.context() as patch:
-        patch.setattr(surveying, "PART", 16)
-        patch.setattr(surveying, "from_everyone", from_everyone)
-        patch.setattr(jax, "process_count", lambda: processes)
-        patch.setattr(jax, "process_index", lambda: me.index)
-        with ThreadPoolExecutor(processes) as pool:
-            folders = [tmp_path / str(process) for process in range(processes)]
-            first, *others = pool.map(run, range(processes), folders)
-            # All know it now; then one process knows something else, and in the end sees other images.
-            measured_once = [*map(len, measured)]
-            assert [*pool.map(run, range(processes), folders)] == [first] * processes
-            assert [*map(len, measured)] == measured_once
-            (kept,) = folders[0].iterdir()
-            kept.write_bytes(bytes(count))
-            assert [*pool.map(run, range(processes), folders)] == [first] * processes
-            assert [*map(len, measured)] == [2 * each for each in measured_once]
-            counts = [count + 1, *[count] * (processes - 1)]
-            with pytest.raises(
-                UserError, match="process 1 sees other images in pictures than process 0"
-            ):
-                [*pool.map(run, range(processes), folders, counts)]
-            del measured[0][measured_once[0] :]
-            for each, once in zip(measured, measured_once, strict=True):
-                del each[once:]
+    folders = [tmp_path / str(process) for process in range(processes)]
+    first, *others = run_processes(processes, run, folders)
+    # All know it now; then one process knows something else, and in the end sees other images.
+    measured_once = [*map(len, measured)]
+    assert run_processes(processes, run, folders) == [first] * processes
+    assert [*map(len, measured)] == measured_once
+    (kept,) = folders[0].iterdir()
+    kept.write_bytes(bytes(count))
+    assert run_processes(processes, run, folders) == [first] * processes
+    assert [*map(len, measured)] == [2 * each for each in measured_once]
+    counts = [count + 1, *[count] * (processes - 1)]
+    with pytest.raises(UserError, match="process 1 sees other images in pictures than process 0"):
+        run_processes(processes, run, folders, counts)
+    for each, once in zip(measured, measured_once, strict=True):
+        del each[once:]
     assert all(other == first for other in others)
     good = [index for index in range(count) if index not in (1, 21)]
     assert sorted(index for each in measured for index in each) == good
     assert max(map(len, measured)) <= -(-count // processes) + 1
     measured[0].clear()
-    me.index = 0
     assert run(0, tmp_path / "alone") == first and measured[0] == good

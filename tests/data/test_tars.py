@@ -9,12 +9,14 @@ import tracemalloc
 import pytest
 from helpers import image_sets
 from helpers.image_sets import read_captions as read
+from helpers.processes import run_processes
 from PIL import Image
 
 from sprint_jax.core.errors import UserError
 from sprint_jax.data.sources import tars
 from sprint_jax.data.sources.records import Caption, Rejected
 from sprint_jax.data.sources.tars import index_tar, open_tars, scan_tar
+from sprint_jax.parallel import sharding
 
 PNG = image_sets.encode(Image.effect_noise((30, 20), 99), "PNG")
 
@@ -270,3 +272,33 @@ def test_a_shard_that_changed_under_its_index_is_noticed(tmp_path):
     assert found["1"] == ["1"] and found["2"] == "broken tar member"
     path.unlink()
     assert set(read(source).values()) == {"cannot be read"}
+
+
+@pytest.mark.parametrize("processes", [2, 3])
+def test_processes_share_the_indices(tmp_path, monkeypatch, processes):
+    """Each shard is read by one process, and each process ends with all of them, part by part."""
+    monkeypatch.setattr(sharding, "SHARED", 999)
+    for number in range(5):
+        five(tmp_path / f"{number}.tar")
+    write_tar(tmp_path / "5.tar", [("5.txt", b"no image")])
+    write_tar(tmp_path / "6.tar", [])
+    scanned = []
+    monkeypatch.setattr(tars, "scan_tar", lambda path: scanned.append(path.name) or scan_tar(path))
+
+    def items(process, folder):
+        source = open_tars(sorted(folder.glob("*.tar")))
+        return source.identity, [source._items[k] for k in range(len(source))]
+
+    expected = items(0, tmp_path)
+    assert {item.key for item in expected[1]} >= {"0/4", "4/0"} and len(expected[1]) == 26
+    for index in tmp_path.glob(".*.index.json"):
+        index.unlink()
+    scanned.clear()
+    for _ in range(2):  # the second time they are kept
+        assert run_processes(processes, items, [tmp_path] * processes) == [expected] * processes
+        assert sorted(scanned) == [f"{number}.tar" for number in range(7)]
+    other = tmp_path / "other"
+    other.mkdir()
+    five(other / "0.tar")
+    with pytest.raises(UserError, match="process 1 sees other images"):
+        run_processes(2, items, [tmp_path, other])

@@ -71,6 +71,10 @@ def test_a_decoder_is_loaded_without_text_encoder_and_stays_off_the_devices(tmp_
         expected = to_bytes(np.asarray(jax.jit(config.decode)(params, latents)))
         found = decode(latents)
         assert np.abs(found.astype(int) - expected).max() <= 1 and len(loads) == 1
+    load_decoder("nowhere", "float32", made, tmp_path / "cache")  # this process draws nothing
+    monkeypatch.setattr(jax, "process_index", lambda: 0)
+    with pytest.raises(UserError, match="nowhere"):
+        load_decoder("nowhere", "float32", made, tmp_path / "cache")
     with pytest.raises(UserError, match=r"pipeline has not the autoencoder that made .*cache"):
         load_decoder(
             str(tmp_path / "pipeline"), "float32", made | {"factor": 8}, tmp_path / "cache"

@@ -10,6 +10,7 @@ import numpy as np
 
 from ...core.errors import UserError
 from ...core.storage import AnyPath, read_range, size_of
+from ...parallel.sharding import from_everyone
 
 _MISSING = (errno.ENOENT, errno.EACCES, errno.EPERM, errno.EISDIR, errno.ENOTDIR, errno.ELOOP)
 _MISSING += (errno.ENODEV, errno.ENAMETOOLONG)
@@ -115,6 +116,17 @@ def hash_identity(kind: str, parts: Iterable[object]) -> str:
         # surrogateescape: names of files need not be UTF-8.
         digest.update(b"\0" + str(part).encode(errors="surrogateescape"))
     return digest.hexdigest()
+
+
+def check_same(name: str, mark: bytes) -> None:
+    """Raises UserError if processes see other images in a source, by a hash of them; all call it together."""
+    everyone = from_everyone(np.frombuffer(mark, np.uint8))
+    for process, other in enumerate(everyone):
+        if (other != everyone[0]).any():
+            raise UserError(
+                f"process {process} sees other images in {name} than process 0: do all hosts have the same "
+                "config.data.images, whole?"
+            )
 
 
 def fingerprint(path: AnyPath) -> tuple[str, int, str]:

@@ -1,24 +1,27 @@
 """Tar shards in WebDataset's layout, by random access; their headers are indexed once."""
 
 import concurrent.futures
-import itertools
+import hashlib
 import json
 import os
 import sys
 import tarfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
+import jax
 import numpy as np
+import safetensors.numpy
 from tqdm import tqdm
 
 from ...core.errors import UserError
 from ...core.files import write_atomic
 from ...core.storage import AnyPath, as_path, in_bucket, size_of, stamp_of
+from ...parallel.sharding import bytes_from_everyone
 from .files import FileSource, Item, Span, make_printable, open_regular
 from .images import EXTENSIONS, MAX_PIXELS
-from .records import hash_identity
+from .records import check_same, hash_identity
 
 THREADS = 8  # that index shards: on a network's disk they wait more than they work
 SCAN = 8 << 20  # bytes of a bucket's shard that are asked for at a time, to look for headers
@@ -38,7 +41,8 @@ def open_tars(paths: Sequence[str | os.PathLike], name: str | None = None) -> Fi
 
     A key is WebDataset's ``__key__`` (`index_tar`); where a key occurs in several shards, all keys have the
     shard's path before them. Captions are as in `caption_files`, with Sana's ``SHARD_MODEL.json`` beside the
-    shards. A group needs exactly one image. Shards are indexed at the first opening, with progress.
+    shards. A group needs exactly one image. Shards are indexed at the first opening, with progress; all
+    processes of a run call this together, and each reads its share of them.
 
     The source is called ``name``, by default the paths. Raises UserError for a shard that cannot be read, or
     no image in any of them.
@@ -51,26 +55,38 @@ def open_tars(paths: Sequence[str | os.PathLike], name: str | None = None) -> Fi
         sizes = [(file.name, size_of(file)) for file in files]
     except OSError as error:
         raise UserError(f"cannot read {error.filename}: {error.strerror}") from error
-    common = os.path.commonpath([os.path.dirname(_place(path)) for path in shards])
-    packed: list[_Shard] = []
-
-    def load(path: AnyPath) -> tuple[_Shard, str]:
-        groups = index_tar(path)
-        prefix = Path(os.path.relpath(_place(path), common)).with_suffix("").as_posix()
-        return _pack(path, prefix, models.get(path, ()), groups), str(groups)
-
-    def all_groups() -> Iterator[str]:
-        with concurrent.futures.ThreadPoolExecutor(THREADS) as pool:
-            bar = dict(delay=5, mininterval=5, leave=False, unit="shard")
-            for shard, groups in tqdm(pool.map(load, shards), f"index {name}", len(shards), **bar):
-                packed.append(shard)
-                yield groups
-
+    check_same(name, hashlib.sha256(repr(sizes).encode()).digest())
+    indices = _index_all(shards, name)
     # A tar is filled up to whole blocks: its size alone does not show a change.
-    identity = hash_identity("tar", itertools.chain([MAX_PIXELS, *sizes], all_groups()))
-    if not any(shard.has_image for shard in packed):
+    marks = [index.mark for index in indices]
+    identity = hash_identity("tar", [MAX_PIXELS, *sizes, *marks])
+    if not any(index.has_image for index in indices):
         raise UserError(f"{name} has no image: are these tar shards in WebDataset's layout?")
-    return FileSource(TarItems(packed), name=name, identity=identity, keep_models=True)
+    common = os.path.commonpath([os.path.dirname(_place(path)) for path in shards])
+    hashes = np.sort(np.concatenate([index.hashes for index in indices]))
+    packed = []
+    for path, index in zip(shards, indices, strict=True):
+        prefix = Path(os.path.relpath(_place(path), common)).with_suffix("").as_posix()
+        index = index._replace(hashes=hashes[:0])  # of no more use
+        packed.append(_Shard(str(path), prefix, tuple(map(str, models.get(path, ()))), index))
+    items = TarItems(packed, once=not (hashes[1:] == hashes[:-1]).any())
+    return FileSource(items, name=name, identity=identity, keep_models=True)
+
+
+def _index_all(shards: Sequence[AnyPath], name: str) -> "list[_Index]":
+    """The indices of shards in their order. Each process makes those of its share, and gets the others'."""
+    me, processes = jax.process_index(), jax.process_count()
+    mine = shards[me::processes]
+    how = dict(total=len(mine), delay=5, mininterval=5, leave=False, unit="shard", disable=me > 0)
+    with concurrent.futures.ThreadPoolExecutor(THREADS) as pool:
+        made = pool.map(lambda path: _pack(index_tar(path)), mine)
+        indices = list(tqdm(made, f"index {name}", **how))
+    if processes == 1:
+        return indices
+    found: list[_Index] = [None] * len(shards)
+    for process, content in enumerate(bytes_from_everyone(_dump(indices))):
+        found[process::processes] = _load(content)
+    return found
 
 
 def _place(path: AnyPath) -> str:
@@ -78,24 +94,33 @@ def _place(path: AnyPath) -> str:
     return os.fspath(path if in_bucket(path) else path.absolute()).rpartition("://")[2]
 
 
-class _Shard(NamedTuple):
+class _Index(NamedTuple):
     """The groups of a shard in few arrays.
 
-    Key k is ``keys[ends[k - 1] : ends[k]]``. ``places`` [groups, 3, 2] are offset and size of image, .txt and
-    .json, size -1 where there is none; ``problems`` are by the number of the group.
+    Key k is ``keys[ends[k - 1] : ends[k]]``, and ``hashes[k]`` a hash of it. ``places`` [groups, 3, 2] are
+    offset and size of image, .txt and .json, size -1 where there is none; ``problems`` are by the number of the
+    group. ``mark`` is a hash of all the groups.
     """
+
+    keys: bytes
+    ends: np.ndarray
+    hashes: np.ndarray
+    places: np.ndarray
+    problems: dict[int, str]
+    has_image: bool
+    mark: str
+
+
+class _Shard(NamedTuple):
+    """A shard: its path, what stands before its keys where that is needed, Sana's files, its groups."""
 
     path: str
     prefix: str
     models: tuple[str, ...]
-    keys: bytes
-    ends: np.ndarray
-    places: np.ndarray
-    problems: dict[int, str]
-    has_image: bool
+    index: _Index
 
 
-def _pack(path: AnyPath, prefix: str, models: Sequence[AnyPath], groups: Sequence[Group]) -> _Shard:
+def _pack(groups: Sequence[Group]) -> _Index:
     places = np.full((len(groups), 3, 2), -1, np.int64)
     keys, problems, has_image = [], {}, False
     for k, group in enumerate(groups):
@@ -111,19 +136,43 @@ def _pack(path: AnyPath, prefix: str, models: Sequence[AnyPath], groups: Sequenc
         for place, extension in enumerate((*images[:1], "txt", "json") if images else ()):
             places[k, place] = group.members.get(extension, (0, -1))
     ends = np.cumsum([len(key) for key in keys], dtype=np.int64)
-    names = tuple(map(str, models))
-    return _Shard(str(path), prefix, names, b"".join(keys), ends, places, problems, has_image)
+    hashes = b"".join(hashlib.blake2b(key, digest_size=8).digest() for key in keys)
+    mark = hashlib.sha256(str(groups).encode(errors="surrogatepass")).hexdigest()
+    hashes = np.frombuffer(hashes, np.int64)
+    return _Index(b"".join(keys), ends, hashes, places, problems, has_image, mark)
+
+
+def _dump(indices: Sequence[_Index]) -> bytes:
+    arrays = {}
+    for k, index in enumerate(indices):
+        about = json.dumps([list(index.problems.items()), index.has_image, index.mark]).encode()
+        arrays |= {f"{k} {name}": getattr(index, name) for name in ("ends", "hashes", "places")}
+        arrays |= {f"{k} keys": np.frombuffer(index.keys, np.uint8)}
+        arrays |= {f"{k} about": np.frombuffer(about, np.uint8)}
+    return safetensors.numpy.save(arrays)
+
+
+def _load(content: bytes) -> list[_Index]:
+    arrays, indices = safetensors.numpy.load(content), []
+    for k in range(len(arrays) // 5):
+        keys, ends, hashes, places, about = (
+            arrays[f"{k} {name}"] for name in ("keys", "ends", "hashes", "places", "about")
+        )
+        problems, *rest = json.loads(about.tobytes())
+        indices.append(_Index(keys.tobytes(), ends, hashes, places, dict(problems), *rest))
+    return indices
 
 
 class TarItems(Sequence):
-    """The items of shards, made as they are asked for: some 60 bytes of each, and its key, are in memory."""
+    """The items of shards, made as they are asked for: some 60 bytes of each, and its key, are in memory.
 
-    def __init__(self, shards: Sequence[_Shard]):
-        self._shards = shards
-        self._ends = np.cumsum([len(shard.ends) for shard in shards])
-        hashes = (hash(self._key(shard, k)) for shard in shards for k in range(len(shard.ends)))
-        found = np.sort(np.fromiter(hashes, np.int64, len(self)))
-        self._once = not (found[1:] == found[:-1]).any()
+    Args:
+      once: whether no key is in several shards.
+    """
+
+    def __init__(self, shards: Sequence[_Shard], once: bool):
+        self._shards, self._once = shards, once
+        self._ends = np.cumsum([len(shard.index.ends) for shard in shards])
 
     def __len__(self) -> int:
         return int(self._ends[-1])
@@ -133,19 +182,17 @@ class TarItems(Sequence):
             raise IndexError(index)
         number = int(np.searchsorted(self._ends, index, side="right"))
         shard = self._shards[number]
-        k = index - int(self._ends[number]) + len(shard.ends)
-        entry = self._key(shard, k).decode(errors="surrogatepass")
+        k = index - int(self._ends[number]) + len(shard.index.ends)
+        start = shard.index.ends[k - 1] if k else 0
+        entry = shard.index.keys[start : shard.index.ends[k]].decode(errors="surrogatepass")
         key, bad_name = make_printable(entry if self._once else f"{shard.prefix}/{entry}")
-        problem = bad_name or shard.problems.get(k)
+        problem = bad_name or shard.index.problems.get(k)
         image, text, json_ = (
             Span(shard.path, offset, size) if size >= 0 else None
-            for offset, size in shard.places[k].tolist()
+            for offset, size in shard.index.places[k].tolist()
         )
         image = None if problem else image
         return Item(key, image, text, json_, shard.models, entry, problem=problem)
-
-    def _key(self, shard: _Shard, k: int) -> bytes:
-        return shard.keys[shard.ends[k - 1] if k else 0 : shard.ends[k]]
 
 
 def _find_models(shards: Sequence[AnyPath]) -> dict[AnyPath, list[AnyPath]]:

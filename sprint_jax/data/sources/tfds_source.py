@@ -11,6 +11,7 @@ import numpy as np
 import tensorflow_datasets as tfds
 
 from ...core.errors import UserError
+from ...core.storage import AnyPath, as_path, fetch, in_bucket
 from .caption_files import read_captions
 from .image_records import RecordSource
 from .images import MAX_PIXELS
@@ -37,7 +38,7 @@ def open_tfds(
     Args:
       name: ``NAME[/CONFIG[/VERSION]][:SPLIT]``. An only config need not be named; the split, ``train`` if
         left out, may be a part, such as ``train[:80%]``. The newest version counts.
-      data_dir: the data_dir that the set was prepared with.
+      data_dir: the data_dir that the set was prepared with; one in a bucket is copied to this machine.
       caption_feature: empty for none.
 
     Raises:
@@ -45,7 +46,8 @@ def open_tfds(
     """
     path, _, split = name.partition(":")
     split = split or "train"
-    folder = _find(Path(data_dir).expanduser().absolute(), path)
+    root = _copy(as_path(data_dir), path, split) if in_bucket(data_dir) else Path(data_dir)
+    folder = _find(root.expanduser().absolute(), path)
     try:
         builder = tfds.builder_from_directory(folder)
         features = builder.info.features
@@ -85,6 +87,16 @@ def _parse(
     pixels = example[image]
     pixels = pixels if isinstance(pixels, bytes) else np.asarray(pixels)
     return key, pixels, read_captions(found, key)
+
+
+def _copy(root: AnyPath, path: str, split: str) -> Path:
+    """A copy on this machine of what belongs to some splits of ``NAME[/CONFIG[/VERSION]]`` in a bucket.
+
+    TFDS compresses its records, which cannot be read by ranges then.
+    """
+    splits = re.findall(r"[A-Za-z]\w*", split)
+    wanted = ["*"] if "all" in splits else ["*.json", "*.txt", *(f"*-{each}.*" for each in splits)]
+    return fetch(root, [f"{path}/{pattern}" for pattern in wanted])
 
 
 def _find(root: Path, path: str) -> Path:
