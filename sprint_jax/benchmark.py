@@ -31,6 +31,7 @@ def main(argv: list[str]) -> None:
     """The command; ``argv`` are its words. Raises UserError for what cannot be timed."""
     flags = _parser().parse_args(argv)
     flags.image = cli.parse_size(flags.image, "--image")
+    flags.mode = None if flags.no_compile else flags.mode
     if flags.threads:
         _use_cores(flags.threads)
     if flags.against:
@@ -74,12 +75,15 @@ def _parser() -> cli.Parser:
         add = command.add_argument
         add("--rounds", type=_count, default=25, metavar="N", help="turns of each arm (default 25)")
         add("--no-compile", action="store_true", help="leave torch.compile out")
+        add("--mode", default="max-autotune", metavar="M", help="of torch.compile on a GPU")
+        add("--queue", type=_count, metavar="N", help="time N calls that do not wait, too")
+        add("--tolerance", type=float, metavar="E", help="the largest error that is timed")
     for command in (train, parity):
         add = command.add_argument
         add("--image", default="512x512", metavar="HxW", help="default 512x512")
         add("--only", type=_names(NETWORK), default=NETWORK, help=f"some of {','.join(NETWORK)}")
         command.set_defaults(batch=(1,), model=None, dtype="float32", parts=("transformer",))
-    parity.set_defaults(rounds=None, no_compile=True)
+    parity.set_defaults(rounds=None, no_compile=True, mode=None, queue=None, tolerance=None)
     sample.set_defaults(batch=(1, 10), workloads={"transformer": "forward"})
     add = sample.add_argument
     add("--model", metavar="DIR", help="a pipeline folder instead of random weights")

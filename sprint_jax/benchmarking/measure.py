@@ -2,6 +2,8 @@
 
 import argparse
 import resource
+import shutil
+import subprocess
 import sys
 from collections.abc import Iterator
 
@@ -9,11 +11,13 @@ import jax
 
 from ..core.errors import UserError
 from .parts import Part, parts
-from .timing import first_call, header, paired_rounds, summarize
+from .timing import TURN_SECONDS, first_call, header, paired_rounds, pipelined, summarize
 
 OURS = "sprint_jax"
 # Relative L2 between two orders of the same sums.
 TOLERANCE = {"float32": 1e-4, "bfloat16": 2e-2}
+# No clock of an accelerator is as coarse as Linux's of processor time.
+TURN_ON_ACCELERATORS = 0.05
 
 
 def lines(flags: argparse.Namespace, command: str) -> Iterator[dict]:
@@ -26,22 +30,36 @@ def lines(flags: argparse.Namespace, command: str) -> Iterator[dict]:
     for part in parts(flags):
         line = {"workload": part.name, "size": flags.name, "dtype": flags.dtype}
         line |= {"image": flags.image, "batch": part.batch}
-        line |= measure(part, TOLERANCE[flags.dtype], flags.rounds)
+        line |= measure(part, flags.tolerance or TOLERANCE[flags.dtype], flags.rounds, flags.queue)
         if line.get("ms"):
             line["pictures_per_s"] = float(f"{1e3 * part.batch / line['ms'][OURS][1]:.4g}")
-        yield line | {"peak_gb": peak_memory()}
+        yield line | {"peak_gb": peak_memory()} | clocks()
 
 
-def measure(part: Part, tolerance: float, rounds: int | None) -> dict:
+def measure(part: Part, tolerance: float, rounds: int | None, queue: int = 0) -> dict:
     """Compares the results of a part, then times it.
 
     Args:
       tolerance: the largest error that is timed.
       rounds: None to compare only.
+      queue: calls in a row that do not wait for one another, in the result's 'pipelined_ms'; 0 for none.
+
+    Returns:
+      What `timing.summarize` does, 'cold_s' and 'relative_error' by arm, and in 'failed' what compiled arms of
+      others ended with, which are not timed.
     """
     line = {"cold_s": {OURS: round(part.cold_s, 2)}, "relative_error": {}}
+    arms = {OURS: part.ours}
     for arm, call in part.theirs.items():
-        line["cold_s"][arm] = round(first_call(call), 2)
+        try:
+            line["cold_s"][arm] = round(first_call(call), 2)
+        except Exception as error:
+            if "compiled" not in arm:
+                raise
+            # A compiler of others that fails costs its arm, not the comparison.
+            line.setdefault("failed", {})[arm] = " ".join(str(error).split())[:300]
+            continue
+        arms[arm] = call
         if part.error is None:
             continue
         found = part.error(part.ours(), call())
@@ -50,7 +68,23 @@ def measure(part: Part, tolerance: float, rounds: int | None) -> dict:
             raise UserError(f"{part.name} of {arm} differs from ours by {found:.2g}: not timed")
     if rounds is None:
         return line
-    return line | summarize(paired_rounds({OURS: part.ours} | part.theirs, rounds), OURS)
+    turn = TURN_SECONDS if jax.default_backend() == "cpu" else TURN_ON_ACCELERATORS
+    line |= summarize(paired_rounds(arms, rounds, turn=turn), OURS)
+    if queue:
+        taken = {arm: pipelined(call, queue) for arm, call in arms.items()}
+        line["pipelined_ms"] = {arm: float(f"{ms:.4g}") for arm, ms in taken.items()}
+    return line
+
+
+def clocks() -> dict[str, dict]:
+    """Returns {'clocks': of the GPUs, as nvidia-smi tells them}; nothing where there is none."""
+    if not shutil.which("nvidia-smi"):
+        return {}
+    names = "clocks.sm", "clocks.mem", "temperature.gpu", "power.draw"
+    command = ["nvidia-smi", f"--query-gpu={','.join(names)}", "--format=csv,noheader,nounits"]
+    said = subprocess.run(command, capture_output=True, text=True, check=False).stdout
+    rows = [[cell.strip() for cell in row.split(",")] for row in said.splitlines()]
+    return {"clocks": {name: [row[i] for row in rows] for i, name in enumerate(names)}}
 
 
 def peak_memory() -> dict[str, float]:

@@ -48,7 +48,7 @@ class Part(NamedTuple):
 
 def parts(flags: argparse.Namespace) -> Iterator[Part]:
     """Yields the parts that the command's flags ask for, each built when it is due."""
-    device = _torch_device() if flags.against else "cpu"
+    device = _torch_device(flags.dtype) if flags.against else "cpu"
     with tempfile.TemporaryDirectory() as scratch:
         if "transformer" in flags.parts:
             yield from _transformer(flags, device, Path(scratch))
@@ -58,11 +58,16 @@ def parts(flags: argparse.Namespace) -> Iterator[Part]:
         yield from _pipeline(flags, device)
 
 
-def _torch_device() -> str:
-    """Returns 'cuda' where JAX and torch both have one, else 'cpu'; UserError where JAX alone has."""
+def _torch_device(dtype: str) -> str:
+    """Returns 'cuda' where JAX and torch both have one, else 'cpu'; UserError where JAX alone has.
+
+    On a GPU torch computes convolutions of float32 in full, as ours are, from here on if ``dtype`` is that.
+    """
     if jax.default_backend() == "cpu":
         return "cpu"
-    if jax.default_backend() == "gpu" and reference.import_torch().cuda.is_available():
+    if jax.default_backend() == "gpu" and (torch := reference.import_torch()).cuda.is_available():
+        if dtype == "float32":
+            torch.backends.cudnn.allow_tf32 = False
         return "cuda"
     raise UserError(
         f"JAX runs on {jax.default_backend()}, torch cannot: compare with JAX_PLATFORMS=cpu, or install "
@@ -103,9 +108,7 @@ def _transformer(flags: argparse.Namespace, device: str, scratch: Path) -> Itera
             params = jax.jit(unstack_blocks)(params)
         arms = {}
         if module is not None:
-            arms = reference.transformer_arms(
-                module, inputs, device, flags.dtype, not flags.no_compile
-            )
+            arms = reference.transformer_arms(module, inputs, device, flags.dtype, flags.mode)
         for name, workload in flags.workloads.items():
             call = network_calls(model)[workload]
             ours, seconds = compiled(call, params, jax.device_put(inputs))
@@ -137,9 +140,7 @@ def _decoder(flags: argparse.Namespace, device: str, scratch: Path) -> Iterator[
         ours, seconds = compiled(decode, params, jnp.asarray(latents))
         theirs = {}
         if module is not None:
-            theirs = reference.decoder_arms(
-                module, latents, device, flags.dtype, not flags.no_compile
-            )
+            theirs = reference.decoder_arms(module, latents, device, flags.dtype, flags.mode)
         yield Part("decoder", batch, ours, seconds, theirs)
 
 
@@ -147,7 +148,7 @@ def _pipeline(flags: argparse.Namespace, device: str) -> Iterator[Part]:
     pipe = SprintPipeline.from_pretrained(flags.model, jnp.dtype(flags.dtype))
     pipelines = {}
     if flags.against:
-        how = flags.model, device, flags.dtype, not flags.no_compile
+        how = flags.model, device, flags.dtype, flags.mode
         pipelines = reference.load_pipelines(*how)
     height, width = flags.image
     for batch in flags.batch:

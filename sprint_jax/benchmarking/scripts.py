@@ -1,16 +1,19 @@
 """Parts that the scripts of the folder benchmarks share: processes of their own, commands, digits' accuracy."""
 
+import contextlib
 import json
 import math
 import os
 import statistics
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+
+from .timing import header
 
 
 def run_command(module: str, *words: Any, allowed: tuple[int, ...] = (0,)) -> None:
@@ -109,3 +112,20 @@ def digits_accuracy(model: Path, count: int, **how: Any) -> float:
 def write_lines(path: Path, lines: list[dict]) -> None:
     """Writes JSON lines."""
     path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+
+
+@contextlib.contextmanager
+def line_writer(path: Path, command: str) -> Iterator[Callable[[dict], None]]:
+    """A function that adds a JSON line to a file and prints it, at once; the first is the command's header.
+
+    What is stopped meanwhile keeps what it has measured.
+    """
+    with path.open("a", encoding="utf-8") as file:
+
+        def write(line: dict) -> None:
+            file.write(json.dumps(line) + "\n")
+            file.flush()
+            print(json.dumps(line), flush=True)
+
+        write(header(command))
+        yield write

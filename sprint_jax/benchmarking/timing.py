@@ -5,6 +5,7 @@ one hour to the next, and ratios are taken round by round. A round during which 
 more than a share of our cores is dropped and counted.
 """
 
+import functools
 import os
 import platform
 import statistics
@@ -75,21 +76,36 @@ def header(command: str, **more: Any) -> dict[str, Any]:
     } | more
 
 
-def compiled(function: Callable, *arguments: Any) -> tuple[Callable, float]:
+class Waiting(NamedTuple):
+    """A call that waits for its result; ``start()`` does not, and ``wait`` takes what it returned."""
+
+    start: Callable[[], object]
+    wait: Callable[[object], object]
+
+    def __call__(self) -> object:
+        return self.wait(self.start())
+
+
+def compiled(
+    function: Callable, *arguments: Any, options: dict[str, Any] | None = None
+) -> tuple[Waiting, float]:
     """Compiles a function for its arguments; a compiled program cannot compile again.
+
+    Args:
+      options: of XLA, by the names of its flags without dashes.
 
     Returns:
       a call without arguments that waits for its result; seconds that tracing and compiling took.
     """
     began = time.perf_counter()
-    program = jax.jit(function).lower(*arguments).compile()
+    program = jax.jit(function).lower(*arguments).compile(compiler_options=options)
     seconds = time.perf_counter() - began
     return waiting(program, *arguments), seconds
 
 
-def waiting(function: Callable, *arguments: Any, **keywords: Any) -> Callable[[], object]:
+def waiting(function: Callable, *arguments: Any, **keywords: Any) -> Waiting:
     """Returns a call of ``function`` that waits for its result."""
-    return lambda: jax.block_until_ready(function(*arguments, **keywords))
+    return Waiting(functools.partial(function, *arguments, **keywords), jax.block_until_ready)
 
 
 def first_call(call: Callable[[], object]) -> float:
@@ -103,6 +119,7 @@ def paired_rounds(
     arms: dict[str, Callable[[], object]],
     rounds: int,
     *,
+    turn: float = TURN_SECONDS,
     clock: Callable[[], float] = time.perf_counter,
     load: Callable[[], np.ndarray | None] = processor_times,
 ) -> list[Round]:
@@ -111,6 +128,7 @@ def paired_rounds(
     Args:
       arms: calls that return when their work is done.
       rounds: how many turns each arm gets.
+      turn: seconds of one, at least a call.
       clock: gives seconds; load: see `processor_times`.
     """
     calls = {}
@@ -119,7 +137,7 @@ def paired_rounds(
             began = clock()
             call()
             seconds = clock() - began
-        calls[name] = max(1, round(TURN_SECONDS / max(seconds, 1e-6)))
+        calls[name] = max(1, round(turn / max(seconds, 1e-6)))
     taken = []
     for _ in range(rounds):
         before, ms = load(), {}
@@ -131,6 +149,16 @@ def paired_rounds(
             ms[name] = 1e3 * (clock() - began) / calls[name]
         taken.append(Round(ms, foreign_share(before, load())))
     return taken
+
+
+def pipelined(call: Waiting, count: int, clock: Callable[[], float] = time.perf_counter) -> float:
+    """Returns milliseconds per call of ``count`` calls that follow one another without waiting."""
+    call()
+    began = clock()
+    for _ in range(count):
+        out = call.start()
+    call.wait(out)
+    return 1e3 * (clock() - began) / count
 
 
 def summarize(rounds: list[Round], base: str, limit: float = FOREIGN_LIMIT) -> dict:

@@ -18,6 +18,7 @@ from ..core.errors import UserError
 from ..interop import files
 from ..interop.sana import sana_table
 from ..models.blocks import stack
+from .timing import Waiting
 
 EAGER, COMPILED, CHANNELS_LAST = "diffusers", "diffusers compiled", "diffusers channels last"
 CLASSES = {"transformer": "SanaTransformer2DModel", "vae": "AutoencoderDC"}  # by folder
@@ -55,20 +56,24 @@ def load_module(folder: Path, part: str) -> Any:
     return getattr(diffusers, CLASSES[part]).from_pretrained(folder, subfolder=part).eval()
 
 
-def decoder_arms(model, latents, device: str, dtype: str, torch_compile: bool) -> dict:
-    """Returns {arm: call} of an AutoencoderDC's decoder on latents [B, h, w, C], not scaled."""
+def decoder_arms(model, latents, device: str, dtype: str, mode: str | None) -> dict:
+    """Returns {arm: call} of an AutoencoderDC's decoder on latents [B, h, w, C], not scaled.
+
+    Args:
+      mode: of `compile_module`; None leaves the compiled arm out.
+    """
     torch = import_torch()
     decoder = model.decoder.to(device, getattr(torch, dtype))
     first = to_torch(latents, device, dtype)
     arms = {EAGER: (decoder, first)}
-    if torch_compile:
-        arms[COMPILED] = compile_module(decoder, device), first
+    if mode:
+        arms[COMPILED] = compile_module(decoder, device, mode), first
     last = copy.deepcopy(decoder).to(memory_format=torch.channels_last)
     arms[CHANNELS_LAST] = last, first.to(memory_format=torch.channels_last)
     return {arm: _inference(*call, device=device) for arm, call in arms.items()}
 
 
-def load_pipelines(folder: str, device: str, dtype: str, torch_compile: bool) -> dict[str, Any]:
+def load_pipelines(folder: str, device: str, dtype: str, mode: str | None) -> dict[str, Any]:
     """Loads a folder's SanaSprintPipeline, {arm: pipeline}; the compiled one has the same weights."""
     torch = import_torch()
     import diffusers
@@ -76,10 +81,10 @@ def load_pipelines(folder: str, device: str, dtype: str, torch_compile: bool) ->
     kind = diffusers.SanaSprintPipeline
     eager = kind.from_pretrained(folder, torch_dtype=getattr(torch, dtype)).to(device)
     found = {EAGER: eager}
-    if torch_compile:
+    if mode:
         vae = copy.deepcopy(eager.vae)
-        vae.decoder = compile_module(vae.decoder, device)
-        transformer = compile_module(eager.transformer, device)
+        vae.decoder = compile_module(vae.decoder, device, mode)
+        transformer = compile_module(eager.transformer, device, mode)
         found[COMPILED] = kind(**(eager.components | dict(vae=vae, transformer=transformer)))
     for pipeline in found.values():
         pipeline.set_progress_bar_config(disable=True)
@@ -112,23 +117,21 @@ def to_torch(array, device: str = "cpu", dtype: str = "float32") -> Any:
     return tensor.to(getattr(torch, dtype)) if is_cast else tensor
 
 
-def compile_module(module, device: str) -> Any:
-    """Compiles a module as torch's users do: at its best on a GPU, by default on a CPU."""
-    best = {} if device == "cpu" else dict(mode="max-autotune", fullgraph=True)
-    return import_torch().compile(module, **best)
+def compile_module(module, device: str, mode: str) -> Any:
+    """Compiles a module as torch's users do: whole and in this mode on a GPU, by default on a CPU."""
+    how = {} if device == "cpu" else dict(mode=mode, fullgraph=True)
+    return import_torch().compile(module, **how)
 
 
-def waiting(call: Callable, device: str) -> Callable:
+def waiting(call: Callable, device: str) -> Waiting:
     """Returns ``call``, but returning when its work is done; on a CPU it is then anyway."""
-    if device == "cpu":
-        return call
 
-    def wait():
-        out = call()
-        import_torch().cuda.synchronize()
+    def wait(out):
+        if device != "cpu":
+            import_torch().cuda.synchronize()
         return out
 
-    return wait
+    return Waiting(call, wait)
 
 
 def _inference(function: Callable, *arguments, device: str, **keywords) -> Callable:
@@ -142,7 +145,7 @@ def _inference(function: Callable, *arguments, device: str, **keywords) -> Calla
     return waiting(call, device)
 
 
-def transformer_arms(model, inputs: dict, device: str, dtype: str, torch_compile: bool) -> dict:
+def transformer_arms(model, inputs: dict, device: str, dtype: str, mode: str | None) -> dict:
     """Returns {arm: {workload: call}} of a SanaTransformer2DModel, see `workloads.network_calls`.
 
     Through `torch.compile` there is no JVP: in the sCM branch it stays eager.
@@ -151,8 +154,8 @@ def transformer_arms(model, inputs: dict, device: str, dtype: str, torch_compile
     model = model.to(device, getattr(torch, dtype))
     given = {key: to_torch(value, device, dtype) for key, value in inputs.items()}
     arms = {EAGER: network_calls(model, model, given)}
-    if torch_compile:
-        arms[COMPILED] = network_calls(model, compile_module(model, device), given)
+    if mode:
+        arms[COMPILED] = network_calls(model, compile_module(model, device, mode), given)
         del arms[COMPILED]["jvp"]
     return {
         arm: {name: waiting(call, device) for name, call in calls.items()}
