@@ -37,8 +37,8 @@ def get_config(arg=None):
         c = digits.get_config(f"{stage},{world}")
         c.model.control_blocks = 4  # of six
         c.data.control = "strokes"
-        # Of what the trunk took: a sketch leaves less open than a prompt.
-        c.steps //= 2 if stage == "teacher" else 4
+        if stage == "student":
+            c.steps //= 4  # a sketch leaves less open than a prompt
         return c
     c = teacher(size, trunk) if stage == "teacher" else sprint.get_config(size)
     c.model.control_blocks = 7
