@@ -27,12 +27,10 @@ from sprint_jax.digits.sketches import draw_sketches
 from sprint_jax.pipeline import Request, SprintPipeline
 
 HERE = Path(__file__).parent
-# (what is drawn, what is asked for)
-PAIRS = [(f"a {digit}", f"a red {digit} on blue") for digit in (3, 5, 7, 8)]
-PAIRS += [
-    (f"a {drawn}", f"a {asked}")
-    for drawn, asked in ((8, 3), (3, 8), (1, 7), (7, 1), (0, 6), (2, 5))
-]
+# What is drawn and what is asked for: four that agree, six that do not.
+DRAWN = (3, 5, 7, 8, 8, 3, 1, 7, 0, 2)
+ASKED = (3, 5, 7, 8, 3, 8, 7, 1, 6, 5)
+PAIRS = [(f"a {d}", f"a red {a} on blue") for d, a in zip(DRAWN, ASKED, strict=True)]
 
 
 def lines_of(name: str, folder: Path, count: int) -> list[dict[str, Any]]:
