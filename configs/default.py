@@ -70,6 +70,9 @@ def get_config(arg=None):
     c.data.sizes = ()  # instead of the table, such as 8x16,16x8 (height x width)
     # So many of the sizes, evenly spread: each has programs of its own in a run; 0: all
     c.data.most_sizes = 0
+    # So many sizes have their programs on the devices at once. Another's are loaded from the cache of compiled
+    # programs while batches of it wait, in the place of those that were not used the longest; 0: all
+    c.data.loaded_sizes = 0
     # How captions are put to the text encoder: as 'diffusers' does, or as 'nvlabs' did in training, with other
     # quotes in the instruction, and capitals
     c.data.prompt_style = "diffusers"

@@ -108,9 +108,15 @@ def _train(c: Config, workdir: AnyPath, stop: Stop, peers) -> None:
     # --- Loop: the host prepares one step while the devices work on the one before.
     print(f"{setup.describe(c, state, mesh)}; compiling", flush=True)
     stop.phase("compiling")
-    compiling = compile_updates(lowered, lower, shapes)
+    compiling = compile_updates(lowered, lower, shapes, c.data.loaded_sizes)
     passes = range(len(lowered))
-    stream = prefetch(data.batches, start * len(passes), c.data.prefetch, to_devices)
+
+    def place(batch):
+        batch = to_devices(batch)
+        updates(batch, wait=False)  # which may have to be loaded
+        return batch
+
+    stream = prefetch(data.batches, start * len(passes), c.data.prefetch, place)
     lines = MetricLog(workdir, resume_step=start, progress=Progress(c.steps, start))
     in_a_row, clock = 0, Clock(start, c.data.batch_size)
     with (

@@ -122,6 +122,7 @@ SECTIONS = {
         resolution=whole(1, 2**16),
         sizes=several(TEXT),
         most_sizes=whole(0),
+        loaded_sizes=either(one_of(0), whole(2)),
         prompt_style=TEXT,
         null_mask=one_of("own", "caption"),
         image_feature=TEXT,

@@ -60,8 +60,9 @@ def plan_layout(c: Config, topology: Topology, flops: dict[str, float], full: bo
         leaves |= {name: size for name, size in sizes.items() if name in leaves}
     distinct = list({id(program): program for program in programs}.values())
     held, buckets = _by_kind(leaves), count_sizes(c)
+    buckets = min(buckets, c.data.loaded_sizes or buckets)
     held["batch"] *= c.data.prefetch + ON_DEVICE
-    # A run holds the programs of all sizes of pictures, which differ by their shapes alone.
+    # A run holds the programs of many sizes of pictures, which differ by their shapes alone.
     code = buckets * sum(program.code for program in distinct)
     peaks = [held]
     for program, sizes in zip(programs, arguments, strict=True):
@@ -217,8 +218,8 @@ def _warnings(plan: dict) -> list[str]:
         )
     if plan["memory"]["code"] > 0.1 * plan["limit_bytes"]:
         found.append(
-            f"the code of {plan['programs']} programs takes {plan['memory']['code'] / GIB:.1f} GiB: train on "
-            "fewer sizes of pictures (data.most_sizes)"
+            f"the code of {plan['programs']} programs takes {plan['memory']['code'] / GIB:.1f} GiB: load those "
+            "of fewer sizes at once (data.loaded_sizes), or train on fewer sizes (data.most_sizes)"
         )
     if count := len(plan["involuntary_rematerializations"]):
         found.append(f"the partitioner replicated {count} tensor(s) whole to reshard them")

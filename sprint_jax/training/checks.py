@@ -24,6 +24,7 @@ FREE = (
     "model.scan",
     "data.dir",
     "data.prefetch",
+    "data.loaded_sizes",
     "data.max_rejected",
 )
 FREE += ("data.latents", "data.images", "data.encoders")  # places: checkpoints know what was there

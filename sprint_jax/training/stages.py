@@ -78,19 +78,22 @@ def lower_updates(c: Config, nets: Nets, state: TrainState, batch: dict, frozen:
 
 @contextlib.contextmanager
 def compile_updates(
-    first: list, lower: Callable[[dict], list], shapes: Sequence[dict]
+    first: list, lower: Callable[[dict], list], shapes: Sequence[dict], most: int = 0
 ) -> Iterator[Callable[[dict], list | None]]:
-    """Compiles the updates of every batch shape in the background: there may be dozens.
+    """Compiles the updates of batch shapes in the background: there may be dozens.
 
     Args:
-      first: the lowered updates of the first shape.
+      first: the lowered updates of the first shape, which are never given up.
       lower: `lower_updates` of the others, which are traced one after the other.
+      most: so many shapes have updates at a time: what was not asked for the longest is given up, and made
+        anew when it is asked for, from the cache of compiled programs. 0: all.
 
     Yields:
-      ``updates(batch, wait)``: the compiled updates of a batch's shape, in order; None if they are not ready
-      and ``wait`` is false. What ends the tracing or compiling of a shape is raised there.
+      ``updates(batch, wait)``, for any thread: the compiled updates of a batch's shape, in order; None if they
+      are not ready and ``wait`` is false. What ends the tracing or compiling of a shape is raised there.
     """
-    tracing, names = threading.Lock(), [batch["latents"].shape for batch in shapes]
+    tracing, choosing = threading.Lock(), threading.Lock()
+    batches = {batch["latents"].shape: batch for batch in shapes}
 
     def make(batch: dict) -> list:
         with tracing:  # it is Python, and would not be faster side by side
@@ -98,11 +101,22 @@ def compile_updates(
         return _compile(lowered)
 
     pool = concurrent.futures.ThreadPoolExecutor(COMPILERS, "compiling")
-    made = [pool.submit(_compile, first), *(pool.submit(make, batch) for batch in shapes[1:])]
-    programs = dict(zip(names, made, strict=True))
+    always, *others = batches
+    programs = {always: pool.submit(_compile, first)}
+    programs |= {
+        name: pool.submit(make, batches[name]) for name in others[: (most and most - 1) or None]
+    }
+    programs = dict(reversed(programs.items()))  # the first of them goes first
 
     def updates(batch: dict, wait: bool = True) -> list | None:
-        program = programs[batch["latents"].shape]
+        name = batch["latents"].shape
+        with choosing:
+            program = programs.pop(name, None)
+            if program is None:
+                if len(programs) >= most:
+                    programs.pop(next(other for other in programs if other != always))
+                program = pool.submit(make, batches[name])
+            programs[name] = program
         return program.result() if wait or program.done() else None
 
     try:

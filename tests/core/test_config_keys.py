@@ -74,7 +74,7 @@ def test_published_rates_follow_the_batch():
 
 
 @contextlib.contextmanager
-def no_compilation(first, lower, shapes):
+def no_compilation(first, lower, shapes, most):
     """Stands in for `compile_updates`; that the updates were traced has read all that they read."""
 
     def update(state, batch, frozen):

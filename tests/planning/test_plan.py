@@ -232,15 +232,21 @@ def test_a_tpu_program_that_is_too_large(teacher):
 
 
 @pytest.mark.parametrize(
-    ("source", "sizes", "count"),
-    [("synthetic", "", 1), ("latents", "", 33), ("images", "512x512,256x1024", 2)],
+    ("source", "sizes", "loaded", "count"),
+    [
+        ("synthetic", "", 0, 1),
+        ("latents", "", 0, 33),
+        ("latents", "", 7, 7),
+        ("images", "512x512,256x1024", 7, 2),
+    ],
 )
 def test_programs_of_all_sizes_and_all_batches_on_the_devices_are_counted(
-    teacher, monkeypatch, source, sizes, count
+    teacher, monkeypatch, source, sizes, loaded, count
 ):
     made = Program("", 0.0, 2e6, False, 0.0, [], True, [])
     monkeypatch.setattr(layout, "compile_update", lambda *_: made)
     changes = {"data.source": source, "data.sizes": tuple(sizes.split(",")) if sizes else ()}
+    changes |= {"data.loaded_sizes": loaded}
     c = teacher.override(changes | {"data.prefetch": 3, "data.latent_size": (4, 4)})
     plan = plan_layout(c, open_topology("local", 1), FLOPS)
     assert plan["programs"] == count and plan["memory"]["code"] == count * 2e6

@@ -1,6 +1,7 @@
 """Programs of many batch shapes, compiled in the background of a run."""
 
 import threading
+import weakref
 from types import SimpleNamespace
 
 import jax
@@ -52,3 +53,33 @@ def test_a_run_that_ends_early_compiles_nothing_more():
         updates(batches[0])
         threading.Timer(0.5, go.set).start()
     assert len(traced) <= COMPILERS
+
+
+def test_a_bound_gives_up_what_was_not_asked_for_the_longest():
+    a, b, c, d = batches = shapes(4, 8, 12, 16)
+    traced, alive = [], weakref.WeakSet()
+
+    class Program:
+        def compile(self):
+            made = Program()
+            alive.add(made)
+            return made
+
+    def lower(batch):
+        traced.append(batch["latents"].shape[1])
+        return [Program()]
+
+    with compile_updates(lower(a), lower, batches, most=3) as updates:
+        for batch in (b, c):  # the most frequent are compiled at once
+            updates(batch)
+        assert traced == [4, 8, 12] and len(alive) == 3
+        assert updates(d) and traced.pop() == 16 and len(alive) == 3
+        for batch in (a, c, d):
+            updates(batch)
+        assert traced == [4, 8, 12]
+        updates(b)
+        updates(d)
+        assert traced == [4, 8, 12, 8] and len(alive) == 3
+        updates(a)  # the first stays, however long it was not asked for
+        updates(c)
+        assert traced == [4, 8, 12, 8, 12] and len(alive) == 3
