@@ -9,7 +9,6 @@ end well.
 """
 
 import argparse
-import ctypes
 import importlib.metadata
 import importlib.util
 import json
@@ -26,6 +25,13 @@ from typing import NamedTuple
 
 HERE = Path(__file__).resolve().parent
 OK = "finished"
+# Before it becomes the part, a process asks Linux to kill it when this one is gone: it would hold the device.
+DIE_WITH_PARENT = """
+import ctypes, os, sys
+ctypes.CDLL(None).prctl(1, 9)
+os.execv(sys.executable, [sys.executable, *sys.argv[1:]])
+"""
+LEAST = 10  # seconds that are worth starting a part for
 
 
 class Part(NamedTuple):
@@ -137,13 +143,12 @@ def run(part: Part, seconds: float, out: Path, logs: Path, variables: dict[str, 
     began, log = time.monotonic(), logs / f"{part.name.replace(' ', '_')}.log"
     with log.open("wb") as file:
         process = subprocess.Popen(
-            [sys.executable, *part.words],
+            [sys.executable, "-c", DIE_WITH_PARENT, *part.words],
             env=os.environ | variables | part.variables,
             stdout=file,
             stderr=subprocess.STDOUT,
             cwd=HERE.parent,
             start_new_session=True,  # so that it ends with all that it started
-            preexec_fn=_die_with_parent,
         )
         try:
             code = process.wait(seconds)
@@ -158,11 +163,6 @@ def run(part: Part, seconds: float, out: Path, logs: Path, variables: dict[str, 
     if how != OK:
         line["log"] = log.read_text(errors="replace").strip()[-600:]
     add(out, line)
-
-
-def _die_with_parent() -> None:
-    """Has Linux kill this process when the one that started it is gone, else it would hold the device."""
-    ctypes.CDLL(None).prctl(1, signal.SIGKILL)
 
 
 def missing(wheels: Path) -> list[Path]:
@@ -235,7 +235,7 @@ def main(argv: list[str]) -> int:
         if part.name not in only or how == OK or (how and not flags.again):
             continue
         left = until - time.monotonic()
-        if left < 10:
+        if left < LEAST:
             break
         run(part, min(part.seconds, left), flags.out, logs, variables)
     done = ended(flags.out)

@@ -27,7 +27,7 @@ CONFIG = Path(__file__).resolve().parent.parent / "configs" / "sprint.py"
 # Where the search begins, by GB of memory (docs/planning.md).
 BATCHES = {"600m": {140: 192, 80: 96, 40: 24}, "1600m": {140: 96, 80: 32}}
 # Of both updates without remat, per image of 1024 pixels: `plan`'s model_flops_per_device over its images.
-TFLOP = {"600m": (12.2, 5.4), "1600m": (33.2, 15.4)}
+TFLOP = {"600m": 16.3, "1600m": 48.6}
 TINY = ("model.num_layers=2", "model.num_attention_heads=1", "model.caption_channels=16")
 TINY += ("model.num_cross_attention_heads=1", "data.latent_size=(2,2)", "data.text_length=4")
 TINY += ("model.cross_attention_head_dim=32", "ladd.taps=(1,)", "model.dtype=float32")
@@ -37,7 +37,7 @@ def distill(flags, write):
     """Milliseconds of both updates at the largest batch that fits, MFU, and memory."""
     device = jax.devices()[0]
     limit = (device.memory_stats() or {}).get("bytes_limit", float("inf"))
-    batch = flags.batch or _first_batch(flags.size, limit)
+    batch = flags.batch or (2 if flags.tiny else _first_batch(flags.size, limit))
     while True:
         began = time.perf_counter()
         shapes, lowered = _lowered(flags, batch)
@@ -66,7 +66,6 @@ def distill(flags, write):
         if step >= 3 and time.perf_counter() > until:
             break
     pairs = times[2:]  # the first two warm up
-    tflop = TFLOP[flags.size]
     ms = [spread(column) for column in zip(*pairs, strict=True)]
     per_second = 1e3 * batch / sum(each[1] for each in ms)
     line = {
@@ -77,7 +76,7 @@ def distill(flags, write):
     }
     line |= {"ms": dict(zip(("generator", "discriminator"), ms, strict=False))}
     line |= {"images_per_second": float(f"{per_second:.4g}")}
-    line |= {"flops_per_second": sum(tflop) * 1e12 * per_second, "needed_gb": needed}
+    line |= {"flops_per_second": TFLOP[flags.size] * 1e12 * per_second, "needed_gb": needed}
     finite = {name: value for name, value in metrics.items() if name.startswith("loss")}
     write(line | {"losses": finite, "peak_gb": peak_memory()} | clocks())
 

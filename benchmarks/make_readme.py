@@ -9,16 +9,18 @@ import collections
 import json
 from pathlib import Path
 
+from sprint_jax.benchmarking import gpu_page
+
 HERE = Path(__file__).parent
 
 INTRODUCTION = """# Benchmarks
 
 Made by `python benchmarks/make_readme.py` from [results](results) and [plans](plans); not to be edited. Each
-table is of a file that the commands above it printed. All times were measured on two CPU cores; the first line
-of most files says on what. Arms of a comparison took turns in every round; rounds with more than 12 % foreign
-load were dropped ([timing](../sprint_jax/benchmarking/timing.py)). Times are medians; times of others are over
-ours, round by round, as median [minimum, maximum]. Where the package is not installed, scripts run with
-`PYTHONPATH=.` before them.
+table is of a file that the commands above it printed. Where no device is named, times were measured on two
+CPU cores; the first line of most files says on what. Arms of a comparison took turns in every round; rounds
+with more than 12 % foreign load were dropped ([timing](../sprint_jax/benchmarking/timing.py)). Times are
+medians; times of others are over ours, round by round, as median [minimum, maximum]. Where the package is not
+installed, scripts run with `PYTHONPATH=.` before them.
 """
 
 DIGITS = (
@@ -302,7 +304,8 @@ def span(values: list[float]) -> str:
 
 def page() -> str:
     """The whole page."""
-    parts = [INTRODUCTION]
+    facts = [read(name) for name in ("plans/*.json", "results/gpu.jsonl", "results/network.jsonl")]
+    parts = [INTRODUCTION, gpu_page.section(*facts)]
     for pattern, title, command, tables in SECTIONS:
         lines = [prepared(line) for line in read(pattern)]
         commands = (
