@@ -132,7 +132,7 @@ def test_a_plan_of_a_folder(command, folder, tmp_path):
         (("--model", "700m"), "700m"),
         ((), "--model"),
         (("--model", "FOLDER", "--steps", "5"), "5"),
-        (("--model", "FOLDER", "--image", "100x64"), "100x64"),
+        (("--model", "FOLDER", "--image", "101x64"), "101x64"),
         (("--model", "FOLDER", "--batch", "0"), "--batch"),
         (("--model", "FOLDER", "--sweep", "batch"), "--sweep"),
     ],
