@@ -218,15 +218,49 @@ SECTIONS = [
         ],
     ),
     (
-        "plans/*.json",
-        "Plans of runs on TPU slices (compiled, never run; see [docs/planning.md](../docs/planning.md))",
+        "plans/[!m]*.json",
+        "Plans of runs on TPUs and GPUs (compiled, never run; see [docs/planning.md](../docs/planning.md))",
         "python -m sprint_jax.plan --config CONFIG --topology SLICE --sweep batch --out FILE",
         [
             (
                 "fits",
-                "config | slice | global batch | GiB per chip, of | least step, s | MFU at most | bound",
+                "config | devices | global batch | GiB per device, of | least step, s | MFU at most | bound",
                 "[{config}]({file}) | {topology} | {batch}, {chosen} | {gib:.1f} of {limit:.2f} "
                 "| {step_seconds:.1f} | {mfu:.0%} | {bound}",
+            )
+        ],
+    ),
+    (
+        "plans/sample_*.json",
+        "Plans of inference on one device (compiled, never run)",
+        "python -m sprint_jax.plan --sample --model NAME --topology DEVICE --out FILE",
+        [
+            (
+                "whole",
+                "model | device | steps | batch | TFLOP | GB moved | kernels | GiB, one part's weights at once "
+                "| least ms | text, transformer, decoder | images/s at most",
+                "[{model}]({file}) | {topology} | {steps} | {batch} | {tflop:.3g} | {moved:.3g} "
+                "| {whole[kernels]:.0f} | {gib:.1f}, {in_turn:.1f} | {least_ms:.3g} | {of_parts} "
+                "| {whole[images_per_second]:.3g}",
+            ),
+            (
+                "largest_batch",
+                "model | planned for | most pictures in one step on a card of | one part's weights at once",
+                "{model} | {topology} | {most} | {most_in_turn}",
+            ),
+        ],
+    ),
+    (
+        "plans/methods_*.json",
+        "Plans of distillations of 0.6B by their losses (compiled, never run)",
+        "python -m sprint_jax.plan --config configs/sprint.py:600m,LOSSES --topology DEVICES --out FILE",
+        [
+            (
+                "updates",
+                "config | devices | global batch | GiB per device | TFLOP | TB moved | GB over links "
+                "| least step, s | updates",
+                "[{config}]({file}) | {topology} | {batch} | {gib:.1f} | {tflop:.4g} | {moved:.3g} "
+                "| {links:.3g} | {step_seconds:.3g} | {names}",
             )
         ],
     ),
@@ -257,7 +291,8 @@ def read(pattern: str) -> list[dict]:
         )
         for line in lines:
             found.append(line | {"file": f"{path.parent.name}/{path.name}"})
-            found += line.get("runs", [])
+            shared = {key: line[key] for key in ("model", "topology", "file") if key in line}
+            found += [shared | run for run in line.get("runs", [])]
             if "real" in line:
                 found.append(line["real"] | {"name": "real scenes, held-out handwriting"})
     return found
@@ -289,7 +324,22 @@ def prepared(line: dict) -> dict:
         for section, key in (("frechet", "distance"), ("diversity", "combined")):
             value = line.get(section)
             more[key] = f"{value[key]:.2f} ± {value['standard_error']:.2f}" if value else "-"
-    if "limit_bytes" in line:
+    if "whole" in line:
+        whole = line["whole"]
+        more |= {"tflop": whole["flops"] / 1e12, "moved": whole["hbm_bytes"] / 1e9}
+        more |= {"gib": whole["bytes"] / 2**30, "in_turn": whole["bytes_in_turn"] / 2**30}
+        spent = (1e3 * part["calls"] * part["seconds"] for part in line["parts"])
+        more |= {"least_ms": 1e3 * whole["seconds"]}
+        more["of_parts"] = ", ".join(f"{each:.3g}" for each in spent)
+    if line.get("largest_batch"):
+        for key, name in (("bytes", "most"), ("bytes_in_turn", "most_in_turn")):
+            cards = line["largest_batch"][0][key].items()
+            more[name] = ", ".join(f"{card} GB: {count}" for card, count in cards)
+    if line.get("step_seconds") and "updates" in line:
+        more |= {"tflop": line["flops_per_device"] / 1e12, "moved": line["hbm_bytes"] / 1e12}
+        sums = (sum(axes.values()) for axes in line["collective_bytes"].values())
+        more |= {"links": sum(sums) / 1e9, "names": ", ".join(u["name"] for u in line["updates"])}
+    if "bytes_per_device" in line:
         more |= {"gib": line["bytes_per_device"] / 2**30, "limit": line["limit_bytes"] / 2**30}
         largest = max((each["batch"] for each in line.get("sweep", []) if each["fits"]), default=0)
         fastest = f"the fastest ({largest} fits)"

@@ -134,11 +134,18 @@ def parse_size(text: str | None, flag: str = "--size") -> tuple[int | None, int 
     return int(match[1]), int(match[2])
 
 
-def add_config(parser: Parser) -> None:
-    """Adds the required flag ``--config FILE.py[:WORDS]``, for `parse_with_config`."""
+def parse_counts(text: str) -> tuple[int, ...]:
+    """Returns the whole numbers of ``1,2,4``, each at least 1, as a flag's ``type``."""
+    if not re.fullmatch(r"[1-9]\d*(,[1-9]\d*)*", text):
+        raise argparse.ArgumentTypeError(f"'{text}' must be numbers of at least 1, such as 1,2,4")
+    return tuple(map(int, text.split(",")))
+
+
+def add_config(parser: Parser, required: bool = True) -> None:
+    """Adds the flag ``--config FILE.py[:WORDS]``, for `parse_with_config`."""
     parser.add_argument(
         "--config",
-        required=True,
+        required=required,
         metavar="FILE.py[:WORDS]",
         help="a config file and the words its get_config takes, such as configs/digits.py:teacher;"
         " --config.key=value sets one key of it (nested: --config.a.b=value)",

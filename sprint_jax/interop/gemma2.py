@@ -58,9 +58,14 @@ def load_text_encoder(
         tensor is unknown, missing or misshapen.
     """
     folder = local_copy(folder)
-    gemma = _from_config(_read_config(folder), f"{folder}/config.json", dtype)
+    gemma = read_text_encoder(folder, dtype)
     tensors = _without_head(open_safetensors(folder, STEM))
     return gemma, load_params(gemma2_table(gemma), tensors, dtype, shardings)
+
+
+def read_text_encoder(folder: Path, dtype: Any = jnp.float32) -> Gemma2:
+    """Reads the config of the Gemma-2 of a transformers folder, without its weights."""
+    return _from_config(_read_config(folder), f"{folder}/config.json", dtype)
 
 
 def save_text_encoder(

@@ -8,7 +8,9 @@ large ("exceeds available HBM (15.75G)"). Sources of the other numbers:
 - ICI per link and direction, and DCN of v4: "How to Scale Your Model" (the JAX scaling book), part 2, "TPU
   specs"; a tenth below the documentation's figure divided by the number of ports.
 - GPUs: NVIDIA datasheets "A100 Tensor Core GPU" (80 GB SXM), "H100 Tensor Core GPU" (SXM), "H200 Tensor Core
-  GPU", dense bfloat16, NVLink in one direction; network of DGX A100 and DGX H100 user guides, per GPU.
+  GPU", dense bfloat16, NVLink in one direction; network of DGX A100 and DGX H100 user guides, per GPU. Float32
+  runs as TF32 at half the rate of bfloat16, or at 'highest' precision outside the tensor cores: 19.5 and 67
+  TFLOP/s, a sixteenth and a fifteenth.
 - cpu: a rough guide, of two cores in float32.
 """
 
@@ -16,7 +18,7 @@ from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 from ..core.errors import UserError
-from .counts import Collective, Work
+from .counts import PASSES, Collective, Work
 
 
 class Chip(NamedTuple):
@@ -27,6 +29,7 @@ class Chip(NamedTuple):
       link: bytes/s of one link in one direction. ring: an axis of so many chips, or of a multiple where
         ``multiples``, is a closed ring, with two links per chip; other axes are lines with one.
       dcn: bytes/s per chip between slices or nodes.
+      passes: times as long as in bfloat16 that a float32 product takes, by `jax.lax.Precision`.
     """
 
     flops: float
@@ -36,17 +39,20 @@ class Chip(NamedTuple):
     ring: int
     multiples: bool
     dcn: float
+    passes: dict[str, int] = PASSES
 
 
+# JAX documents 'high' and the default as TF32 on GPUs.
+GPU_PASSES = {"default": 2, "high": 2, "highest": 15}
 GIB = 2**30
 CHIPS = {
     "v4": Chip(275e12, 30.75 * GIB, 1200e9, 45e9, 4, True, 6.25e9),
     "v5e": Chip(197e12, 15.75 * GIB, 819e9, 45e9, 16, False, 3.125e9),
     "v5p": Chip(459e12, 95.73 * GIB, 2765e9, 90e9, 4, True, 6.25e9),
     "v6e": Chip(918e12, 31.24 * GIB, 1640e9, 90e9, 16, False, 12.5e9),
-    "A100": Chip(312e12, 80e9, 2039e9, 300e9, 0, False, 25e9),
-    "H100": Chip(989e12, 80e9, 3350e9, 450e9, 0, False, 50e9),
-    "H200": Chip(989e12, 141e9, 4800e9, 450e9, 0, False, 50e9),
+    "A100": Chip(312e12, 80e9, 2039e9, 300e9, 0, False, 25e9, GPU_PASSES),
+    "H100": Chip(989e12, 80e9, 3350e9, 450e9, 0, False, 50e9, GPU_PASSES),
+    "H200": Chip(989e12, 141e9, 4800e9, 450e9, 0, False, 50e9, GPU_PASSES),
     "cpu": Chip(240e9, 0.0, 20e9, 10e9, 0, False, 1e9),
 }
 # Device kinds of JAX that do not hold the table's name.
@@ -110,9 +116,14 @@ def link_seconds(chip: Chip, each: Collective, devices: Sequence) -> tuple[str, 
 
     Inside a slice a group of chips has, along every axis of the torus that it spans, one link per chip and
     direction, or two where it spans a closed ring. An all-to-all passes others' data on: n / 4 times as long
-    on n chips.
+    on n chips. Between hosts with GPUs a ring of them crosses the network once, over the cards' own network
+    links together.
     """
     group = [devices[number] for number in each.group]
+    hosts = {getattr(device, "process_index", 0) for device in group}
+    if not chip.ring and len(hosts) > 1:
+        shared = each.kind in ("all-gather", "reduce-scatter", "all-reduce")
+        return "dcn", each.moved / chip.dcn / (len(group) / len(hosts) if shared else 1)
     slices = [getattr(device, "slice_index", 0) or 0 for device in group]
     if len(set(slices)) > 1 or each.axes == "dcn":
         return "dcn", each.moved / chip.dcn

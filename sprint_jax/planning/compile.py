@@ -1,8 +1,8 @@
-"""Compilation of one update, as far as a plan needs it.
+"""Compilation of one program, as far as a plan needs it.
 
-For a TPU the compiler runs in a process of its own, which is this module's command, and writes down the
-optimized program and where its buffers lie (``--xla_dump_to``). What follows, machine code, takes 95 % of the
-time and changes neither: the process ends itself there, unless the size of the code is wanted (``full``).
+For TPUs and GPUs that need not exist the compiler runs in a process of its own, `planning.worker`, and writes
+down the optimized program and where its buffers lie (``--xla_dump_to``). What follows, machine code, takes most
+of the time and changes neither: the process ends itself there, unless the code's size is wanted (``full``).
 """
 
 import json
@@ -11,8 +11,7 @@ import re
 import subprocess
 import sys
 import tempfile
-import threading
-import time
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -22,12 +21,21 @@ from ..core.config import Config
 from ..core.errors import UserError
 from ..training import checks, setup
 from ..training.stages import lower_updates
-from .topology import Topology, open_topology
+from .gpus import GPUS
+from .topology import Topology
 
-# Bytes of machine code per line of an optimized program, if it is not compiled: 3.5 to 3.8 kB were seen.
-CODE_PER_LINE = 3700
+# Bytes of machine code per line of an optimized program, if it is not compiled. Seen: 3.5 to 3.8 kB for TPUs;
+# for GPUs 135 bytes of PTX, from which a driver makes about as much.
+CODE_PER_LINE = {"tpu": 3700, "gpu": 140}
+# Without a card to try them on, XLA's own matmul kernels (Triton) get tile sizes that do not suit, and
+# compiling fails; with cuBLAS alone it does not.
+CUDA_OPTIONS = {"xla_gpu_enable_triton_gemm": False}
 
-_OPTIMIZED = "*after_optimizations_after_buffer_assignment.txt"
+# Files of TPU's compiler, then of CUDA's.
+_OPTIMIZED = (
+    "*after_optimizations_after_buffer_assignment.txt",
+    "*gpu_after_optimizations.txt",
+)
 _TOO_LARGE = "*.oom_intermediate_module.txt"
 _MEMORY = "*memory-usage-report.txt"
 # Memory spaces by the number that layouts carry too, as in S(5); the report calls the host's "cmem".
@@ -35,7 +43,7 @@ _MAIN, _HOST = "0", "5"
 
 
 class Program(NamedTuple):
-    """An update, compiled.
+    """A program, compiled.
 
     Attributes:
       text: the optimized program, empty if the compiler gave none.
@@ -77,33 +85,47 @@ def compile_update(c: Config, topology: Topology, number: int, full: bool) -> Pr
 
     Raises UserError with the compiler's words if it fails for another reason than memory.
     """
-    with tempfile.TemporaryDirectory(prefix="sprint_jax_plan_") as name:
-        folder = Path(name)
+    request = {"config": c.to_dict(), "number": number}
+    how = request, lambda: lower(c, topology)[number], topology, full
+    return compile_program(f"update {number + 1}", *how)
+
+
+def compile_program(
+    name: str, request: dict[str, Any], lowered: Callable, topology: Topology, full: bool
+) -> Program:
+    """Compiles what ``lowered()`` gives, or `planning.worker` makes of a request; see `compile_update`."""
+    with tempfile.TemporaryDirectory(prefix="sprint_jax_plan_") as scratch:
+        folder = Path(scratch)
         if topology.name == "local":
-            said, words = _compile(lower(c, topology)[number]), ""
+            said, words = compile_lowered(lowered()), ""
         else:
-            request = {"config": c.to_dict(), "topology": topology.name, "slices": topology.slices}
-            said, words = _compile_apart(request | {"number": number, "dump": name, "full": full})
+            request = request | {"topology": topology.name, "slices": topology.slices}
+            said, words = _compile_apart(request | {"dump": scratch, "full": full})
         needed = out_of_memory(said.get("error", ""))
-        dumps = sorted(folder.glob(_TOO_LARGE if needed else _OPTIMIZED))
+        dumps = _dumps(folder, (_TOO_LARGE,) if needed else _OPTIMIZED)
         text = said.get("text") or (dumps[0].read_text() if dumps else "")
         report = "".join(path.read_text() for path in sorted(folder.glob(_MEMORY)))
-    if not needed and ("error" in said or not text):
-        reason = " ".join((said.get("error") or words).split())
-        raise UserError(
-            f"update {number + 1} does not compile for {topology.name}: {reason[-800:]}"
-        )
     spaces = dict(re.findall(r"color=(\d+)\)\nTotal bytes: (\d+)", report))
+    if not needed and ("error" in said or not text or not (said or spaces)):
+        reason = " ".join((said.get("error") or words).split())
+        raise UserError(f"{name} does not compile for {topology.name}: {reason[-800:]}")
+    is_gpu = topology.devices[0].platform == "gpu"
+    known = "code" in said and not is_gpu  # memory_analysis knows none of GPUs' code
+    code = said["code"] if known else CODE_PER_LINE["gpu" if is_gpu else "tpu"] * text.count("\n")
     return Program(
         text=text,
         bytes=said.get("bytes") or max(float(spaces.get(_MAIN, 0)), needed or 0.0),
-        code=float(said.get("code", CODE_PER_LINE * text.count("\n"))),
-        code_is_known="code" in said,
+        code=float(code),
+        code_is_known=known,
         host_bytes=float(said.get("host_bytes", spaces.get(_HOST, 0))),
         buffers=_largest(report),
         fits=not needed,
         warnings=[line for line in words.splitlines() if "rematerialization" in line],
     )
+
+
+def _dumps(folder: Path, patterns: Sequence[str]) -> list[Path]:
+    return [path for pattern in patterns for path in sorted(folder.glob(pattern))]
 
 
 def out_of_memory(text: str) -> float | None:
@@ -125,7 +147,7 @@ def out_of_memory(text: str) -> float | None:
     return float(number) * 1024.0 ** " KMGT".index(unit or " ")
 
 
-def _compile(lowered, options: dict | None = None) -> dict[str, Any]:
+def compile_lowered(lowered, options: dict | None = None) -> dict[str, Any]:
     """Compiles to the end: a program and its memory, as in `Program`, or the ``error``."""
     try:
         compiled = lowered.compile(compiler_options=options)
@@ -142,12 +164,14 @@ def _compile(lowered, options: dict | None = None) -> dict[str, Any]:
 
 
 def _compile_apart(request: dict[str, Any]) -> tuple[dict, str]:
-    """Compiles in a process of its own: what `_compile` gave there, if it came so far, and its stderr."""
+    """Compiles in a process of its own: what `compile_lowered` gave, if it came so far, and its stderr."""
     # libtpu ends the process at a flag that it does not know, such as one of another device.
+    is_gpu = request["topology"].startswith(tuple(GPUS))
+    others = "--xla_cpu_" if is_gpu else ("--xla_cpu_", "--xla_gpu_")
     flags = os.environ.get("XLA_FLAGS", "").split()
-    flags = [flag for flag in flags if not flag.startswith(("--xla_cpu_", "--xla_gpu_"))]
+    flags = [flag for flag in flags if not flag.startswith(others)]
     ended = subprocess.run(
-        [sys.executable, "-m", "sprint_jax.planning.compile"],
+        [sys.executable, "-m", "sprint_jax.planning.worker"],
         input=json.dumps(request),
         capture_output=True,
         text=True,
@@ -164,29 +188,12 @@ def _largest(report: str, count: int = 12) -> list[str]:
     return [f"{size}  {shapes[:120]}" for size, shapes in found[:count]]
 
 
-def _worker(request: dict[str, Any]) -> dict[str, Any]:
-    """The compiling process: writes dumps; returns what `_compile` gives, unless it ends before."""
-    topology = open_topology(request["topology"], request["slices"])
-    lowered = lower(Config(request["config"]), topology)[request["number"]]
-    if not request["full"]:
-        threading.Thread(target=_end_early, args=(Path(request["dump"]),), daemon=True).start()
-    return _compile(lowered, {"xla_dump_to": request["dump"], "xla_dump_hlo_as_text": True})
-
-
-def _end_early(folder: Path) -> None:
-    """Ends this process when the optimized program has been written to its end, which is a lone brace."""
-    while True:
-        time.sleep(0.2)
-        for path in folder.glob(_OPTIMIZED):
-            with path.open("rb") as file:
-                file.seek(max(0, path.stat().st_size - 16))
-                if file.read().rstrip().endswith(b"\n}"):
-                    os._exit(0)
-
-
-if __name__ == "__main__":
-    try:
-        answer = _worker(json.load(sys.stdin))
-    except UserError as error:
-        answer = {"error": str(error)}
-    print(json.dumps(answer))
+def is_written(folder: Path) -> bool:
+    """Whether the optimized program and, after it, the report of its memory have been written."""
+    for path in _dumps(folder, _OPTIMIZED):
+        with path.open("rb") as file:
+            file.seek(max(0, path.stat().st_size - 16))
+            whole = file.read().rstrip().endswith(b"\n}")  # a lone brace
+        if whole and any(report.stat().st_size for report in folder.glob(_MEMORY)):
+            return True
+    return False

@@ -8,7 +8,6 @@ array for all-gather, of the array before scattering for reduce-scatter, of the 
 of the array for all-reduce; all of it for collective-permute.
 """
 
-import functools
 import math
 from collections.abc import Iterable, Iterator
 from typing import NamedTuple
@@ -16,7 +15,8 @@ from typing import NamedTuple
 import numpy as np
 
 from ..core.errors import UserError
-from .hlo import Array, Computation, Instruction, parse, replica_group, trip_count
+from .flops import flops_of
+from .hlo import Computation, Instruction, parse, replica_group, trip_count
 
 KINDS = ("all-gather", "reduce-scatter", "all-reduce", "all-to-all", "collective-permute")
 # TPUs multiply float32 in passes of bfloat16: one, three or six, as jax.lax.Precision documents.
@@ -26,6 +26,8 @@ _SLICES = {"dynamic-slice", "slice", "gather"}
 _FREE = {"parameter", "constant", "tuple", "get-tuple-element", "bitcast", "after-all", "domain"}
 _FREE |= {"opt-barrier", "add-dependency", "partition-id", "replica-id", "send"}
 _FREE_TARGETS = ("AllocateBuffer", "ConcatBitcast", "Sharding", "AsyncCollective", "AssumeGather")
+# Libraries whose calls have one result, and beside it memory to work in.
+_LIBRARIES = ("__cublas$", "__cudnn$")
 
 
 class Collective(NamedTuple):
@@ -47,7 +49,8 @@ class Collective(NamedTuple):
 class Work(NamedTuple):
     """An instruction that runs ``count`` times: FLOPs, bytes and collectives of each run on one device.
 
-    ``passes`` is the FLOPs times the passes in which a TPU computes them.
+    ``passes`` is the FLOPs times the passes in which they are computed; ``kernels`` 1 if a GPU is given work,
+    0 for names of memory and for ends of what runs beside.
     """
 
     count: float
@@ -55,9 +58,12 @@ class Work(NamedTuple):
     passes: float = 0.0
     hbm: float = 0.0
     collectives: tuple[Collective, ...] = ()
+    kernels: int = 0
 
 
-def analyze(text: str, mesh_shape: dict[str, int] | None = None) -> list[Work]:
+def analyze(
+    text: str, mesh_shape: dict[str, int] | None = None, passes: dict[str, int] = PASSES
+) -> list[Work]:
     """Returns the work of a program on one device. Raises UserError for a loop whose length cannot be read.
 
     Args:
@@ -65,13 +71,14 @@ def analyze(text: str, mesh_shape: dict[str, int] | None = None) -> list[Work]:
         over devices.
       mesh_shape: axis names and sizes, partition i being number i of the mesh in row-major order; names the
         axes of collectives.
+      passes: of a float32 product by its precision, `chips.Chip.passes`.
     """
     computations, entry = parse(text)
-    return list(_Program(computations, mesh_shape or {}).work(entry, 1.0))
+    return list(_Program(computations, mesh_shape or {}, passes).work(entry, 1.0))
 
 
 def total(works: Iterable[Work], field: str) -> float:
-    """Returns the sum of ``flops`` or ``hbm`` over all runs of all instructions."""
+    """Returns the sum of ``flops``, ``hbm`` or ``kernels`` over all runs of all instructions."""
     return sum(work.count * getattr(work, field) for work in works)
 
 
@@ -87,10 +94,11 @@ def collective_sums(works: Iterable[Work]) -> dict[tuple[str, str, str], tuple[f
 
 
 class _Program(NamedTuple):
-    """The computations of one module and the mesh that it is split over."""
+    """The computations of one module, the mesh that it is split over, and passes of float32 products."""
 
     computations: dict[str, Computation]
     mesh_shape: dict[str, int]
+    passes: dict[str, int]
 
     def work(self, name: str, count: float) -> Iterator[Work]:
         """The instructions of a computation that runs ``count`` times."""
@@ -117,7 +125,7 @@ class _Program(NamedTuple):
                 new = {key: each for key, each in zip(keys, found, strict=True) if key not in seen}
                 seen |= new.keys()
                 hbm = traffic(self.computations, computation, it)
-                yield Work(count, flops, passes, hbm, tuple(new.values()))
+                yield Work(count, flops, passes, hbm, tuple(new.values()), int(not _is_free(it)))
 
     def arithmetic(self, computation: Computation, it: Instruction) -> tuple[float, float, list]:
         """FLOPs, FLOPs times passes, and collectives of an instruction and of all that is fused in it."""
@@ -137,13 +145,12 @@ class _Program(NamedTuple):
             return 0.0, 0.0, self.collective(computation, it, kind)
         if it.opcode == "send" and "_xla_megascale_transfer_type" in it.attributes:
             return 0.0, 0.0, [_between_slices(computation, it)]
-        if it.opcode not in ("dot", "convolution"):
+        if it.opcode not in ("dot", "convolution", "custom-call"):
             return 0.0, 0.0, []
-        arrays = [computation[name].arrays[0] for name in it.operands]
-        flops = dot_flops(it, arrays[0]) if it.opcode == "dot" else convolution_flops(it, *arrays)
-        precision = it.attribute(r"operand_precision=\{(\w+)") or "default"
-        wide = any(array.dtype == "f32" for array in arrays)
-        return flops, flops * (PASSES.get(precision, 1) if wide else 1), []
+        arrays = [array for name in it.operands for array in computation[name].arrays[:1]]
+        flops, precision = flops_of(it, arrays)
+        wide = any(array.dtype == "f32" for array in arrays[:2])
+        return flops, flops * (self.passes.get(precision, 1) if wide else 1), []
 
     def collective(self, computation: Computation, it: Instruction, kind: str) -> list[Collective]:
         """A collective, or none where each device keeps what it has."""
@@ -186,67 +193,21 @@ def _between_slices(computation: Computation, it: Instruction) -> Collective:
     return Collective(kind, "dcn", size, (0,), moved)
 
 
-def dot_flops(it: Instruction, left: Array) -> float:
-    """2 per multiply-add of a dot."""
-    axes = it.attribute(r"lhs_contracting_dims=\{([\d,]*)\}") or ""
-    contracted = math.prod(left.dims[int(axis)] for axis in axes.split(",") if axis)
-    return 2.0 * math.prod(it.arrays[0].dims) * contracted
-
-
-def convolution_flops(it: Instruction, image: Array, kernel: Array) -> float:
-    """2 per multiply-add of a convolution, where neither padding nor a hole of dilation stands.
-
-    TPU programs write batched products as convolutions whose padding is most of the window.
-    """
-    left, right, out = it.attribute(r"dim_labels=(\S+?->\w+)").replace("->", "_").split("_")
-    spatial = sorted(set(right) - set("io"))
-    window = dict(part.split("=") for part in (it.attribute(r"window=\{([^}]*)\}") or "").split())
-    fields = [
-        [int(value.split("_")[0]) for value in window[name].split("x")]
-        if name in window
-        else [default] * len(spatial)
-        for name, default in (("stride", 1), ("lhs_dilate", 1), ("rhs_dilate", 1), ("pad", 0))
-    ]
-    sizes = it.arrays[0].dims
-    met = sizes[out.index("b")] * sizes[out.index("f")] * kernel.dims[right.index("i")]
-    for axis, *numbers in zip(spatial, *fields, strict=True):
-        lengths = (
-            image.dims[left.index(axis)],
-            kernel.dims[right.index(axis)],
-            sizes[out.index(axis)],
-        )
-        met *= _met(*lengths, *numbers)
-    return 2.0 * met
-
-
-@functools.cache
-def _met(size, kernel, out, stride, dilate, kernel_dilate, low) -> int:
-    """Pairs of output and kernel positions that meet an element of the input, along one axis.
-
-    Kernel position k meets one at output o where o * stride + k * kernel_dilate - low lies inside the dilated
-    input and is a multiple of ``dilate``: at every ``period``-th output.
-    """
-    common = math.gcd(stride, dilate)
-    period = dilate // common
-    offset = low - np.arange(kernel) * kernel_dilate
-    offset = offset[offset % common == 0]
-    first = np.maximum(0, -(-offset // stride))
-    last = np.minimum(out - 1, ((size - 1) * dilate + offset) // stride)
-    first += (offset // common * pow(stride // common, -1, period) - first) % period
-    return int(np.maximum(0, (last - first) // period + 1).sum())
+def _is_free(it: Instruction) -> bool:
+    """Whether an instruction moves nothing by itself: it names memory, or ends what was started."""
+    ends = it.opcode.endswith(("-done", "-update"))
+    return it.opcode in _FREE or ends or it.target.startswith(_FREE_TARGETS)
 
 
 def traffic(computations: dict, caller: Computation, it: Instruction) -> float:
     """Bytes that a top-level instruction reads and writes in the device's main memory."""
-    target = it.attribute(r'custom_call_target="([^"]*)"') or ""
-    if it.opcode in _FREE or it.opcode.endswith(("-done", "-update")):
-        return 0.0
-    if target.startswith(_FREE_TARGETS):
+    if _is_free(it):
         return 0.0
     operands, results = [caller[name].arrays for name in it.operands], it.arrays
-    if it.opcode.endswith("-start"):
-        # Such a shape holds operands, results and flags; a copy's result comes first.
-        results = results[:1] if it.opcode == "copy-start" else results[1:2]
+    if it.target.startswith(_LIBRARIES) or it.opcode == "copy-start":
+        results = results[:1]  # a copy's result comes first, then its operand and flags
+    elif it.opcode.endswith("-start") and len(results) > (count := len(operands)) > 0:
+        results = results[count : 2 * count]  # operands, results and flags
     reads = [sum(array.padded_bytes for array in arrays) for arrays in operands]
     writes = [array.padded_bytes for array in results]
     if it.opcode == "fusion":

@@ -74,6 +74,11 @@ class Instruction(NamedTuple):
         return match[1] if match else None
 
     @property
+    def target(self) -> str:
+        """What a custom call calls, such as ``__cublas$lt$matmul``; else empty."""
+        return self.attribute(r'custom_call_target="([^"]*)"') or ""
+
+    @property
     def op_name(self) -> str:
         """JAX's name of what this came from, such as ``jit(step)/while/body/dot_general``."""
         return self.attribute(r'op_name="([^"]*)"') or ""

@@ -74,7 +74,7 @@ def plan_layout(c: Config, topology: Topology, flops: dict[str, float], full: bo
     updates, works = [], []
     for name, program, sizes in zip(flops, programs, peaks[1:], strict=False):
         if program.text:
-            work = analyze(program.text, dict(mesh.shape))
+            work = analyze(program.text, dict(mesh.shape), topology.chip.passes)
             roof = roofline(topology.chip, work, devices)
             updates.append(
                 _update(name, program, work, roof) | {"bytes_per_device": sum(sizes.values())}
@@ -157,6 +157,7 @@ def _update(name: str, program: Program, works: list, roof) -> dict:
         "name": name,
         "flops_per_device": total(works, "flops"),
         "hbm_bytes": total(works, "hbm"),
+        "kernels": total(works, "kernels"),
         "collective_bytes": _nested(sums, 0),
         "collective_counts": _nested(sums, 1),
         "seconds": roof.seconds,
@@ -188,6 +189,7 @@ def _totals(plan: dict, peak: float, works: list, complete: bool) -> dict:
     found = {
         "flops_per_device": total(works, "flops"),
         "hbm_bytes": total(works, "hbm"),
+        "kernels": total(works, "kernels"),
         "step_seconds": seconds,
         "step_seconds_without_overlap": sum(each["seconds_without_overlap"] for each in updates),
         "images_per_second": plan["batch"] / seconds if complete else None,

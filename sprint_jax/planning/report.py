@@ -3,6 +3,7 @@
 from pathlib import Path
 
 from .chips import GIB
+from .inference import CARDS
 from .layout import KINDS
 
 
@@ -25,8 +26,8 @@ def table(plan: dict) -> str:
     for update in plan["updates"]:
         lines.append(
             f"\n{update['name']} update: {update['flops_per_device'] / 1e12:.4g} TFLOP, "
-            f"{update['hbm_bytes'] / 1e9:.4g} GB of memory traffic per device; "
-            f"peak {update['bytes_per_device'] / GIB:.2f} GiB"
+            f"{update['hbm_bytes'] / 1e9:.4g} GB of memory traffic, {update['kernels']:.0f} kernels per "
+            f"device; peak {update['bytes_per_device'] / GIB:.2f} GiB"
         )
         for kind, axes in update["collective_bytes"].items():
             for name, size in axes.items():
@@ -63,8 +64,7 @@ def sweep_table(plans: list[dict]) -> str:
         memory = f"{each['bytes_per_device'] / GIB:.2f}"
         fits = "yes" if each["fits"] else "no"
         rows.append((_mesh(each), each["remat"], str(each["batch"]), memory, fits, *speed))
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    return "\n".join("  ".join(map(str.ljust, row, widths)) for row in rows)
+    return _columns(rows)
 
 
 def picture(plan: dict, path: Path) -> None:
@@ -87,6 +87,85 @@ def picture(plan: dict, path: Path) -> None:
     axes.set_xlabel("GiB per device at the peak of a step (dashed: what a program may use)")
     axes.legend(ncols=5, fontsize=7, loc="lower center", bbox_to_anchor=(0.5, 1.0), frameon=False)
     figure.savefig(path, dpi=120)
+
+
+def sample_table(plan: dict) -> str:
+    """Returns a plan of inference in lines for a terminal."""
+    head = (
+        "part",
+        "calls",
+        "TFLOP",
+        "GB moved",
+        "kernels",
+        "weights GiB",
+        "GiB",
+        "at least",
+        "bound",
+    )
+    lines = [f"{plan['model']} in {plan['dtype']} on one {plan['chip']} ({plan['topology']})"]
+    for run in plan["runs"]:
+        height, width = run["image"]
+        rows, whole = [head], run["whole"]
+        for part in (*run["parts"], whole | {"name": "whole", "calls": 1}):
+            work = f"{part['flops'] / 1e12:.3g}", f"{part['hbm_bytes'] / 1e9:.3g}"
+            memory = f"{part['weight_bytes'] / GIB:.2f}", f"{part['bytes'] / GIB:.2f}"
+            counts = str(part["calls"]), *work, f"{part['kernels']:.0f}"
+            rows.append((part["name"], *counts, *memory, _seconds(part["seconds"]), part["bound"]))
+        lines.append(f"\n{run['steps']} steps, {run['batch']} of {height}x{width}")
+        lines += [f"  {line}" for line in _columns(rows).splitlines()]
+        verdict = "fits" if whole["fits"] else "DOES NOT FIT"
+        lines.append(
+            f"  {whole['images_per_second']:.4g} images/s at most; {verdict} in "
+            f"{plan['limit_bytes'] / GIB:.2f} GiB; fits cards of {_cards(whole['cards'])} GB, with one "
+            f"part's weights at a time ({whole['bytes_in_turn'] / GIB:.2f} GiB) "
+            f"{_cards(whole['cards_in_turn'])}"
+        )
+    rows = [("steps", "weights", *(f"{card} GB" for card in CARDS))]
+    for each in plan["largest_batch"]:
+        for key, name in (("bytes", "all"), ("bytes_in_turn", "in turn")):
+            counts = (str(each[key][str(card)]) for card in CARDS)
+            rows.append((str(each["steps"]), name, *counts))
+    return "\n".join(lines + (["\nlargest batch", _columns(rows)] if len(rows) > 1 else []))
+
+
+def sample_picture(plan: dict, path: Path) -> None:
+    """Draws the least time of each run by parts, and its memory: weights, and what is beside them."""
+    from matplotlib.figure import Figure
+
+    runs = plan["runs"]
+    figure = Figure(figsize=(9, 1.4 + 0.35 * len(runs)), layout="constrained")
+    times, memory = figure.subplots(1, 2, sharey=True)
+    names = [f"{run['steps']} steps, batch {run['batch']}" for run in runs]
+    for number, part in enumerate(part["name"] for part in runs[0]["parts"]):
+        parts = [run["parts"][number] for run in runs]
+        seconds = [1e3 * each["calls"] * each["seconds"] for each in parts]
+        done = [
+            sum(1e3 * each["calls"] * each["seconds"] for each in run["parts"][:number])
+            for run in runs
+        ]
+        times.barh(names, seconds, left=done, label=part, color=f"C{number}", height=0.6)
+    weights = [run["whole"]["weight_bytes"] / GIB for run in runs]
+    beside = [run["whole"]["bytes"] / GIB - size for run, size in zip(runs, weights, strict=True)]
+    memory.barh(names, weights, label="weights", color="C7", height=0.6)
+    memory.barh(names, beside, left=weights, label="beside them", color="C8", height=0.6)
+    times.set_xlabel("least ms")
+    memory.set_xlabel("GiB")
+    times.invert_yaxis()
+    for axes in (times, memory):
+        axes.legend(
+            ncols=3, fontsize=7, loc="lower center", bbox_to_anchor=(0.5, 1.0), frameon=False
+        )
+    figure.savefig(path, dpi=120)
+
+
+def _cards(cards: list[int]) -> str:
+    return ", ".join(map(str, cards)) or "none"
+
+
+def _columns(rows: list[tuple]) -> str:
+    """Rows of words as columns of one width."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return "\n".join("  ".join(map(str.ljust, row, widths)).rstrip() for row in rows)
 
 
 def _mesh(plan: dict) -> str:

@@ -1,8 +1,9 @@
 """A bounded search for the layout of a run that trains fastest.
 
 For each ``fsdp`` (powers of two that divide the devices, small first) and each remat policy (least
-recomputation first) the batch per device starts at the config's and doubles, or halves, until one fits and one
-does not; bisection then finds the largest that fits to an eighth. A larger ``fsdp`` and more recomputation only
+recomputation first) the batch per device starts at the config's and doubles, or halves; from then on it is
+where a straight line through the memory of the last two meets the limit, until one fits and one an eighth
+larger does not. A larger ``fsdp`` and more recomputation only
 buy memory, which bounds the search:
 
 - an ``fsdp`` whose state alone exceeds the memory is not compiled;
@@ -108,15 +109,30 @@ def _layouts(c: Config, topology: Topology, keys: tuple[str, ...]) -> Iterator[d
 def _batches(c: Config, topology: Topology, attempt: Callable[[Config], dict]) -> list[dict]:
     """Plans of one layout by batch, until the largest that fits is known to an eighth."""
     unit = len(topology.devices) // c.mesh.tensor * c.accumulate
-    found, low, high, count = [], 0, None, max(1, c.data.batch_size // unit)
+    found, counts, low, high = [], [], 0, None
+    count = max(1, c.data.batch_size // unit)
     while high is None or high - low > max(1, low // 8):
         found.append(attempt(c.override({"data.batch_size": count * unit})))
+        counts.append(count)
         if found[-1]["fits"]:
             low = count
         else:
             high = count
-        count = 2 * low if high is None else (low + high) // 2
+        count = _next(found, counts, low, high)
     return found
+
+
+def _next(found: list[dict], counts: list[int], low: int, high: int | None) -> int:
+    """The batch per device to try next; the largest that fits is at least ``low`` and below ``high``."""
+    count = 2 * low if high is None else (low + high) // 2
+    if len(found) > 1:
+        sizes = [each["bytes_per_device"] for each in found[-2:]]
+        slope = (sizes[1] - sizes[0]) / (counts[-1] - counts[-2])
+        room = found[-1]["limit_bytes"] - sizes[1]
+        count = counts[-1] + int(room // slope) if slope > 0 else count
+    # What fits is known to fit: then it is the first that the search may end with.
+    count = max(count, low + max(1, low // 8))
+    return count if high is None else min(count, max(low + 1, high - 1))
 
 
 def _is_saturated(found: list[dict]) -> bool:

@@ -10,7 +10,8 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from sprint_jax.core.config import load_config
 from sprint_jax.core.errors import UserError
 from sprint_jax.planning.compile import lower
-from sprint_jax.planning.counts import _met, analyze, collective_sums, total
+from sprint_jax.planning.counts import analyze, collective_sums, total
+from sprint_jax.planning.flops import _met
 from sprint_jax.planning.hlo import Array, argument_bytes, parse, replica_group, trip_count
 from sprint_jax.planning.topology import open_topology
 

@@ -196,6 +196,18 @@ def test_sweep_takes_a_larger_fsdp_where_it_is_needed(teacher):
     assert (best["mesh"]["fsdp"], best["batch"]) == (8, 8 * 11)
 
 
+def test_batches_follow_a_straight_line(teacher):
+    """Two plans say how memory grows; two more show that it fits up to there and no further."""
+    tried, best, _ = sweep(
+        teacher,
+        ("batch",),
+        lambda batch, fsdp, remat: 2 + 0.1 * batch,
+        lambda batch, fsdp, remat: 10.0 * batch,
+    )
+    assert [each["batch"] // 8 for each in tried] == [2, 4, 140, 157]
+    assert best["batch"] == 8 * 140
+
+
 @pytest.mark.parametrize(
     ("text", "size"),
     [
