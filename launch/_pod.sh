@@ -4,6 +4,9 @@
 #   use_backend cpu|cuda|tpu   $extras of the environment, and exported variables for JAX
 #   show_or_run WORD...        a command: run, or printed with --dry_run
 
+# shellcheck source=launch/_xla.sh
+source "$(dirname "${BASH_SOURCE[0]}")/_xla.sh"
+
 usage_error() {
   echo "error: $* (see the head of $0)" >&2
   exit 2
@@ -36,13 +39,8 @@ use_backend() {
   extras="${1#cpu}"
   case " ${words[*]}" in *gs://*) extras="${extras:+$extras,}gcs" ;; *s3://*) extras="${extras:+$extras,}s3" ;; esac
   case "$1" in
-    # The scheduler moves collectives of FSDP under computation; without it they wait in line. Compared
-    # with one large program, many small collectives cost latency each: 128 MB are combined into one.
-    cuda) flags="--xla_gpu_enable_latency_hiding_scheduler=true\
- --xla_gpu_all_gather_combine_threshold_bytes=134217728\
- --xla_gpu_reduce_scatter_combine_threshold_bytes=134217728" ;;
-    # Gathers of FSDP's parameters run inside the fusions that compute meanwhile.
-    tpu) export LIBTPU_INIT_ARGS="--xla_tpu_enable_async_collective_fusion_fuse_all_gather=true" ;;
+    cuda) flags="${gpu_flags[*]}" ;;
+    tpu) export LIBTPU_INIT_ARGS="${tpu_flags[*]}" ;;
     cpu) ;;
     *) usage_error "--backend $1 is not one of cpu, cuda, tpu" ;;
   esac

@@ -1,4 +1,4 @@
-"""The scripts of launch/: shellcheck, --dry_run of all, and the local ones for real."""
+"""The scripts of launch/ and benchmarks/: shellcheck, --dry_run of all, and the local ones for real."""
 
 import os
 import shutil
@@ -13,7 +13,12 @@ from helpers.runs import wait_for
 
 ROOT = Path(__file__).parent.parent
 LAUNCH = ROOT / "launch"
-SCRIPTS = [*sorted(LAUNCH.glob("*.sh")), LAUNCH / "slurm.sbatch", ROOT / ".ci" / "run"]
+SCRIPTS = [
+    *sorted(LAUNCH.glob("*.sh")),
+    *sorted(ROOT.glob("benchmarks/*.sh")),
+    LAUNCH / "slurm.sbatch",
+    ROOT / ".ci" / "run",
+]
 WORDS = ["--config", "configs/digits.py:teacher", "--workdir", "runs/a b"]
 GKE = ["--name", "run1", "--image", "registry.example/sprint", "--hosts", "4"]
 GKE += ["--topology", "4x4", "--accelerator", "tpu-v5-lite-podslice"]

@@ -8,11 +8,10 @@ Anything but a digit on a flat ground is unreadable, above all a blend of pictur
 import collections
 import dataclasses
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 from einops import rearrange
-from sklearn.metrics import pairwise_distances
-from sklearn.svm import SVC
 
 from ..core.errors import UserError
 from ..metrics.frechet import frechet
@@ -62,7 +61,7 @@ class Judge:
     """Reads images of one world. Make one with `Judge.fit`."""
 
     world: str
-    classifier: SVC
+    classifier: Any  # sklearn.svm.SVC
 
     @classmethod
     def fit(cls, world: str) -> "Judge":
@@ -71,6 +70,8 @@ class Judge:
         The moves and the kernel's width were chosen by cross-validation within the train handwriting
         (99.7 % right). Deterministic; takes about half a second.
         """
+        from sklearn.svm import SVC  # here, since trainings that judge nothing import this module
+
         get_world(world)
         ink, labels = strokes()
         rows = np.concatenate(handwriting("train"))
@@ -337,6 +338,8 @@ def _variety(prompt: Prompt, backgrounds, colors, ink) -> tuple[float, float]:
     Args:
       backgrounds: [N]. colors: [N,things]. ink: [N,things,8,8].
     """
+    from sklearn.metrics import pairwise_distances
+
     opened = [colors[:, k] for k, thing in enumerate(prompt.things) if thing.color is None]
     if prompt.background is None:
         opened.append(backgrounds)
