@@ -44,6 +44,7 @@ DEVELOPMENT = {
     "prdc",
     "openai-clip",
     "ftfy",
+    "packaging",
 }
 
 # The extra serve, for its room alone.

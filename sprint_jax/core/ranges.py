@@ -153,6 +153,7 @@ SECTIONS = {
         time_mean=number(),
         time_std=NOT_NEGATIVE,
         guidance=several(GUIDANCE),
+        show_guidance=FLAG,
         tangent_warmup=whole(0),
         tangent_constant=POSITIVE,
         mean_norm=FLAG,

@@ -41,7 +41,9 @@ MAY_IMPORT = {
     + METHOD,
     # Rows are checked before the first one runs, and ranked by the metric of their stage.
     "sweeps": "core checkpoints training.checks training.stages",
-    "planning": f"core models parallel training data.buckets data.loader {METHOD}",
+    # A pipeline lowers its own calls, so that what is planned is what it runs.
+    "planning": "core models parallel training data.buckets data.loader interop encoders checkpoints "
+    + f"pipeline {METHOD}",
     # Scripts that measure quality judge pictures of digits.
     "benchmarking": "core models digits interop checkpoints losses trigflow pipeline",
 }
