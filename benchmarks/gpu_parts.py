@@ -88,24 +88,20 @@ def folders(flags, write):
 
 
 def options(flags, write):
-    """Seconds of compilation and milliseconds of one network under `OPTIONS`."""
+    """One network under each of `OPTIONS`, in turns with the same without any; a line each as it is known."""
     function, arguments = NETWORKS[flags.network](flags)
-    arms, seconds = {}, {}
-    on_gpu = jax.default_backend() == "gpu"
-    for name, words in OPTIONS.items():
-        if words and not on_gpu:
-            continue
+    base = compiled(function, *arguments)
+    for name, words in OPTIONS.items() if jax.default_backend() == "gpu" else [("default", {})]:
+        line = {"options": flags.network, "option": name}
         try:
-            arms[name], taken = compiled(function, *arguments, options=words or None)
+            call, seconds = compiled(function, *arguments, options=words) if words else base
         except jax.errors.JaxRuntimeError as error:
             # Options come and go with versions of XLA.
-            write({"option": name, "network": flags.network, "failed": str(error)[:300]})
-        else:
-            seconds[name] = round(taken, 2)
-            write({"option": name, "network": flags.network, "compile_s": seconds[name]})
-    rounds = paired_rounds(arms, 1 if flags.tiny else 25, turn=0.05)
-    line = {"options": flags.network, "compile_s": seconds}
-    write(line | summarize(rounds, "default") | clocks())
+            write(line | {"failed": str(error)[:300]})
+            continue
+        rounds = paired_rounds({"default": base[0], name: call}, 1 if flags.tiny else 25, turn=0.05)
+        line |= {"compile_s": round(seconds, 2)}
+        write(line | summarize(rounds, "default") | clocks())
 
 
 def _transformer(flags):
