@@ -14,6 +14,7 @@ import importlib.util
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -28,7 +29,8 @@ OK = "finished"
 # Before it becomes the part, a process asks Linux to kill it when this one is gone: it would hold the device.
 DIE_WITH_PARENT = """
 import ctypes, os, sys
-ctypes.CDLL(None).prctl(1, 9)
+if sys.platform == "linux":
+    ctypes.CDLL(None).prctl(1, 9)
 os.execv(sys.executable, [sys.executable, *sys.argv[1:]])
 """
 LEAST = 10  # seconds that are worth starting a part for
@@ -98,11 +100,11 @@ def parts(flags, against: list[str]) -> list[Part]:
         Part("decoder", 150, sample("600m", "decoder"), shared),
         Part("whole 600m", 200, sample("600m", whole), shared),
         Part("transformer 1600m", 150, sample("1600m", "transformer"), shared),
-        Part("distill 600m", 200, distill("600m"), alone),
+        Part("distill 600m", 240, distill("600m"), alone),
         Part("whole 1600m", 200, sample("1600m", "whole"), shared),
-        Part("options transformer", 120, own("options", "--network", "transformer")),
-        Part("options decoder", 200, own("options", "--network", "decoder")),
-        Part("distill 1600m", 200, distill("1600m"), alone),
+        Part("options transformer", 200, own("options", "--network", "transformer")),
+        Part("options decoder", 300, own("options", "--network", "decoder")),
+        Part("distill 1600m", 240, distill("1600m"), alone),
         Part("max-autotune", 300, sample("600m", networks, **best), shared),
         Part("digits teacher", 200, train("teacher"), {}, "teacher/config.json"),
         Part("digits student", 300, student, {}, "student/config.json"),
@@ -209,7 +211,7 @@ def main(argv: list[str]) -> int:
     add_flag("--tiny", action="store_true", help="sizes for CPUs, to try the script")
     flags = parser.parse_args(argv)
     until = time.monotonic() + flags.seconds
-    if not flags.tiny and not Path("/dev/nvidiactl").exists():
+    if not (flags.tiny or Path("/dev/nvidiactl").exists() or shutil.which("nvidia-smi")):
         parser.error("this machine has no NVIDIA GPU; --tiny tries the script on CPU")
     flags.out, flags.scratch = flags.out.resolve(), flags.scratch.resolve()
     logs, site = flags.scratch / "logs", flags.scratch / "site"

@@ -18,7 +18,12 @@ import jax
 import jax.numpy as jnp
 
 from sprint_jax.benchmarking.measure import clocks
-from sprint_jax.benchmarking.random_folder import write_random_pipeline
+from sprint_jax.benchmarking.random_folder import (
+    TINY_AUTOENCODER,
+    TINY_FIELDS,
+    TINY_GEMMA,
+    write_random_pipeline,
+)
 from sprint_jax.benchmarking.scripts import digits_accuracy, line_writer
 from sprint_jax.benchmarking.timing import compiled, paired_rounds, spread, summarize
 from sprint_jax.benchmarking.workloads import (
@@ -34,16 +39,6 @@ from sprint_jax.models.dc_ae import AutoencoderDC, Decoder
 from sprint_jax.models.gemma2 import Gemma2
 from sprint_jax.models.sana import SanaTransformer
 
-TINY_NETWORK = STUDENTS["tiny"] | dict(num_layers=1, num_attention_heads=2, caption_channels=32)
-TINY_NETWORK |= dict(num_cross_attention_heads=2, cross_attention_head_dim=32)
-TINY_NETWORK |= dict(in_channels=4, out_channels=4)
-TINY_STAGES = dict(block_types=("ResBlock",) * 6, block_out_channels=(8,) * 6)
-TINY_STAGES |= dict(layers_per_block=(1,) * 6, qkv_multiscales=((),) * 6)
-TINY_AUTOENCODER = AutoencoderDC(
-    latent_channels=4,
-    **{f"{half}_{key}": v for half in ("encoder", "decoder") for key, v in TINY_STAGES.items()},
-)
-TINY_GEMMA = Gemma2(512, 32, 48, 1, num_attention_heads=2, num_key_value_heads=1, head_dim=16)
 # Of XLA on GPUs; the first is what a pipeline does without a word.
 OPTIONS = {
     "default": {},
@@ -81,7 +76,7 @@ def folders(flags, write):
     texts = INSTRUCTION, "a photo of 0 1 2 3 4 5 6 7 8 9 10 birds on a wire"
     for size in flags.sizes.split(","):
         began = time.perf_counter()
-        fields = TINY_NETWORK if flags.tiny else STUDENTS[size]
+        fields = TINY_FIELDS if flags.tiny else STUDENTS[size]
         how = dict(autoencoder=AutoencoderDC(), gemma=Gemma2(), dtype=jnp.bfloat16)
         if flags.tiny:
             how |= dict(autoencoder=TINY_AUTOENCODER, gemma=TINY_GEMMA)
@@ -93,29 +88,25 @@ def folders(flags, write):
 
 
 def options(flags, write):
-    """Seconds of compilation and milliseconds of one network under `OPTIONS`."""
+    """One network under each of `OPTIONS`, in turns with the same without any; a line each as it is known."""
     function, arguments = NETWORKS[flags.network](flags)
-    arms, seconds = {}, {}
-    on_gpu = jax.default_backend() == "gpu"
-    for name, words in OPTIONS.items():
-        if words and not on_gpu:
-            continue
+    base = compiled(function, *arguments)
+    for name, words in OPTIONS.items() if jax.default_backend() == "gpu" else [("default", {})]:
+        line = {"options": flags.network, "option": name}
         try:
-            arms[name], taken = compiled(function, *arguments, options=words or None)
+            call, seconds = compiled(function, *arguments, options=words) if words else base
         except jax.errors.JaxRuntimeError as error:
             # Options come and go with versions of XLA.
-            write({"option": name, "network": flags.network, "failed": str(error)[:300]})
-        else:
-            seconds[name] = round(taken, 2)
-            write({"option": name, "network": flags.network, "compile_s": seconds[name]})
-    rounds = paired_rounds(arms, 1 if flags.tiny else 25, turn=0.05)
-    line = {"options": flags.network, "compile_s": seconds}
-    write(line | summarize(rounds, "default") | clocks())
+            write(line | {"failed": str(error)[:300]})
+            continue
+        rounds = paired_rounds({"default": base[0], name: call}, 1 if flags.tiny else 25, turn=0.05)
+        line |= {"compile_s": round(seconds, 2)}
+        write(line | summarize(rounds, "default") | clocks())
 
 
 def _transformer(flags):
     """A quarter of the 0.6B transformer at 1024 pixels."""
-    fields = TINY_NETWORK if flags.tiny else STUDENTS["mid"]
+    fields = TINY_FIELDS if flags.tiny else STUDENTS["mid"]
     inputs = network_inputs(fields, 1, *((64, 64) if flags.tiny else (1024, 1024)))
     model = SanaTransformer(**(fields | {"dtype": jnp.bfloat16}))
     params = unstack_blocks(random_params(model, inputs, "bfloat16"))

@@ -38,8 +38,8 @@ TABLES = [
     ),
     (
         "options",
-        "compiler options for | ms without any | times of others over it",
-        "{options} | {ours} | {others}",
+        "network | compiler option | compilation, s | time over that without any",
+        "{options} | {option} | {compile_s} | {over[option]}",
     ),
     (
         "images_per_second",
@@ -74,17 +74,17 @@ def _prepared(line: dict) -> dict:
     ratios = {
         arm: "{1:.2f} [{0:.2f}, {2:.2f}]".format(*v) for arm, v in line.get("ratio", {}).items()
     }
-    ms = {arm: f"{values[1]:.4g}" for arm, values in line.get("ms", {}).items() if "ratio" in line}
+    ms = line.get("ms", {}).get(goals.OURS)
     more = {
         "of": PurePath(line.get("size", "")).name,
-        "ours": ms.get(goals.OURS) or ms.get("default", "-"),
-        "over": collections.defaultdict(lambda: "-", ratios),
-        "others": ", ".join(
-            f"{arm} {values[1]:.2f}" for arm, values in line.get("ratio", {}).items()
+        "ours": f"{ms[1]:.4g}" if ms else "-",
+        "over": collections.defaultdict(
+            lambda: "-", ratios | {"option": ratios.get(line.get("option"), "-")}
         ),
         "queued": line.get("pipelined_ms", {}).get(goals.OURS, "-"),
         "right": ", ".join(f"{right:.0%}" for right in line.get("accuracy", {}).values()),
+        "compile_s": line.get("failed", "-"),
     }
     if "images_per_second" in line:
         more["both"] = ", ".join(f"{values[1]:.4g}" for values in line["ms"].values())
-    return line | more
+    return more | line

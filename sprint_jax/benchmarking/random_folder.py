@@ -18,6 +18,7 @@ from ..interop.sana import example_inputs
 from ..models.dc_ae import AutoencoderDC
 from ..models.gemma2 import Gemma2
 from ..models.sana import SanaTransformer
+from .workloads import STUDENTS
 
 INDEX = {
     "_class_name": "SanaSprintPipeline",
@@ -33,6 +34,17 @@ SCHEDULER = {
     "prediction_type": "trigflow",
     "sigma_data": 0.5,
 }
+# Sizes for CPUs, that say nothing: a latent is 32 x 32 pixels, as in the published autoencoder.
+TINY_FIELDS = STUDENTS["tiny"] | dict(in_channels=4, out_channels=4, caption_channels=32)
+TINY_FIELDS |= dict(num_layers=1, num_attention_heads=2)
+TINY_FIELDS |= dict(num_cross_attention_heads=2, cross_attention_head_dim=32)
+_STAGES = dict(block_types=("ResBlock",) * 6, block_out_channels=(8,) * 6)
+_STAGES |= dict(layers_per_block=(1,) * 6, qkv_multiscales=((),) * 6)
+TINY_AUTOENCODER = AutoencoderDC(
+    latent_channels=4,
+    **{f"{half}_{name}": v for half in ("encoder", "decoder") for name, v in _STAGES.items()},
+)
+TINY_GEMMA = Gemma2(512, 32, 48, 1, num_attention_heads=2, num_key_value_heads=1, head_dim=16)
 STACKED = ("transformer_blocks", "layers")  # their leaves have an axis of layers first
 SPECIAL = ("<pad>", "<eos>", "<bos>", "<unk>")  # with Gemma's numbers
 

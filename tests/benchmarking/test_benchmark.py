@@ -9,7 +9,7 @@ import pytest
 from helpers.runs import quick_compilation
 
 from sprint_jax import benchmark
-from sprint_jax.benchmarking import parts, timing, workloads
+from sprint_jax.benchmarking import measure, parts, timing, workloads
 from sprint_jax.core.errors import UserError
 from sprint_jax.models import blocks
 from sprint_jax.models.dc_ae import AutoencoderDC
@@ -99,6 +99,29 @@ def test_foreign_load_is_what_our_cores_did_without_us(tmp_path, monkeypatch):
     stat.write_text(line(0, 120, 50, 30, 0) + line(1, 9, 0, 0, 0) + line(2, 5, 175, 5, 35))
     share = timing.foreign_share(before, timing.processor_times(stat))
     assert share == pytest.approx((1.2 + 0.3 - 1.0) / 4)
+
+
+def test_calls_in_a_row_wait_once():
+    log = []
+    call = timing.Waiting(lambda: log.append("start"), lambda out: log.append("wait"))
+    now = iter([1.0, 1.5]).__next__
+    assert timing.pipelined(call, 5, clock=now) == pytest.approx(100)
+    assert log == ["start", "wait", *["start"] * 5, "wait"]
+
+
+def test_a_compiler_of_others_that_fails_costs_its_arm():
+    def fail():
+        raise RuntimeError("no\n  triton")
+
+    ours, theirs = timing.waiting(lambda: 1), timing.waiting(lambda: 2)
+    arms = {"diffusers": theirs, "diffusers compiled": timing.Waiting(fail, lambda out: out)}
+    part = parts.Part("transformer", 1, ours, 0.0, arms, lambda a, b: 0.01 * (b - a))
+    line = measure.measure(part, 0.1, 1, queue=2)
+    assert line["failed"] == {"diffusers compiled": "no triton"}
+    assert set(line["pipelined_ms"]) == {"sprint_jax", "diffusers"}
+    assert line["relative_error"] == {"diffusers": 0.01}
+    with pytest.raises(RuntimeError):
+        measure.measure(part._replace(theirs={"diffusers": arms["diffusers compiled"]}), 0.1, 1)
 
 
 @pytest.fixture

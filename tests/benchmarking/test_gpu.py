@@ -82,9 +82,9 @@ def test_what_the_time_for_all_cuts_off_begins_anew(run, gpu, monkeypatch):
     assert code == 0 and ends(lines) == {"first": "finished", "second": "finished"}
 
 
-def test_without_a_gpu_one_line_says_so(gpu, capsys):
-    if Path("/dev/nvidiactl").exists():
-        pytest.skip("this machine has a GPU")
+def test_without_a_gpu_one_line_says_so(gpu, capsys, monkeypatch):
+    monkeypatch.setattr(gpu.shutil, "which", lambda _: None)
+    monkeypatch.setattr(gpu.Path, "exists", lambda _: False)
     with pytest.raises(SystemExit) as error:
         gpu.main([])
     assert error.value.code == 2 and "--tiny" in capsys.readouterr().err
@@ -196,6 +196,10 @@ PLAN = {
 }
 
 
+EIGHT = {"topology": "h200:8", "chip": "H200", "config": "configs/sprint.py:1600m", "fits": True}
+EIGHT |= {"devices": 8, "batch": 512, "mfu": 0.61}
+
+
 def test_the_page_shows_goals_beside_plans_and_the_last_run_of_a_part():
     def begin(part):
         return [{"part": part, "began": "now"}, {"command": "x", "device": "H200"}]
@@ -209,15 +213,23 @@ def test_the_page_shows_goals_beside_plans_and_the_last_run_of_a_part():
     step |= {"flops_per_second": 4e14, "ms": {"generator": [1, 2, 3], "discriminator": [4, 5, 6]}}
     lines = [*begin("transformer 600m"), forward(8.0), *begin("transformer 600m"), forward(4.0)]
     lines += [*begin("ceilings"), {"ceiling": "product", "per_second": 8e14}]
+    fused = {"options": "decoder", "option": "fused", "ratio": {"fused": [0.8, 0.9, 1.0]}}
+    lines += [*begin("options decoder"), fused | {"compile_s": 9.5}]
+    lines += [fused | {"option": "new", "failed": "unknown", "ratio": {}}]
     lines += [*begin("distill 1600m"), {"distill": "1600m", "batch": 128}, step]
-    found = {row[0]: row for row in goals.rows([PLAN], goals.latest(lines), [])}
+    found = {row[0]: row for row in goals.rows([PLAN, EIGHT], goals.latest(lines), [])}
     assert found["transformer 0.6B, batch 1, ms"][3:] == ("2.1", "4 (H200)")
     assert found["prompt to picture 0.6B / 1.6B, 1 step, ms"][3:] == ("15.4 / -", "")
-    assert found["MFU of distillation, 0.6B / 1.6B"][4] == "- / 50% (H200)"
-    assert found["largest batch, remat, EMA, 0.6B / 1.6B"][4] == "- / 96 (H200)"
+    assert found["MFU of distillation, 0.6B / 1.6B"][3:] == ("- / 61%", "- / 50% (H200)")
+    assert found["largest batch of a GPU, remat, EMA, 0.6B / 1.6B"][3:] == (
+        "- / 64",
+        "- / 96 (H200)",
+    )
     assert all(row[3:] == ("", "") for row in goals.rows([], [], []))
     page = gpu_page.section([PLAN], lines, [])
     assert "| transformer | 600m | bfloat16 | 1 | 4 | 2.50 [1.50, 3.50] | - | - |" in page
+    assert "| decoder | fused | 9.5 | 0.90 [0.80, 1.00] |" in page
+    assert "| decoder | new | unknown | - |" in page
     assert "| 1600m | 96 | 8 | 2, 5 | 130.0 |" in page and "| product | 8e+14 | H200 |" in page
 
 

@@ -3,11 +3,13 @@
 import json
 
 import pytest
-from helpers.tiny_pipeline import saved, tiny_pipeline
+from helpers.tiny_pipeline import PROMPTS
 
 from sprint_jax import benchmark
-from sprint_jax.benchmarking import measure, workloads
+from sprint_jax.benchmarking import measure, random_folder, workloads
+from sprint_jax.benchmarking.random_folder import write_random_pipeline
 from sprint_jax.core.errors import UserError
+from sprint_jax.encoders.text import INSTRUCTION
 
 SMALL = workloads.STUDENTS["tiny"] | dict(num_layers=2, num_attention_heads=2, caption_channels=16)
 SMALL |= dict(num_cross_attention_heads=2, cross_attention_head_dim=32)
@@ -50,7 +52,9 @@ def test_sample_times_parts_and_whole_pipelines(tmp_path):
     assert compared == [{"diffusers"}, {"diffusers", "diffusers channels last"}]
     assert max(error for line in lines for error in line["relative_error"].values()) < 5e-5
     out.unlink()
-    folder = saved(tiny_pipeline(student=True), tmp_path / "pipeline")
+    folder, texts = tmp_path / "pipeline", [INSTRUCTION, *PROMPTS]
+    parts = dict(autoencoder=random_folder.TINY_AUTOENCODER, gemma=random_folder.TINY_GEMMA)
+    write_random_pipeline(folder, random_folder.TINY_FIELDS, texts, dtype="float32", **parts)
     benchmark.main([*words, f"--model={folder}", "--image=32x64", "--batch=2", "--steps=1"])
     _, *lines = map(json.loads, out.read_text().splitlines())
     names = ["transformer", "decoder", "text", "whole, 1 steps"]
