@@ -18,7 +18,7 @@ from PIL import Image
 
 from .core import cli
 from .core.errors import UserError
-from .core.files import check_writable
+from .core.files import check_writable, read_text
 from .core.pixels import to_rows
 from .core.schema import check, whole
 from .core.sheet import write_pictures
@@ -120,7 +120,7 @@ def _prompts(flags: argparse.Namespace) -> list[str]:
     prompts = [prompt.strip() for prompt in flags.prompt]
     if flags.prompts is not None:
         try:
-            lines = as_path(flags.prompts).read_text(encoding="utf-8").splitlines()
+            lines = read_text(as_path(flags.prompts)).splitlines()
         except (OSError, UnicodeDecodeError) as error:
             reason = (
                 (error.strerror or error) if isinstance(error, OSError) else "it is not UTF-8 text"
