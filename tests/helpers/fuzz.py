@@ -73,8 +73,10 @@ class Fuzz:
         except (UserError, Rejected) as error:
             outcome = "refused" if str(error).strip() else "refused without a word"
         except OSError as error:
-            known = error.errno in cli._MACHINE_ERRORS
-            outcome = "refused" if known else f"{type(error).__name__}: {error}"
+            known = error.errno in cli._MACHINE_ERRORS or is_provider_error(
+                error.__cause__ or error
+            )
+            outcome = "refused" if known else describe(error)
         except Exception as error:
             outcome = "refused" if is_provider_error(error) else describe(error)
         except SystemExit as error:
@@ -167,7 +169,7 @@ def describe(error: BaseException) -> str:
 
 
 def answers(ours: Any, pid: int) -> bool:
-    """Whether a process answers, within LIMIT seconds of its own where others leave it little of a processor."""
+    """Whether a process answers within LIMIT seconds, of a processor where others leave it little of one."""
     before = processor_seconds(pid)
     for turn in range(20):
         if ours.poll(LIMIT):
