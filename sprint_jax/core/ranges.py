@@ -36,6 +36,7 @@ GUIDANCE = number(0)
 SIZES = Kind(
     "HEIGHTxWIDTH", lambda v: re.fullmatch(r"[1-9]\d{0,5}x[1-9]\d{0,5}", str(v)) is not None
 )
+FOLDER = Kind(f"{PLACE.says}, not empty", lambda v: v != "" and PLACE.holds(v))
 MIDPOINT = number(above=0, below=math.pi / 2)
 
 # Fields of models.sana.SanaTransformer; diffusers' transformer/config.json has the same.
@@ -111,7 +112,7 @@ SECTIONS = {
     "data": dict(
         source=TEXT,
         world=TEXT,
-        dir=PLACE,
+        dir=FOLDER,
         latent_size=several(SIZE, 2, 2),
         text_length=SIZE,
         latents=several(PLACE),
