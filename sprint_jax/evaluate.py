@@ -49,6 +49,15 @@ from .pipeline import Request, SprintPipeline
 SAMPLING = ("is_student", "sigma_d", "shift", "midpoint", "integer_times")
 
 
+# Flags that are of no use: with --metrics digits, and otherwise with --pictures or --model.
+DRAWING = ("steps", "size", "images_per_prompt")
+UNUSED = {
+    "digits": (*DRAWING, "prompts", "reference", "inception", "boxes", "cache"),
+    "pictures": (*DRAWING, "guidance", "teacher"),
+    "model": ("teacher",),
+}
+
+
 def main(argv: list[str]) -> None:
     """The command; ``argv`` are its words. Raises UserError for what cannot be measured."""
     flags = _parser().parse_args(argv)
@@ -191,9 +200,15 @@ def _check(flags: argparse.Namespace) -> AnyPath:
         raise UserError("--metrics digits is for one process: leave out --distributed", exit_code=2)
     if (flags.model is None) == (flags.pictures is None) or (digits and flags.model is None):
         raise UserError(f"give --model DIR{'' if digits else ' or --pictures DIR, one of them'}", 2)
+    what = "digits" if digits else "pictures" if flags.pictures else "model"
+    for name in UNUSED[what]:
+        if getattr(flags, name) is not None:
+            what = "--metrics digits" if digits else f"--metrics and --{what}"
+            raise UserError(f"--{name.replace('_', '-')} is of no use with {what}: leave it out", 2)
+    cli.parse_size(flags.size)
     count = whole(SHEET_SIZE if digits else 1, 10**6)
     kinds = {"count": optional(count), "guidance": optional(GUIDANCE), "batch": optional(COUNT)}
-    kinds |= {"seed": SEED, "images_per_prompt": optional(COUNT)}
+    kinds |= {"seed": SEED, "images_per_prompt": optional(COUNT), "steps": optional(COUNT)}
     check(vars(flags), kinds, "--", exit_code=2)
     out = as_path(flags.out)
     if out.suffix != ".json":

@@ -18,11 +18,11 @@ from PIL import Image
 
 from .core import cli
 from .core.errors import UserError
-from .core.files import check_writable
+from .core.files import check_writable, read_text
 from .core.pixels import to_rows
 from .core.schema import check, whole
 from .core.sheet import write_pictures
-from .core.storage import as_path, in_bucket, local_output
+from .core.storage import answers_as_os_errors, as_path, in_bucket, local_output
 from .encoders.conditions import Conditions, load_conditions
 from .pipeline import Request, SprintPipeline
 from .sampling import SOLVERS
@@ -120,7 +120,7 @@ def _prompts(flags: argparse.Namespace) -> list[str]:
     prompts = [prompt.strip() for prompt in flags.prompt]
     if flags.prompts is not None:
         try:
-            lines = as_path(flags.prompts).read_text(encoding="utf-8").splitlines()
+            lines = read_text(as_path(flags.prompts)).splitlines()
         except (OSError, UnicodeDecodeError) as error:
             reason = (
                 (error.strerror or error) if isinstance(error, OSError) else "it is not UTF-8 text"
@@ -139,7 +139,11 @@ def _image(flag: str, name: str | None) -> Image.Image | None:
     if name is None:
         return None
     try:
-        with as_path(name).open("rb") as file, Image.open(file) as image:
+        with (
+            answers_as_os_errors(name),
+            as_path(name).open("rb") as file,
+            Image.open(file) as image,
+        ):
             return image.convert("RGB")
     except (OSError, ValueError, Image.DecompressionBombError) as error:
         reason = getattr(error, "strerror", None) or "it is not a picture that can be read"

@@ -75,4 +75,4 @@ def _parser() -> cli.Parser:
 
 
 if __name__ == "__main__":
-    cli.run_command(main)
+    cli.run_command(main, out_of_memory=1)

@@ -5,8 +5,8 @@ A command is a module with ``main(argv)`` that ends with::
     if __name__ == "__main__":
         cli.run_command(main)
 
-Exit codes: 0 success, 1 failure, 2 wrong usage, 130 interrupted; training has 3, 4, 75 and 143 as well
-(docs/clusters.md), and teacher_check 4 for a teacher that is not ready.
+Exit codes: 0 success, 1 failure, 2 wrong usage, 4 not enough memory, 130 interrupted; training has 3, 75 and
+143 as well (docs/clusters.md), and teacher_check 4 for a teacher that is not ready.
 """
 
 import argparse
@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import NoReturn
 
 from .config import Config, load_config
-from .errors import UserError
+from .errors import OUT_OF_MEMORY, UserError, is_out_of_memory
 from .schema import LOCAL, PLACE, check
 from .storage import is_provider_error
 
@@ -32,11 +32,12 @@ _MACHINE_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.
 _MACHINE_ERRORS += (errno.EIO, errno.ENAMETOOLONG, errno.ELOOP, errno.ENOTDIR, errno.EISDIR)
 
 
-def run_command(main: Callable[[list[str]], None]) -> None:
+def run_command(main: Callable[[list[str]], None], out_of_memory: int = OUT_OF_MEMORY) -> None:
     """Runs ``main(sys.argv[1:])`` and turns a user's mistake into one line and an exit code.
 
     `UserError` prints ``error: <line>`` on stderr and exits with its code, as do a full disk and a
-    forbidden path (1); Ctrl-C exits with 130. Every other exception is a bug: its traceback stays.
+    forbidden path (1), and memory that is not enough; Ctrl-C exits with 130. Every other exception is a bug:
+    its traceback stays.
     """
     try:
         main(sys.argv[1:])
@@ -50,6 +51,9 @@ def run_command(main: Callable[[list[str]], None]) -> None:
     except KeyboardInterrupt:
         _fail("interrupted", 130)
     except Exception as error:
+        if is_out_of_memory(error):
+            what = f"out of memory ({str(error)[:200] or 'of the host'})"
+            _fail(f"{what}: fewer or smaller pictures at once, or more devices", out_of_memory)
         if not is_provider_error(error):
             raise
         _fail(f"the bucket's provider says: {type(error).__name__}: {error}", 1)

@@ -187,7 +187,7 @@ def _errors_of(spec: str) -> Iterator[None]:
         yield
     except UserError:
         raise
-    except Exception as error:  # of a file that anybody may have written
+    except (Exception, SystemExit) as error:  # of a file that anybody may have written
         path = spec.partition(":")[0]
         if isinstance(error, SyntaxError):
             file, line = error.filename or path, error.lineno

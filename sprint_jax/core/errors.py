@@ -1,4 +1,13 @@
-"""The one exception for mistakes that a user can make and mend."""
+"""The one exception for mistakes that a user can make and mend, and how memory says that it is not enough."""
+
+OUT_OF_MEMORY = 4  # exit code
+EXHAUSTED = "RESOURCE_EXHAUSTED"  # how XLA says that memory is not enough
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an exception says that a device's or the host's memory is not enough."""
+    of_jax = any(kind.__name__ == "JaxRuntimeError" for kind in type(error).__mro__)
+    return isinstance(error, MemoryError) or (of_jax and EXHAUSTED in str(error))
 
 
 class UserError(ValueError):

@@ -48,6 +48,20 @@ def append(path: AnyPath, text: str) -> None:
         path.write_text((path.read_text() if path.is_file() else "") + text)
 
 
+def read_text(path: AnyPath, most: int = 1 << 28) -> str:
+    """The text of a file, UTF-8.
+
+    Raises:
+      OSError: it cannot be read, or has more than ``most`` bytes, as what is no file may have without an end.
+      UnicodeDecodeError: it is something else.
+    """
+    with answers_as_os_errors(path), path.open("rb") as file:
+        data = file.read(most + 1)
+    if len(data) > most:
+        raise OSError(errno.EFBIG, f"it has more than {most >> 20} MiB", os.fspath(path))
+    return data.decode()
+
+
 def check_writable(folder: AnyPath, flag: str = "--out") -> None:
     """Refuses a folder that cannot be made or written to, before what goes there is computed; leaves nothing.
 
@@ -101,7 +115,7 @@ def read_json(path: AnyPath) -> dict[str, Any]:
       UserError: naming the file, when it is missing, cannot be read or holds something else.
     """
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
+        value = json.loads(read_text(path, 1 << 30))
     except FileNotFoundError:
         raise UserError(f"{path} is missing") from None
     except (OSError, ValueError) as error:

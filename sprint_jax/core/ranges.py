@@ -1,9 +1,10 @@
 """The values that each key of a run's config may take; the keys and their meaning: configs/default.py.
 
-Words that name a choice, such as ``optimizer.name``, are checked where the choices are.
+Words that name a choice and are always read, such as ``optimizer.name``, are checked where the choices are.
 """
 
 import math
+import re
 from typing import Any
 
 from .errors import UserError
@@ -32,6 +33,10 @@ SHARE = number(0, 1)
 POSITIVE = number(above=0)
 NOT_NEGATIVE = number(0)
 GUIDANCE = number(0)
+SIZES = Kind(
+    "HEIGHTxWIDTH", lambda v: re.fullmatch(r"[1-9]\d{0,5}x[1-9]\d{0,5}", str(v)) is not None
+)
+FOLDER = Kind(f"{PLACE.says}, not empty", lambda v: v != "" and PLACE.holds(v))
 MIDPOINT = number(above=0, below=math.pi / 2)
 
 # Fields of models.sana.SanaTransformer; diffusers' transformer/config.json has the same.
@@ -107,7 +112,7 @@ SECTIONS = {
     "data": dict(
         source=TEXT,
         world=TEXT,
-        dir=PLACE,
+        dir=FOLDER,
         latent_size=several(SIZE, 2, 2),
         text_length=SIZE,
         latents=several(PLACE),
@@ -120,10 +125,10 @@ SECTIONS = {
         control_thickness=whole(-1, 24),
         control_variants=whole(1, 1000),
         resolution=whole(1, 2**16),
-        sizes=several(TEXT),
+        sizes=several(SIZES),
         most_sizes=whole(0),
         loaded_sizes=either(one_of(0), whole(2)),
-        prompt_style=TEXT,
+        prompt_style=one_of("diffusers", "nvlabs"),
         null_mask=one_of("own", "caption"),
         image_feature=TEXT,
         caption_feature=TEXT,
@@ -134,7 +139,7 @@ SECTIONS = {
         prefetch=COUNT,
     ),
     "encode": dict(
-        dtype=TEXT,
+        dtype=one_of("bfloat16", "float32"),
         batch_size=COUNT,
         text_batch_size=COUNT,
         unit=COUNT,

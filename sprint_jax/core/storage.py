@@ -75,12 +75,14 @@ def make_folder(path: AnyPath) -> None:
 def is_provider_error(error: BaseException) -> bool:
     """Whether an exception is a provider's or the network's answer, and no bug.
 
-    Some of these are plain `OSError`, which their packages raise.
+    Some of these are plain `OSError`, or `ValueError` for a bucket in the place of a file, which their packages
+    raise.
     """
     modules = [type(error).__module__]
-    if isinstance(error, OSError):
-        frames = traceback.walk_tb(error.__traceback__)
-        modules += [frame.f_globals.get("__name__", "") for frame, _ in frames]
+    if isinstance(error, OSError | ValueError):
+        frames = [frame for frame, _ in traceback.walk_tb(error.__traceback__)]
+        frames = frames if isinstance(error, OSError) else frames[-1:]
+        modules += [frame.f_globals.get("__name__", "") for frame in frames]
     return any(module.partition(".")[0] in PROVIDERS for module in modules)
 
 

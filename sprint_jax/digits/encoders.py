@@ -90,7 +90,7 @@ class WordEncoder:
             return [self._rows[word[:-1]], self._rows["s"]]
         nearest = difflib.get_close_matches(word, self._rows, n=1, cutoff=0)[0]
         raise UserError(
-            f"word {word!r} of caption {caption!r} is unknown: the nearest known is {nearest!r}"
+            f"word {word[:40]!r} of caption {caption[:80]!r} is unknown: the nearest known is {nearest!r}"
         )
 
 

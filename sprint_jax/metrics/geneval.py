@@ -13,6 +13,7 @@ import numpy as np
 from PIL import Image
 
 from ..core.errors import UserError
+from ..core.files import read_text
 from ..core.storage import AnyPath
 from .clip_score import mean_with_error
 from .geneval_prompts import COLORS, TAGS, Request
@@ -164,7 +165,7 @@ def read_results(path: AnyPath) -> list[Result]:
       UserError: naming the file and the line, for anything else.
     """
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        lines = read_text(path, 1 << 30).splitlines()
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{path} cannot be read: {error}") from error
     results = []

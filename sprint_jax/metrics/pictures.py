@@ -10,6 +10,7 @@ from typing import NamedTuple
 from PIL import Image
 
 from ..core.errors import UserError
+from ..core.files import read_text
 from ..core.fingerprint import digest
 from ..core.storage import AnyPath, in_bucket, open_file, walk
 
@@ -113,7 +114,7 @@ def read_prompts(path: AnyPath) -> dict[str, str] | list[str]:
       UserError: the file is missing or holds something else; or a key that is no name of a file.
     """
     try:
-        text = path.read_text(encoding="utf-8")
+        text = read_text(path)
         if path.suffix == ".json":
             rows = sorted(json.loads(text).items())
             found = {key: row["prompt"] if isinstance(row, dict) else str(row) for key, row in rows}

@@ -13,11 +13,13 @@ from collections.abc import Iterator, Mapping
 import jax
 
 from ..core.errors import UserError
+from ..core.schema import check, number
 from .peers import Peers
 
 # The flags that place a process, and the variables that stand in for them.
 COORDINATOR, COUNT, INDEX = "JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID"
 PLACE = {"coordinator": COORDINATOR, "process_count": COUNT, "process_index": INDEX}
+TIMEOUTS = ("join_timeout", "peer_timeout", "stall_timeout", "start_timeout")
 # Variables by which a launcher says that it started several processes: a number, or names of hosts.
 LAUNCHERS = (COUNT, "SLURM_STEP_NUM_TASKS", "SLURM_NTASKS", "OMPI_COMM_WORLD_SIZE")
 LAUNCHERS += ("MEGASCALE_NUM_SLICES", "TPU_WORKER_HOSTNAMES")
@@ -52,6 +54,7 @@ def find_place(flags: argparse.Namespace, environment: Mapping[str, str]) -> tup
       UserError: with exit code 2, for several tasks without ``--distributed``, flags that need it,
         half an address, or numbers that are out of range.
     """
+    check(vars(flags), dict.fromkeys(TIMEOUTS, number(above=0)), "--", exit_code=2)
     given = {name: getattr(flags, name) for name in PLACE if getattr(flags, name) is not None}
     if not flags.distributed:
         for name in given:

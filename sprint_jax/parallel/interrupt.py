@@ -16,15 +16,14 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
-from ..core.errors import UserError
+from ..core.errors import OUT_OF_MEMORY, UserError, is_out_of_memory
 from ..core.progress import format_duration
-from .peers import NOT_FINITE, OUT_OF_MEMORY, Peers
+from .peers import NOT_FINITE, Peers
 
 PATIENCE = (
     150.0  # seconds from a signal to the end of a step; launch scripts give 180 until they kill
 )
 TELL = 30.0  # seconds between signs of life in a long phase
-EXHAUSTED = "RESOURCE_EXHAUSTED"  # how XLA says that memory is not enough
 
 
 class Stop(contextlib.AbstractContextManager):
@@ -151,7 +150,7 @@ def named_memory(stop: Stop) -> Iterator[None]:
     try:
         yield
     except (jax.errors.JaxRuntimeError, MemoryError) as error:
-        if isinstance(error, jax.errors.JaxRuntimeError) and EXHAUSTED not in str(error):
+        if not is_out_of_memory(error):
             raise
         what = " ".join(str(error).split())[:200]
         raise UserError(

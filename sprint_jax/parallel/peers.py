@@ -20,12 +20,12 @@ from typing import NamedTuple, NoReturn
 
 import jax
 
-from ..core.errors import UserError
+from ..core.errors import OUT_OF_MEMORY, UserError, is_out_of_memory
 from ..core.storage import AnyPath, in_bucket
 
 LOST_PEER = 75  # exit code of a process that ends because another one is gone, or nothing moves
 # Exit codes that would come again: the others take them over.
-USAGE, NOT_FINITE, OUT_OF_MEMORY = 2, 3, 4
+USAGE, NOT_FINITE = 2, 3
 BEAT = 1.0  # seconds between signs of life
 GRACE = 5 * BEAT  # process 0 ends so much later: it holds the store in which the others read why
 DAY = 24 * 3600 * 1000  # milliseconds
@@ -130,11 +130,14 @@ class Peers:
 
     def fail(self, error: BaseException) -> None:
         """Tells the others that this process ends with an error, and sees to it that it does."""
-        if isinstance(error, jax.errors.JaxRuntimeError) or "gloo" in str(error).lower():
+        exhausted = is_out_of_memory(error)
+        of_jax = isinstance(error, jax.errors.JaxRuntimeError) or "gloo" in str(error).lower()
+        if of_jax and not exhausted:
             # Most likely a broken connection: within this time the watch finds out to whom.
             self._over.wait(self._silence + 5 * BEAT)
         self._over.set()
         code = 130 if isinstance(error, KeyboardInterrupt) else getattr(error, "exit_code", 1)
+        code = OUT_OF_MEMORY if exhausted else code
         others = code if code in (USAGE, NOT_FINITE, OUT_OF_MEMORY) else LOST_PEER
         line = " ".join(str(error).split())[:500] or type(error).__name__
         with contextlib.suppress(jax.errors.JaxRuntimeError):

@@ -15,8 +15,9 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 from uvicorn.protocols.websockets.websockets_sansio_impl import WebSocketsSansIOProtocol
 
 from ..core.errors import UserError
+from ..core.files import read_text
 from ..core.progress import Progress
-from ..core.storage import answers_as_os_errors, as_path
+from ..core.storage import as_path
 from ..pipeline import SprintPipeline
 from .app import BODY, Service
 from .counters import Counters
@@ -162,10 +163,9 @@ def make_token(host: str, names: Sequence[str], file: str | None) -> str | None:
         here = is_loopback(host) and all(map(is_loopback, names))
         return None if here else secrets.token_urlsafe(24)
     try:
-        with answers_as_os_errors(file):
-            token = as_path(file).read_bytes().decode("ascii").strip()
+        token = read_text(as_path(file), 1 << 20).strip()
     except (OSError, UnicodeError) as error:
-        reason = getattr(error, "strerror", None) or "it is not ASCII text"
+        reason = getattr(error, "strerror", None) or "it is no text"
         raise UserError(f"--token {file}: {reason}") from error
     if not re.fullmatch(r"[\w-]{16,200}", token, re.ASCII):
         raise UserError(f"--token {file} must hold 16 to 200 letters, digits, - and _, and no more")

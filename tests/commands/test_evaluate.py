@@ -137,6 +137,12 @@ def test_a_lone_teacher_gets_its_own_part(folders, tmp_path):
         (["--teacher", "STUDENT"], ["--teacher ", "student"]),
         (["--teacher", "OTHER"], ["'small'", "'full'"]),
         (["--model", "nowhere"], ["nowhere"]),
+        (["--steps", "2"], ["--steps", "--metrics digits"]),
+        (["--cache", "x"], ["--cache", "--metrics digits"]),
+        (["--metrics", "fid", "--teacher", "TEACHER"], ["--teacher", "--model"]),
+        (["--metrics", "fid", "--steps", "0"], ["--steps=0"]),
+        (["--metrics", "fid", "--size", "8by8"], ["--size 8by8"]),
+        (["--metrics", "clip", "--prompts", "/dev/zero"], ["/dev/zero", "256 MiB"]),
     ],
 )
 def test_mistakes_are_refused(folders, tmp_path, words, names):

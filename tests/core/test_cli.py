@@ -88,6 +88,8 @@ def test_config_and_overrides(tmp_path):
         (KeyboardInterrupt(), 130, "error: interrupted\n"),
         (OSError(errno.ENOSPC, "No space left", "runs/a"), 1, "error: runs/a: No space left\n"),
         (PermissionError(errno.EACCES, "Permission denied", "/x"), 1, "error: /x: Permission"),
+        (jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: 9 GB"), 4, "error: out of memory (RES"),
+        (MemoryError(), 4, "error: out of memory (of the host)"),
     ],
 )
 def test_exit_code_and_line(exception, code, line, monkeypatch, capsys):
@@ -103,7 +105,11 @@ def test_exit_code_and_line(exception, code, line, monkeypatch, capsys):
     assert text.startswith(line) and text.count("\n") == 1
 
 
-@pytest.mark.parametrize("bug", [ValueError("a bug"), FileNotFoundError(errno.ENOENT, "a bug")])
+BUGS = [ValueError("a bug"), FileNotFoundError(errno.ENOENT, "a bug")]
+BUGS += [jax.errors.JaxRuntimeError("INTERNAL: a bug")]
+
+
+@pytest.mark.parametrize("bug", BUGS)
 def test_bugs_keep_their_traceback(bug, monkeypatch):
     def main(argv):
         raise bug

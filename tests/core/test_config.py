@@ -163,6 +163,7 @@ def test_load_config_names_what_is_wrong(config_file, tmp_path):
         ("import nowhere_to_be_found", 1, "nowhere_to_be_found"),
         ("def get_config(arg):\n    return 1 / 0", 2, "ZeroDivisionError"),
         ("def get_config(arg):\n    return int('x')", 2, "'x'"),
+        ("raise SystemExit(3)", 1, "SystemExit"),
         # Raised in a library: its own line would not help.
         (CONFIG_FILE.replace("return c", "c.stpes = c.stpes + 1"), 12, "stpes"),
         (CONFIG_FILE.replace("STEPS,", "STEPS / 0,"), 9, "ZeroDivisionError"),

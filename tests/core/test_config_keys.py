@@ -42,6 +42,8 @@ WRONG |= {"optimizer.warmup_steps": [-1], "optimizer.clip_norm": [-0.1], "optimi
 WRONG |= {"model.num_layers": [0, -1, 10**6], "model.patch_size": [0, 10**9], "seed": [-1, 2**32]}
 WRONG |= {"data.latents": ["az://bucket/latents"], "data.latent_size": ["8", "8,0"], "steps": [0]}
 WRONG |= {"teacher": ["ftp://host/run"], "scm.guidance": ["4,-1", "inf,"], "mesh.fsdp": [0, -2]}
+WRONG |= {"data.dir": ["", "az://bucket/x"], "data.sizes": ["8by8,"], "data.loaded_sizes": [1, -1]}
+WRONG |= {"data.prompt_style": ["loud"], "encode.dtype": ["int8"]}
 WRONG |= {"sampler.midpoint": [0.0, 1.6], "trajectory.spread": [0.5], "log.profile_hosts": ["-1,"]}
 
 

@@ -278,6 +278,7 @@ def test_a_shard_that_changed_under_its_index_is_noticed(tmp_path):
 def test_processes_share_the_indices(tmp_path, monkeypatch, processes):
     """Each shard is read by one process, and each process ends with all of them, part by part."""
     monkeypatch.setattr(sharding, "SHARED", 999)
+    monkeypatch.setattr(tars, "AT_ONCE", 2)
     for number in range(5):
         five(tmp_path / f"{number}.tar")
     write_tar(tmp_path / "5.tar", [("5.txt", b"no image")])

@@ -19,7 +19,7 @@ from helpers.runs import ROOT, tiny
 from helpers.toy_sweep import TOY
 
 from launch import sweep
-from sprint_jax import benchmark, evaluate, plan
+from sprint_jax import benchmark, evaluate, plan, sample
 from sprint_jax.checkpoints.checkpoint import Checkpoints, load_params
 from sprint_jax.checkpoints.workdir import write_workdir_config
 from sprint_jax.core.config import load_config
@@ -248,9 +248,11 @@ def test_plans_and_measurements_are_written_into_a_bucket(bucket, monkeypatch, c
 def test_a_token_is_read_and_a_config_file_refused(bucket, tmp_path):
     as_path(f"{bucket}/token").write_text("abcdefghijklmnopq\n")
     assert make_token("127.0.0.1", [], f"{bucket}/token") == "abcdefghijklmnopq"
-    for name in ("none", "token/none"):
-        with pytest.raises(UserError, match=f"--token {bucket}/{name}"):
-            make_token("127.0.0.1", [], f"{bucket}/{name}")
+    for name in (f"{bucket}/none", f"{bucket}/token/none", bucket):
+        with pytest.raises(UserError, match=f"--token {name}"):
+            make_token("127.0.0.1", [], name)
+    with pytest.raises(UserError, match=f"--image {bucket}/none: no such object"):
+        sample._image("--image", f"{bucket}/none")
     with pytest.raises(UserError, match=f"--config={bucket}/c.py:a") as refused:
         load_config(f"{bucket}/c.py:a", [])
     assert refused.value.exit_code == 2

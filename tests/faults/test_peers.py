@@ -42,6 +42,8 @@ def test_place_from_flags_and_environment():
         ([], {"OMPI_COMM_WORLD_SIZE": "8"}, "OMPI_COMM_WORLD_SIZE=8"),
         ([], {"TPU_WORKER_HOSTNAMES": "a,b"}, "TPU_WORKER_HOSTNAMES=a,b"),
         (["--process_count", "2"], {}, "--process_count"),
+        (["--distributed", "--stall_timeout", "nan"], ALL, "--stall_timeout=nan"),
+        (["--distributed", "--peer_timeout", "-1"], ALL, "--peer_timeout=-1"),
         (["--distributed", "--coordinator", "a:1"], {}, "--process_count, --process_index"),
         *((["--distributed"], ALL | state, next(iter(state.values()))) for state in STATES),
     ],

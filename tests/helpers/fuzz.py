@@ -1,8 +1,8 @@
 """Fuzzing of all that reads what others wrote: `tests/faults/fuzz.py` is the command.
 
 Case i of a seed is the same each time; its kind takes turns. A process of its own runs them. A finding is an
-exception that is no refusal, a process that ends, one that answers nothing for LIMIT seconds, or one that takes
-GROWTH bytes more than before.
+exception that is no refusal, a process that ends, one that answers nothing for LIMIT seconds though it is not
+waiting for a processor, or one that takes GROWTH bytes more than before.
 """
 
 import collections
@@ -60,6 +60,7 @@ class Fuzz:
         """Kind, and 'accepted', 'refused' or what is wrong."""
         from sprint_jax.core import cli
         from sprint_jax.core.errors import UserError
+        from sprint_jax.core.storage import is_provider_error
         from sprint_jax.data.sources.records import Rejected
 
         case, kind = random.Random(f"{seed} {number}"), KINDS[number % len(KINDS)]
@@ -72,17 +73,18 @@ class Fuzz:
         except (UserError, Rejected) as error:
             outcome = "refused" if str(error).strip() else "refused without a word"
         except OSError as error:
-            known = error.errno in cli._MACHINE_ERRORS
-            outcome = "refused" if known else f"{type(error).__name__}: {error}"
+            known = error.errno in cli._MACHINE_ERRORS or is_provider_error(
+                error.__cause__ or error
+            )
+            outcome = "refused" if known else describe(error)
+        except Exception as error:
+            outcome = "refused" if is_provider_error(error) else describe(error)
         except SystemExit as error:
             outcome = "accepted" if error.code in (0, None) else f"exit {error.code}"
         except BaseException as error:  # tokenizers' panics are no Exception
             if isinstance(error, KeyboardInterrupt):
                 raise
-            frames = traceback.extract_tb(error.__traceback__)
-            own = [f for f in frames if "/sprint_jax/" in f.filename] or frames
-            place = f"{Path(own[-1].filename).name}:{own[-1].lineno}"
-            outcome = f"{type(error).__name__} at {place}: {str(error)[:200]}"
+            outcome = describe(error)
         grown = 1024 * (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
         return kind, f"{grown >> 20} MB taken" if grown > GROWTH else outcome
 
@@ -157,6 +159,31 @@ class Fuzz:
         for path in self.folder.iterdir():
             if path.name not in ("pipeline", "flow", "distill", "tars"):
                 shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
+
+
+def describe(error: BaseException) -> str:
+    frames = traceback.extract_tb(error.__traceback__)
+    own = [f for f in frames if "/sprint_jax/" in f.filename] or frames
+    place = f"{Path(own[-1].filename).name}:{own[-1].lineno}"
+    return f"{type(error).__name__} at {place}: {str(error)[:200]}"
+
+
+def answers(ours: Any, pid: int) -> bool:
+    """Whether a process answers within LIMIT seconds, of a processor where others leave it little of one."""
+    before = processor_seconds(pid)
+    for turn in range(20):
+        if ours.poll(LIMIT):
+            return True
+        used = processor_seconds(pid) - before
+        # It computes for ever, or it sleeps.
+        if used > LIMIT or used < (turn + 1) * LIMIT / 1000:
+            return False
+    return False
+
+
+def processor_seconds(pid: int) -> float:
+    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
 
 def check_network(pipe: Any) -> None:
@@ -254,7 +281,7 @@ def run(
             outcome = None
             try:
                 while number < first + cases:
-                    if not ours.poll(LIMIT):
+                    if not answers(ours, process.pid):
                         raise EOFError(f"no answer in {LIMIT} s")
                     number, outcome = ours.recv()
                     started = started or time.monotonic()

@@ -24,6 +24,7 @@ from .images import EXTENSIONS, MAX_PIXELS
 from .records import check_same, hash_identity
 
 THREADS = 8  # that index shards: on a network's disk they wait more than they work
+AT_ONCE = 64  # shards whose indices a process hands to the others at once
 SCAN = 8 << 20  # bytes of a bucket's shard that are asked for at a time, to look for headers
 VERSION = 2  # of a kept index; another is made anew
 
@@ -75,17 +76,26 @@ def open_tars(paths: Sequence[str | os.PathLike], name: str | None = None) -> Fi
 
 def _index_all(shards: Sequence[AnyPath], name: str) -> "list[_Index]":
     """The indices of shards in their order. Each process makes those of its share, and gets the others'."""
-    me, processes = jax.process_index(), jax.process_count()
-    mine = shards[me::processes]
-    how = dict(total=len(mine), delay=5, mininterval=5, leave=False, unit="shard", disable=me > 0)
-    with concurrent.futures.ThreadPoolExecutor(THREADS) as pool:
-        made = pool.map(lambda path: _pack(index_tar(path)), mine)
-        indices = list(tqdm(made, f"index {name}", **how))
-    if processes == 1:
-        return indices
-    found: list[_Index] = [None] * len(shards)
-    for process, content in enumerate(bytes_from_everyone(_dump(indices))):
-        found[process::processes] = _load(content)
+    me, processes, found = jax.process_index(), jax.process_count(), []
+    how = dict(total=len(shards), delay=5, mininterval=5, leave=False, unit="shard")
+
+    def make(path: AnyPath) -> _Index:
+        index = _pack(index_tar(path))
+        bar.update(processes)
+        return index
+
+    with (
+        tqdm(desc=f"index {name}", disable=me > 0, **how) as bar,
+        concurrent.futures.ThreadPoolExecutor(THREADS) as pool,
+    ):
+        for start in range(0, len(shards), AT_ONCE * processes):
+            part = shards[start : start + AT_ONCE * processes]
+            mine = list(pool.map(make, part[me::processes]))
+            if processes == 1:
+                found += mine
+                continue
+            everyone = [_load(content) for content in bytes_from_everyone(_dump(mine))]
+            found += [everyone[k % processes][k // processes] for k in range(len(part))]
     return found
 
 
@@ -156,7 +166,7 @@ def _load(content: bytes) -> list[_Index]:
     arrays, indices = safetensors.numpy.load(content), []
     for k in range(len(arrays) // 5):
         keys, ends, hashes, places, about = (
-            arrays[f"{k} {name}"] for name in ("keys", "ends", "hashes", "places", "about")
+            arrays[f"{k} {name}"].copy() for name in ("keys", "ends", "hashes", "places", "about")
         )
         problems, *rest = json.loads(about.tobytes())
         indices.append(_Index(keys.tobytes(), ends, hashes, places, dict(problems), *rest))
