@@ -7,6 +7,7 @@ import jax
 import pytest
 from helpers.pipeline_folder import write_pipeline
 from helpers.runs import quick_compilation, run_here
+from helpers.workdirs import tiny_config
 
 from sprint_jax import plan
 from sprint_jax.core.errors import UserError
@@ -73,6 +74,22 @@ def test_calls_are_those_of_the_pipeline(pipe):
         assert calls_of(pipe, "text", run) == text
         assert calls_of(pipe, "transformer", run) == (1, batch)
         assert calls_of(pipe, "decoder", run) == decoder
+
+
+def test_models_of_other_kinds(folder, pipe, tmp_path):
+    """A teacher's transformer has both halves of guidance; digits have no networks beside the transformer."""
+    teacher = write_pipeline(tmp_path / "teacher", student=False)
+    digits = tmp_path / "digits"
+    (digits / "checkpoints").mkdir(parents=True)
+    (digits / "config.json").write_text(json.dumps(tiny_config("distill")))
+    flops = {}
+    for name, run in [(folder, RUN), (teacher, RUN), (digits, Run(1, 2, (16, 16)))]:
+        other = inference.open_model(str(name), "float32")
+        assert other.is_student == (name != teacher)
+        assert inference.parts_of(other) == (("transformer",) if name == digits else PARTS)
+        lowered = lower_part(other, "transformer", run, jax.devices()[0])
+        flops[name] = total(analyze(lowered.as_text(dialect="hlo")), "flops")
+    assert 1.8 < flops[teacher] / flops[folder] < 2.1 and flops[digits] > 0
 
 
 def run_of(batch: int, weights: float, text: float, transformer: float, decoder: float) -> dict:
