@@ -231,7 +231,7 @@ SECTIONS = [
     (
         "plans/sample_*.json",
         "Plans of inference on one device (compiled, never run)",
-        "python -m sprint_jax.plan --sample --model NAME --topology DEVICE --out FILE",
+        "python -m sprint_jax.plan --sample --model NAME --topology DEVICE --steps 1 --out FILE",
         [
             (
                 "whole",
