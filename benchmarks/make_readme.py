@@ -218,7 +218,7 @@ SECTIONS = [
         ],
     ),
     (
-        "plans/[!m]*.json",
+        "plans/*.json",
         "Plans of runs on TPUs and GPUs (compiled, never run; see [docs/planning.md](../docs/planning.md))",
         "python -m sprint_jax.plan --config CONFIG --topology SLICE --sweep batch --out FILE",
         [
@@ -233,7 +233,7 @@ SECTIONS = [
     (
         "plans/sample_*.json",
         "Plans of inference on one device (compiled, never run)",
-        "python -m sprint_jax.plan --sample --model NAME --topology DEVICE --out FILE",
+        "python -m sprint_jax.plan --sample --model NAME --topology DEVICE --steps 1 --out FILE",
         [
             (
                 "whole",
@@ -248,20 +248,6 @@ SECTIONS = [
                 "model | planned for | most pictures in one step on a card of | one part's weights at once",
                 "{model} | {topology} | {most} | {most_in_turn}",
             ),
-        ],
-    ),
-    (
-        "plans/methods_*.json",
-        "Plans of distillations of 0.6B by their losses (compiled, never run)",
-        "python -m sprint_jax.plan --config configs/sprint.py:600m,LOSSES --topology DEVICES --out FILE",
-        [
-            (
-                "updates",
-                "config | devices | global batch | GiB per device | TFLOP | TB moved | GB over links "
-                "| least step, s | updates",
-                "[{config}]({file}) | {topology} | {batch} | {gib:.1f} | {tflop:.4g} | {moved:.3g} "
-                "| {links:.3g} | {step_seconds:.3g} | {names}",
-            )
         ],
     ),
     (
@@ -291,7 +277,9 @@ def read(pattern: str) -> list[dict]:
         )
         for line in lines:
             found.append(line | {"file": f"{path.parent.name}/{path.name}"})
-            shared = {key: line[key] for key in ("model", "topology", "file") if key in line}
+            shared = {
+                key: found[-1][key] for key in ("model", "topology", "file") if key in found[-1]
+            }
             found += [shared | run for run in line.get("runs", [])]
             if "real" in line:
                 found.append(line["real"] | {"name": "real scenes, held-out handwriting"})
@@ -335,15 +323,13 @@ def prepared(line: dict) -> dict:
         for key, name in (("bytes", "most"), ("bytes_in_turn", "most_in_turn")):
             cards = line["largest_batch"][0][key].items()
             more[name] = ", ".join(f"{card} GB: {count}" for card, count in cards)
-    if line.get("step_seconds") and "updates" in line:
-        more |= {"tflop": line["flops_per_device"] / 1e12, "moved": line["hbm_bytes"] / 1e12}
-        sums = (sum(axes.values()) for axes in line["collective_bytes"].values())
-        more |= {"links": sum(sums) / 1e9, "names": ", ".join(u["name"] for u in line["updates"])}
     if "bytes_per_device" in line:
         more |= {"gib": line["bytes_per_device"] / 2**30, "limit": line["limit_bytes"] / 2**30}
         largest = max((each["batch"] for each in line.get("sweep", []) if each["fits"]), default=0)
         fastest = f"the fastest ({largest} fits)"
         more["chosen"] = fastest if largest > line["batch"] else "the largest tried that fits"
+        if "sweep" not in line:
+            more["chosen"] = "without a sweep"
     return more | line
 
 

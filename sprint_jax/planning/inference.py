@@ -1,4 +1,4 @@
-"""The plan of drawing pictures: the programs that a pipeline runs, compiled from shapes alone.
+"""The programs that a pipeline runs to draw pictures, compiled from shapes alone.
 
 A pipeline without arrays (`open_model`) lowers its own calls (`lower_part`), so that what is planned is what
 `SprintPipeline` runs: prompts to features, features and noise to latents, latents to pictures. Networks of the

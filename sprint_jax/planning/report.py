@@ -111,7 +111,7 @@ def sample_table(plan: dict) -> str:
             memory = f"{part['weight_bytes'] / GIB:.2f}", f"{part['bytes'] / GIB:.2f}"
             counts = str(part["calls"]), *work, f"{part['kernels']:.0f}"
             rows.append((part["name"], *counts, *memory, _seconds(part["seconds"]), part["bound"]))
-        lines.append(f"\n{run['steps']} steps, {run['batch']} of {height}x{width}")
+        lines.append(f"\n{_steps(run)}, {run['batch']} of {height}x{width}")
         lines += [f"  {line}" for line in _columns(rows).splitlines()]
         verdict = "fits" if whole["fits"] else "DOES NOT FIT"
         lines.append(
@@ -135,7 +135,7 @@ def sample_picture(plan: dict, path: Path) -> None:
     runs = plan["runs"]
     figure = Figure(figsize=(9, 1.4 + 0.35 * len(runs)), layout="constrained")
     times, memory = figure.subplots(1, 2, sharey=True)
-    names = [f"{run['steps']} steps, batch {run['batch']}" for run in runs]
+    names = [f"{_steps(run)}, batch {run['batch']}" for run in runs]
     for number, part in enumerate(part["name"] for part in runs[0]["parts"]):
         parts = [run["parts"][number] for run in runs]
         seconds = [1e3 * each["calls"] * each["seconds"] for each in parts]
@@ -156,6 +156,10 @@ def sample_picture(plan: dict, path: Path) -> None:
             ncols=3, fontsize=7, loc="lower center", bbox_to_anchor=(0.5, 1.0), frameon=False
         )
     figure.savefig(path, dpi=120)
+
+
+def _steps(run: dict) -> str:
+    return f"{run['steps']} step{'s' if run['steps'] > 1 else ''}"
 
 
 def _cards(cards: list[int]) -> str:

@@ -1,11 +1,13 @@
 """Plans of inference: a small pipeline beside XLA's own counts, batches, cards, and the command."""
 
+import importlib.util
 import json
 
 import jax
 import pytest
 from helpers.pipeline_folder import write_pipeline
 from helpers.runs import quick_compilation, run_here
+from helpers.workdirs import tiny_config
 
 from sprint_jax import plan
 from sprint_jax.core.errors import UserError
@@ -14,6 +16,12 @@ from sprint_jax.planning.counts import analyze, total
 from sprint_jax.planning.inference import PARTS, Run, calls_of, largest_batches, lower_part
 from sprint_jax.planning.topology import has_cuda_compiler, open_topology
 
+needs_cuda = pytest.mark.skipif(
+    not has_cuda_compiler(), reason="CUDA's compiler is not installed (extra 'plan-cuda')"
+)
+needs_libtpu = pytest.mark.skipif(
+    importlib.util.find_spec("libtpu") is None, reason="libtpu is not installed (extra 'plan')"
+)
 RUN = Run(1, 3, (64, 128))
 
 
@@ -66,6 +74,22 @@ def test_calls_are_those_of_the_pipeline(pipe):
         assert calls_of(pipe, "text", run) == text
         assert calls_of(pipe, "transformer", run) == (1, batch)
         assert calls_of(pipe, "decoder", run) == decoder
+
+
+def test_models_of_other_kinds(folder, pipe, tmp_path):
+    """A teacher's transformer has both halves of guidance; digits have no networks beside the transformer."""
+    teacher = write_pipeline(tmp_path / "teacher", student=False)
+    digits = tmp_path / "digits"
+    (digits / "checkpoints").mkdir(parents=True)
+    (digits / "config.json").write_text(json.dumps(tiny_config("distill")))
+    flops = {}
+    for name, run in [(folder, RUN), (teacher, RUN), (digits, Run(1, 2, (16, 16)))]:
+        other = inference.open_model(str(name), "float32")
+        assert other.is_student == (name != teacher)
+        assert inference.parts_of(other) == (("transformer",) if name == digits else PARTS)
+        lowered = lower_part(other, "transformer", run, jax.devices()[0])
+        flops[name] = total(analyze(lowered.as_text(dialect="hlo")), "flops")
+    assert 1.8 < flops[teacher] / flops[folder] < 2.1 and flops[digits] > 0
 
 
 def run_of(batch: int, weights: float, text: float, transformer: float, decoder: float) -> dict:
@@ -142,18 +166,22 @@ def test_wrong_usage_is_one_line(command, folder, words, name):
     assert ended.code in (1, 2) and name in ended.error and len(ended.err.splitlines()) == 1
 
 
-@pytest.mark.skipif(not has_cuda_compiler(), reason="CUDA's compiler (extra 'plan-cuda')")
 @pytest.mark.slow
-def test_a_card_that_is_not_here(folder, pipe):
-    """The same FLOPs as on CPU; one device only."""
-    card, lines = open_topology("h200:1"), []
-    found = inference.plan_sampling(str(folder), "float32", card, [RUN], False, lines.append)
-    here = lower_part(pipe, "decoder", RUN, jax.devices()[0])
-    decoder = found["runs"][0]["parts"][-1]
-    traced = total(analyze(here.as_text(dialect="hlo")), "flops")
-    assert decoder["flops"] == pytest.approx(traced, rel=0.1)
-    assert decoder["kernels"] > 20 and found["runs"][0]["whole"]["fits"] and len(lines) == 3
+@pytest.mark.parametrize(
+    ("name", "two"),
+    [
+        pytest.param("h200:1", "h200:2", marks=needs_cuda),
+        pytest.param("v6e:1x1", "v6e:1x2", marks=needs_libtpu),
+    ],
+)
+def test_a_device_that_is_not_here(folder, pipe, name, two):
+    """The decoder has the FLOPs of the traced program; only one device is planned for."""
+    device, lines = open_topology(name), []
+    found = inference.plan_sampling(str(folder), "float32", device, [RUN], False, lines.append)
+    decoder, whole = found["runs"][0]["parts"][-1], found["runs"][0]["whole"]
+    traced = lower_part(pipe, "decoder", RUN, device.devices[0]).as_text(dialect="hlo")
+    assert decoder["flops"] == pytest.approx(total(analyze(traced), "flops"), rel=0.1)
+    assert decoder["kernels"] > 20 and whole["fits"] and len(lines) == len(PARTS)
+    assert decoder["bytes"] > decoder["weight_bytes"] > 0 and whole["images_per_second"] > 0
     with pytest.raises(UserError, match="one device"):
-        inference.plan_sampling(
-            str(folder), "float32", open_topology("h200:2"), [RUN], False, lines.append
-        )
+        inference.plan_sampling(str(folder), "float32", open_topology(two), [], False, print)
