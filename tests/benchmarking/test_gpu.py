@@ -209,7 +209,7 @@ def test_the_page_shows_goals_beside_plans_and_the_last_run_of_a_part():
 
     step = {"distill": "1600m", "batch": 96, "images_per_second": 8, "needed_gb": 130.0}
     step |= {"flops_per_second": 4e14, "ms": {"generator": [1, 2, 3], "discriminator": [4, 5, 6]}}
-    lines = [*begin("transformer 600m"), forward(8.0), *begin("transformer 600m"), forward(4.0)]
+    lines = [*begin("600m x 1"), forward(8.0), *begin("600m x 1"), forward(4.0)]
     lines += [*begin("ceilings"), {"ceiling": "product", "per_second": 8e14}]
     fused = {"options": "decoder", "option": "fused", "ratio": {"fused": [0.8, 0.9, 1.0]}}
     lines += [*begin("options decoder"), fused | {"compile_s": 9.5}]
@@ -236,12 +236,12 @@ def test_the_page_shows_goals_beside_plans_and_the_last_run_of_a_part():
 def test_tiny_parts_run_from_a_random_folder_to_pictures(tmp_path):
     out = tmp_path / "out.jsonl"
     words = ["--tiny", "--alone", f"--out={out}", f"--scratch={tmp_path}", "--seconds=500"]
-    script = ["bash", BENCHMARKS / "gpu.sh", *words, "--only=ceilings,folders,whole 600m"]
+    script = ["bash", BENCHMARKS / "gpu.sh", *words, "--only=ceilings,folders,600m x 1"]
     ended = subprocess.run(script, env=os.environ | {"PYTHON": sys.executable}, check=False)
     lines = [*map(json.loads, out.read_text().splitlines())]
     assert ended.returncode == 0, lines
     found = {line["workload"]: line for line in lines if "workload" in line}
-    assert list(found) == ["text", "whole, 1 steps"]
+    assert list(found) == ["transformer", "decoder", "text", "whole, 1 steps"]
     ceilings = {line["ceiling"]: line["per_second"] for line in lines if "ceiling" in line}
     assert min(ceilings.values()) > 1e6 and set(ceilings) == {"product", "copy"}
     assert [line["folder"] for line in lines if "folder" in line] == ["600m", "1600m"]
