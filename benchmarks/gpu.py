@@ -58,10 +58,10 @@ def parts(flags, against: list[str]) -> list[Part]:
     """All parts, the most important first."""
     out, scratch = ["--out", str(flags.out)], flags.scratch
     tiny, image = [], "1024x1024"
-    counts = {"rounds": 25, "queue": 20, "batch": "1,10", "steps": "1,2"}
+    counts = {"rounds": 25, "queue": 20, "steps": "1,2"}
     if flags.tiny:
         tiny, image = ["--tiny"], "64x64"
-        counts = {"rounds": 1, "queue": 2, "batch": "1,2", "steps": "1"}
+        counts = {"rounds": 1, "queue": 2, "steps": "1"}
     # Torch and JAX share the device's memory.
     shared = {"XLA_PYTHON_CLIENT_PREALLOCATE": "false"}
 
@@ -85,23 +85,24 @@ def parts(flags, against: list[str]) -> list[Part]:
         words += ("--config.steps=2",) if flags.tiny else ()
         return ["-m", "sprint_jax.train", "--config", f"configs/digits.py:{kind},small", *words]
 
-    networks, whole = "transformer,decoder", "text,whole"
+    networks = "transformer,decoder"
+    everything, larger = f"{networks},text,whole", "transformer,whole"
     exact = dict(dtype="float32", mode=None, batch="1", rounds=1)
     alone = {"XLA_PYTHON_CLIENT_MEM_FRACTION": "0.95"}
     best = dict(mode="max-autotune", batch="1")
     student = train("student", f"--config.teacher={scratch / 'teacher'}")
+    many = "2" if flags.tiny else "10"
     return [
         Part("ceilings", 60, own("ceilings")),
         Part(
             "folders", 120, own("folders", "--folder", str(scratch)), {}, "1600m/model_index.json"
         ),
-        Part("float32 equal", 120, sample("600m", networks, **exact), shared),
-        Part("transformer 600m", 150, sample("600m", "transformer"), shared),
-        Part("decoder", 150, sample("600m", "decoder"), shared),
-        Part("whole 600m", 200, sample("600m", whole), shared),
-        Part("transformer 1600m", 150, sample("1600m", "transformer"), shared),
+        Part("float32 equal", 150, sample("600m", networks, **exact), shared),
+        Part("600m x 1", 300, sample("600m", everything, batch="1"), shared),
+        Part("1600m x 1", 240, sample("1600m", larger, batch="1"), shared),
+        Part(f"600m x {many}", 300, sample("600m", everything, batch=many), shared),
         Part("distill 600m", 240, distill("600m"), alone),
-        Part("whole 1600m", 200, sample("1600m", "whole"), shared),
+        Part(f"1600m x {many}", 240, sample("1600m", larger, batch=many), shared),
         Part("options transformer", 200, own("options", "--network", "transformer")),
         Part("options decoder", 300, own("options", "--network", "decoder")),
         Part("distill 1600m", 240, distill("1600m"), alone),

@@ -86,7 +86,7 @@ def _parser() -> cli.Parser:
     parity.set_defaults(rounds=None, no_compile=True, mode=None, queue=None, tolerance=None)
     sample.set_defaults(batch=(1, 10), workloads={"transformer": "forward"})
     add = sample.add_argument
-    add("--model", metavar="DIR", help="a pipeline folder instead of random weights")
+    add("--model", metavar="DIR", help="the parts of this pipeline, as it runs them")
     add("--image", default="1024x1024", metavar="HxW", help="default 1024x1024")
     add("--steps", type=_counts, default=(1, 2, 4), metavar="S,...", help="of the whole (1,2,4)")
     add("--dtype", choices=tuple(measure.TOLERANCE), default="float32", help="default float32")

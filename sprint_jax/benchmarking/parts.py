@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from .. import sampling
 from ..core.errors import UserError
 from ..interop.diffusers import load_autoencoder, load_transformer
 from ..interop.sana import config_from_fields
@@ -18,6 +19,7 @@ from ..models.blocks import unstack_blocks
 from ..models.dc_ae import AutoencoderDC, Decoder
 from ..models.sana import SanaTransformer
 from ..pipeline import SprintPipeline
+from ..trigflow import to_trigflow
 from . import torch_reference as reference
 from .timing import compiled, first_call, waiting
 from .workloads import FACTOR, STUDENTS, network_calls, network_inputs, random_params
@@ -47,15 +49,19 @@ class Part(NamedTuple):
 
 
 def parts(flags: argparse.Namespace) -> Iterator[Part]:
-    """Yields the parts that the command's flags ask for, each built when it is due."""
+    """Yields the parts that the command's flags ask for, each built when it is due.
+
+    Of a pipeline folder they are the programs that `SprintPipeline` runs.
+    """
     device = _torch_device(flags.dtype) if flags.against else "cpu"
+    if flags.model:
+        yield from _pipeline(flags, device)
+        return
     with tempfile.TemporaryDirectory() as scratch:
         if "transformer" in flags.parts:
             yield from _transformer(flags, device, Path(scratch))
         if "decoder" in flags.parts:
             yield from _decoder(flags, device, Path(scratch))
-    if OF_PIPELINES & set(flags.parts):
-        yield from _pipeline(flags, device)
 
 
 def _torch_device(dtype: str) -> str:
@@ -75,25 +81,16 @@ def _torch_device(dtype: str) -> str:
     )
 
 
-def _weights(
-    flags: argparse.Namespace, part: str, config: dict, scratch: Path
-) -> tuple[Path | None, Any]:
-    """Returns the folder of a part's weights, and diffusers' module of them if there is one to compare with.
-
-    Weights are those of ``--model``, or random ones that diffusers draws; None for weights of our own.
-    """
-    if not flags.against:
-        return Path(flags.model, part) if flags.model else None, None
-    if not flags.model:
-        reference.save_random(scratch, part, config)
-    folder = Path(flags.model or scratch)
-    return folder / part, reference.load_module(folder, part)
+def _weights(part: str, config: dict, scratch: Path) -> tuple[Path, Any]:
+    """Returns the folder of a part with random weights that diffusers draws, and its module of them."""
+    reference.save_random(scratch, part, config)
+    return scratch / part, reference.load_module(scratch, part)
 
 
 def _transformer(flags: argparse.Namespace, device: str, scratch: Path) -> Iterator[Part]:
-    fields, params = STUDENTS[flags.size], None
-    folder, module = _weights(flags, "transformer", config_from_fields(fields), scratch)
-    if folder:
+    fields, params, module = STUDENTS[flags.size], None, None
+    if flags.against:
+        folder, module = _weights("transformer", config_from_fields(fields), scratch)
         fields, params = load_transformer(folder, flags.dtype)
     model = SanaTransformer(**(fields | {"dtype": jnp.dtype(flags.dtype)}))
 
@@ -119,8 +116,9 @@ def _transformer(flags: argparse.Namespace, device: str, scratch: Path) -> Itera
 def _decoder(flags: argparse.Namespace, device: str, scratch: Path) -> Iterator[Part]:
     config = AutoencoderDC()
     fields = {name: value for name, value in vars(config).items() if name != "dtype"}
-    folder, module = _weights(flags, "vae", fields, scratch)
-    if folder:
+    module = None
+    if flags.against:
+        folder, module = _weights("vae", fields, scratch)
         config, params = load_autoencoder(folder, flags.dtype)
         params = params["decoder"]
     else:
@@ -146,21 +144,61 @@ def _decoder(flags: argparse.Namespace, device: str, scratch: Path) -> Iterator[
 
 def _pipeline(flags: argparse.Namespace, device: str) -> Iterator[Part]:
     pipe = SprintPipeline.from_pretrained(flags.model, jnp.dtype(flags.dtype))
-    pipelines = {}
+    others = {}
     if flags.against:
-        how = flags.model, device, flags.dtype, flags.mode
-        pipelines = reference.load_pipelines(*how)
+        text = bool(OF_PIPELINES & set(flags.parts))
+        others = reference.load_pipelines(flags.model, device, flags.dtype, flags.mode, text)
     height, width = flags.image
     for batch in flags.batch:
         prompts = [f"a photo of {number} birds on a wire" for number in range(1, batch + 1)]
+        if "transformer" in flags.parts:
+            yield _one_step(pipe, others, batch, flags, device)
+        if "decoder" in flags.parts:
+            shape = (batch, *pipe.latent_shape(height, width))
+            latents = np.random.default_rng(0).normal(size=shape).astype(np.float32)
+            arms = reference.decoder_calls(others, latents, device, flags.dtype)
+            scaled = jnp.asarray(latents * pipe.autoencoder.config.scaling_factor)
+            call = waiting(pipe.autoencoder.decode, scaled)
+            yield Part("decoder", batch, call, first_call(call), arms)
         if "text" in flags.parts:
             call = waiting(pipe.encode_text, prompts)
             arms = {}
-            if pipelines:  # compiled, the text encoder is the same
-                arms[reference.EAGER] = reference.text_call(pipelines[reference.EAGER], prompts)
+            if others:  # compiled, the text encoder is the same
+                arms[reference.EAGER] = reference.text_call(others[reference.EAGER], prompts)
             yield Part("text", batch, call, first_call(call), arms, None)
         for count in flags.steps if "whole" in flags.parts else ():
             how = dict(steps=count, height=height, width=width)
             call = waiting(pipe, prompts, **how, batch_size=batch)
-            arms = {a: reference.whole_call(p, prompts, **how) for a, p in pipelines.items()}
+            arms = {a: reference.whole_call(p, prompts, **how) for a, p in others.items()}
             yield Part(f"whole, {count} steps", batch, call, first_call(call), arms, None)
+
+
+def _one_step(pipe, others: dict, batch: int, flags: argparse.Namespace, device: str) -> Part:
+    """A student's step from noise to latents, beside diffusers' network on the same input."""
+    fields = {name: getattr(pipe.model, name) for name in ("in_channels", "caption_channels")}
+    inputs = network_inputs(fields, batch, *flags.image)
+    noise, sees = jnp.asarray(inputs["x"]), {}
+
+    def latents(velocity):
+        """The step's result for a network that returns ``velocity`` whatever it sees."""
+
+        def network(x, t):
+            sees.update(x=np.asarray(x), t=np.asarray(t))
+            return velocity
+
+        how = dict(steps=1, midpoint=pipe.midpoint, sigma_d=pipe.sigma_d)
+        with jax.disable_jit():  # a scan would show the network tracers
+            return sampling.draw_student(to_trigflow(network), noise, **how)
+
+    def error(ours, theirs):
+        velocity = theirs.float().cpu().permute(0, 2, 3, 1).numpy()
+        wanted = np.asarray(latents(jnp.asarray(velocity)), np.float64)
+        return float(np.linalg.norm(ours - wanted) / np.linalg.norm(wanted))
+
+    latents(noise)
+    arrays = jax.device_put([inputs[name] for name in ("text", "mask")])
+    # None is drawn for one step, and the call without it would draw noise to leave it.
+    how = dict(steps=1, guidance=10 * inputs["guidance"], step_noise=noise[None][:0])
+    call = waiting(pipe.denoise, *arrays, noise, **how)
+    arms = reference.forward_calls(others, inputs | sees, device, flags.dtype)
+    return Part("transformer", batch, call, first_call(call), arms, error)

@@ -64,22 +64,45 @@ def decoder_arms(model, latents, device: str, dtype: str, mode: str | None) -> d
     """
     torch = import_torch()
     decoder = model.decoder.to(device, getattr(torch, dtype))
-    first = to_torch(latents, device, dtype)
-    arms = {EAGER: (decoder, first)}
+    decoders = {EAGER: decoder}
     if mode:
-        arms[COMPILED] = compile_module(decoder, device, mode), first
-    last = copy.deepcopy(decoder).to(memory_format=torch.channels_last)
+        decoders[COMPILED] = compile_module(decoder, device, mode)
+    return _decoder_calls(decoders, latents, device, dtype)
+
+
+def decoder_calls(pipelines: dict[str, Any], latents, device: str, dtype: str) -> dict:
+    """Returns {arm: call} of the decoders of `load_pipelines` on latents [B, h, w, C], not scaled."""
+    decoders = {arm: pipeline.vae.decoder for arm, pipeline in pipelines.items()}
+    return _decoder_calls(decoders, latents, device, dtype)
+
+
+def _decoder_calls(decoders: dict[str, Any], latents, device: str, dtype: str) -> dict:
+    """Calls of decoders, and of the eager one with channels last."""
+    if not decoders:
+        return {}
+    torch = import_torch()
+    first = to_torch(latents, device, dtype)
+    arms = {arm: (decoder, first) for arm, decoder in decoders.items()}
+    last = copy.deepcopy(decoders[EAGER]).to(memory_format=torch.channels_last)
     arms[CHANNELS_LAST] = last, first.to(memory_format=torch.channels_last)
     return {arm: _inference(*call, device=device) for arm, call in arms.items()}
 
 
-def load_pipelines(folder: str, device: str, dtype: str, mode: str | None) -> dict[str, Any]:
-    """Loads a folder's SanaSprintPipeline, {arm: pipeline}; the compiled one has the same weights."""
+def load_pipelines(
+    folder: str, device: str, dtype: str, mode: str | None, text: bool = True
+) -> dict[str, Any]:
+    """Loads a folder's SanaSprintPipeline, {arm: pipeline}; the compiled one has the same weights.
+
+    Args:
+      mode: of `compile_module`; None leaves the compiled arm out.
+      text: with its text encoder and tokenizer.
+    """
     torch = import_torch()
     import diffusers
 
     kind = diffusers.SanaSprintPipeline
-    eager = kind.from_pretrained(folder, torch_dtype=getattr(torch, dtype)).to(device)
+    without = {} if text else dict(text_encoder=None, tokenizer=None)
+    eager = kind.from_pretrained(folder, torch_dtype=getattr(torch, dtype), **without).to(device)
     found = {EAGER: eager}
     if mode:
         vae = copy.deepcopy(eager.vae)
@@ -161,6 +184,16 @@ def transformer_arms(model, inputs: dict, device: str, dtype: str, mode: str | N
         arm: {name: waiting(call, device) for name, call in calls.items()}
         for arm, calls in arms.items()
     }
+
+
+def forward_calls(pipelines: dict[str, Any], inputs: dict, device: str, dtype: str) -> dict:
+    """Returns {arm: call} of the forward pass of the transformers of `load_pipelines`."""
+    found = {}
+    for arm, pipeline in pipelines.items():
+        given = {key: to_torch(value, device, dtype) for key, value in inputs.items()}
+        call = network_calls(pipeline.transformer, pipeline.transformer, given)["forward"]
+        found[arm] = waiting(call, device)
+    return found
 
 
 def network_calls(model, network, inputs: dict) -> dict[str, Callable]:
