@@ -155,7 +155,9 @@ def latent_size(c: Any) -> tuple[int, int]:
 def open_autoencoder(folder: Path, dtype: Any, shardings: Callable | None) -> Autoencoder:
     """Loads the autoencoder in ``vae`` of a pipeline folder; ``dtype`` is of its parameters and matmuls."""
     config, params = load_autoencoder(folder / "vae", dtype, shardings=shardings)
-    return Autoencoder(dataclasses.replace(config, dtype=jnp.dtype(dtype)), params)
+    config = dataclasses.replace(config, dtype=jnp.dtype(dtype))
+    arranged = jax.default_backend() == "gpu" and shardings is None
+    return Autoencoder(config, params, arranged=arranged)
 
 
 def open_text_encoder(
