@@ -44,6 +44,7 @@ class Kernel(NamedTuple):
       shape: of its results, as text.
       times: how often it runs.
       bytes: that it reads and writes in one run.
+      weights: bytes of parameters named ``params`` that it reads in one run.
       constant: whether it reads nothing but parameters named ``params`` and literals.
       moves: whether it only copies, transposes, slices or converts.
     """
@@ -54,6 +55,7 @@ class Kernel(NamedTuple):
     shape: str
     times: int
     bytes: float
+    weights: float
     constant: bool
     moves: bool
 
@@ -94,10 +96,12 @@ def _walk(computations: dict, main: Computation, fixed: set[str], times: int, fo
             continue
         if each.opcode in _FREE or each.opcode.endswith("-done"):
             continue
-        found.append(_kernel(computations, each, reads, times, constant))
+        found.append(_kernel(computations, main, each, reads, times, constant))
 
 
-def _kernel(computations, each: Instruction, reads, times: int, constant: bool) -> Kernel:
+def _kernel(
+    computations, main: Computation, each: Instruction, reads, times: int, constant: bool
+) -> Kernel:
     body = computations[each.called[0]] if each.called else None
     opcode, target = each.opcode, each.attribute(r'custom_call_target="([^"]*)"') or ""
     if "conv" in target or "__cudnn$conv" in each.attributes:
@@ -114,7 +118,17 @@ def _kernel(computations, each: Instruction, reads, times: int, constant: bool) 
     read = sum(_read_bytes(body, n, r) for n, r in enumerate(reads))
     written = sum(a.bytes for a in each.arrays if a.dtype not in ("u8", "s8"))
     shape = " ".join(f"{a.dtype}{list(a.dims)}" for a in each.arrays)
-    return Kernel(each.name, opcode, each.op_name, shape, times, read + written, constant, moves)
+    weights = sum(
+        _read_bytes(body, number, r) for number, r in enumerate(reads) if _is_weight(main, r)
+    )
+    size = read + written
+    return Kernel(each.name, opcode, each.op_name, shape, times, size, weights, constant, moves)
+
+
+def _is_weight(main: Computation, read: Instruction) -> bool:
+    while read.opcode == "bitcast":
+        read = main[read.operands[0]]
+    return read.opcode == "parameter" and "params" in read.op_name
 
 
 def _floats(body) -> set[str]:
