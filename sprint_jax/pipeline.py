@@ -187,8 +187,9 @@ class SprintPipeline:
             yield decode_bytes(self.autoencoder, x0, finish if request.binning else None)
 
     def encode_text(self, prompts: Sequence[str]) -> tuple[Array, Array]:
-        """Text features [B, L, D] float32 and mask [B, L] int32 (1 keeps)."""
-        return self.text_encoder.encode(list(prompts))
+        """Text features [B, L, D] float32, maybe not computed yet, and mask [B, L] int32 (1 keeps)."""
+        encoder = self.text_encoder
+        return getattr(encoder, "encode_ahead", encoder.encode)(list(prompts))
 
     def encode_control(
         self,

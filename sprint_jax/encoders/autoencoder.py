@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ..core.pixels import map_pictures
+from ..core.pixels import map_pictures, to_bytes
 from ..models.dc_ae import AutoencoderDC
 from ..models.inference.decoder import decode, prepare
 from ..models.tiling import Tiling
@@ -47,12 +47,13 @@ class Autoencoder:
     ):
         self.config, self.params, self.tile, self.whole = config, params, tile, whole
         self.factor, self.channels = config.factor, config.latent_channels
-        self._encode, self._decode = jax.jit(config.encode), jax.jit(config.decode)
-        self._decoder = params
+        self._encode, self._decoder, form = jax.jit(config.encode), params, config.decode
         if arranged:
             self._decoder = jax.jit(functools.partial(prepare, config))(params["decoder"])
             self.params = params | {"decoder": jax.device_get(params["decoder"])}
-            self._decode = jax.jit(functools.partial(decode, config))
+            form = functools.partial(decode, config)
+        self._decode = jax.jit(form)
+        self._decode_to_bytes = jax.jit(lambda params, latents: to_bytes(form(params, latents)))
 
     def encode(self, pixels: Array) -> Array:
         """Pixels [B, H, W, 3] in [-1, 1] to latents [B, H/f, W/f, C], float32."""
@@ -67,6 +68,12 @@ class Autoencoder:
         if latents.shape[1] * latents.shape[2] * self.factor**2 <= self.whole:
             return decode(latents)
         return self.tile.decode(decode, latents, self.factor)
+
+    def decode_to_bytes(self, latents: Array) -> Array:
+        """`decode`, then `pixels.to_bytes`, as one program for pictures that are not cut."""
+        if latents.shape[1] * latents.shape[2] * self.factor**2 <= self.whole:
+            return self._decode_to_bytes(self._decoder, latents)
+        return to_bytes(self.decode(latents))
 
 
 class Remembered:

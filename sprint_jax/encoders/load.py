@@ -165,7 +165,8 @@ def open_text_encoder(
 ) -> TextEncoder:
     """Loads the text encoder in ``text_encoder`` of a folder; ``how`` are arguments of `TextEncoder`."""
     gemma, params = load_text_encoder(folder / "text_encoder", dtype, shardings=shardings)
-    return TextEncoder(gemma, params, tokenizer, **how)
+    arranged = jax.default_backend() == "gpu" and shardings is None
+    return TextEncoder(gemma, params, tokenizer, arranged=arranged, **how)
 
 
 def identify(autoencoder: Any, text_encoder: Any) -> dict[str, Any]:
