@@ -7,6 +7,7 @@ A student takes 1 to 4 consistency steps with its guidance embedded. A teacher t
 steps with classifier-free guidance.
 """
 
+import dataclasses
 import functools
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -17,7 +18,6 @@ import jax.numpy as jnp
 import numpy as np
 from PIL import Image
 
-from . import sampling
 from .artifacts.loading import load_parts
 from .core.errors import UserError
 from .core.pixels import (
@@ -31,8 +31,9 @@ from .core.pixels import (
 )
 from .core.request import Request
 from .encoders.autoencoder import Remembered
-from .models import functions
 from .models.control import Control
+from .models.inference.sampler import STATIC, Sampler, Seed
+from .models.inference.transformer import attention_on
 from .models.sana import SanaTransformer
 from .sampling import SOLVERS
 
@@ -57,6 +58,8 @@ class SprintPipeline:
       size: (height, width) in pixels of pictures whose size is not asked for.
       integer_times: show a teacher times cut to thousandths, as diffusers does (`sampling.dpm_solver_sample`).
       meta: where the parameters come from.
+      arranged: draw by the form of the network that is made for GPUs (`models.inference`), whose
+        weights are arranged here, once; ``params`` then lie in the host's memory. Not for a control branch.
     """
 
     def __init__(
@@ -74,6 +77,7 @@ class SprintPipeline:
         size: tuple[int, int],
         integer_times: bool = False,
         meta: dict[str, Any] | None = None,
+        arranged: bool = False,
     ):
         self.model, self.params = model, params
         self.autoencoder, self.text_encoder = autoencoder, text_encoder
@@ -81,7 +85,13 @@ class SprintPipeline:
         self.midpoint, self.guidance, self.size = midpoint, guidance, size
         self.integer_times, self.meta = integer_times, meta or {}
         self._conditions = Remembered(autoencoder)
-        self._latents = jax.jit(self.latents, static_argnames=("steps", "solver", "strength"))
+        how = (is_student, sigma_d, shift, midpoint, integer_times)
+        self.sampler = Sampler(model, *how, arranged, attention_on(model, jax.devices()[0]))
+        self._weights = params
+        if arranged:
+            self._weights = jax.jit(self.sampler.arrange)(params)
+            self.params = jax.device_get(params)
+        self._latents = jax.jit(self.sampler.from_noise, static_argnames=STATIC)
 
     @classmethod
     def from_pretrained(
@@ -113,7 +123,9 @@ class SprintPipeline:
         """
         if dtype is None:
             dtype = jnp.float32 if jax.default_backend() == "cpu" else jnp.bfloat16
-        return cls(**load_parts(path, dtype, params, mesh, allow_nonfinite, control))
+        parts = load_parts(path, dtype, params, mesh, allow_nonfinite, control)
+        whole = mesh is None and "control" not in parts["params"]
+        return cls(**parts, arranged=whole and jax.default_backend() == "gpu")
 
     def __call__(
         self, prompts: Sequence[str], steps: int | None = None, **options
@@ -152,11 +164,9 @@ class SprintPipeline:
         count, pixels, conditions = len(prompts), None, None
         sides = tuple(self.autoencoder.factor * side for side in shape[:2])
         if request.image is not None:
-            steps_run = self.steps_from_image(steps, request.strength)
+            self.steps_from_image(steps, request.strength)  # raises, where it cannot be
             pixels = to_pixels(request.image, count, *sides)
             options["strength"] = request.strength
-        else:
-            steps_run = steps
         if request.control is not None:
             conditions = self.encode_control(request.control, *sides, count=count)
             conditions = jnp.broadcast_to(conditions, (count, *shape))
@@ -165,20 +175,21 @@ class SprintPipeline:
         for indices in batch_rows(count, request.batch_size):
             text, mask = self.encode_text([prompts[i] for i in indices])
             numbers = request.first + indices
-            noise, step_noise = self.draw_noise(request.seed, numbers, shape, steps_run)
             if pixels is not None:
                 encode, area = self.autoencoder.encode, pixels.shape[1] * pixels.shape[2]
                 options["start"] = jnp.concatenate(map_pictures(encode, pixels[indices], area))
             if conditions is not None:
                 options["control"] = conditions[indices]
-            options["step_noise"] = step_noise
-            x0 = self.denoise(text, mask, noise, steps=steps, **options)
+            seed = Seed(request.seed, numbers, shape)
+            x0 = self._denoise(text, mask, seed, steps=steps, **options)
             drawn = indices[-1] - indices[0] + 1
-            yield decode_bytes(self.autoencoder, x0[:drawn], finish if request.binning else None)
+            x0 = x0 if drawn == len(x0) else x0[:drawn]
+            yield decode_bytes(self.autoencoder, x0, finish if request.binning else None)
 
     def encode_text(self, prompts: Sequence[str]) -> tuple[Array, Array]:
-        """Text features [B, L, D] float32 and mask [B, L] int32 (1 keeps)."""
-        return self.text_encoder.encode(list(prompts))
+        """Text features [B, L, D] float32, maybe not computed yet, and mask [B, L] int32 (1 keeps)."""
+        encoder = self.text_encoder
+        return getattr(encoder, "encode_ahead", encoder.encode)(list(prompts))
 
     def encode_control(
         self,
@@ -256,7 +267,7 @@ class SprintPipeline:
             raise UserError("an image to start from is for students, this is a teacher", 2)
         if not 0 < strength <= 1:
             raise UserError(f"strength must be above 0 and at most 1, not {strength}", exit_code=2)
-        return len(sampling.student_schedule(steps, self.midpoint, strength)) - 1
+        return self.sampler.steps_from_image(steps, strength)
 
     def draw_noise(
         self, seed: int, indices: Array, shape: tuple[int, int, int], steps: int
@@ -267,12 +278,7 @@ class SprintPipeline:
           noise [B, *shape], the same for every step count; and step_noise [steps-1, B, *shape], or
           None where there is no renoising.
         """
-        key = jax.random.key(seed)
-        noise = sampling.noise_for(jax.random.fold_in(key, 0), indices, shape)
-        if not self.is_student or steps == 1:
-            return noise, None
-        later = (jax.random.fold_in(key, step) for step in range(1, steps))
-        return noise, jnp.stack([sampling.noise_for(k, indices, shape) for k in later])
+        return self.sampler.draw_noise(seed, indices, shape, steps)
 
     def denoise(
         self,
@@ -308,13 +314,33 @@ class SprintPipeline:
         Raises:
           UserError: for steps, solver, strength, control or step_noise that do not fit.
         """
+        options = dict(step_noise=step_noise, start=start, control=control, solver=solver)
+        options |= dict(guidance=guidance, control_scale=control_scale, negative=negative)
+        return self._denoise(text, mask, noise, steps=steps, strength=strength, **options)
+
+    def _denoise(
+        self,
+        text: Array,
+        mask: Array,
+        noise: "Array | Seed",
+        *,
+        steps: int | None,
+        guidance: float | Array | None = None,
+        step_noise: Array | None = None,
+        start: Array | None = None,
+        strength: float = 0.6,
+        control: Array | None = None,
+        control_scale: float | Array = 1.0,
+        negative: str = "",
+        solver: str | None = None,
+    ) -> Array:
+        """`denoise`, also from a seed: its noise is then drawn in the same call."""
         steps = self.check_steps(steps, solver)
         run = steps if start is None else self.steps_from_image(steps, strength)
         guidance = self.guidance if guidance is None else guidance
-        guidance, scale = (
-            jnp.broadcast_to(jnp.asarray(value, jnp.float32), noise.shape[:1])
-            for value in (guidance, control_scale)
-        )
+        guidance, scale = (_rows(value, len(mask)) for value in (guidance, control_scale))
+        drawn = isinstance(noise, Seed)
+        shape = noise.shape if drawn else None
         if control is not None:
             self._check_control()
             control = Control(control, scale)
@@ -322,50 +348,32 @@ class SprintPipeline:
             if step_noise is not None:
                 raise UserError("step_noise is for students: a teacher's solvers draw no noise")
             null_text, null_mask = self.text_encoder.encode_plain([negative])
+            noise = noise.arrays if drawn else noise
             inputs = (text, mask, noise, guidance, (null_text[0], null_mask[0]))
-            how = dict(steps=steps, solver=solver or "dpm", control=control)
-            return self._latents(self.params, *inputs, **how)
+            how = dict(steps=steps, solver=solver or "dpm", control=control, shape=shape)
+            return self._latents(self._weights, *inputs, **how)
         if negative:
             raise UserError("a student's guidance is embedded: it takes no negative prompt", 2)
-        if step_noise is None:
-            _, step_noise = self.draw_noise(0, np.arange(len(noise)), noise.shape[1:], run)
-        expected = (run - 1, *noise.shape)
-        if step_noise is not None and tuple(step_noise.shape) != expected:
-            raise UserError(f"step_noise has shape {step_noise.shape}, not {expected}")
+        if drawn:
+            noise = noise.arrays
+        else:
+            if step_noise is None:
+                _, step_noise = self.draw_noise(0, np.arange(len(noise)), noise.shape[1:], run)
+            expected = (run - 1, *noise.shape)
+            if step_noise is not None and tuple(step_noise.shape) != expected:
+                raise UserError(f"step_noise has shape {step_noise.shape}, not {expected}")
         inputs = (text, mask, noise, guidance, None, step_noise, start)
         strength = strength if start is not None else 1.0  # static: no program for nothing
-        how = dict(steps=steps, strength=strength, control=control)
-        return self._latents(self.params, *inputs, **how)
+        how = dict(steps=steps, strength=strength, control=control, shape=shape)
+        return self._latents(self._weights, *inputs, **how)
 
-    def latents(
-        self,
-        params: Any,
-        text: Array,
-        mask: Array,
-        noise: Array,
-        guidance: Array,
-        null: tuple[Array, Array] | None = None,
-        step_noise: Array | None = None,
-        start: Array | None = None,
-        control: Control | None = None,
-        *,
-        steps: int,
-        solver: str = "dpm",
-        strength: float = 1.0,
-    ) -> Array:
-        """Noise to latents as a pure function of arrays, for `denoise` and for export.
+    def latents(self, params: Any, *inputs: Any, **options: Any) -> Array:
+        """Noise to latents as a pure function of arrays, for export; see `Sampler.latents`."""
+        plain = dataclasses.replace(self.sampler, arranged=False)
+        return plain.latents(params, *inputs, **options)
 
-        Args:
-          null: text [L, D] and mask [L] that a teacher is guided away from.
-          step_noise, start, strength: of a student, see `denoise`; solver: of a teacher.
-        """
-        network = self.model, params, text, mask, guidance
-        if self.is_student:
-            how = {"midpoint": self.midpoint, "strength": strength, "start": start}
-            F = functions.trigflow(*network, control=control)
-            how |= {"sigma_d": self.sigma_d, "step_noise": step_noise}
-            return sampling.draw_student(F, noise, steps=steps, **how)
-        how = {"shift": self.shift, "sigma_d": self.sigma_d, "solver": solver}
-        velocity = functions.guided(functions.velocity, *network, null, control)
-        how |= {"integer_times": self.integer_times}
-        return sampling.draw_teacher(velocity, noise, steps=steps, **how)
+
+def _rows(value: Any, count: int) -> Any:
+    """A number or [count] of them as float32 [count]; made on the host, unless it is on a device."""
+    xp = jnp if isinstance(value, Array) else np
+    return xp.broadcast_to(xp.asarray(value, xp.float32), (count,))

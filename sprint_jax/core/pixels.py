@@ -131,6 +131,8 @@ def map_pictures(function: Callable, rows: Any, pixels: int, at_once: int = AT_O
       The results; their rows together are those of ``rows``.
     """
     batches = batch_rows(len(rows), max(1, at_once // pixels))
+    if len(batches) == 1 and len(batches[0]) == len(rows):
+        return [function(rows)]  # neither taken apart nor put together, which are programs, too
     return [function(rows[batch])[: batch[-1] - batch[0] + 1] for batch in batches]
 
 
@@ -142,13 +144,17 @@ def decode_bytes(
     Bytes are made where pixels are. Memory on the device is that of ``at_once`` pixels, whatever B is.
 
     Args:
-      autoencoder: of `SprintPipeline`.
+      autoencoder: of `SprintPipeline`; one program where it has ``decode_to_bytes(latents)``.
       finish: changes pixels [b, H, W, 3] before they are rounded.
     """
+    to_bytes_at_once = getattr(autoencoder, "decode_to_bytes", None)
 
     def decode(rows):
+        if to_bytes_at_once and not finish:
+            return np.asarray(to_bytes_at_once(rows))
         pixels = autoencoder.decode(rows)
         return np.asarray(to_bytes(finish(pixels) if finish else pixels))
 
     area = latents.shape[1] * latents.shape[2] * autoencoder.factor**2
-    return np.concatenate(map_pictures(decode, latents, area, at_once))
+    parts = map_pictures(decode, latents, area, at_once)
+    return parts[0] if len(parts) == 1 else np.concatenate(parts)

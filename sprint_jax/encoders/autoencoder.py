@@ -8,8 +8,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ..core.pixels import map_pictures
+from ..core.pixels import map_pictures, to_bytes
 from ..models.dc_ae import AutoencoderDC
+from ..models.inference.decoder import decode, prepare
 from ..models.tiling import Tiling
 
 Array = jax.Array
@@ -28,6 +29,8 @@ class Autoencoder:
         not used may be missing.
       tile: cuts pictures of more than ``whole`` pixels into tiles.
       whole: the most pixels of a picture that is not cut.
+      arranged: decode by the form that is made for GPUs (`models.inference.decoder`), whose weights are
+        arranged here, once; the decoder's plain ones then lie in the host's memory.
 
     Attributes:
       factor: pixels per latent, along each side.
@@ -40,10 +43,17 @@ class Autoencoder:
         params: Any,
         tile: Tiling = TILE,
         whole: int = WHOLE,
+        arranged: bool = False,
     ):
         self.config, self.params, self.tile, self.whole = config, params, tile, whole
         self.factor, self.channels = config.factor, config.latent_channels
-        self._encode, self._decode = jax.jit(config.encode), jax.jit(config.decode)
+        self._encode, self._decoder, form = jax.jit(config.encode), params, config.decode
+        if arranged:
+            self._decoder = jax.jit(functools.partial(prepare, config))(params["decoder"])
+            self.params = params | {"decoder": jax.device_get(params["decoder"])}
+            form = functools.partial(decode, config)
+        self._decode = jax.jit(form)
+        self._decode_to_bytes = jax.jit(lambda params, latents: to_bytes(form(params, latents)))
 
     def encode(self, pixels: Array) -> Array:
         """Pixels [B, H, W, 3] in [-1, 1] to latents [B, H/f, W/f, C], float32."""
@@ -54,10 +64,16 @@ class Autoencoder:
 
     def decode(self, latents: Array) -> Array:
         """Latents [B, h, w, C] to pixels [B, f h, f w, 3], float32, not clamped."""
-        decode = functools.partial(self._decode, self.params)
+        decode = functools.partial(self._decode, self._decoder)
         if latents.shape[1] * latents.shape[2] * self.factor**2 <= self.whole:
             return decode(latents)
         return self.tile.decode(decode, latents, self.factor)
+
+    def decode_to_bytes(self, latents: Array) -> Array:
+        """`decode`, then `pixels.to_bytes`, as one program for pictures that are not cut."""
+        if latents.shape[1] * latents.shape[2] * self.factor**2 <= self.whole:
+            return self._decode_to_bytes(self._decoder, latents)
+        return to_bytes(self.decode(latents))
 
 
 class Remembered:

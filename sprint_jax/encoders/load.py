@@ -157,7 +157,9 @@ def latent_size(c: Any) -> tuple[int, int]:
 def open_autoencoder(folder: Path, dtype: Any, shardings: Callable | None) -> Autoencoder:
     """Loads the autoencoder in ``vae`` of a pipeline folder; ``dtype`` is of its parameters and matmuls."""
     config, params = load_autoencoder(folder / "vae", dtype, shardings=shardings)
-    return Autoencoder(dataclasses.replace(config, dtype=jnp.dtype(dtype)), params)
+    config = dataclasses.replace(config, dtype=jnp.dtype(dtype))
+    arranged = jax.default_backend() == "gpu" and shardings is None
+    return Autoencoder(config, params, arranged=arranged)
 
 
 def open_text_encoder(
@@ -165,7 +167,8 @@ def open_text_encoder(
 ) -> TextEncoder:
     """Loads the text encoder in ``text_encoder`` of a folder; ``how`` are arguments of `TextEncoder`."""
     gemma, params = load_text_encoder(folder / "text_encoder", dtype, shardings=shardings)
-    return TextEncoder(gemma, params, tokenizer, **how)
+    arranged = jax.default_backend() == "gpu" and shardings is None
+    return TextEncoder(gemma, params, tokenizer, arranged=arranged, **how)
 
 
 def identify(autoencoder: Any, text_encoder: Any) -> dict[str, Any]:

@@ -17,7 +17,7 @@ import tokenizers
 from ..core.errors import UserError
 from ..core.files import read_json
 from ..core.pixels import batch_rows
-from ..models.gemma2 import Gemma2, Prefix
+from ..models.gemma2 import Gemma2, Prefix, unstack_layers
 
 Array = jax.Array
 
@@ -157,6 +157,8 @@ class TextEncoder:
       lower: as in `prepare`.
       batch_size: prompts at once; batches of fewer are filled to a power of two (`pixels.batch_rows`).
       sharding: of batches over devices; every batch is then filled to ``batch_size``, which it must divide.
+      arranged: run the layers unrolled, with weights of their own (`gemma2.unstack_layers`), as is best for
+        GPUs; ``params`` then lie in the host's memory.
 
     Raises:
       UserError: the tokenizer has more tokens than the network.
@@ -173,6 +175,7 @@ class TextEncoder:
         lower: bool = True,
         batch_size: int = 16,
         sharding: jax.sharding.Sharding | None = None,
+        arranged: bool = False,
     ):
         vocabulary = tokenizer.tokenizer.get_vocab_size()
         if vocabulary > gemma.vocab_size:
@@ -184,6 +187,9 @@ class TextEncoder:
         self.instruction, self.length, self.lower = instruction, length, lower
         self.batch_size, self.sharding = batch_size, sharding
         self._prefix, self._run = None, jax.jit(self._features)
+        self._weights = params
+        if arranged:
+            self._weights, self.params = jax.jit(unstack_layers)(params), jax.device_get(params)
 
     def encode(self, prompts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
         """Computes features of prompts behind the instruction.
@@ -197,11 +203,15 @@ class TextEncoder:
         """
         return self._encode(prompts, self.instruction)
 
+    def encode_ahead(self, prompts: Sequence[str]) -> tuple[Array, np.ndarray]:
+        """`encode` that does not wait for the device, where the text stays if one batch holds all prompts."""
+        return self._encode(prompts, self.instruction, wait=False)
+
     def encode_plain(self, prompts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
         """The same without the instruction, for negative prompts and a teacher's null prompt ''."""
         return self._encode(prompts, None)
 
-    def _encode(self, prompts, instruction):
+    def _encode(self, prompts, instruction, wait=True):
         if isinstance(prompts, str):
             raise UserError(f"prompts must be a list of sentences, not the sentence {prompts!r}")
         if not prompts:
@@ -216,7 +226,10 @@ class TextEncoder:
             prefix = self._prefix_of(ids) if instruction else None
             if self.sharding:
                 ids, mask = jax.device_put((ids, mask), self.sharding)
-            batches.append(np.asarray(self._run(self.params, ids, mask, tokens.kept, prefix)))
+            batches.append(self._run(self._weights, ids, mask, tokens.kept, prefix))
+        if not wait and len(batches) == 1 and len(batches[0]) == len(unique) == len(prompts):
+            return batches[0], tokens.mask[:, tokens.kept]
+        batches = [np.asarray(batch) for batch in batches]
         rows = [unique[prompt] for prompt in prompts]
         return np.concatenate(batches)[rows], tokens.mask[:, tokens.kept][rows]
 
@@ -226,7 +239,7 @@ class TextEncoder:
         if not len(shared) or (ids[:, : len(shared)] != shared[None]).any():
             return None
         if self._prefix is None:
-            self._prefix = jax.jit(self.gemma.prefix_cache)(self.params, shared)
+            self._prefix = jax.jit(self.gemma.prefix_cache)(self._weights, shared)
         return self._prefix
 
     def _features(self, params, ids: Array, mask: Array, kept: Array, prefix: Prefix | None):

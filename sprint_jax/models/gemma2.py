@@ -21,6 +21,7 @@ from flax import linen as nn
 from ..core.errors import UserError
 from ..core.ranges import COUNT, LAYERS, POSITIVE, SIZE, WIDTH
 from ..core.schema import TEXT, optional, several, whole
+from .blocks import unstack
 from .layers import Linear, wide
 from .precision import einsum
 
@@ -119,7 +120,7 @@ class Gemma2:
         """Hidden states after the final norm.
 
         Args:
-          params: as of `init`.
+          params: as of `init`, or with every layer's apart (`unstack_layers`).
           ids: tokens [B, T]; with a prefix of P tokens, those at positions P and on.
           mask: [B, T]; 1 for tokens, 0 for padding, which must be on the right.
           prefix: of `prefix_cache`, the tokens before ``ids`` in every row; the result is the same as with
@@ -156,11 +157,21 @@ class Gemma2:
             x, new = layer.apply({"params": weights}, x, rotation, seen, cached)
             return x, new if keep else None
 
+        def run(x, inputs):
+            weights, windows, cached = inputs
+            if not isinstance(weights, tuple):
+                return jax.lax.scan(step, x, (weights, jnp.asarray(windows), cached))
+            kept = []
+            for i, each in enumerate(weights):
+                past = None if cached is None else jax.tree.map(lambda leaf, i=i: leaf[i], cached)
+                x, new = step(x, (each, windows[i], past))
+                kept.append(new)
+            return x, jax.tree.map(lambda *leaves: jnp.stack(leaves), *kept) if keep else None
+
         x = params["embed_tokens"]["weight"][ids].astype(self.dtype)
         x = x * jnp.asarray(self.hidden_size**0.5, self.dtype)
         cached = None if prefix is None else (prefix.keys, prefix.values)
-        windows = jnp.asarray(self._windows(past + length))
-        x, kept = jax.lax.scan(step, x, (params["layers"], windows, cached))
+        x, kept = run(x, (params["layers"], self._windows(past + length), cached))
         final = dataclasses.replace(self, dtype=wide(x).dtype)
         return _norm(final).apply({"params": params["norm"]}, x), kept
 
@@ -170,6 +181,11 @@ class Gemma2:
         types = self.layer_types or [pair[i % 2] for i in range(layers)]
         window = length if self.sliding_window is None else self.sliding_window
         return np.array([length if t == "full_attention" else window for t in types], np.int32)
+
+
+def unstack_layers(params: dict) -> dict:
+    """Parameters whose layers are apart, to be unrolled: a GPU copies weights out of a stack to use them."""
+    return params | {"layers": unstack(params["layers"])}
 
 
 class RMSNorm(nn.Module):
@@ -242,15 +258,21 @@ class Attention(nn.Module):
         if past is not None:
             past = (jnp.broadcast_to(a[None], (len(x), *a.shape)) for a in past)
             k, v = (jnp.concatenate(pair, axis=1) for pair in zip(past, new, strict=True))
-        # Each key serves a group of adjacent queries.
-        q = rearrange(q, "b t (n g) c -> b t n g c", n=c.num_key_value_heads)
-        scores = einsum("btngc,bsnc->bngts", q, k, preferred_element_type=wide(q).dtype)
+        # Each key serves a group of adjacent queries. Heads come first and keys last, so that a softmax is one
+        # kernel on GPUs.
+        groups = c.num_attention_heads // c.num_key_value_heads
+        q = rearrange(q, "b t (n g) c -> b n (g t) c", g=groups)
+        k, v = (rearrange(a, "b s n c -> b n s c") for a in (k, v))
+        scores = einsum("bnqc,bnsc->bnqs", q, k, preferred_element_type=wide(q).dtype)
+        scores = rearrange(scores, "b n (g t) s -> b n g t s", g=groups)
         scores = scores * c.query_pre_attn_scalar**-0.5
         if c.attn_logit_softcapping is not None:
             scores = c.attn_logit_softcapping * jnp.tanh(scores / c.attn_logit_softcapping)
         scores = jnp.where(visible[:, None, None], scores, jnp.finfo(scores.dtype).min)
         weights = jax.nn.softmax(scores, axis=-1).astype(c.dtype)
-        out = einsum("bngts,bsnc->btngc", weights, v).reshape(*x.shape[:2], -1)
+        weights = rearrange(weights, "b n g t s -> b n (g t) s")
+        out = einsum("bnqs,bnsc->bnqc", weights, v)
+        out = rearrange(out, "b n (g t) c -> b t (n g c)", g=groups)
         return _linear(c, c.hidden_size, "o_proj")(out), new
 
 

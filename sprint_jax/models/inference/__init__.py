@@ -1,0 +1,1 @@
+"""Inference forms of the networks: weights arranged once, fewer and larger operations."""

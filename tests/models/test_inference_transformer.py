@@ -1,0 +1,87 @@
+"""The inference form of the transformer: the plain form's latents, nothing constant, few kernels on a GPU."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from helpers import gpu_programs as gpu
+from helpers.jaxprs import constant_work
+from helpers.workdirs import random_params, tiny_config
+
+from sprint_jax import SprintPipeline
+from sprint_jax.digits.encoders import digits_parts
+from sprint_jax.models.inference import transformer
+from sprint_jax.models.sana import SIZES, SanaTransformer, from_fields
+
+pytestmark = pytest.mark.usefixtures("quick")
+
+PROMPTS = ["a red 3 on blue", "a 7"]
+
+
+def pipeline(student: bool, arranged: bool) -> SprintPipeline:
+    fields = tiny_config("distill" if student else "flow")["model"]
+    fields = dict(fields) | {"qk_norm": True, "guidance_embeds": student}
+    how = dict(is_student=student, sigma_d=0.5, shift=1.0, midpoint=1.3, guidance=3.0)
+    parts = from_fields(fields), random_params(fields, 1), *digits_parts("small")[:2]
+    return SprintPipeline(*parts, size=(8, 8), arranged=arranged, **how)
+
+
+@pytest.mark.parametrize("student", [True, False])
+def test_latents_and_pictures_are_those_of_the_plain_form(student):
+    plain, arranged = (pipeline(student, each) for each in (False, True))
+    text, mask = plain.encode_text(PROMPTS)
+    steps = 2 if student else 3
+    noise, _ = plain.draw_noise(1, np.arange(2), plain.latent_shape(), steps)
+    expected, found = (each.denoise(text, mask, noise, steps=steps) for each in (plain, arranged))
+    np.testing.assert_allclose(found, expected, atol=1e-4 * np.abs(expected).max())
+    pictures = [
+        np.asarray([np.asarray(picture, int) for picture in each(PROMPTS, steps=steps)])
+        for each in (plain, arranged)
+    ]
+    difference = np.abs(pictures[0] - pictures[1])
+    assert difference.max() <= 1 and (difference > 0).mean() <= 1e-3
+    # What export and a server look at stays the plain form.
+    assert jax.tree.structure(arranged.params) == jax.tree.structure(plain.params)
+
+
+def abstract(layers: int, attention=transformer.softmax_attention):
+    """A 0.6B student with few blocks: the model, its arranged weights and its inputs at 1024 px, as shapes."""
+    model = SanaTransformer(**(SIZES["600m"] | dict(num_layers=layers, dtype=jnp.bfloat16)))
+    shape = jax.ShapeDtypeStruct
+    text, mask = shape((1, 300, 2304), jnp.float32), shape((1, 300), jnp.int32)
+    x, one = shape((1, 32, 32, 32), jnp.float32), shape((1,), jnp.float32)
+    init = jax.eval_shape(model.init, jax.random.key(0), x, one, text, mask, one)["params"]
+    params = jax.tree.map(lambda leaf: shape(leaf.shape, jnp.bfloat16), init)
+    prepare = functools.partial(transformer.prepare, model, unrolled=True)
+    ready = jax.eval_shape(prepare, params)
+    shared = jax.eval_shape(functools.partial(transformer.context, model), ready, text, mask)
+
+    def step(params, shared, x, t, guidance):
+        return transformer.velocity(model, params, shared, guidance, attention)(x, t)
+
+    return step, ready, (shared, x, one, one)
+
+
+def test_nothing_is_computed_from_weights_alone():
+    step, ready, inputs = abstract(1)
+    assert constant_work(step, ready, *inputs) == []
+
+
+@pytest.mark.skipif(not gpu.HAS_PLUGIN, reason="JAX's CUDA plugin is not installed")
+def test_kernels_of_a_block_on_an_h200():
+    counts, reads = [], []
+    for layers in (1, 2):
+        step, ready, inputs = abstract(layers, transformer.cudnn_attention)
+        found = gpu.kernels(gpu.compile_for_h200(step, ready, *inputs).as_text())
+        assert [each for each in found if each.constant] == []
+        counts.append(gpu.count(found))
+        reads.append(sum(each.weights for each in found))
+    assert counts[1] - counts[0] <= 20
+    # Every weight of a block is read once: none is copied, none is cast by a kernel of its own.
+    used = dict(ready["blocks"][1]) | {"attn2": dict(ready["blocks"][1]["attn2"])}
+    for name in ("to_k", "to_v", "norm_k"):  # of the text, once for all steps
+        used["attn2"].pop(name)
+    size = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(used))
+    assert 0.99 * size < reads[1] - reads[0] < 1.01 * size
