@@ -1,5 +1,6 @@
 """Plans of inference: a small pipeline beside XLA's own counts, batches, cards, and the command."""
 
+import dataclasses
 import importlib.util
 import json
 
@@ -11,6 +12,7 @@ from helpers.workdirs import tiny_config
 
 from sprint_jax import plan
 from sprint_jax.core.errors import UserError
+from sprint_jax.models.inference.sampler import STATIC
 from sprint_jax.planning import inference
 from sprint_jax.planning.counts import analyze, total
 from sprint_jax.planning.inference import PARTS, Run, calls_of, largest_batches, lower_part
@@ -42,7 +44,8 @@ def pipe(folder):
 @pytest.fixture(scope="module")
 def compiled(pipe):
     """The three programs of one run, without a loop over blocks or steps, whose turns XLA counts once."""
-    pipe.model = pipe.model.clone(scan=False)
+    apart = dataclasses.replace(pipe.sampler, model=pipe.model.clone(scan=False))
+    pipe._latents = jax.jit(apart.from_noise, static_argnames=STATIC)
     with quick_compilation():
         return {part: lower_part(pipe, part, RUN, jax.devices()[0]).compile() for part in PARTS}
 
