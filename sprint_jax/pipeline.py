@@ -32,6 +32,7 @@ from .core.pixels import (
 from .core.request import Request
 from .encoders.autoencoder import Remembered
 from .models.control import Control
+from .models.inference.operations import arrange
 from .models.inference.sampler import STATIC, Sampler, Seed
 from .models.inference.transformer import attention_on
 from .models.sana import SanaTransformer
@@ -60,6 +61,7 @@ class SprintPipeline:
       meta: where the parameters come from.
       arranged: draw by the form of the network that is made for GPUs (`models.inference`), whose
         weights are arranged here, once; ``params`` then lie in the host's memory. Not for a control branch.
+      device: that will draw, which decides how attention is computed there; default the first.
     """
 
     def __init__(
@@ -78,6 +80,7 @@ class SprintPipeline:
         integer_times: bool = False,
         meta: dict[str, Any] | None = None,
         arranged: bool = False,
+        device: jax.Device | None = None,
     ):
         self.model, self.params = model, params
         self.autoencoder, self.text_encoder = autoencoder, text_encoder
@@ -86,11 +89,12 @@ class SprintPipeline:
         self.integer_times, self.meta = integer_times, meta or {}
         self._conditions = Remembered(autoencoder)
         how = (is_student, sigma_d, shift, midpoint, integer_times)
-        self.sampler = Sampler(model, *how, arranged, attention_on(model, jax.devices()[0]))
+        self.sampler = Sampler(
+            model, *how, arranged, attention_on(model, device or jax.devices()[0])
+        )
         self._weights = params
         if arranged:
-            self._weights = jax.jit(self.sampler.arrange)(params)
-            self.params = jax.device_get(params)
+            self._weights, self.params = arrange(self.sampler.arrange, params)
         self._latents = jax.jit(self.sampler.from_noise, static_argnames=STATIC)
 
     @classmethod

@@ -11,6 +11,7 @@ import numpy as np
 from ..core.pixels import map_pictures, to_bytes
 from ..models.dc_ae import AutoencoderDC
 from ..models.inference.decoder import decode, prepare
+from ..models.inference.operations import arrange
 from ..models.tiling import Tiling
 
 Array = jax.Array
@@ -49,8 +50,9 @@ class Autoencoder:
         self.factor, self.channels = config.factor, config.latent_channels
         self._encode, self._decoder, form = jax.jit(config.encode), params, config.decode
         if arranged:
-            self._decoder = jax.jit(functools.partial(prepare, config))(params["decoder"])
-            self.params = params | {"decoder": jax.device_get(params["decoder"])}
+            arranger = functools.partial(prepare, config)
+            self._decoder, kept = arrange(arranger, params["decoder"])
+            self.params = params | {"decoder": kept}
             form = functools.partial(decode, config)
         self._decode = jax.jit(form)
         self._decode_to_bytes = jax.jit(lambda params, latents: to_bytes(form(params, latents)))

@@ -18,6 +18,7 @@ from ..core.errors import UserError
 from ..core.files import read_json
 from ..core.pixels import batch_rows
 from ..models.gemma2 import Gemma2, Prefix, unstack_layers
+from ..models.inference.operations import arrange
 
 Array = jax.Array
 
@@ -189,7 +190,7 @@ class TextEncoder:
         self._prefix, self._run = None, jax.jit(self._features)
         self._weights = params
         if arranged:
-            self._weights, self.params = jax.jit(unstack_layers)(params), jax.device_get(params)
+            self._weights, self.params = arrange(unstack_layers, params)
 
     def encode(self, prompts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
         """Computes features of prompts behind the instruction.

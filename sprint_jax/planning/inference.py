@@ -47,18 +47,20 @@ class Run(NamedTuple):
     image: tuple[int, int]
 
 
-def open_model(name: str, dtype: Any) -> SprintPipeline:
+def open_model(name: str, dtype: Any, device: Any = None) -> SprintPipeline:
     """Returns a pipeline whose parameters are shapes.
 
     Args:
       name: one of `models.sana.SIZES`, which is planned with the published encoders; or what
         `SprintPipeline.from_pretrained` takes: only configs are read.
       dtype: of parameters and matmuls.
+      device: that the plan is for, whose form of the networks is taken; default this machine's first.
 
     Raises:
       UserError: nothing of the kind is there, or a config is damaged.
     """
-    dtype, encoders = jnp.dtype(dtype), None
+    dtype, encoders, device = jnp.dtype(dtype), None, device or jax.devices()[0]
+    arranged = device.platform == "gpu"
     if name in SIZES:
         fields = SIZES[name]
         encoders = AutoencoderDC(), Gemma2(dtype=dtype), _words()
@@ -82,9 +84,9 @@ def open_model(name: str, dtype: Any) -> SprintPipeline:
         config, gemma, tokenizer = encoders
         decoder = {"decoder": jax.eval_shape(config.init, jax.random.key(0))["decoder"]}
         config = dataclasses.replace(config, dtype=dtype)
-        autoencoder = Autoencoder(config, _as(decoder, dtype))
+        autoencoder = Autoencoder(config, _as(decoder, dtype), arranged=arranged)
         shapes = jax.eval_shape(gemma.init, jax.random.key(0))
-        text_encoder = TextEncoder(gemma, _as(shapes, dtype), tokenizer)
+        text_encoder = TextEncoder(gemma, _as(shapes, dtype), tokenizer, arranged=arranged)
     return SprintPipeline(
         model,
         _as(params["params"], dtype),
@@ -96,6 +98,8 @@ def open_model(name: str, dtype: Any) -> SprintPipeline:
         midpoint=1.3,
         guidance=4.5,
         size=(1024, 1024),
+        arranged=arranged,
+        device=device,
     )
 
 
@@ -127,10 +131,10 @@ def calls_of(pipe: SprintPipeline, part: str, run: Run) -> tuple[int, int]:
 
 
 def weights_of(pipe: SprintPipeline, part: str) -> Any:
-    """The parameters of a part, as shapes."""
+    """The parameters of a part, as its program takes them: shapes."""
     if part == "transformer":
-        return pipe.params
-    return pipe.text_encoder.params if part == "text" else pipe.autoencoder.params
+        return pipe._weights
+    return pipe.text_encoder._weights if part == "text" else pipe.autoencoder._decoder
 
 
 def lower_part(pipe: SprintPipeline, part: str, run: Run, device: Any) -> Any:
@@ -162,20 +166,19 @@ def lower_part(pipe: SprintPipeline, part: str, run: Run, device: Any) -> Any:
     if part == "decoder":
         factor = pipe.autoencoder.factor
         shape = (rows, *(side // factor for side in run.image), latents)
-        return pipe.autoencoder._decode.lower(weights, array(*shape))
+        return pipe.autoencoder._decode_to_bytes.lower(weights, array(*shape))
     steps = pipe.check_steps(run.steps)
     factor = pipe.autoencoder.factor if pipe.autoencoder else 2
     height, width = (side // factor for side in run.image)
-    noise = array(rows, height, width, latents)
+    seed = array(dtype=jnp.uint32), array(rows, dtype=jnp.uint32)
     length = pipe.text_encoder.length if pipe.text_encoder else 300
     text, mask = (length, pipe.model.caption_channels), (length,)
-    inputs = array(rows, *text), array(rows, *mask, dtype=jnp.int32), noise, array(rows)
-    how = dict(steps=steps, control=None)
+    inputs = array(rows, *text), array(rows, *mask, dtype=jnp.int32), seed, array(rows)
+    how = dict(steps=steps, control=None, shape=(height, width, latents))
     if not pipe.is_student:
         null = array(*text), array(*mask, dtype=jnp.int32)
         return pipe._latents.lower(weights, *inputs, null, **how, solver="dpm")
-    renoise = array(steps - 1, *noise.shape) if steps > 1 else None
-    return pipe._latents.lower(weights, *inputs, None, renoise, None, **how, strength=1.0)
+    return pipe._latents.lower(weights, *inputs, None, None, None, **how, strength=1.0)
 
 
 def plan_sampling(
@@ -197,7 +200,7 @@ def plan_sampling(
     if len(topology.devices) != 1 and topology.name != "local":
         one = "v6e:1x1, h200:1"
         raise UserError(f"--sample plans one device ({one} ...), not {topology.name}", exit_code=2)
-    pipe, made = open_model(name, dtype), {}
+    pipe, made = open_model(name, dtype, topology.devices[0]), {}
     for run in runs:
         pipe.check_steps(run.steps)
         if pipe.autoencoder:

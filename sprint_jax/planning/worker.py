@@ -25,8 +25,9 @@ def work(request: dict[str, Any]) -> dict[str, Any]:
     """Compiles what a request of `compile.compile_program` asks for; returns what `compile_lowered` gives."""
     topology = open_topology(request["topology"], request["slices"])
     if "sample" in request:
-        pipe, run = open_model(request["model"], request["dtype"]), Run(**request["sample"])
-        lowered = lower_part(pipe, request["part"], run, topology.devices[0])
+        run, device = Run(**request["sample"]), topology.devices[0]
+        pipe = open_model(request["model"], request["dtype"], device)
+        lowered = lower_part(pipe, request["part"], run, device)
     else:
         lowered = lower(Config(request["config"]), topology)[request["number"]]
     options = {"xla_dump_to": request["dump"], "xla_dump_hlo_as_text": True}

@@ -5,6 +5,8 @@ folder arrange them: ``dtype`` for matmuls and convolutions, float32 for norms.
 """
 
 import math
+from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -14,6 +16,13 @@ from ..layers import wide
 from ..precision import dot_general, precision_of
 
 Array = jax.Array
+
+
+def arrange(form: Callable, params: Any) -> tuple[Any, Any]:
+    """``form(params)``, computed once on the device, and ``params`` in the host's memory; shapes of shapes."""
+    if any(isinstance(leaf, jax.ShapeDtypeStruct) for leaf in jax.tree.leaves(params)):
+        return jax.eval_shape(form, params), params
+    return jax.jit(form)(params), jax.device_get(params)
 
 
 def linear(x: Array, weights: dict) -> Array:
