@@ -43,7 +43,7 @@ MAY_IMPORT = {
     "sweeps": "core checkpoints training.checks training.stages",
     "planning": f"core models parallel training data.buckets data.loader {METHOD}",
     # Scripts that measure quality judge pictures of digits.
-    "benchmarking": "core models digits interop losses trigflow pipeline",
+    "benchmarking": f"core models digits interop pipeline {METHOD}",
 }
 MAY_IMPORT |= dict.fromkeys(COMMANDS, " ".join(MAY_IMPORT))
 MAY_IMPORT["prepare_teacher"] += " train"  # it ends in the fine-tuning of the teacher that it made
