@@ -230,6 +230,7 @@ def main(argv: list[str]) -> int:
         "PYTHONPATH": os.pathsep.join([str(site), str(HERE.parent)]),
         "JAX_PLATFORMS": "cpu" if flags.tiny else "cuda",
         "TF_CPP_MIN_LOG_LEVEL": "2",
+        "HF_HUB_OFFLINE": "1",
     }
     done = ended(flags.out)
     for part in table:

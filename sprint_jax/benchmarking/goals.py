@@ -86,8 +86,8 @@ def _planned(
     facts: Facts, name: str, size: str, batch: int, per: str = "ms", where: str = PLANNED
 ) -> float | None:
     for plan in facts.plans:
-        if plan["topology"] == where and PurePath(plan.get("model", "")).name == size:
-            for run in plan["runs"]:
+        if plan.get("topology") == where and PurePath(plan.get("model", "")).name == size:
+            for run in plan.get("runs", ()):
                 if (run["batch"], run["steps"]) == (batch, 1):
                     parts = {part["name"]: part["calls"] * part["seconds"] for part in run["parts"]}
                     seconds = parts.get(name) or run["whole"]["seconds"]
@@ -186,7 +186,7 @@ def _cold(facts: Facts) -> str:
 def _eight(facts: Facts) -> dict:
     """The plan of 0.6B on eight v6e chips."""
     for plan in facts.plans:
-        if (plan["topology"], plan.get("config")) == ("v6e:2x4", "configs/sprint.py:600m"):
+        if (plan.get("topology"), plan.get("config")) == ("v6e:2x4", "configs/sprint.py:600m"):
             return plan
     return {}
 

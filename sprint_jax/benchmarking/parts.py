@@ -146,7 +146,7 @@ def _pipeline(flags: argparse.Namespace, device: str) -> Iterator[Part]:
     pipe = SprintPipeline.from_pretrained(flags.model, jnp.dtype(flags.dtype))
     others = {}
     if flags.against:
-        text = bool(OF_PIPELINES & set(flags.parts))
+        text = not {"text", "whole"}.isdisjoint(flags.parts)
         others = reference.load_pipelines(flags.model, device, flags.dtype, flags.mode, text)
     height, width = flags.image
     for batch in flags.batch:

@@ -215,7 +215,9 @@ def test_the_page_shows_goals_beside_plans_and_the_last_run_of_a_part():
     lines += [*begin("options decoder"), fused | {"compile_s": 9.5}]
     lines += [fused | {"option": "new", "failed": "unknown", "ratio": {}}]
     lines += [*begin("distill 1600m"), {"distill": "1600m", "batch": 128}, step]
-    found = {row[0]: row for row in goals.rows([PLAN, EIGHT], goals.latest(lines), [])}
+    found = {
+        row[0]: row for row in goals.rows([PLAN, *PLAN["runs"], EIGHT], goals.latest(lines), [])
+    }
     assert found["transformer 0.6B, batch 1, ms"][3:] == ("2.1", "4 (H200)")
     assert found["prompt to picture 0.6B / 1.6B, 1 step, ms"][3:] == ("15.4 / -", "")
     assert found["MFU of distillation, 0.6B / 1.6B"][3:] == ("- / 61%", "- / 50% (H200)")
