@@ -217,7 +217,7 @@ def test_too_many_rejected_records_end_the_job_early(tmp_path):
 @pytest.mark.parametrize(
     ("changes", "named"),
     [
-        (dict(encode__dtype="float16"), "encode.dtype is 'float16'"),
+        (dict(encode__dtype="float16"), "encode.dtype='float16'"),
         (dict(encode__batch_size=12), "encode.batch_size is 12.* 8"),
         (dict(encode__unit=0), "encode.unit=0"),
         (dict(data__sizes=("8x15",)), "8x15"),

@@ -39,8 +39,6 @@ def make_job(c: Config, source: Source, folder: AnyPath, limit: int | None) -> J
         factor = ways if "batch" in key else 1  # the devices that share a batch
         if e[key] < 1 or e[key] % factor:
             raise UserError(f"encode.{key} is {e[key]}: give a positive multiple of {factor}", 2)
-    if e.dtype not in ("bfloat16", "float32"):
-        raise UserError(f"encode.dtype is '{e.dtype}': give bfloat16 or float32", exit_code=2)
     sizes = choose_sizes(c.data.resolution, c.data.sizes, c.data.most_sizes)
     count = min(len(source), limit or len(source))
     if not count:
