@@ -79,6 +79,7 @@ def test_calls_are_those_of_the_pipeline(pipe):
         assert calls_of(pipe, "decoder", run) == decoder
 
 
+@pytest.mark.slow
 def test_models_of_other_kinds(folder, pipe, tmp_path):
     """A teacher's transformer has both halves of guidance; digits have no networks beside the transformer."""
     teacher = write_pipeline(tmp_path / "teacher", student=False)
