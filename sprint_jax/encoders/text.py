@@ -150,7 +150,8 @@ class TextEncoder:
     and a batch with a prompt that changes earlier tokens runs without the kept part.
 
     Args:
-      gemma, params: the network, as of `interop.gemma2.load_text_encoder`.
+      gemma, params: the network, as of `interop.gemma2.load_text_encoder`; parameters in the host's memory
+        (arrays of NumPy) are sent to the device by each batch and take no room on it afterwards.
       tokenizer: of `load_tokenizer`.
       instruction: text before every prompt of `encode`, or None.
       length: of the features, in tokens.
@@ -189,7 +190,9 @@ class TextEncoder:
         self._prefix, self._run = None, jax.jit(self._features)
         self._weights = params
         if arranged:
-            self._weights, self.params = jax.jit(unstack_layers)(params), jax.device_get(params)
+            on_device = isinstance(params["norm"]["weight"], jax.Array)
+            apart = jax.jit(unstack_layers) if on_device else unstack_layers
+            self._weights, self.params = apart(params), jax.device_get(params)
 
     def encode(self, prompts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
         """Computes features of prompts behind the instruction.
