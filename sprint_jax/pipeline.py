@@ -107,6 +107,7 @@ class SprintPipeline:
         control: str | Path | None = None,
         mesh: jax.sharding.Mesh | None = None,
         allow_nonfinite: bool = False,
+        low_memory: bool = False,
     ) -> "SprintPipeline":
         """Loads a student or a teacher, with its control branch if it has one.
 
@@ -121,13 +122,16 @@ class SprintPipeline:
           mesh: of `parallel.sharding.make_mesh`, over which parameters are split; by default they lie on
             the default device.
           allow_nonfinite: takes a network whose parameters hold NaN or infinity, to look at it.
+          low_memory: keeps the text encoder of a folder of diffusers, the largest part, in the host's memory
+            and sends it to the device for every batch of prompts; slower, for cards where not all fits.
 
         Raises:
           UserError: if path is none of these, or something in it is missing, damaged or not supported.
         """
         if dtype is None:
             dtype = jnp.float32 if jax.default_backend() == "cpu" else jnp.bfloat16
-        parts = load_parts(path, dtype, params, mesh, allow_nonfinite, control)
+        how = allow_nonfinite, control, low_memory
+        parts = load_parts(path, dtype, params, mesh, *how)
         whole = mesh is None and "control" not in parts["params"]
         return cls(**parts, arranged=whole and jax.default_backend() == "gpu")
 

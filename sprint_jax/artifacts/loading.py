@@ -49,6 +49,7 @@ def load_parts(
     mesh: jax.sharding.Mesh | None,
     allow_nonfinite: bool = False,
     control: str | Path | None = None,
+    low_memory: bool = False,
 ) -> dict[str, Any]:
     """Arguments of `pipeline.SprintPipeline`; see its ``from_pretrained``."""
     shardings = functools.partial(state_shardings, mesh) if mesh is not None else None
@@ -56,7 +57,7 @@ def load_parts(
     if kind == "workdir":
         parts = _from_workdir(folder, dtype, params, shardings, allow_nonfinite)
     else:
-        parts = _from_folder(folder, dtype, shardings, allow_nonfinite)
+        parts = _from_folder(folder, dtype, shardings, allow_nonfinite, low_memory)
     if control is None:
         return parts
     if "control" in parts["params"]:
@@ -125,7 +126,9 @@ def _check_shapes(folder: Path, model: SanaTransformer, params: Any) -> None:
             )
 
 
-def _from_folder(folder: Path, dtype: Any, shardings: Any, allow_nonfinite: bool) -> dict[str, Any]:
+def _from_folder(
+    folder: Path, dtype: Any, shardings: Any, allow_nonfinite: bool, low_memory: bool
+) -> dict[str, Any]:
     """From ``transformer``, ``vae``, ``text_encoder``, ``tokenizer`` and ``scheduler`` of diffusers.
 
     Raises:
@@ -149,7 +152,7 @@ def _from_folder(folder: Path, dtype: Any, shardings: Any, allow_nonfinite: bool
     if index["_class_name"] == "SanaControlNetPipeline":
         fields, branch = load_control(folder / "controlnet", fields, dtype, **how)
         model, tree = _with_branch(model, fields), tree | {"control": branch}
-    text_encoder = open_text_encoder(folder, tokenizer, dtype, shardings)
+    text_encoder = open_text_encoder(folder, tokenizer, dtype, shardings, on_host=low_memory)
     check_widths(folder, model, autoencoder.channels, text_encoder.gemma.hidden_size)
     settings = {"midpoint": 1.3, "guidance": 4.5, "latents": [model.sample_size] * 2}
     if (folder / SETTINGS).is_file():

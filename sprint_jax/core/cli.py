@@ -115,14 +115,25 @@ def make_parser(command: str, description: str | None) -> Parser:
 def use_compilation_cache() -> None:
     """Keeps compiled programs in ``~/.cache/sprint_jax`` (or below ``XDG_CACHE_HOME``), up to 20 GB.
 
-    Where ``JAX_COMPILATION_CACHE_DIR`` is set, even to nothing, JAX's own settings hold.
+    The folder is made for its owner alone, since what lies in it is run; one of somebody else is not used. Its
+    entries are named by a hash of program, devices, options and versions, and hold no pickles. Where
+    ``JAX_COMPILATION_CACHE_DIR`` is set, even to nothing, JAX's own settings hold.
     """
     if "JAX_COMPILATION_CACHE_DIR" in os.environ:
         return
     import jax  # here, so that --help and wrong flags do not wait for it
 
-    home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    jax.config.update("jax_compilation_cache_dir", str(Path(home) / "sprint_jax"))
+    folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "sprint_jax"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        folder.chmod(0o700)
+    except (
+        OSError
+    ):  # somebody else's, or a disk that takes no files: programs are then compiled each time
+        return
+    if folder.stat().st_uid != os.getuid():  # root may change the mode of anything
+        return
+    jax.config.update("jax_compilation_cache_dir", str(folder))
     # With a limit JAX locks the folder, which commands that run side by side need.
     jax.config.update("jax_compilation_cache_max_size", 20 * 10**9)
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)

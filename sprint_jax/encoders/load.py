@@ -163,12 +163,28 @@ def open_autoencoder(folder: Path, dtype: Any, shardings: Callable | None) -> Au
 
 
 def open_text_encoder(
-    folder: Path, tokenizer: PromptTokenizer, dtype: Any, shardings: Callable | None, **how
+    folder: Path,
+    tokenizer: PromptTokenizer,
+    dtype: Any,
+    shardings: Callable | None,
+    *,
+    on_host: bool = False,
+    **how,
 ) -> TextEncoder:
-    """Loads the text encoder in ``text_encoder`` of a folder; ``how`` are arguments of `TextEncoder`."""
-    gemma, params = load_text_encoder(folder / "text_encoder", dtype, shardings=shardings)
+    """Loads the text encoder in ``text_encoder`` of a folder; ``how`` are arguments of `TextEncoder`.
+
+    ``on_host`` leaves its parameters in the host's memory, from the files on.
+    """
+    placed = _on_cpu if on_host else shardings
+    gemma, params = load_text_encoder(folder / "text_encoder", dtype, shardings=placed)
+    params = jax.tree.map(np.asarray, params) if on_host else params
     arranged = jax.default_backend() == "gpu" and shardings is None
     return TextEncoder(gemma, params, tokenizer, arranged=arranged, **how)
+
+
+def _on_cpu(tree: Any) -> Any:
+    cpu = jax.sharding.SingleDeviceSharding(jax.local_devices(backend="cpu")[0])
+    return jax.tree.map(lambda _: cpu, tree)
 
 
 def identify(autoencoder: Any, text_encoder: Any) -> dict[str, Any]:

@@ -151,7 +151,8 @@ class TextEncoder:
     and a batch with a prompt that changes earlier tokens runs without the kept part.
 
     Args:
-      gemma, params: the network, as of `interop.gemma2.load_text_encoder`.
+      gemma, params: the network, as of `interop.gemma2.load_text_encoder`; parameters in the host's memory
+        (arrays of NumPy) are sent to the device by each batch and take no room on it afterwards.
       tokenizer: of `load_tokenizer`.
       instruction: text before every prompt of `encode`, or None.
       length: of the features, in tokens.
@@ -190,7 +191,10 @@ class TextEncoder:
         self._prefix, self._run = None, jax.jit(self._features)
         self._weights = params
         if arranged:
-            self._weights, self.params = arrange(unstack_layers, params)
+            in_memory = isinstance(params["norm"]["weight"], np.ndarray)
+            self._weights, self.params = (
+                (unstack_layers(params), params) if in_memory else arrange(unstack_layers, params)
+            )
 
     def encode(self, prompts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
         """Computes features of prompts behind the instruction.

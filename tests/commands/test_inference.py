@@ -10,6 +10,7 @@ from helpers.workdirs import random_params, tiny_config
 
 from sprint_jax import SprintPipeline
 from sprint_jax.encoders.autoencoder import Autoencoder
+from sprint_jax.encoders.load import open_text_encoder
 from sprint_jax.encoders.text import TextEncoder, load_tokenizer
 from sprint_jax.interop.diffusers import load_autoencoder
 from sprint_jax.interop.gemma2 import load_text_encoder
@@ -39,6 +40,23 @@ def pipeline(parts, arranged: bool) -> SprintPipeline:
     how = dict(is_student=True, sigma_d=0.5, shift=1.0, midpoint=1.3, guidance=3.0, size=size)
     model = from_fields(fields)
     return SprintPipeline(model, params, autoencoder, encoder, arranged=arranged, **how)
+
+
+def test_a_text_encoder_in_the_hosts_memory_gives_the_same_features(parts):
+    gemma, _ = parts[0]
+    tokenizer = load_tokenizer(STORED / "gemma2" / "tokenizer")
+    how = dict(length=12, batch_size=1)
+    usual, frugal = (
+        open_text_encoder(STORED / "gemma2", tokenizer, "float32", None, on_host=each, **how)
+        for each in (False, True)
+    )
+    # Nothing of it is an array of a device, before and after it is used; nor where its layers are apart.
+    apart = TextEncoder(gemma, frugal.params, tokenizer, arranged=True, **how)
+    expected = usual.encode(["a cat"])[0]
+    for encoder in (frugal, apart):
+        np.testing.assert_allclose(encoder.encode(["a cat"])[0], expected, atol=2e-5)
+        leaves = jax.tree.leaves((encoder.params, encoder._weights))
+        assert {type(leaf) for leaf in leaves} == {np.ndarray}
 
 
 def test_three_programs_from_a_prompt_to_bytes(parts, caplog):

@@ -138,3 +138,8 @@ def test_compiled_programs_are_kept_unless_the_user_decides(tmp_path, monkeypatc
     cli.use_compilation_cache()
     assert settings["jax_compilation_cache_dir"] == str(tmp_path / "sprint_jax")
     assert settings["jax_compilation_cache_max_size"] > 0
+    assert (tmp_path / "sprint_jax").stat().st_mode & 0o777 == 0o700
+    settings.clear()
+    monkeypatch.setattr(cli.os, "getuid", lambda: 2**31)  # the folder is now somebody else's
+    cli.use_compilation_cache()
+    assert not settings
