@@ -22,8 +22,8 @@ from . import torch_reference as reference
 from .timing import compiled, first_call, waiting
 from .workloads import FACTOR, STUDENTS, network_calls, network_inputs, random_params
 
-PARTS = ("text", "transformer", "decoder", "whole")
-OF_PIPELINES = {"text", "whole"}  # need a pipeline folder, with its text encoder
+PARTS = ("text", "transformer", "decoder", "whole", "first")
+OF_PIPELINES = {"text", "whole", "first"}  # need a pipeline folder, with its text encoder
 
 
 class Part(NamedTuple):
@@ -54,7 +54,7 @@ def parts(flags: argparse.Namespace) -> Iterator[Part]:
             yield from _transformer(flags, device, Path(scratch))
         if "decoder" in flags.parts:
             yield from _decoder(flags, device, Path(scratch))
-    if OF_PIPELINES & set(flags.parts):
+    if {"text", "whole"} & set(flags.parts):
         yield from _pipeline(flags, device)
 
 

@@ -51,6 +51,7 @@ def test_sample_times_parts_and_whole_pipelines(tmp_path):
     assert max(error for line in lines for error in line["relative_error"].values()) < 5e-5
     out.unlink()
     folder = saved(tiny_pipeline(student=True), tmp_path / "pipeline")
+    words.append("--parts=transformer,decoder,text,whole")
     benchmark.main([*words, f"--model={folder}", "--image=32x64", "--batch=2", "--steps=1"])
     _, *lines = map(json.loads, out.read_text().splitlines())
     names = ["transformer", "decoder", "text", "whole, 1 steps"]
