@@ -102,6 +102,7 @@ def parts(flags, against: list[str]) -> list[Part]:
         Part("1600m x 1", 240, sample("1600m", larger, batch="1"), shared),
         Part(f"600m x {many}", 300, sample("600m", everything, batch=many), shared),
         Part("distill 600m", 240, distill("600m"), alone),
+        Part("600m first picture", 200, sample("600m", "first", mode=None, batch="1", steps="1")),
         Part(f"1600m x {many}", 240, sample("1600m", larger, batch=many), shared),
         Part("options transformer", 200, own("options", "--network", "transformer")),
         Part("options decoder", 300, own("options", "--network", "decoder")),

@@ -1,10 +1,13 @@
 """The lines of `sprint_jax.benchmark`: parts of inference and training, compared with others and timed."""
 
 import argparse
+import os
 import resource
 import shutil
 import subprocess
 import sys
+import tempfile
+import time
 from collections.abc import Iterator
 
 import jax
@@ -26,7 +29,11 @@ def lines(flags: argparse.Namespace, command: str) -> Iterator[dict]:
     Raises:
       UserError: a result differs from ours by more than rounding.
     """
+    # In processes of their own, before this one takes the device's memory.
+    first = first_picture(flags) if "first" in flags.parts else None
     yield header(command)
+    if first:
+        yield first
     for part in parts(flags):
         line = {"workload": part.name, "size": flags.name, "dtype": flags.dtype}
         line |= {"image": flags.image, "batch": part.batch}
@@ -34,6 +41,42 @@ def lines(flags: argparse.Namespace, command: str) -> Iterator[dict]:
         if line.get("ms"):
             line["pictures_per_s"] = float(f"{1e3 * part.batch / line['ms'][OURS][1]:.4g}")
         yield line | {"peak_gb": peak_memory()} | clocks()
+
+
+def first_picture(flags: argparse.Namespace) -> dict:
+    """Times the command `sample` from its start to its first picture, with no compiled program kept, and again.
+
+    Returns:
+      a line whose ``first_s`` are seconds of the whole process: 'cold' compiles, 'warm' finds its programs.
+
+    Raises:
+      UserError: the command fails.
+    """
+    steps, (height, width) = flags.steps[0], flags.image
+    words = ["--model", str(flags.model), "--prompt", "a photo of a bird", "--steps", str(steps)]
+    words += ["--size", f"{height}x{width}", "--dtype", flags.dtype]
+    seconds = {}
+    with tempfile.TemporaryDirectory() as folder:
+        kept = {"JAX_COMPILATION_CACHE_DIR": f"{folder}/programs"}
+        kept["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
+        for name in ("cold", "warm"):
+            began = time.perf_counter()
+            command = [
+                sys.executable,
+                "-m",
+                "sprint_jax.sample",
+                *words,
+                "--out",
+                f"{folder}/{name}",
+            ]
+            ended = subprocess.run(command, env=os.environ | kept, capture_output=True, text=True)
+            if ended.returncode:
+                raise UserError(
+                    f"sample --model {flags.model} fails: {ended.stderr.strip()[-400:]}"
+                )
+            seconds[name] = round(time.perf_counter() - began, 2)
+    line = {"workload": f"first, {steps} steps", "size": flags.name, "dtype": flags.dtype}
+    return line | {"image": flags.image, "batch": 1, "first_s": seconds, "relative_error": {}}
 
 
 def measure(part: Part, tolerance: float, rounds: int | None, queue: int = 0) -> dict:
@@ -99,6 +142,7 @@ def peak_memory() -> dict[str, float]:
 def table_row(line: dict) -> str:
     """Returns a line for people: milliseconds of each arm, and its time over ours."""
     cells = [f"{line['workload']:<9}"]
+    cells += [f"{name} {seconds} s" for name, seconds in line.get("first_s", {}).items()]
     for arm, ms in line.get("ms", {}).items():
         cell = f"{arm} {ms[1]:.5g} ms"
         if arm in line["ratio"]:

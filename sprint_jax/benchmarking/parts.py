@@ -24,8 +24,8 @@ from . import torch_reference as reference
 from .timing import compiled, first_call, waiting
 from .workloads import FACTOR, STUDENTS, network_calls, network_inputs, random_params
 
-PARTS = ("text", "transformer", "decoder", "whole")
-OF_PIPELINES = {"text", "whole"}  # need a pipeline folder, with its text encoder
+PARTS = ("text", "transformer", "decoder", "whole", "first")
+OF_PIPELINES = {"text", "whole", "first"}  # need a pipeline folder, with its text encoder
 
 
 class Part(NamedTuple):
@@ -55,7 +55,8 @@ def parts(flags: argparse.Namespace) -> Iterator[Part]:
     """
     device = _torch_device(flags.dtype) if flags.against else "cpu"
     if flags.model:
-        yield from _pipeline(flags, device)
+        if set(flags.parts) != {"first"}:  # which is timed in processes of its own
+            yield from _pipeline(flags, device)
         return
     with tempfile.TemporaryDirectory() as scratch:
         if "transformer" in flags.parts:

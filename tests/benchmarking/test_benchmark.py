@@ -1,7 +1,10 @@
 """Tests of the command that times networks: rounds, ratios and lines. Milliseconds are not judged."""
 
 import json
+import subprocess
 import sys
+from pathlib import Path
+from types import SimpleNamespace
 
 import jax
 import numpy as np
@@ -196,6 +199,28 @@ def test_blocks_apart_compute_what_the_stack_does():
         lambda a, b, c: np.all(np.abs(a - b) <= c), gradient, gradient_apart, limits
     )
     assert all(jax.tree.leaves(within))
+
+
+def test_a_first_picture_is_drawn_twice_with_one_folder_of_programs(monkeypatch):
+    calls = []
+
+    def run(command, env, **_):
+        out = Path(command[command.index("--out") + 1])
+        calls.append((command[1:4], out.name, env["JAX_COMPILATION_CACHE_DIR"]))
+        return subprocess.CompletedProcess(command, 0, "", "")
+
+    monkeypatch.setattr(measure.subprocess, "run", run)
+    flags = SimpleNamespace(model="DIR", steps=(2, 4), image=(32, 64), dtype="float32")
+    line = measure.first_picture(flags)
+    assert line["workload"] == "first, 2 steps" and set(line["first_s"]) == {"cold", "warm"}
+    assert "cold 0.0 s" in measure.table_row(line)
+    (words, *first), (_, *second) = calls
+    assert words == ["-m", "sprint_jax.sample", "--model"]
+    assert (first[0], second[0]) == ("cold", "warm") and first[1] == second[1]
+    failed = subprocess.CompletedProcess([], 2, "", "sample: DIR is not there")
+    monkeypatch.setattr(measure.subprocess, "run", lambda *_, **__: failed)
+    with pytest.raises(UserError, match="DIR is not there"):
+        measure.first_picture(flags)
 
 
 def test_without_torch_one_line_says_what_to_install(monkeypatch):

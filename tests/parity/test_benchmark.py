@@ -55,6 +55,7 @@ def test_sample_times_parts_and_whole_pipelines(tmp_path):
     folder, texts = tmp_path / "pipeline", [INSTRUCTION, *PROMPTS]
     parts = dict(autoencoder=random_folder.TINY_AUTOENCODER, gemma=random_folder.TINY_GEMMA)
     write_random_pipeline(folder, random_folder.TINY_FIELDS, texts, dtype="float32", **parts)
+    words.append("--parts=transformer,decoder,text,whole")
     benchmark.main([*words, f"--model={folder}", "--image=32x64", "--batch=2", "--steps=1"])
     _, *lines = map(json.loads, out.read_text().splitlines())
     names = ["transformer", "decoder", "text", "whole, 1 steps"]
