@@ -37,7 +37,10 @@ def get_config(arg=None):
         c = digits.get_config(f"{stage},{world}")
         c.model.control_blocks = 4  # of six
         c.data.control = "strokes"
+        # More guidance by the text pulls away from the sketch where they disagree.
+        c.log.sample_guidance = 1.5
         if stage == "student":
+            c.scm.guidance = (1.0, 1.5, 2.0)
             c.steps //= 4  # a sketch leaves less open than a prompt
         return c
     c = teacher(size, trunk) if stage == "teacher" else sprint.get_config(size)
