@@ -210,7 +210,7 @@ def test_a_first_picture_is_drawn_twice_with_one_folder_of_programs(monkeypatch)
         return subprocess.CompletedProcess(command, 0, "", "")
 
     monkeypatch.setattr(measure.subprocess, "run", run)
-    flags = SimpleNamespace(model="DIR", steps=(2, 4), image=(32, 64), dtype="float32")
+    flags = SimpleNamespace(model="DIR", name="DIR", steps=(2, 4), image=(32, 64), dtype="float32")
     line = measure.first_picture(flags)
     assert line["workload"] == "first, 2 steps" and set(line["first_s"]) == {"cold", "warm"}
     assert "cold 0.0 s" in measure.table_row(line)
