@@ -1,6 +1,7 @@
 """The inference form of the transformer: the plain form's latents, nothing constant, few kernels on a GPU."""
 
 import functools
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -62,6 +63,29 @@ def abstract(layers: int, attention=transformer.softmax_attention):
         return transformer.velocity(model, params, shared, guidance, attention)(x, t)
 
     return step, ready, (shared, x, one, one)
+
+
+def test_attention_is_cudnn_s_where_it_works(monkeypatch, capsys):
+    """On devices that are described and not here, it is planned; of one that is here it is tried."""
+    model = SanaTransformer(**(SIZES["600m"] | dict(num_layers=1, dtype=jnp.bfloat16)))
+    card = dict(platform="gpu", device_kind="NVIDIA H200", compute_capability="9.0")
+    find = lambda **changes: transformer.attention_on(model, SimpleNamespace(**(card | changes)))  # noqa: E731
+    assert find() is transformer.cudnn_attention
+    for changes in (
+        dict(compute_capability="7.5"),
+        dict(device_kind="AMD MI300X"),
+        dict(platform="tpu"),
+    ):
+        assert find(**changes) is transformer.softmax_attention
+    exact = model.clone(dtype=jnp.float32)
+    assert transformer.attention_on(exact, SimpleNamespace(**card)) is transformer.softmax_attention
+    # A CPU has no cuDNN.
+    assert not transformer.cudnn_agrees(model, jax.devices()[0])
+    assert "without cuDNN" in capsys.readouterr().err
+    monkeypatch.setattr(transformer, "cudnn_attention", transformer.softmax_attention)
+    assert transformer.cudnn_agrees(model, jax.devices()[0])
+    monkeypatch.setattr(transformer, "cudnn_attention", lambda q, *_: 0 * q)
+    assert not transformer.cudnn_agrees(model, jax.devices()[0])
 
 
 def test_nothing_is_computed_from_weights_alone():

@@ -5,6 +5,7 @@ values of the text in every block, once for all steps. `velocity` is a function 
 """
 
 import functools
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -116,12 +117,39 @@ def cudnn_attention(q: Array, k: Array, v: Array, bias: Array) -> Array:
 
 
 def attention_on(model: Any, device: jax.Device) -> Callable:
-    """The attention for `velocity` on a device: cuDNN's on CUDA GPUs since Ampere, if it fits the model."""
+    """The attention for `velocity` on a device: cuDNN's on CUDA GPUs since Ampere, if it fits the model.
+
+    Of a device that is here, cuDNN's must give what `softmax_attention` gives: its versions differ in what they
+    take.
+    """
     channels = model.cross_attention_head_dim
     fits = model.dtype == jnp.bfloat16 and channels % 8 == 0 and channels <= 128
-    if not fits or device.platform != "gpu" or "cuda" not in device.client.platform_version:
+    if not fits or device.platform != "gpu" or "NVIDIA" not in device.device_kind:
         return softmax_attention
-    return cudnn_attention if float(device.compute_capability) >= 8 else softmax_attention
+    if float(device.compute_capability) < 8:
+        return softmax_attention
+    if device in jax.local_devices() and not cudnn_agrees(model, device):
+        return softmax_attention
+    return cudnn_attention
+
+
+def cudnn_agrees(model: Any, device: jax.Device) -> bool:
+    """Whether cuDNN's attention of 1024 pixels to 300 tokens works on a device, within bfloat16's roundings."""
+    heads, channels = model.num_cross_attention_heads, model.cross_attention_head_dim
+    keys = jax.random.split(jax.random.key(0), 3)
+    q, k, v = (
+        jax.random.normal(key, (1, count, heads, channels), jnp.bfloat16)
+        for key, count in zip(keys, (1024, 300, 300), strict=True)
+    )
+    inputs = jax.device_put(
+        (q, k, v, jnp.where(jnp.arange(300) < 200, 0.0, -10000.0)[None]), device
+    )
+    try:
+        found = jax.jit(cudnn_attention)(*inputs)
+    except (RuntimeError, ValueError, NotImplementedError) as error:
+        print(f"text attention without cuDNN: {error!s:.200}", file=sys.stderr)
+        return False
+    return bool(jnp.abs(wide(found) - wide(jax.jit(softmax_attention)(*inputs))).max() < 0.05)
 
 
 def velocity(
