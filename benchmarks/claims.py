@@ -4,8 +4,9 @@
 
 The students are those of `configs/methods.py`, sweep ``paper``; each is evaluated once. A claim says that one
 arm is better than another in some numbers of steps. It is confirmed where the mean of the differences, seed by
-seed, lies on its side by more than the 95 % quantile of Student's t times its standard error, contradicted
-where on the other side, and else not seen. Writes benchmarks/results/claims.jsonl and
+seed, lies on its side by more than the 97.5 % quantile of Student's t times its standard error, contradicted
+where on the other side, and else not seen. Of verdicts where nothing is
+to be seen, 5 % are false. Writes benchmarks/results/claims.jsonl and
 benchmarks/pictures/claims.png, and says what is there before all seeds are.
 """
 

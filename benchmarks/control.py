@@ -85,7 +85,7 @@ def draw(path: Path, folders: dict[str, Path]) -> None:
     for name, folder in folders.items():
         pipe, steps = SprintPipeline.from_pretrained(folder), 20 if name == "teacher" else 1
         for scale in (0.0, 0.5, 1.0):
-            request = Request(steps=steps, guidance=3.0, control=maps, control_scale=scale)
+            request = Request(steps=steps, control=maps, control_scale=scale)
             images = np.concatenate(list(pipe.draw(asked, request)))
             right = judge.right(images / 127.5 - 1, asked)
             rows.append(

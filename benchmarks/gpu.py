@@ -136,6 +136,7 @@ def ended(out: Path) -> dict[str, str]:
 
 def add(out: Path, line: dict) -> None:
     """Adds a line to the results, and shows it."""
+    ended(out)  # takes off half a line of a part that was killed
     with out.open("a", encoding="utf-8") as file:
         file.write(json.dumps(line) + "\n")
     print(json.dumps(line), flush=True)
@@ -204,9 +205,9 @@ def main(argv: list[str]) -> int:
     parser = argparse.ArgumentParser(prog="bash benchmarks/gpu.sh", allow_abbrev=False)
     add_flag = parser.add_argument
     add_flag("--seconds", type=float, default=600, help="for all parts together (default 600)")
-    add_flag("--out", type=Path, default=HERE / "results" / "gpu.jsonl", help="results are added")
+    add_flag("--out", type=Path, help="results are added (results/gpu.jsonl)")
     add_flag("--wheels", type=Path, default=HERE.parent / ".wheels", help="of benchmarks/wheels.sh")
-    add_flag("--scratch", type=Path, default=HERE.parent / "runs" / "gpu", help="for 12 GB")
+    add_flag("--scratch", type=Path, help="for 12 GB (default runs/gpu)")
     add_flag("--only", default="", help="some of the parts, by commas")
     add_flag("--again", action="store_true", help="also parts that did not end well")
     add_flag("--alone", action="store_true", help="without torch, even if it is there")
@@ -215,7 +216,11 @@ def main(argv: list[str]) -> int:
     until = time.monotonic() + flags.seconds
     if not (flags.tiny or Path("/dev/nvidiactl").exists() or shutil.which("nvidia-smi")):
         parser.error("this machine has no NVIDIA GPU; --tiny tries the script on CPU")
-    flags.out, flags.scratch = flags.out.resolve(), flags.scratch.resolve()
+    # What --tiny measures must not count as measured.
+    usual = HERE.parent / "runs" / ("gpu-tiny" if flags.tiny else "gpu")
+    flags.scratch = (flags.scratch or usual).resolve()
+    folder = flags.scratch if flags.tiny else HERE / "results"
+    flags.out = (flags.out or folder / "gpu.jsonl").resolve()
     logs, site = flags.scratch / "logs", flags.scratch / "site"
     for folder in (logs, site, flags.out.parent):
         folder.mkdir(parents=True, exist_ok=True)
@@ -228,7 +233,9 @@ def main(argv: list[str]) -> int:
     if unknown := set(only) - {part.name for part in table}:
         parser.error(f"--only {min(unknown)} is none of {', '.join(part.name for part in table)}")
     variables = {
-        "PYTHONPATH": os.pathsep.join([str(site), str(HERE.parent)]),
+        "PYTHONPATH": os.pathsep.join(
+            [str(site), str(HERE.parent), *filter(None, [os.environ.get("PYTHONPATH")])]
+        ),
         "JAX_PLATFORMS": "cpu" if flags.tiny else "cuda",
         "TF_CPP_MIN_LOG_LEVEL": "2",
         "HF_HUB_OFFLINE": "1",

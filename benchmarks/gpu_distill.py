@@ -41,8 +41,8 @@ def distill(flags, write):
     while True:
         began = time.perf_counter()
         shapes, lowered = _lowered(flags, batch)
-        programs = [lowered[0].compile()]
-        held, more = _memory(programs[0], shapes)
+        programs = [update.compile() for update in lowered]
+        held, more = max((_memory(each, shapes) for each in programs), key=sum)
         needed = round((held + more) / 1e9, 2)
         write({"distill": flags.size, "batch": batch, "needed_gb": needed})
         if held + more <= limit or batch == 1:
@@ -50,7 +50,6 @@ def distill(flags, write):
         # What is held hardly changes, the rest grows with the batch.
         batch = max(1, int(0.97 * batch * (limit - held) / more))
         batch -= batch % 8 if batch > 8 else 0
-    programs += [update.compile() for update in lowered[1:]]
     seconds = time.perf_counter() - began
     state, batch_arrays, frozen = _random(shapes)
     times, metrics, until = [], {}, None

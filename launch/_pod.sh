@@ -40,12 +40,12 @@ use_backend() {
   case " ${words[*]}" in *gs://*) extras="${extras:+$extras,}gcs" ;; *s3://*) extras="${extras:+$extras,}s3" ;; esac
   case "$1" in
     cuda) flags="${gpu_flags[*]}" ;;
-    tpu) export LIBTPU_INIT_ARGS="${tpu_flags[*]}" ;;
+    tpu) export LIBTPU_INIT_ARGS="${tpu_flags[*]}${LIBTPU_INIT_ARGS:+ $LIBTPU_INIT_ARGS}" ;;
     cpu) ;;
     *) usage_error "--backend $1 is not one of cpu, cuda, tpu" ;;
   esac
   # Named, so that a missing driver is an error and not a slow run on the CPU.
-  export JAX_PLATFORMS="$1" XLA_FLAGS="${XLA_FLAGS:+$XLA_FLAGS }$flags"
+  export JAX_PLATFORMS="$1" XLA_FLAGS="$flags${XLA_FLAGS:+ $XLA_FLAGS}"
 }
 
 show_or_run() {

@@ -79,10 +79,10 @@ def _parser(is_training: bool) -> cli.Parser:
     add("--sample", action="store_true", help="plan inference; the flags below are for it")
     named = f"{', '.join(SIZES)}, or where a pipeline or a workdir lies"
     add("--model", required=not is_training, metavar="NAME|DIR", help=named)
-    add("--steps", type=cli.parse_counts, default=(1, 2, 4), metavar="S,...", help="(1,2,4)")
-    add("--batch", type=cli.parse_counts, default=(1, 10), metavar="B,...", help="(1,10)")
-    add("--image", default="1024x1024", metavar="HxW", help="default 1024x1024")
-    add("--dtype", choices=("bfloat16", "float32"), default="bfloat16", help="default bfloat16")
+    add("--steps", type=cli.parse_counts, metavar="S,...", help="(1,2,4)")
+    add("--batch", type=cli.parse_counts, metavar="B,...", help="(1,10)")
+    add("--image", metavar="HxW", help="default 1024x1024")
+    add("--dtype", choices=("bfloat16", "float32"), help="default bfloat16")
     return parser
 
 
@@ -94,16 +94,20 @@ def _sampling(flags: argparse.Namespace) -> dict:
     """The plan of a model's pipeline."""
     if flags.config or flags.sweep:
         raise UserError("--config and --sweep are for plans of a training, not --sample", 2)
-    image = cli.parse_size(flags.image, "--image")
-    runs = [Run(steps, batch, image) for batch in flags.batch for steps in flags.steps]
+    image = cli.parse_size(flags.image or "1024x1024", "--image")
+    batches, steps = sorted({*(flags.batch or (1, 10))}), sorted({*(flags.steps or (1, 2, 4))})
+    runs = [Run(count, batch, image) for batch in batches for count in steps]
     topology = open_topology(flags.topology, flags.slices)
-    return plan_sampling(flags.model, flags.dtype, topology, runs, flags.full, _say)
+    return plan_sampling(flags.model, flags.dtype or "bfloat16", topology, runs, flags.full, _say)
 
 
 def _training(flags: argparse.Namespace, c: Config) -> dict:
     """The plan of a training, or the best of a sweep."""
-    if flags.model:
-        raise UserError("--model is for plans of inference: add --sample", 2)
+    for name in ("model", "steps", "batch", "image", "dtype"):
+        if getattr(flags, name) is not None:
+            raise UserError(
+                f"--{name} is for plans of inference: add --sample, or take --config.KEY", 2
+            )
     keys = check_keys(flags.sweep) if flags.sweep else ()
     topology = open_topology(flags.topology, flags.slices)
     flops = image_flops(c, topology)

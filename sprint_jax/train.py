@@ -111,12 +111,7 @@ def _train(c: Config, workdir: AnyPath, stop: Stop, peers) -> None:
     compiling = compile_updates(lowered, lower, shapes, c.data.loaded_sizes)
     passes = range(len(lowered))
 
-    def place(batch):
-        batch = to_devices(batch)
-        updates(batch, wait=False)  # which may have to be loaded
-        return batch
-
-    stream = prefetch(data.batches, start * len(passes), c.data.prefetch, place)
+    stream = prefetch(data.batches, start * len(passes), c.data.prefetch, to_devices)
     lines = MetricLog(workdir, resume_step=start, progress=Progress(c.steps, start))
     in_a_row, clock = 0, Clock(start, c.data.batch_size)
     with (

@@ -82,6 +82,13 @@ def _part(name: str, sizes: Sequence[str], batch: int, per: str = "ms") -> tuple
     return plan, measured
 
 
+def _most(plan: dict) -> int:
+    """The most images of a device: batches and temporaries grow with them, on a straight line."""
+    grows = plan["memory"]["batch"] + plan["memory"]["temporaries"]
+    room = plan["limit_bytes"] - plan["bytes_per_device"] + grows
+    return int(room / grows * plan["batch"] / plan["devices"])
+
+
 def _planned(
     facts: Facts, name: str, size: str, batch: int, per: str = "ms", where: str = PLANNED
 ) -> float | None:
@@ -115,7 +122,7 @@ def _training(key: str) -> tuple:
             its = "H200", f"configs/sprint.py:{size}", True
             for plan in sorted(facts.plans, key=lambda plan: plan.get("devices", 0)):
                 if (plan.get("chip"), plan.get("config"), plan.get("fits")) == its:
-                    return plan["mfu"] if key == "mfu" else plan["batch"] / plan["devices"]
+                    return plan["mfu"] if key == "mfu" else _most(plan)
             return None
 
         return _together(SIZES, find, "{:.0%}".format if key == "mfu" else "{:g}".format)
@@ -131,9 +138,9 @@ def _training(key: str) -> tuple:
             share = lines[size]["flops_per_second"] / ceiling[0]
             return share if key == "mfu" else lines[size]["batch"]
 
-        return _on(
-            _together(SIZES, find, "{:.0%}".format if key == "mfu" else "{:g}".format), device
-        )
+        # Of what the card multiplies, not of its datasheet, as in a plan.
+        cell = "{:.0%} of the measured product".format if key == "mfu" else "{:g}".format
+        return _on(_together(SIZES, find, cell), device)
 
     return plan, measured
 

@@ -149,7 +149,7 @@ def judge_goals(results: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 def number(result: dict[str, Any], key: str) -> tuple[float, float]:
     """Returns the number of a goal and its standard error; NaN where it was not measured."""
-    entry = result[key]
+    entry = result.get(key)
     if entry is None:
         return np.nan, np.nan
     if key == "accuracy":

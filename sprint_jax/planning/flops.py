@@ -37,6 +37,10 @@ def flops_of(it: Instruction, operands: list[Array]) -> tuple[float, str]:
         axes = it.attribute(r'"lhs_contracting_dimensions":\[([^\]]*)\]') or ""
         contracted = math.prod(operands[0].dims[axis] for axis in _numbers(axes))
         return 2.0 * math.prod(it.arrays[0].dims) * contracted, precision
+    if it.target.startswith(
+        "__cudnn$fmha"
+    ):  # attention, forward: [B, T, heads, c] to [B, L, heads, c]
+        return 4.0 * math.prod(operands[0].dims) * operands[1].dims[1], precision
     if it.target in CONVOLUTIONS:
         names = CONVOLUTIONS[it.target]
         arrays = dict(zip(names, [*operands[:2], it.arrays[0]], strict=True))

@@ -114,7 +114,7 @@ def compile_updates(
             program = programs.pop(name, None)
             if program is None:
                 if len(programs) >= most:
-                    programs.pop(next(other for other in programs if other != always))
+                    programs.pop(next(other for other in programs if other != always)).cancel()
                 program = pool.submit(make, batches[name])
             programs[name] = program
         return program.result() if wait or program.done() else None

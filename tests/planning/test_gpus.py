@@ -123,6 +123,18 @@ def test_float32_takes_longer(precision, passes):
     assert (work.flops, work.passes) == (2 * 4 * 8 * 16, passes * 2 * 4 * 8 * 16)
 
 
+def test_attention_of_cudnn():
+    """Two products for each head: of 8 places with 3 keys of 16 channels."""
+    text = """ENTRY %main {
+  %q = bf16[2,8,4,16]{3,2,1,0} parameter(0)
+  %k = bf16[2,3,4,16]{3,2,1,0} parameter(1)
+  %bias = bf16[2,1,8,3]{3,2,1,0} parameter(2)
+  ROOT %a = (bf16[2,4,8,16]{3,1,2,0}, u8[0]{0}) custom-call(%q, %k, %k, %bias), \
+custom_call_target="__cudnn$fmhaScaleBiasSoftmax"
+}"""
+    assert total(analyze(text), "flops") == 2 * (2 * 2 * 4 * 8 * 3 * 16)
+
+
 def test_asynchronous_collectives_of_several_arrays():
     groups = "channel_id=1, replica_groups=mesh['axis_0'=8] {'axis_0'}"
     text = f"""ENTRY %main {{

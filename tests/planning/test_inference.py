@@ -189,3 +189,9 @@ def test_a_device_that_is_not_here(folder, pipe, name, two):
     assert decoder["bytes"] > decoder["weight_bytes"] > 0 and whole["images_per_second"] > 0
     with pytest.raises(UserError, match="one device"):
         inference.plan_sampling(str(folder), "float32", open_topology(two), [], False, print)
+
+
+def test_flags_of_inference_are_refused_beside_a_config(monkeypatch, capfd):
+    words = ["--config", "configs/sprint.py:600m", "--topology", "local", "--batch", "512"]
+    ended = run_here(words, monkeypatch, capfd, main=plan.main)
+    assert ended.code == 2 and "--batch" in ended.err
