@@ -88,10 +88,13 @@ class SprintPipeline:
         self.midpoint, self.guidance, self.size = midpoint, guidance, size
         self.integer_times, self.meta = integer_times, meta or {}
         self._conditions = Remembered(autoencoder)
+        if arranged and "control" in params:
+            raise ValueError("a network with a control branch has no arranged form")
         how = (is_student, sigma_d, shift, midpoint, integer_times)
-        self.sampler = Sampler(
-            model, *how, arranged, attention_on(model, device or jax.devices()[0])
-        )
+        self.sampler = Sampler(model, *how)
+        if arranged:
+            attention = attention_on(model, device or jax.devices()[0])
+            self.sampler = Sampler(model, *how, arranged, attention)
         self._weights = params
         if arranged:
             self._weights, self.params = arrange(self.sampler.arrange, params)

@@ -55,6 +55,8 @@ def load_parts(
     shardings = functools.partial(state_shardings, mesh) if mesh is not None else None
     kind, folder = locate(path, ("workdir", "pipeline"))
     if kind == "workdir":
+        if low_memory:
+            raise UserError(f"--low_memory is for pipelines of diffusers: {path} is a workdir", 2)
         parts = _from_workdir(folder, dtype, params, shardings, allow_nonfinite)
     else:
         parts = _from_folder(folder, dtype, shardings, allow_nonfinite, low_memory)

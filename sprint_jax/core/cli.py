@@ -115,9 +115,9 @@ def make_parser(command: str, description: str | None) -> Parser:
 def use_compilation_cache() -> None:
     """Keeps compiled programs in ``~/.cache/sprint_jax`` (or below ``XDG_CACHE_HOME``), up to 20 GB.
 
-    The folder is made for its owner alone, since what lies in it is run; one of somebody else is not used. Its
-    entries are named by a hash of program, devices, options and versions, and hold no pickles. Where
-    ``JAX_COMPILATION_CACHE_DIR`` is set, even to nothing, JAX's own settings hold.
+    The folder is made for its owner alone, since what lies in it is run; one that others own or write to is
+    left alone, which a line says. Its entries are named by a hash of program, devices, options and versions,
+    and hold no pickles. Where ``JAX_COMPILATION_CACHE_DIR`` is set, even to nothing, JAX's own settings hold.
     """
     if "JAX_COMPILATION_CACHE_DIR" in os.environ:
         return
@@ -125,13 +125,15 @@ def use_compilation_cache() -> None:
 
     folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "sprint_jax"
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        folder.chmod(0o700)
-    except (
-        OSError
-    ):  # somebody else's, or a disk that takes no files: programs are then compiled each time
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        if not folder.exists():
+            folder.mkdir(mode=0o700, exist_ok=True)
+        found = folder.stat()
+    except OSError as error:
+        print(f"compiled programs are not kept: {error}", file=sys.stderr)
         return
-    if folder.stat().st_uid != os.getuid():  # root may change the mode of anything
+    if found.st_uid != os.getuid() or found.st_mode & 0o022:
+        print(f"compiled programs are not kept: others may write to {folder}", file=sys.stderr)
         return
     jax.config.update("jax_compilation_cache_dir", str(folder))
     # With a limit JAX locks the folder, which commands that run side by side need.

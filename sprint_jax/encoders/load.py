@@ -175,16 +175,12 @@ def open_text_encoder(
 
     ``on_host`` leaves its parameters in the host's memory, from the files on.
     """
-    placed = _on_cpu if on_host else shardings
-    gemma, params = load_text_encoder(folder / "text_encoder", dtype, shardings=placed)
-    params = jax.tree.map(np.asarray, params) if on_host else params
     arranged = jax.default_backend() == "gpu" and shardings is None
-    return TextEncoder(gemma, params, tokenizer, arranged=arranged, **how)
-
-
-def _on_cpu(tree: Any) -> Any:
-    cpu = jax.sharding.SingleDeviceSharding(jax.local_devices(backend="cpu")[0])
-    return jax.tree.map(lambda _: cpu, tree)
+    # From the host's memory layers go to the device one by one, and are there once.
+    where = dict(shardings=shardings, on_host=on_host or arranged)
+    gemma, params = load_text_encoder(folder / "text_encoder", dtype, **where)
+    how |= dict(arranged=arranged, on_host=on_host)
+    return TextEncoder(gemma, params, tokenizer, **how)
 
 
 def identify(autoencoder: Any, text_encoder: Any) -> dict[str, Any]:

@@ -161,6 +161,7 @@ class TextEncoder:
       sharding: of batches over devices; every batch is then filled to ``batch_size``, which it must divide.
       arranged: run the layers unrolled, with weights of their own (`gemma2.unstack_layers`), as is best for
         GPUs; ``params`` then lie in the host's memory.
+      on_host: NumPy parameters stay there, and each batch sends them to the device.
 
     Raises:
       UserError: the tokenizer has more tokens than the network.
@@ -178,6 +179,7 @@ class TextEncoder:
         batch_size: int = 16,
         sharding: jax.sharding.Sharding | None = None,
         arranged: bool = False,
+        on_host: bool = False,
     ):
         vocabulary = tokenizer.tokenizer.get_vocab_size()
         if vocabulary > gemma.vocab_size:
@@ -191,10 +193,11 @@ class TextEncoder:
         self._prefix, self._run = None, jax.jit(self._features)
         self._weights = params
         if arranged:
-            in_memory = isinstance(params["norm"]["weight"], np.ndarray)
-            self._weights, self.params = (
-                (unstack_layers(params), params) if in_memory else arrange(unstack_layers, params)
-            )
+            if isinstance(params["norm"]["weight"], np.ndarray):
+                self._weights = unstack_layers(params)
+                self._weights = self._weights if on_host else jax.device_put(self._weights)
+            else:
+                self._weights, self.params = arrange(unstack_layers, params)
 
     def encode(self, prompts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
         """Computes features of prompts behind the instruction.
@@ -231,10 +234,10 @@ class TextEncoder:
             prefix = self._prefix_of(ids) if instruction else None
             if self.sharding:
                 ids, mask = jax.device_put((ids, mask), self.sharding)
-            batches.append(self._run(self._weights, ids, mask, tokens.kept, prefix))
-        if not wait and len(batches) == 1 and len(batches[0]) == len(unique) == len(prompts):
-            return batches[0], tokens.mask[:, tokens.kept]
-        batches = [np.asarray(batch) for batch in batches]
+            features = self._run(self._weights, ids, mask, tokens.kept, prefix)
+            if not wait and len(features) == len(unique) == len(prompts):
+                return features, tokens.mask[:, tokens.kept]
+            batches.append(np.asarray(features))  # one batch at a time is on the device
         rows = [unique[prompt] for prompt in prompts]
         return np.concatenate(batches)[rows], tokens.mask[:, tokens.kept][rows]
 

@@ -179,6 +179,7 @@ def load_params(
     dtype: Any,
     shardings: Callable[[Tree], Tree] | None = None,
     allow_nonfinite: bool = False,
+    on_host: bool = False,
 ) -> Tree:
     """Loads our parameters, each leaf straight to its devices.
 
@@ -189,6 +190,7 @@ def load_params(
       shardings: a function of the tree of `jax.ShapeDtypeStruct` that returns the tree of shardings, e.g. a
         partial `parallel.sharding.state_shardings`; None puts all on the default device.
       allow_nonfinite: takes NaN and infinity as well.
+      on_host: leaves are NumPy arrays, on no device.
 
     Raises:
       UserError: a tensor holds NaN or infinity; and see `tables.check_names`.
@@ -217,6 +219,9 @@ def load_params(
                 raise UserError(
                     f"{tensors.origin}: tensor {name} holds NaN or infinity: it is of a failed run or damaged"
                 )
+        if on_host:
+            leaves[path] = buffer
+            continue
         if shardings:
             piece = buffer.__getitem__
             leaf = jax.make_array_from_callback(buffer.shape, places[path], piece)

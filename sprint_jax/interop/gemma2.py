@@ -44,14 +44,18 @@ def gemma2_table(gemma: Gemma2) -> dict[str, Entry]:
 
 
 def load_text_encoder(
-    folder: str | Path, dtype: Any = jnp.float32, *, shardings: Callable | None = None
+    folder: str | Path,
+    dtype: Any = jnp.float32,
+    *,
+    shardings: Callable | None = None,
+    on_host: bool = False,
 ) -> tuple[Gemma2, Any]:
     """Loads the Gemma-2 of a transformers folder (``text_encoder/`` of a pipeline).
 
     Args:
       folder: of a Gemma2Model or a Gemma2ForCausalLM, whose head is ignored.
       dtype: of the parameters and of the network's matmuls.
-      shardings: see `files.load_params`.
+      shardings, on_host: see `files.load_params`.
 
     Raises:
       UserError: a file is missing, cut short or of another class; `Gemma2` does not support the config; a
@@ -60,7 +64,8 @@ def load_text_encoder(
     folder = local_copy(folder)
     gemma = read_text_encoder(folder, dtype)
     tensors = _without_head(open_safetensors(folder, STEM))
-    return gemma, load_params(gemma2_table(gemma), tensors, dtype, shardings)
+    how = dict(shardings=shardings, on_host=on_host)
+    return gemma, load_params(gemma2_table(gemma), tensors, dtype, **how)
 
 
 def read_text_encoder(folder: Path, dtype: Any = jnp.float32) -> Gemma2:

@@ -51,12 +51,22 @@ def test_a_text_encoder_in_the_hosts_memory_gives_the_same_features(parts):
         for each in (False, True)
     )
     # Nothing of it is an array of a device, before and after it is used; nor where its layers are apart.
-    apart = TextEncoder(gemma, frugal.params, tokenizer, arranged=True, **how)
-    expected = usual.encode(["a cat"])[0]
+    apart, placed = (
+        TextEncoder(gemma, frugal.params, tokenizer, arranged=True, on_host=each, **how)
+        for each in (True, False)
+    )
+    prompts = ["a cat", "a dog", "a cat"]  # two batches
+    expected = usual.encode(prompts)[0]
+    for encoder in (frugal, apart, placed):
+        for encode in (encoder.encode, encoder.encode_ahead):
+            np.testing.assert_allclose(encode(prompts)[0], expected, atol=2e-5)
+    np.testing.assert_allclose(placed.encode_ahead(["a dog"])[0], expected[1:2], atol=2e-5)
     for encoder in (frugal, apart):
-        np.testing.assert_allclose(encoder.encode(["a cat"])[0], expected, atol=2e-5)
         leaves = jax.tree.leaves((encoder.params, encoder._weights))
         assert {type(leaf) for leaf in leaves} == {np.ndarray}
+    # Where the layers lie on the device, what they were made of does not.
+    assert {type(leaf) for leaf in jax.tree.leaves(placed.params)} == {np.ndarray}
+    assert all(isinstance(leaf, jax.Array) for leaf in jax.tree.leaves(placed._weights))
 
 
 def test_three_programs_from_a_prompt_to_bytes(parts, caplog):

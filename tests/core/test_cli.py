@@ -140,6 +140,13 @@ def test_compiled_programs_are_kept_unless_the_user_decides(tmp_path, monkeypatc
     assert settings["jax_compilation_cache_max_size"] > 0
     assert (tmp_path / "sprint_jax").stat().st_mode & 0o777 == 0o700
     settings.clear()
+    # A folder that is there keeps its mode, and is used unless others may write to it, or own it.
+    for mode, used in ((0o755, True), (0o2775, False)):
+        (tmp_path / "sprint_jax").chmod(mode)
+        cli.use_compilation_cache()
+        assert (bool(settings), (tmp_path / "sprint_jax").stat().st_mode & 0o7777) == (used, mode)
+        settings.clear()
+    (tmp_path / "sprint_jax").chmod(0o700)
     monkeypatch.setattr(cli.os, "getuid", lambda: 2**31)  # the folder is now somebody else's
     cli.use_compilation_cache()
     assert not settings

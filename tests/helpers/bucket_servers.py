@@ -76,5 +76,8 @@ def bucket(scheme: str) -> Iterator[str]:
             for name, value in before.items():
                 os.environ.pop(name) if value is None else os.environ.update({name: value})
             import fsspec
+            from etils.epath import backend
 
-            fsspec.filesystem(scheme).clear_instance_cache()  # it would remember this server
+            # Both would remember this server.
+            fsspec.filesystem(scheme).clear_instance_cache()
+            backend._FileSystemSpecBackend._get_filesystem.cache_clear()

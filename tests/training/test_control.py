@@ -65,8 +65,10 @@ def test_a_branch_learns_alone_on_a_frozen_teacher(teacher, trunks):
     assert_same({name: whole[name] for name in frozen}, frozen)
     pipe = SprintPipeline.from_pretrained(workdir)
     plain = SprintPipeline.from_pretrained(trunks["flow"])
-    drawn = [pipe(["a 3"], steps=2, control=LINES, control_scale=s)[0] for s in (0.0, 1.0)]
-    expected = np.asarray(plain(["a 3"], steps=2)[0])
+    drawn = [
+        pipe(["a 3"], steps=2, guidance=3.0, control=LINES, control_scale=s)[0] for s in (0.0, 1.0)
+    ]
+    expected = np.asarray(plain(["a 3"], steps=2, guidance=3.0)[0])
     np.testing.assert_array_equal(drawn[0], expected)
     assert (np.asarray(drawn[1]) != expected).any()
 

@@ -28,9 +28,8 @@ class Seed(NamedTuple):
 
     @property
     def arrays(self) -> tuple[Any, np.ndarray]:
-        """The seed, or the key of one that 32 bits do not hold, and the numbers."""
-        seed = np.uint32(self.seed) if 0 <= self.seed < 2**32 else jax.random.key(self.seed)
-        return seed, np.asarray(self.numbers, np.uint32)
+        """Seed and numbers."""
+        return np.uint32(self.seed), np.asarray(self.numbers, np.uint32)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,9 +60,8 @@ class Sampler:
     def draw_noise(
         self, seed: Any, indices: Array, shape: tuple[int, int, int], steps: int
     ) -> tuple[Array, Array | None]:
-        """See `pipeline.SprintPipeline.draw_noise`; the seed may be a typed key."""
-        is_key = jnp.issubdtype(getattr(seed, "dtype", int), jax.dtypes.prng_key)
-        key = seed if is_key else jax.random.key(seed)
+        """See `pipeline.SprintPipeline.draw_noise`."""
+        key = jax.random.key(seed)
         noise = sampling.noise_for(jax.random.fold_in(key, 0), indices, shape)
         if not self.is_student or steps == 1:
             return noise, None
