@@ -53,7 +53,8 @@ def run_command(main: Callable[[list[str]], None], out_of_memory: int = OUT_OF_M
     except Exception as error:
         if is_out_of_memory(error):
             what = f"out of memory ({str(error)[:200] or 'of the host'})"
-            _fail(f"{what}: fewer or smaller pictures at once, or more devices", out_of_memory)
+            advice = "fewer or smaller pictures at once, `sample --low_memory`, or more devices"
+            _fail(f"{what}: {advice}", out_of_memory)
         if not is_provider_error(error):
             raise
         _fail(f"the bucket's provider says: {type(error).__name__}: {error}", 1)
