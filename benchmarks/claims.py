@@ -10,19 +10,21 @@ to be seen, 5 % are false. Writes benchmarks/results/claims.jsonl and
 benchmarks/pictures/claims.png, and says what is there before all seeds are.
 """
 
-import argparse
-import json
 import statistics
 import sys
-from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
 from matplotlib.figure import Figure
 
-from sprint_jax.benchmarking.scripts import digits_report, finished, numbers, write_lines
+from sprint_jax.benchmarking.scripts import (
+    digits_report,
+    finished_runs,
+    numbers,
+    students_parser,
+    write_lines,
+)
 from sprint_jax.digits.report import number
-from sprint_jax.sweeps.rows import load_rows
 
 HERE = Path(__file__).parent
 STEPS = (1, 2, 4)
@@ -102,17 +104,11 @@ def draw(path: Path, claims: list[dict[str, Any]]) -> None:
 
 
 def main(argv: list[str]) -> None:
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--runs", type=Path, required=True, help="the sweep's --workdir")
-    parser.add_argument("--teacher", type=Path, required=True)
-    parser.add_argument("--count", type=int, default=1000, help="prompts (default 1000)")
-    flags = parser.parse_args(argv)
-    sweep = json.loads((flags.runs / "sweep.json").read_text())
-    arms = defaultdict(dict)
-    for row in load_rows(sweep["config"], sweep["sweep"], [], flags.runs):
-        if finished(row.folder):
-            runs = digits_report(row.folder, flags.count)["runs"]
-            arms[row.name.rpartition("-")[0]][row.config.seed] = runs
+    flags = students_parser(__doc__).parse_args(argv)
+    arms = {
+        arm: {seed: digits_report(folder, flags.count)["runs"] for seed, folder in folders.items()}
+        for arm, folders in finished_runs(flags.runs).items()
+    }
     lines = [{"command": "python benchmarks/claims.py " + " ".join(argv)}]
     lines += [teacher_line(digits_report(flags.teacher, flags.count)["runs"])]
     for arm, reports in arms.items():
@@ -123,7 +119,7 @@ def main(argv: list[str]) -> None:
     claims = [
         {"claim": claim, "source": source, "better": a, "other": b, "steps": n} | compare(arms[a], arms[b], n)
         for source, claim, a, b in CLAIMS
-        if arms[a].keys() & arms[b].keys()
+        if arms.get(a, {}).keys() & arms.get(b, {}).keys()
         for n in STEPS
     ]  # fmt: skip
     for claim in claims:

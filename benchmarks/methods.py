@@ -7,11 +7,9 @@ benchmarks/results/methods.jsonl, a line for each method with means and standard
 benchmarks/pictures/methods.png: the same prompts from the same noise in one step, a row for each method.
 """
 
-import argparse
 import json
 import statistics
 import sys
-from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
@@ -19,10 +17,11 @@ import jax
 
 from sprint_jax.benchmarking.scripts import (
     digits_report,
-    finished,
+    finished_runs,
     numbers,
     run_minutes,
     spread,
+    students_parser,
     write_lines,
 )
 from sprint_jax.checkpoints.workdir import read_metrics, read_workdir_config
@@ -31,7 +30,6 @@ from sprint_jax.digits.evaluation import SHEET_SIZE, write_sheet
 from sprint_jax.digits.report import make_yardsticks, number
 from sprint_jax.pipeline import Request, SprintPipeline
 from sprint_jax.planning.counts import analyze, total
-from sprint_jax.sweeps.rows import load_rows
 from sprint_jax.training import setup
 from sprint_jax.training.stages import lower_updates
 
@@ -87,16 +85,8 @@ def draw(path: Path, models: dict[str, Path], world: str, count: int) -> None:
 
 
 def main(argv: list[str]) -> None:
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--runs", type=Path, required=True, help="the sweep's --workdir")
-    parser.add_argument("--teacher", type=Path, required=True)
-    parser.add_argument("--count", type=int, default=1000, help="prompts (default 1000)")
-    flags = parser.parse_args(argv)
-    sweep = json.loads((flags.runs / "sweep.json").read_text())
-    methods = defaultdict(list)
-    for row in load_rows(sweep["config"], sweep["sweep"], [], flags.runs):
-        if finished(row.folder):
-            methods[row.name.rpartition("-")[0]].append(row.folder)
+    flags = students_parser(__doc__).parse_args(argv)
+    methods = {name: [*runs.values()] for name, runs in finished_runs(flags.runs).items()}
     teacher = digits_report(flags.teacher, flags.count)["runs"][0]
     lines = [{"command": "python benchmarks/methods.py " + " ".join(argv)}]
     lines += [

@@ -71,7 +71,12 @@ def _parser() -> cli.Parser:
         add("--threads", type=_count, metavar="T", help="cores to use (default: all there are)")
         add("--stacked", action="store_true", help="blocks' weights on one axis, blocks in a scan")
         add("--out", metavar="FILE", help="JSON lines are added to this file")
-        add("--batch", type=_counts, metavar="B,...", help="pictures at once (1; sample: 1,10)")
+        add(
+            "--batch",
+            type=cli.parse_counts,
+            metavar="B,...",
+            help="pictures at once (1; sample: 1,10)",
+        )
     for command in (sample, train):
         add = command.add_argument
         add("--rounds", type=_count, default=25, metavar="N", help="turns of each arm (default 25)")
@@ -89,7 +94,13 @@ def _parser() -> cli.Parser:
     add = sample.add_argument
     add("--model", metavar="DIR", help="the parts of this pipeline, as it runs them")
     add("--image", default="1024x1024", metavar="HxW", help="default 1024x1024")
-    add("--steps", type=_counts, default=(1, 2, 4), metavar="S,...", help="of the whole (1,2,4)")
+    add(
+        "--steps",
+        type=cli.parse_counts,
+        default=(1, 2, 4),
+        metavar="S,...",
+        help="of the whole (1,2,4)",
+    )
     add("--dtype", choices=tuple(measure.TOLERANCE), default="float32", help="default float32")
     some = f"some of {','.join(PARTS)}; {' and '.join(sorted(OF_PIPELINES))} need --model"
     add("--parts", type=_names(PARTS), help=some)
@@ -100,10 +111,6 @@ def _count(text: str) -> int:
     if not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"'{text}' must be a whole number of at least 1")
     return int(text)
-
-
-def _counts(text: str) -> tuple[int, ...]:
-    return tuple(_count(each) for each in text.split(","))
 
 
 def _names(known: tuple[str, ...]) -> Callable:

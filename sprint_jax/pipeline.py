@@ -192,7 +192,7 @@ class SprintPipeline:
             if conditions is not None:
                 options["control"] = conditions[indices]
             seed = Seed(request.seed, numbers, shape)
-            x0 = self._denoise(text, mask, seed, steps=steps, **options)
+            x0 = self.denoise(text, mask, seed, steps=steps, **options)
             drawn = indices[-1] - indices[0] + 1
             x0 = x0 if drawn == len(x0) else x0[:drawn]
             yield decode_bytes(self.autoencoder, x0, finish if request.binning else None)
@@ -295,7 +295,7 @@ class SprintPipeline:
         self,
         text: Array,
         mask: Array,
-        noise: Array,
+        noise: "Array | Seed",
         *,
         steps: int | None = None,
         guidance: float | Array | None = None,
@@ -311,7 +311,8 @@ class SprintPipeline:
 
         Args:
           text, mask: of `encode_text`.
-          noise: [B, h, w, C], N(0, 1).
+          noise: [B, h, w, C], N(0, 1); or a `Seed`, whose noise, a student's later one too, is drawn in the
+            same call.
           guidance: CFG scale, a scalar or [B].
           step_noise: [steps-1, B, h, w, C], with which a student renoises; by default drawn for
             pictures 0..B-1 of seed 0. From an image the steps are those of `steps_from_image`.
@@ -325,27 +326,6 @@ class SprintPipeline:
         Raises:
           UserError: for steps, solver, strength, control or step_noise that do not fit.
         """
-        options = dict(step_noise=step_noise, start=start, control=control, solver=solver)
-        options |= dict(guidance=guidance, control_scale=control_scale, negative=negative)
-        return self._denoise(text, mask, noise, steps=steps, strength=strength, **options)
-
-    def _denoise(
-        self,
-        text: Array,
-        mask: Array,
-        noise: "Array | Seed",
-        *,
-        steps: int | None,
-        guidance: float | Array | None = None,
-        step_noise: Array | None = None,
-        start: Array | None = None,
-        strength: float = 0.6,
-        control: Array | None = None,
-        control_scale: float | Array = 1.0,
-        negative: str = "",
-        solver: str | None = None,
-    ) -> Array:
-        """`denoise`, also from a seed: its noise is then drawn in the same call."""
         steps = self.check_steps(steps, solver)
         run = steps if start is None else self.steps_from_image(steps, strength)
         guidance = self.guidance if guidance is None else guidance
@@ -366,6 +346,8 @@ class SprintPipeline:
         if negative:
             raise UserError("a student's guidance is embedded: it takes no negative prompt", 2)
         if drawn:
+            if step_noise is not None:
+                raise UserError("noise of a seed comes with its step_noise: leave it out", 2)
             noise = noise.arrays
         else:
             if step_noise is None:

@@ -1,5 +1,6 @@
 """Parts that the scripts of the folder benchmarks share: processes of their own, commands, digits' accuracy."""
 
+import argparse
 import contextlib
 import json
 import math
@@ -53,13 +54,30 @@ def digits_report(model: Path, count: int) -> dict[str, Any]:
     return json.loads(report.read_text())
 
 
-def finished(run: Path) -> bool:
-    """Whether a run's folder holds the checkpoint of its last step."""
-    from ..checkpoints.workdir import read_workdir_config
+def students_parser(description: str) -> argparse.ArgumentParser:
+    """Returns the flags of a script that compares the students of a sweep: runs, teacher, count."""
+    parser = argparse.ArgumentParser(description=description.partition("\n")[0])
+    parser.add_argument("--runs", type=Path, required=True, help="the sweep's --workdir")
+    parser.add_argument("--teacher", type=Path, required=True)
+    parser.add_argument("--count", type=int, default=1000, help="prompts (default 1000)")
+    return parser
 
-    if not (run / "config.json").is_file():
-        return False
-    return (run / "checkpoints" / str(read_workdir_config(run).steps)).is_dir()
+
+def finished_runs(sweep: Path) -> dict[str, dict[int, Path]]:
+    """Returns {arm: {seed: folder}} of a sweep whose rows are named ARM-SEED, without what is not finished."""
+    from ..checkpoints.checkpoint import saved_steps
+    from ..checkpoints.workdir import read_workdir_config
+    from ..sweeps.rows import load_rows
+
+    found: dict[str, dict[int, Path]] = {}
+    record = json.loads((sweep / "sweep.json").read_text())
+    for row in load_rows(record["config"], record["sweep"], [], sweep):
+        # The command line of the sweep may have set more than its rows do.
+        begun = (row.folder / "config.json").is_file()
+        steps = read_workdir_config(row.folder).steps if begun else None
+        if steps in saved_steps(row.folder):
+            found.setdefault(row.name.rpartition("-")[0], {})[row.config.seed] = row.folder
+    return found
 
 
 def run_minutes(folder: Path) -> float:

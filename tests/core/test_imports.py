@@ -45,7 +45,7 @@ MAY_IMPORT = {
     "planning": "core models parallel training data.buckets data.loader interop encoders checkpoints "
     + f"pipeline {METHOD}",
     # Scripts that measure quality judge pictures of digits.
-    "benchmarking": f"core models digits interop checkpoints pipeline {METHOD}",
+    "benchmarking": f"core models digits interop checkpoints pipeline sweeps {METHOD}",
 }
 MAY_IMPORT |= dict.fromkeys(COMMANDS, " ".join(MAY_IMPORT))
 MAY_IMPORT["prepare_teacher"] += " train"  # it ends in the fine-tuning of the teacher that it made
