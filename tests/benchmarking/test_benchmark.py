@@ -239,7 +239,7 @@ def test_without_torch_one_line_says_what_to_install(monkeypatch):
         (["train", "--threads=999"], "--threads 999"),
         (["parity", "--rounds=3"], "--rounds"),
         (["sample", "--parts=whole"], "--parts whole"),
-        (["sample", "--batch=1,x"], "'x'"),
+        (["sample", "--batch=1,x"], "'1,x'"),
     ],
 )
 def test_wrong_flags_are_one_line(words, name):
