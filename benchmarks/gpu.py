@@ -45,6 +45,7 @@ class Part(NamedTuple):
       words: of its command, after the interpreter.
       variables: of its environment.
       makes: a path that later parts need; it is made again where it is not.
+      beside: words of commands that run at the same time; for what is not timed.
     """
 
     name: str
@@ -52,18 +53,26 @@ class Part(NamedTuple):
     words: list[str]
     variables: Mapping[str, str] = types.MappingProxyType({})
     makes: str = ""
+    beside: tuple[list[str], ...] = ()
 
 
 def parts(flags, against: list[str]) -> list[Part]:
     """All parts, the most important first."""
     out, scratch = ["--out", str(flags.out)], flags.scratch
     tiny, image = [], "1024x1024"
-    counts = {"rounds": 25, "queue": 20, "steps": "1,2"}
+    counts = {"rounds": 15, "queue": 20, "steps": "1,2"}
     if flags.tiny:
         tiny, image = ["--tiny"], "64x64"
         counts = {"rounds": 1, "queue": 2, "steps": "1"}
     # Torch and JAX share the device's memory.
     shared = {"XLA_PYTHON_CLIENT_PREALLOCATE": "false"}
+    # Compilers of both take minutes: they run side by side, and what is timed finds its programs.
+    kept = shared | {
+        "XLA_PYTHON_CLIENT_MEM_FRACTION": "0.95",
+        "JAX_COMPILATION_CACHE_DIR": str(scratch / "programs"),
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+        "TORCHINDUCTOR_CACHE_DIR": str(scratch / "inductor"),
+    }
 
     def own(part, *words, script="gpu_parts.py"):
         return [f"benchmarks/{script}", *part.split(), *words, *out, *tiny]
@@ -71,10 +80,10 @@ def parts(flags, against: list[str]) -> list[Part]:
     def distill(size):
         return own("", "--size", size, script="gpu_distill.py")
 
-    def sample(size, named, dtype="bfloat16", mode="reduce-overhead", **changes):
+    def sample(size, named, dtype="bfloat16", mode="reduce-overhead", others=against, **changes):
         how = counts | changes
         words = ["-m", "sprint_jax.benchmark", "sample", "--model", str(scratch / size)]
-        words += ["--parts", named, "--dtype", dtype, "--image", image, *against, *out]
+        words += ["--parts", named, "--dtype", dtype, "--image", image, *others, *out]
         words += ["--mode", mode, "--tolerance", "0.1"] if mode else []
         words += ["--no-compile"] if flags.tiny or not mode else []
         words += ["--threads", "1"] if flags.tiny else []
@@ -85,28 +94,41 @@ def parts(flags, against: list[str]) -> list[Part]:
         words += ("--config.steps=2",) if flags.tiny else ()
         return ["-m", "sprint_jax.train", "--config", f"configs/digits.py:{kind},small", *words]
 
+    many = "2" if flags.tiny else "10"
     networks = "transformer,decoder"
     everything, larger = f"{networks},text,whole", "transformer,whole"
+
+    def programs(size, named):
+        """Compiles what later parts time; the times of these lines are taken beside one another."""
+        commands = []
+        for batch in ("1", many):
+            how = dict(mode=None, others=[], batch=batch, rounds=1, queue=1)
+            commands.append(sample(size, named, **how))
+            words = ("--folder", str(scratch / size), "--batch", batch, "--image", image)
+            commands += [own("torch", *words, "--parts", named)] if against else []
+        return Part(f"programs {size}", 280, commands[0], kept, "programs", (*commands[1:],))
+
     exact = dict(dtype="float32", mode=None, batch="1", rounds=1)
-    alone = {"XLA_PYTHON_CLIENT_MEM_FRACTION": "0.95"}
+    alone = kept | {"XLA_PYTHON_CLIENT_PREALLOCATE": "true"}
     best = dict(mode="max-autotune", batch="1")
     student = train("student", f"--config.teacher={scratch / 'teacher'}")
-    many = "2" if flags.tiny else "10"
     return [
         Part("ceilings", 60, own("ceilings")),
         Part(
             "folders", 120, own("folders", "--folder", str(scratch)), {}, "1600m/model_index.json"
         ),
-        Part("float32 equal", 150, sample("600m", networks, **exact), shared),
-        Part("600m x 1", 300, sample("600m", everything, batch="1"), shared),
-        Part("1600m x 1", 240, sample("1600m", larger, batch="1"), shared),
-        Part(f"600m x {many}", 300, sample("600m", everything, batch=many), shared),
+        programs("600m", everything),
+        Part("600m x 1", 240, sample("600m", everything, batch="1"), kept),
+        Part(f"600m x {many}", 240, sample("600m", everything, batch=many), kept),
         Part("distill 600m", 240, distill("600m"), alone),
+        programs("1600m", larger),
+        Part("1600m x 1", 240, sample("1600m", larger, batch="1"), kept),
+        Part(f"1600m x {many}", 240, sample("1600m", larger, batch=many), kept),
+        Part("distill 1600m", 240, distill("1600m"), alone),
+        Part("float32 equal", 240, sample("600m", networks, **exact), shared),
         Part("600m first picture", 200, sample("600m", "first", mode=None, batch="1", steps="1")),
-        Part(f"1600m x {many}", 240, sample("1600m", larger, batch=many), shared),
         Part("options transformer", 200, own("options", "--network", "transformer")),
         Part("options decoder", 300, own("options", "--network", "decoder")),
-        Part("distill 1600m", 240, distill("1600m"), alone),
         Part("max-autotune", 300, sample("600m", networks, **best), shared),
         Part("digits teacher", 200, train("teacher"), {}, "teacher/config.json"),
         Part("digits student", 300, student, {}, "student/config.json"),
@@ -147,23 +169,28 @@ def run(part: Part, seconds: float, out: Path, logs: Path, variables: dict[str, 
     add(out, {"part": part.name, "began": time.strftime("%Y-%m-%d %H:%M:%S")})
     began, log = time.monotonic(), logs / f"{part.name.replace(' ', '_')}.log"
     with log.open("wb") as file:
-        process = subprocess.Popen(
-            [sys.executable, "-c", DIE_WITH_PARENT, *part.words],
-            env=os.environ | variables | part.variables,
-            stdout=file,
-            stderr=subprocess.STDOUT,
-            cwd=HERE.parent,
-            start_new_session=True,  # so that it ends with all that it started
-        )
+        processes = [
+            subprocess.Popen(
+                [sys.executable, "-c", DIE_WITH_PARENT, *words],
+                env=os.environ | variables | part.variables,
+                stdout=file,
+                stderr=subprocess.STDOUT,
+                cwd=HERE.parent,
+                start_new_session=True,  # so that it ends with all that it started
+            )
+            for words in (part.words, *part.beside)
+        ]
         try:
-            code = process.wait(seconds)
-            how = OK if code == 0 else f"exit code {code}"
+            left = (began + seconds - time.monotonic() for _ in processes)
+            codes = [each.wait(max(0, next(left))) for each in processes]
+            how = next((f"exit code {code}" for code in codes if code), OK)
         except subprocess.TimeoutExpired:
             how = "out of time" if seconds >= part.seconds else "cut off"
         finally:
-            if process.poll() is None:
-                os.killpg(process.pid, signal.SIGKILL)
-                process.wait()
+            for process in processes:
+                if process.poll() is None:
+                    os.killpg(process.pid, signal.SIGKILL)
+                    process.wait()
     line = {"part": part.name, "ended": how, "seconds": round(time.monotonic() - began, 1)}
     if how != OK:
         line["log"] = log.read_text(errors="replace").strip()[-600:]

@@ -135,7 +135,7 @@ def main(argv):
     add("--size", default="600m", choices=TFLOP, help="of the network (default 600m)")
     add("--batch", type=int, default=0, help="the first to try (default: by memory)")
     add("--pairs", type=int, default=20, help="of updates to time, at most (default 20)")
-    add("--seconds", type=float, default=60, help="no pair begins after them (default 60)")
+    add("--seconds", type=float, default=40, help="no pair begins after them (default 40)")
     add("--tiny", action="store_true", help="sizes for CPUs")
     flags = parser.parse_args(argv)
     with line_writer(flags.out, " ".join(["python benchmarks/gpu_distill.py", *argv])) as write:

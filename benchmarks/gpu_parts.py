@@ -2,12 +2,13 @@
 
     python benchmarks/gpu_parts.py ceilings --out FILE
     python benchmarks/gpu_parts.py folders --sizes 600m,1600m --folder DIR --out FILE
+    python benchmarks/gpu_parts.py torch --folder DIR --batch 1 --parts transformer,whole --out FILE
     python benchmarks/gpu_parts.py options --network transformer --out FILE
     python benchmarks/gpu_parts.py accuracy --folder DIR --out FILE
 
-ceilings: what matrix products and copies reach at most. folders: pipelines with random weights. options: one
-network under several compiler options, in turns. accuracy: of a digits student. --tiny takes sizes for CPUs,
-which say nothing.
+ceilings: what matrix products and copies reach at most. folders: pipelines with random weights. torch: compiles
+what `sprint_jax.benchmark` compares with, which torch then keeps. options: one network under several compiler
+options, in turns. accuracy: of a digits student. --tiny takes sizes for CPUs, which say nothing.
 """
 
 import dataclasses
@@ -16,7 +17,9 @@ from pathlib import Path
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
+from sprint_jax.benchmarking import torch_reference as reference
 from sprint_jax.benchmarking.measure import clocks
 from sprint_jax.benchmarking.random_folder import (
     TINY_AUTOENCODER,
@@ -25,8 +28,15 @@ from sprint_jax.benchmarking.random_folder import (
     write_random_pipeline,
 )
 from sprint_jax.benchmarking.scripts import digits_accuracy, line_writer
-from sprint_jax.benchmarking.timing import compiled, paired_rounds, spread, summarize
+from sprint_jax.benchmarking.timing import (
+    compiled,
+    first_call,
+    paired_rounds,
+    spread,
+    summarize,
+)
 from sprint_jax.benchmarking.workloads import (
+    FACTOR,
     STUDENTS,
     network_calls,
     network_inputs,
@@ -34,6 +44,8 @@ from sprint_jax.benchmarking.workloads import (
 )
 from sprint_jax.core import cli
 from sprint_jax.encoders.text import INSTRUCTION
+from sprint_jax.interop.diffusers import read_config
+from sprint_jax.interop.sana import fields_from_config
 from sprint_jax.models.blocks import unstack_blocks
 from sprint_jax.models.dc_ae import AutoencoderDC, Decoder
 from sprint_jax.models.gemma2 import Gemma2
@@ -65,7 +77,7 @@ def ceilings(flags, write):
     for name, amount in amounts.items():
         ms = spread(each.ms[name] for each in rounds)
         write(
-            {"ceiling": name, "ms": ms, "per_second": float(f"{1e3 * amount / ms[1]:.4g}")}
+            {"ceiling": name, "ms": {name: ms}, "per_second": float(f"{1e3 * amount / ms[1]:.4g}")}
             | clocks()
         )
 
@@ -85,6 +97,30 @@ def folders(flags, write):
         written = sum(p.stat().st_size for p in (flags.folder / size).rglob("*.safetensors"))
         seconds = round(time.perf_counter() - began, 1)
         write({"folder": size, "seconds": seconds, "gb": round(written / 1e9, 3)})
+
+
+def torch(flags, write):
+    """Compiles diffusers' transformer and decoder by torch, and calls each; a line each, with seconds."""
+    device, mode = ("cpu", None) if flags.tiny else ("cuda", "reduce-overhead")
+    dtype = "float32" if flags.tiny else "bfloat16"
+    height, width = cli.parse_size(flags.image, "--image")
+    pipelines = reference.load_pipelines(str(flags.folder), device, dtype, mode)
+    folder = flags.folder / "transformer"
+    fields = fields_from_config(read_config(folder, reference.CLASSES["transformer"]), str(folder))
+    inputs = network_inputs(fields, flags.batch, height, width)
+    latents = np.zeros((flags.batch, height // FACTOR, width // FACTOR, fields["in_channels"]))
+    prompts = ["a photo of a bird"] * flags.batch
+    calls = {
+        "transformer": reference.forward_calls(pipelines, inputs, device, dtype),
+        "decoder": reference.decoder_calls(pipelines, latents, device, dtype),
+        "whole": {
+            arm: reference.whole_call(pipeline, prompts, 1, height, width)
+            for arm, pipeline in pipelines.items()
+        },
+    }
+    for name in [name for name in calls if name in flags.parts.split(",")]:
+        seconds = {arm: round(first_call(call), 1) for arm, call in calls[name].items()}
+        write({"torch": name, "batch": flags.batch, "seconds": seconds})
 
 
 def options(flags, write):
@@ -136,7 +172,7 @@ def accuracy(flags, write):
     write({"digits": "small", "pictures": count, "accuracy": found})
 
 
-PARTS = {each.__name__: each for each in (ceilings, folders, options, accuracy)}
+PARTS = {each.__name__: each for each in (ceilings, folders, torch, options, accuracy)}
 
 
 def main(argv):
@@ -144,8 +180,11 @@ def main(argv):
     parser.add_argument("part", choices=PARTS)
     parser.add_argument("--out", type=Path, required=True, metavar="FILE", help="lines are added")
     parser.add_argument(
-        "--folder", type=Path, metavar="DIR", help="folders: into it; accuracy: of a workdir"
+        "--folder", type=Path, metavar="DIR", help="folders: into it; torch, accuracy: of a model"
     )
+    parser.add_argument("--batch", type=int, default=1, help="torch: pictures at once")
+    parser.add_argument("--image", default="1024x1024", metavar="HxW", help="torch: of a picture")
+    parser.add_argument("--parts", default="transformer,decoder,whole", help="torch: which")
     parser.add_argument("--sizes", default="600m,1600m", help="folders: of networks")
     parser.add_argument("--network", default="transformer", choices=NETWORKS, help="options: which")
     parser.add_argument("--tiny", action="store_true", help="sizes for CPUs")

@@ -42,7 +42,7 @@ def latest(lines: Iterable[dict]) -> list[dict]:
             found[part] = []
         elif "command" in line:
             device = line["device"]
-        elif "ended" not in line:
+        elif "ended" not in line and not part.startswith("programs"):  # timed beside others
             found.setdefault(part, []).append(line | {"part": part, "device": device})
     return [line for its in found.values() for line in its]
 

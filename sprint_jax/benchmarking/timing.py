@@ -73,6 +73,7 @@ def header(command: str, **more: Any) -> dict[str, Any]:
         "load_before": round(os.getloadavg()[0], 2),
         "jax": jax.__version__,
         "glibc_tunables": os.environ.get("GLIBC_TUNABLES", ""),
+        "keeps_programs": bool(jax.config.jax_compilation_cache_dir),
     } | more
 
 

@@ -81,6 +81,25 @@ def test_what_the_time_for_all_cuts_off_begins_anew(run, gpu, monkeypatch):
     assert code == 0 and ends(lines) == {"first": "finished", "second": "finished"}
 
 
+def test_commands_of_a_part_run_at_once_and_each_must_end_well(gpu, tmp_path, monkeypatch):
+    def meet(mine, others):
+        code = "import pathlib, time; end = time.time() + 60\n"
+        code += f"pathlib.Path({str(tmp_path / mine)!r}).touch()\n"
+        code += (
+            f"while not pathlib.Path({str(tmp_path / others)!r}).exists(): assert time.time() < end"
+        )
+        return ["-c", code]
+
+    both = gpu.Part("both", 90, meet("a", "b"), beside=(meet("b", "a"),))
+    bad = gpu.Part("bad", 90, ["-c", ""], beside=(["-c", "import sys; sys.exit(5)"],))
+    monkeypatch.setattr(gpu, "parts", lambda *_: [both, bad])
+    out = tmp_path / "out.jsonl"
+    words = ["--tiny", f"--out={out}", f"--scratch={tmp_path}", f"--wheels={tmp_path / 'none'}"]
+    assert gpu.main(words) == 1
+    found = ends(map(json.loads, out.read_text().splitlines()))
+    assert found == {"both": "finished", "bad": "exit code 5"}
+
+
 def test_without_a_gpu_one_line_says_so(gpu, capsys, monkeypatch):
     monkeypatch.setattr(gpu.shutil, "which", lambda _: None)
     monkeypatch.setattr(gpu.Path, "exists", lambda _: False)
@@ -106,7 +125,7 @@ def test_a_kill_loses_half_a_line_and_nothing_runs_on(tmp_path):
     out, pid, made = tmp_path / "out.jsonl", tmp_path / "pid", tmp_path / "scratch" / "made"
     half = f"import os, time; file = open({str(out)!r}, 'a'); file.write('{{\"half'); file.flush()"
     half += f"; open({str(pid)!r}, 'w').write(str(os.getpid())); time.sleep(60)"
-    words = ["--tiny", f"--out={out}", f"--scratch={made.parent}"]
+    words = ["--tiny", f"--out={out}", f"--scratch={made.parent}", f"--wheels={tmp_path / 'none'}"]
     command = [sys.executable, "-c", RUNNER, str(BENCHMARKS / "gpu.py")]
     process = subprocess.Popen([*command, half, str(made), *words], stdout=subprocess.DEVNULL)
     wait_for(lambda: pid.exists() and pid.read_text())
@@ -211,7 +230,11 @@ def test_the_page_shows_goals_beside_plans_and_the_last_run_of_a_part():
     step = {"distill": "1600m", "batch": 96, "images_per_second": 8, "needed_gb": 130.0}
     step |= {"flops_per_second": 4e14, "ms": {"generator": [1, 2, 3], "discriminator": [4, 5, 6]}}
     lines = [*begin("600m x 1"), forward(8.0), *begin("600m x 1"), forward(4.0)]
-    lines += [*begin("ceilings"), {"ceiling": "product", "per_second": 8e14}]
+    lines += [
+        *begin("ceilings"),
+        {"ceiling": "product", "per_second": 8e14, "ms": {"product": [1, 2, 3]}},
+    ]
+    lines += [*begin("programs 600m"), forward(5.0)]  # timed beside others
     fused = {"options": "decoder", "option": "fused", "ratio": {"fused": [0.8, 0.9, 1.0]}}
     lines += [*begin("options decoder"), fused | {"compile_s": 9.5}]
     lines += [fused | {"option": "new", "failed": "unknown", "ratio": {}}]
@@ -242,7 +265,8 @@ def test_the_page_shows_goals_beside_plans_and_the_last_run_of_a_part():
 def test_tiny_parts_run_from_a_random_folder_to_pictures(tmp_path):
     out = tmp_path / "out.jsonl"
     words = ["--tiny", "--alone", f"--out={out}", f"--scratch={tmp_path}", "--seconds=500"]
-    script = ["bash", BENCHMARKS / "gpu.sh", *words, "--only=ceilings,folders,600m x 1"]
+    words += [f"--wheels={tmp_path / 'none'}", "--only=ceilings,folders,600m x 1"]
+    script = ["bash", BENCHMARKS / "gpu.sh", *words]
     ended = subprocess.run(script, env=os.environ | {"PYTHON": sys.executable}, check=False)
     lines = [*map(json.loads, out.read_text().splitlines())]
     assert ended.returncode == 0, lines
