@@ -50,7 +50,7 @@ SAMPLING = ("is_student", "sigma_d", "shift", "midpoint", "integer_times")
 
 
 # Flags that are of no use: with --metrics digits, and otherwise with --pictures or --model.
-DRAWING = ("steps", "size", "images_per_prompt")
+DRAWING = ("steps", "size", "images_per_prompt", "autoencoder")
 UNUSED = {
     "digits": (*DRAWING, "prompts", "reference", "inception", "boxes", "cache"),
     "pictures": (*DRAWING, "guidance", "teacher"),
@@ -115,7 +115,8 @@ def _draw(flags: argparse.Namespace, job: evaluation.Job, requests, peers) -> di
         raise UserError("--model needs --prompts FILE, or --prompts geneval", exit_code=2)
     height, width = cli.parse_size(flags.size)
     dtype = None if jax.default_backend() != "cpu" else jnp.float32
-    pipe = SprintPipeline.from_pretrained(flags.model, dtype, flags.params)
+    how = dict(params=flags.params, autoencoder=flags.autoencoder)
+    pipe = SprintPipeline.from_pretrained(flags.model, dtype, **how)
     base = Request(
         steps=pipe.check_steps(flags.steps),
         guidance=pipe.guidance if flags.guidance is None else flags.guidance,
@@ -130,6 +131,8 @@ def _draw(flags: argparse.Namespace, job: evaluation.Job, requests, peers) -> di
         "weights": fingerprint(pipe.params),
         "dtype": jnp.dtype(pipe.model.dtype).name,
     }
+    # By name as well: pictures of a smaller decoder are not to be taken for those of the network's own.
+    about["model"]["autoencoder"] = flags.autoencoder
     about["model"]["encoders"] = digest(identify(pipe.autoencoder, pipe.text_encoder))
     each = flags.images_per_prompt or (4 if requests else 1)
     plan = (
@@ -184,6 +187,7 @@ def _parser() -> cli.Parser:
     add("--steps", type=int, metavar="N", help="of --model (default: as sample)")
     add("--guidance", type=float, metavar="G", help="CFG scale (default: as in training)")
     add("--size", metavar="HxW", help="of drawn pictures, in pixels (default: as in training)")
+    add("--autoencoder", metavar="DIR", help="another one for the same latents, e.g. DC-AE-Lite")
     add("--images-per-prompt", type=int, metavar="N", help="drawn (default 1; geneval 4)")
     add("--seed", type=int, default=0, metavar="S", help="of prompts and noise (default 0)")
     add("--params", choices=("ema", "raw"), default="ema", help="which weights (default ema)")

@@ -111,6 +111,7 @@ class SprintPipeline:
         mesh: jax.sharding.Mesh | None = None,
         allow_nonfinite: bool = False,
         low_memory: bool = False,
+        autoencoder: str | Path | None = None,
     ) -> "SprintPipeline":
         """Loads a student or a teacher, with its control branch if it has one.
 
@@ -127,13 +128,15 @@ class SprintPipeline:
           allow_nonfinite: takes a network whose parameters hold NaN or infinity, to look at it.
           low_memory: keeps the text encoder of a folder of diffusers, the largest part, in the host's memory
             and sends it to the device for every batch of prompts; slower, for cards where not all fits.
+          autoencoder: where another autoencoder for the same latents lies, such as DC-AE-Lite: a folder of
+            diffusers' AutoencoderDC or of a pipeline, or the hub id of one.
 
         Raises:
           UserError: if path is none of these, or something in it is missing, damaged or not supported.
         """
         if dtype is None:
             dtype = jnp.float32 if jax.default_backend() == "cpu" else jnp.bfloat16
-        how = allow_nonfinite, control, low_memory
+        how = allow_nonfinite, control, low_memory, autoencoder
         parts = load_parts(path, dtype, params, mesh, *how)
         whole = mesh is None and "control" not in parts["params"]
         return cls(**parts, arranged=whole and jax.default_backend() == "gpu")

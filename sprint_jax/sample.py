@@ -53,7 +53,8 @@ def main(argv: list[str]) -> None:
     with _output_folder(flags.out) as out:
         dtype = jnp.dtype(flags.dtype) if flags.dtype else None
         how = dict(params=flags.params, allow_nonfinite=flags.allow_nonfinite)
-        how |= dict(control=flags.control_branch, low_memory=flags.low_memory)
+        how |= dict(control=flags.control_branch, autoencoder=flags.autoencoder)
+        how |= dict(low_memory=flags.low_memory)
         pipe = SprintPipeline.from_pretrained(flags.model, dtype, **how)
         if conditions is not None:
             sides = zip((height, width), pipe.size, strict=True)
@@ -111,6 +112,7 @@ def _parser() -> cli.Parser:
         help="of the networks (default float32 on CPU, bfloat16 on accelerators)",
     )
     add("--low_memory", action="store_true", help="keep the text encoder in the host's memory")
+    add("--autoencoder", metavar="DIR", help="another one for the same latents, e.g. DC-AE-Lite")
     add("--solver", choices=SOLVERS, help="for a teacher (default dpm)")
     add("--scale", type=int, default=1, metavar="N", help="enlarge the files by a whole factor")
     add("--batch", type=int, default=64, metavar="N", help="pictures at once (default 64)")

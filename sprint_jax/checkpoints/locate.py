@@ -11,7 +11,7 @@ from ..interop import hub
 KINDS = {
     "workdir": "a training workdir (config.json and checkpoints)",
     "pipeline": "a pipeline folder of diffusers (model_index.json or transformer) or its hub id",
-    "transformer": "a diffusers folder of a transformer (config.json)",
+    "transformer": "a diffusers folder of one network (config.json)",
     "nvlabs": "a .pth file of NVlabs",
 }
 

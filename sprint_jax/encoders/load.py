@@ -36,6 +36,12 @@ FILES = [
 ]
 
 
+# Of one, or of a pipeline.
+AUTOENCODER_FILES = [
+    f"{part}{name}" for part in ("", "vae/") for name in ("config.json", "*.safetensors*")
+]
+
+
 class Encoders(NamedTuple):
     """An autoencoder and a text encoder with the interfaces of `SprintPipeline`'s.
 
@@ -86,7 +92,7 @@ def load_encoders(
         raise UserError(f"data.prompt_style '{style}' is not one of {', '.join(STYLES)}", 2)
     folder = _locate(path, FILES)
     tokenizer = load_tokenizer(folder / "tokenizer")
-    autoencoder = open_autoencoder(folder, dtype, shardings)
+    autoencoder = open_autoencoder(folder / "vae", dtype, shardings)
     how = dict(batch_size=text_batch_size, sharding=sharding, **STYLES[style])
     text_encoder = open_text_encoder(folder, tokenizer, dtype, shardings, **how)
     identity = identify(autoencoder, text_encoder)
@@ -155,11 +161,38 @@ def latent_size(c: Any) -> tuple[int, int]:
 
 
 def open_autoencoder(folder: Path, dtype: Any, shardings: Callable | None) -> Autoencoder:
-    """Loads the autoencoder in ``vae`` of a pipeline folder; ``dtype`` is of its parameters and matmuls."""
-    config, params = load_autoencoder(folder / "vae", dtype, shardings=shardings)
+    """Loads an autoencoder of diffusers; ``dtype`` is of its parameters and matmuls."""
+    config, params = load_autoencoder(folder, dtype, shardings=shardings)
     config = dataclasses.replace(config, dtype=jnp.dtype(dtype))
     arranged = jax.default_backend() == "gpu" and shardings is None
     return Autoencoder(config, params, arranged=arranged)
+
+
+def replace_autoencoder(
+    path: str | Path, dtype: Any, shardings: Callable | None, own: Any
+) -> Autoencoder:
+    """Loads another autoencoder for the latents of ``own``, such as DC-AE-Lite, whose decoder is smaller.
+
+    Args:
+      path: a folder of diffusers' AutoencoderDC or of a pipeline, or the hub id of one.
+
+    Raises:
+      UserError: there is none, it is damaged, or its latents are others.
+    """
+    if not isinstance(own, Autoencoder):
+        raise UserError(
+            f"--autoencoder {path} is for pictures of a DC-AE, not of digits: leave it out", 2
+        )
+    kind, folder = locate(path, ("pipeline", "transformer"), AUTOENCODER_FILES)
+    folder = folder / "vae" if kind == "pipeline" else folder
+    found = read_autoencoder(folder)
+    for name in ("factor", "latent_channels", "scaling_factor"):
+        values = getattr(found, name), getattr(own.config, name)
+        if values[0] != values[1]:
+            raise UserError(
+                f"{folder}/config.json: {name} is {values[0]}, but {values[1]} for the latents of the network"
+            )
+    return open_autoencoder(folder, dtype, shardings)
 
 
 def open_text_encoder(

@@ -50,6 +50,12 @@ def note(report: dict[str, Any]) -> str:
     )
 
 
+def title(name: str, report: dict[str, Any]) -> str:
+    """Returns a report's name, and that of the autoencoder that drew in place of the model's own."""
+    other = (report.get("model") or {}).get("autoencoder")
+    return f"{name}, decoded by {other}" if other else name
+
+
 def show(number: dict[str, Any] | None) -> str:
     """Returns a number with its error, to as many digits as the error allows, such as ``6.53 ± 0.12``."""
     value = (number or {}).get("value")
@@ -72,7 +78,8 @@ def table(reports: dict[str, dict[str, Any]]) -> str:
     rows = {name: dict(rows_of(report)) for name, report in reports.items()}
     columns = list(dict.fromkeys(name for row in rows.values() for name in row))
     lines = [["", *columns], ["---"] * (len(columns) + 1)]
-    lines += [[name, *(show(row.get(column)) for column in columns)] for name, row in rows.items()]
+    for name, row in rows.items():
+        lines.append([title(name, reports[name]), *(show(row.get(column)) for column in columns)])
     return "".join(f"| {' | '.join(line)} |\n" for line in lines)
 
 
@@ -93,7 +100,7 @@ def markdown(report: dict[str, Any]) -> str:
     lines += f"\n{note(report)}\n" if note(report) else ""
     protocol = json.dumps(report["protocol"], indent=2)
     return (
-        f"# {report['pictures']['path']}\n\n```\n{report['command']}\n```\n\n"
+        f"# {title(report['pictures']['path'], report)}\n\n```\n{report['command']}\n```\n\n"
         f"| metric | value ± standard error |\n|---|---|\n{lines}\n## Protocol\n\n```json\n{protocol}\n```\n"
     )
 
@@ -124,7 +131,7 @@ def page(report: dict[str, Any], samples: Sequence[Image.Image], captions: Seque
         row = [Cell(x, caption) for x, caption in zip(small, captions, strict=False)]
         images.append(draw_sheet([row[start : start + 6] for start in range(0, len(row), 6)]))
     return _PAGE.format(
-        title=html.escape(report["pictures"]["path"]),
+        title=html.escape(title(report["pictures"]["path"], report)),
         command=html.escape(report["command"]),
         table=f"<table><tr><th>metric</th><th>value ± standard error</th></tr>{cells}</table>"
         f"<p>{html.escape(note(report))}</p>",

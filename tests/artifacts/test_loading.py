@@ -1,5 +1,6 @@
 """Pipeline folders and hub ids, loaded and drawn from, and folders that are wrong."""
 
+import dataclasses
 import json
 import shutil
 from pathlib import Path
@@ -10,11 +11,18 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from helpers.pipeline_folder import INDEX, write_pipeline
+from PIL import Image
 
 from sprint_jax import SprintPipeline, sample
 from sprint_jax.core.errors import UserError
+from sprint_jax.encoders.load import replace_autoencoder
 from sprint_jax.interop import hub
-from sprint_jax.interop.diffusers import WEIGHTS
+from sprint_jax.interop.diffusers import (
+    WEIGHTS,
+    load_autoencoder,
+    read_autoencoder,
+    save_autoencoder,
+)
 
 pytestmark = pytest.mark.usefixtures("quick")
 
@@ -57,6 +65,52 @@ def test_bfloat16_reaches_every_part(written):
     assert {leaf.dtype for leaf in jax.tree.leaves(parts)} == {jnp.dtype("bfloat16")}
     dtypes = pipe.model.dtype, pipe.autoencoder.config.dtype, pipe.text_encoder.gemma.dtype
     assert all(dtype == jnp.bfloat16 for dtype in dtypes)
+
+
+def smaller(folder, written, **changes):
+    """Writes an autoencoder with another decoder for the latents of a pipeline's."""
+    changes = dict(decoder_layers_per_block=(0, 1, 1)) | changes
+    config = dataclasses.replace(read_autoencoder(written / "vae"), **changes)
+    folder.mkdir(parents=True)
+    save_autoencoder(folder, config, jax.jit(config.init)(jax.random.key(0)))
+    return folder
+
+
+def test_another_autoencoder_draws_the_same_latents(written, tmp_path):
+    pipe = SprintPipeline.from_pretrained(written)
+    smaller(tmp_path / "pipeline" / "vae", written)
+    latents = np.random.default_rng(0).normal(size=(1, 4, 4, 4)).astype(np.float32)
+    for place in (tmp_path / "pipeline", tmp_path / "pipeline" / "vae"):
+        other = SprintPipeline.from_pretrained(written, autoencoder=place)
+        config, params = load_autoencoder(tmp_path / "pipeline" / "vae")
+        expected = config.decode(params, latents)
+        assert np.abs(other.autoencoder.decode(latents) - expected).max() < 1e-5
+        assert (
+            np.abs(other.autoencoder.decode(latents) - pipe.autoencoder.decode(latents)).max() > 0.1
+        )
+    words = ["--model", str(written), "--prompt", PROMPTS[0], "--steps", "1"]
+    for name, more in {"own": [], "other": ["--autoencoder", str(place)]}.items():
+        sample.main([*words, *more, "--out", str(tmp_path / name)])
+    own, other = (np.asarray(Image.open(tmp_path / n / "00000.png")) for n in ("own", "other"))
+    assert own.shape == other.shape and (own != other).any()
+
+
+@pytest.mark.parametrize(
+    ("changes", "name"),
+    [
+        (dict(scaling_factor=0.2), "scaling_factor"),
+        (dict(latent_channels=8), "latent_channels"),
+    ],
+)
+def test_an_autoencoder_of_other_latents_is_refused(written, tmp_path, changes, name):
+    folder = smaller(tmp_path / "vae", written, **changes)
+    with pytest.raises(UserError, match=rf"vae/config\.json: {name} "):
+        SprintPipeline.from_pretrained(written, autoencoder=folder)
+    with pytest.raises(UserError, match="nowhere"):
+        SprintPipeline.from_pretrained(written, autoencoder=tmp_path / "nowhere")
+    with pytest.raises(UserError, match="digits") as error:
+        replace_autoencoder(folder, jnp.float32, None, object())
+    assert error.value.exit_code == 2
 
 
 def test_the_command_draws_from_a_folder(written, tmp_path):

@@ -115,7 +115,7 @@ def test_the_first_pictures_keep_their_prompts(root, tmp_path, source, monkeypat
 def pipe(monkeypatch):
     """The pipeline that ``--model`` loads."""
     pipe = Pipe()
-    monkeypatch.setattr(evaluate.SprintPipeline, "from_pretrained", lambda *_: pipe)
+    monkeypatch.setattr(evaluate.SprintPipeline, "from_pretrained", lambda *_, **__: pipe)
     return pipe
 
 
@@ -128,6 +128,22 @@ def test_pictures_for_geneval_are_png_under_any_protocol(root, tmp_path, pipe):
         "png",
         {"png": 8},
     )
+
+
+def test_reports_name_the_autoencoder_that_was_put_in(root, tmp_path, pipe, capsys):
+    (tmp_path / "lines").write_text("a cat\n")
+    for name, changes in {"own": {}, "other": dict(autoencoder="org/lite")}.items():
+        flags = dict(
+            pictures=None, model="m", prompts=tmp_path / "lines", metrics="none", **changes
+        )
+        evaluate.main(words(root, tmp_path / f"{name}.json", cache=tmp_path / name, **flags))
+    own, other = (json.loads((tmp_path / f"{name}.json").read_text()) for name in ("own", "other"))
+    assert own["model"]["autoencoder"] is None and other["model"]["autoencoder"] == "org/lite"
+    assert "org/lite" in (tmp_path / "other.md").read_text().splitlines()[0]
+    capsys.readouterr()
+    evaluate.main(["--compare", str(tmp_path / "own.json"), str(tmp_path / "other.json")])
+    rows = capsys.readouterr().out.splitlines()[2:]
+    assert ["org/lite" in row for row in rows] == [False, True]
 
 
 @pytest.mark.parametrize(

@@ -25,6 +25,13 @@ CASES = {
     "shuffle": dict(upsample_block_type="pixel_shuffle", downsample_block_type="pixel_unshuffle"),
     "no shortcuts": PLAIN | dict(encoder_out_shortcut=False, decoder_in_shortcut=False),
     "no first stage": dict(encoder_layers_per_block=(0, 2, 1), decoder_layers_per_block=(0, 1, 2)),
+    # As DC-AE-Lite: the encoder of another, and fewer and narrower blocks to decode.
+    "smaller decoder": dict(
+        decoder_layers_per_block=(1, 1, 1),
+        decoder_block_out_channels=(4, 8, 16),
+        decoder_block_types="ResBlock",
+        decoder_qkv_multiscales=((), (), ()),
+    ),
     "scales": dict(encoder_qkv_multiscales=((), (), ()), decoder_qkv_multiscales=((), (), (3, 5))),
 }
 
