@@ -60,7 +60,7 @@ class SprintPipeline:
       integer_times: show a teacher times cut to thousandths, as diffusers does (`sampling.dpm_solver_sample`).
       meta: where the parameters come from.
       arranged: draw by the form of the network that is made for GPUs (`models.inference`), whose
-        weights are arranged here, once; ``params`` then lie in the host's memory. Not for a control branch.
+        weights are arranged here, once; ``params`` then lie in the host's memory.
       device: that will draw, which decides how attention is computed there; default the first.
     """
 
@@ -88,8 +88,6 @@ class SprintPipeline:
         self.midpoint, self.guidance, self.size = midpoint, guidance, size
         self.integer_times, self.meta = integer_times, meta or {}
         self._conditions = Remembered(autoencoder)
-        if arranged and "control" in params:
-            raise ValueError("a network with a control branch has no arranged form")
         how = (is_student, sigma_d, shift, midpoint, integer_times)
         self.sampler = Sampler(model, *how)
         if arranged:
@@ -138,8 +136,7 @@ class SprintPipeline:
             dtype = jnp.float32 if jax.default_backend() == "cpu" else jnp.bfloat16
         how = allow_nonfinite, control, low_memory, autoencoder
         parts = load_parts(path, dtype, params, mesh, *how)
-        whole = mesh is None and "control" not in parts["params"]
-        return cls(**parts, arranged=whole and jax.default_backend() == "gpu")
+        return cls(**parts, arranged=mesh is None and jax.default_backend() == "gpu")
 
     def __call__(
         self, prompts: Sequence[str], steps: int | None = None, **options

@@ -1,9 +1,11 @@
 """Files of tensors: safetensors, in one file or several with an index, and torch's by its safe loader.
 
 Parameters go from the file to their devices leaf by leaf: beside its own share, the host never holds
-more than one leaf.
+more than one leaf and the few tensors of it that are read at once.
 """
 
+import concurrent.futures
+import itertools
 import math
 import re
 import zipfile
@@ -26,6 +28,7 @@ from .tables import Entry, check_names
 Tree = Any
 
 FILE_NAME = Kind("a file's name", lambda v: TEXT.holds(v) and v == Path(v).name != "")
+READERS = 4  # threads that fill a leaf from the tensors of its layers
 SHARD_BYTES = 5 * 10**9  # the largest file that hubs and file systems take without complaint
 
 
@@ -209,27 +212,33 @@ def load_params(
     structs = {path: struct(entries) for path, entries in parts.items()}
     places = flatten_dict(shardings(unflatten_dict(structs))) if shardings else {}
     leaves = {}
-    # The largest first: its buffer on the host is free before the others are read.
-    for path in sorted(structs, key=lambda path: -structs[path].size):
-        buffer = np.empty(structs[path].shape, structs[path].dtype)
-        for name, entry in parts[path]:
-            place = buffer if entry.layer is None else buffer[entry.layer]
-            place[...] = entry.layout.read(tensors.read(name))
-            if not allow_nonfinite and not is_finite(place):
-                raise UserError(
-                    f"{tensors.origin}: tensor {name} holds NaN or infinity: it is of a failed run or damaged"
-                )
-        if on_host:
-            leaves[path] = buffer
-            continue
-        if shardings:
-            piece = buffer.__getitem__
-            leaf = jax.make_array_from_callback(buffer.shape, places[path], piece)
-        else:
-            leaf = jax.device_put(buffer)
-        # A transfer runs beside this thread and holds its buffer until it is done.
-        leaves[path] = jax.block_until_ready(leaf)
-        del buffer
+
+    def fill(buffer, name, entry):
+        place = buffer if entry.layer is None else buffer[entry.layer]
+        place[...] = entry.layout.read(tensors.read(name))
+        if not allow_nonfinite and not is_finite(place):
+            raise UserError(
+                f"{tensors.origin}: tensor {name} holds NaN or infinity: it is of a failed run or damaged"
+            )
+
+    with concurrent.futures.ThreadPoolExecutor(READERS) as readers:
+        # The largest first: its buffer on the host is free before the others are read.
+        for path in sorted(structs, key=lambda path: -structs[path].size):
+            buffer = np.empty(structs[path].shape, structs[path].dtype)
+            # In order, so that of several bad tensors the first is named.
+            for _ in readers.map(fill, itertools.repeat(buffer), *zip(*parts[path], strict=True)):
+                pass
+            if on_host:
+                leaves[path] = buffer
+                continue
+            if shardings:
+                piece = buffer.__getitem__
+                leaf = jax.make_array_from_callback(buffer.shape, places[path], piece)
+            else:
+                leaf = jax.device_put(buffer)
+            # A transfer runs beside this thread and holds its buffer until it is done.
+            leaves[path] = jax.block_until_ready(leaf)
+            del buffer
     return unflatten_dict(leaves)
 
 

@@ -77,7 +77,7 @@ def open_model(name: str, dtype: Any, device: Any = None) -> SprintPipeline:
             gemma = read_text_encoder(folder / "text_encoder", dtype)
             encoders = read_autoencoder(folder / "vae"), gemma, load_tokenizer(folder / "tokenizer")
     model = from_fields(fields, dtype=dtype.name, logvar=False)
-    arranged = device.platform == "gpu" and not model.control_blocks  # as the pipeline has it
+    arranged = device.platform == "gpu"  # as the pipeline has it
     params = jax.eval_shape(lambda key: model.init(key, *example_inputs(model)), jax.random.key(0))
     autoencoder, text_encoder = None, None
     if encoders:

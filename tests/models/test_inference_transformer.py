@@ -13,6 +13,7 @@ from helpers.workdirs import random_params, tiny_config
 
 from sprint_jax import SprintPipeline
 from sprint_jax.digits.encoders import digits_parts
+from sprint_jax.models.control import WIRINGS, Control
 from sprint_jax.models.inference import transformer
 from sprint_jax.models.sana import SIZES, SanaTransformer, from_fields
 
@@ -21,9 +22,9 @@ pytestmark = pytest.mark.usefixtures("quick")
 PROMPTS = ["a red 3 on blue", "a 7"]
 
 
-def pipeline(student: bool, arranged: bool) -> SprintPipeline:
+def pipeline(student: bool, arranged: bool, **changes) -> SprintPipeline:
     fields = tiny_config("distill" if student else "flow")["model"]
-    fields = dict(fields) | {"qk_norm": True, "guidance_embeds": student}
+    fields = dict(fields) | {"qk_norm": True, "guidance_embeds": student} | changes
     how = dict(is_student=student, sigma_d=0.5, shift=1.0, midpoint=1.3, guidance=3.0)
     parts = from_fields(fields), random_params(fields, 1), *digits_parts("small")[:2]
     return SprintPipeline(*parts, size=(8, 8), arranged=arranged, **how)
@@ -45,6 +46,44 @@ def test_latents_and_pictures_are_those_of_the_plain_form(student):
     assert difference.max() <= 1 and (difference > 0).mean() <= 1e-3
     # What export and a server look at stays the plain form.
     assert jax.tree.structure(arranged.params) == jax.tree.structure(plain.params)
+
+
+@pytest.mark.parametrize("wiring", WIRINGS)
+@pytest.mark.parametrize("student", [True, False])
+def test_a_control_branch_steers_as_in_the_plain_form(student, wiring):
+    changes = dict(num_layers=4, control_blocks=2, control_wiring=wiring, interpolation_scale=1.0)
+    plain, arranged = (pipeline(student, each, **changes) for each in (False, True))
+    text, mask = plain.encode_text(PROMPTS)
+    noise, _ = plain.draw_noise(1, np.arange(2), plain.latent_shape(), 2)
+    maps = np.random.default_rng(0).integers(0, 256, (2, 8, 8, 3), np.uint8)
+    condition = plain.encode_control(maps)
+    for control, scale in ((None, 1.0), (condition, 0.0), (condition, np.array([0.5, 1.0]))):
+        how = dict(steps=2, control=control, control_scale=scale)
+        expected, found = (each.denoise(text, mask, noise, **how) for each in (plain, arranged))
+        np.testing.assert_allclose(found, expected, atol=1e-4 * np.abs(expected).max())
+        if control is None:
+            trunk = expected
+    assert np.abs(expected - trunk).max() > 0.01 * np.abs(trunk).max()
+
+
+@pytest.mark.parametrize("wiring", WIRINGS)
+def test_stacked_blocks_have_a_branch_as_well(wiring):
+    changes = dict(num_layers=4, control_blocks=2, control_wiring=wiring)
+    pipe = pipeline(True, False, **changes)
+    text, mask = pipe.encode_text(PROMPTS)
+    x, latents = np.random.default_rng(0).normal(size=(2, 2, *pipe.latent_shape())).astype("f")
+    t = np.full(2, 0.7, np.float32)
+    guidance, control = jnp.full(2, 0.3), Control(latents, 0.8)
+    found = []
+    for unrolled in (True, False):
+        ready = transformer.prepare(pipe.model, pipe.params, unrolled)
+        shared = transformer.context(pipe.model, ready, text, mask, control)
+        found.append(transformer.velocity(pipe.model, ready, shared, guidance)(x, t))
+    expected = pipe.model.apply(
+        {"params": pipe.params}, x, t, text, mask, guidance, control=control
+    )
+    for each in found:
+        np.testing.assert_allclose(each, expected, atol=1e-4 * np.abs(expected).max())
 
 
 def abstract(layers: int, attention=transformer.softmax_attention):

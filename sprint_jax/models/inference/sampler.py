@@ -50,7 +50,7 @@ class Sampler:
     attention: Callable = transformer.softmax_attention
 
     def arrange(self, params: Any) -> Any:
-        """Parameters of the network without a control branch, arranged for inference."""
+        """Parameters of the network, arranged for inference."""
         return transformer.prepare(self.model, params, unrolled=True)
 
     def steps_from_image(self, steps: int, strength: float) -> int:
@@ -125,7 +125,7 @@ class Sampler:
     def _velocity(self, params, text, mask, guidance, null, control) -> Callable:
         network = self.model, params, text, mask, guidance
         if self.arranged:
-            return transformer.guided(*network, null, self.attention)
+            return transformer.guided(*network, null, self.attention, control)
         if self.is_student:
             return functions.velocity(*network, control=control)
         return functions.guided(functions.velocity, *network, null, control)

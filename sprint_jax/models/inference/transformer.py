@@ -1,7 +1,8 @@
 """The inference form of `models.sana.SanaTransformer`: the same velocity, in fewer and larger operations.
 
-`prepare` arranges the weights once. `context` computes what does not depend on the noisy sample: keys and
-values of the text in every block, once for all steps. `velocity` is a function of sample and time.
+`prepare` arranges the weights once, those of a control branch too. `context` computes what does not depend on
+the noisy sample, once for all steps: keys and values of the text in every block, and the embedded condition.
+`velocity` is a function of sample and time.
 """
 
 import functools
@@ -15,6 +16,7 @@ from einops import rearrange
 
 from ...sampling import with_cfg
 from ..blocks import run_blocks, stack, unstack
+from ..control import Control, side_stream
 from ..functions import GUIDANCE_SCALE
 from ..layers import TimeEmbedding, layer_norm, modulate, wide
 from ..precision import einsum
@@ -27,15 +29,31 @@ def prepare(model: Any, params: dict, unrolled: bool) -> dict:
     """Parameters of a SanaTransformer as `context` and `velocity` take them; a pure function.
 
     Args:
-      params: those of a control branch are not looked at.
       unrolled: every block's weights are apart, and blocks are unrolled; else they are stacked and scanned.
     """
-    blocks = [_block(model, weights) for weights in unstack(params["transformer_blocks"])]
-    names = ("patch_embed", "proj_out", "caption_projection")
-    ready = {name: _cast(model, params[name]) for name in names}
-    ready |= {name: wide_tree(params[name]) for name in ("time_embed", "caption_norm")}
+    ready = _embedders(model, params) | {"blocks": _blocks(model, params, unrolled)}
+    ready["proj_out"] = _cast(model, params["proj_out"])
     ready["scale_shift_table"] = wide(params["scale_shift_table"])
-    return ready | {"blocks": tuple(blocks) if unrolled else stack(tuple(blocks))}
+    if "control" not in params:
+        return ready
+    branch = params["control"]
+    copies = {"before_proj": _cast(model, branch["before_proj"])}
+    copies["after_proj"] = _cast(model, branch["transformer_blocks"]["after_proj"])
+    if unrolled:
+        copies["after_proj"] = unstack(copies["after_proj"])
+    copies["blocks"] = _blocks(model, branch, unrolled)
+    own = model.control_wiring == "diffusers"
+    return ready | {"control": copies | (_embedders(model, branch) if own else {})}
+
+
+def _embedders(model: Any, params: dict) -> dict:
+    ready = {name: _cast(model, params[name]) for name in ("patch_embed", "caption_projection")}
+    return ready | {name: wide_tree(params[name]) for name in ("time_embed", "caption_norm")}
+
+
+def _blocks(model: Any, params: dict, unrolled: bool) -> Any:
+    blocks = tuple(_block(model, each) for each in unstack(params["transformer_blocks"]))
+    return blocks if unrolled else stack(blocks)
 
 
 def _block(model: Any, weights: dict) -> dict:
@@ -72,21 +90,49 @@ def wide_tree(weights: Any) -> Any:
     return jax.tree.map(wide, weights)
 
 
-def context(model: Any, ready: dict, text: Array, mask: Array) -> dict:
+def context(
+    model: Any, ready: dict, text: Array, mask: Array, control: Control | None = None
+) -> dict:
     """What all steps share.
 
     Args:
       ready: of `prepare`.
       text: [B, L, caption_channels]; mask: [B, L], 1 keeps.
+      control: of a network with a branch; None runs the trunk alone.
 
     Returns:
       ``keys_values``: (k, v) [B, L, heads, c] of every block, apart or stacked as the blocks are; ``bias``
-      [B, L] float32 of the scores.
+      [B, L] float32 of the scores; with a condition also ``control``: the same keys and values of the branch,
+      ``tokens`` [B, h, w, d] of the condition, and its ``scale``.
     """
+    features = _text(model, ready, text)
+    shared = {"keys_values": _keys_values(model, ready["blocks"], features)}
+    shared["bias"] = (1 - mask.astype(jnp.float32)) * -10000.0
+    if control is None:
+        return shared
+    branch, own = ready["control"], model.control_wiring == "diffusers"
+    features = _text(model, branch, text) if own else features
+    # Published code shows the condition no positions.
+    tokens = _tokens(model, branch if own else ready, control.latents, positions=own)
+    pairs = _keys_values(model, branch["blocks"], features)
+    return shared | {
+        "control": {"keys_values": pairs, "tokens": tokens, "scale": jnp.asarray(control.scale)}
+    }
+
+
+def _text(model: Any, ready: dict, text: Array) -> Array:
     layers = ready["caption_projection"]
     x = jax.nn.gelu(linear(text.astype(model.dtype), layers["linear_1"]), approximate=True)
     x = linear(x, layers["linear_2"])
-    x = rms_norm(x, ready["caption_norm"]).astype(model.dtype)
+    return rms_norm(x, ready["caption_norm"]).astype(model.dtype)
+
+
+def _tokens(model: Any, ready: dict, latents: Array, positions: bool = True) -> Array:
+    tokens = linear(model.patches(latents).astype(model.dtype), ready["patch_embed"]["proj"])
+    return model.at_positions(tokens) if positions else tokens
+
+
+def _keys_values(model: Any, blocks: Any, x: Array) -> Any:
     heads = (*x.shape[:2], model.num_cross_attention_heads, -1)
 
     def of(block):
@@ -96,10 +142,7 @@ def context(model: Any, ready: dict, text: Array, mask: Array) -> dict:
             k = rms_norm(k, attn["norm_k"]).astype(model.dtype)
         return k.reshape(heads), v.reshape(heads)
 
-    blocks = ready["blocks"]
-    apart = isinstance(blocks, tuple)
-    pairs = tuple(map(of, blocks)) if apart else jax.lax.map(of, blocks)
-    return {"keys_values": pairs, "bias": (1 - mask.astype(jnp.float32)) * -10000.0}
+    return tuple(map(of, blocks)) if isinstance(blocks, tuple) else jax.lax.map(of, blocks)
 
 
 def softmax_attention(q: Array, k: Array, v: Array, bias: Array) -> Array:
@@ -168,26 +211,34 @@ def velocity(
     """
     p, d = model.patch_size, model.features
     embed = TimeEmbedding(d, model.guidance_embeds, model.flow_map, parent=None)
+    layers = _layers(block=ready["blocks"], keys_values=shared["keys_values"])
+
+    def layer_at(t6: Array) -> Callable:
+        def layer(weights, x):
+            k, v = weights["keys_values"]
+            attend = functools.partial(attention, k=k, v=v, bias=shared["bias"])
+            return _run_block(model, weights["block"], attend, t6, x)
+
+        return layer
 
     def run(x: Array, t: Array) -> Array:
-        tokens = linear(model.patches(x).astype(model.dtype), ready["patch_embed"]["proj"])
-        tokens = model.at_positions(tokens)
-        scale = 1000 * model.timestep_scale
+        tokens, times = _tokens(model, ready, x), wide(t) * (1000 * model.timestep_scale)
         target = jnp.zeros_like(wide(t)) if model.flow_map else None
-        times = wide(t) * scale, guidance, target
-        embedding, t6 = embed.apply({"params": ready["time_embed"]}, *times)
-
-        def step(weights, x):
-            block, keys_values = weights
-            attend = functools.partial(
-                attention, k=keys_values[0], v=keys_values[1], bias=shared["bias"]
-            )
-            return _run_block(model, block, attend, t6, x)
-
-        blocks, pairs = ready["blocks"], shared["keys_values"]
-        apart = isinstance(blocks, tuple)
-        layers = tuple(zip(blocks, pairs, strict=True)) if apart else (blocks, pairs)
-        tokens, _ = _run(step, layers, tokens, model.num_layers, apart)
+        embedding, t6 = embed.apply({"params": ready["time_embed"]}, times, guidance, target)
+        layer, side = layer_at(t6), None
+        if "control" in shared:
+            branch, given = ready["control"], shared["control"]
+            entry, copy = tokens, layer
+            if model.control_wiring == "diffusers":
+                own = TimeEmbedding(d, guidance_embeds=False, parent=None)
+                _, own_t6 = own.apply({"params": branch["time_embed"]}, times, None)
+                entry, copy = _tokens(model, branch, x), layer_at(own_t6)
+            pairs, after = given["keys_values"], branch["after_proj"]
+            copies = _layers(block=branch["blocks"], keys_values=pairs, after_proj=after)
+            weights = {"before_proj": branch["before_proj"], "transformer_blocks": copies}
+            how = weights, given["scale"], entry, given["tokens"], (layer, copy)
+            side = side_stream(model, *how)
+        tokens, _ = run_blocks(layer, layers, tokens, model.num_layers, (), True, side)
         rows = ready["scale_shift_table"][None] + embedding[:, None]
         tokens = modulate(layer_norm(tokens), rows[:, 0], rows[:, 1]).astype(model.dtype)
         out = linear(tokens, ready["proj_out"])
@@ -196,10 +247,12 @@ def velocity(
     return run
 
 
-def _run(step: Callable, layers: Any, tokens: Array, count: int, apart: bool):
-    if apart:
-        return run_blocks(step, layers, tokens, count, (), scan=False)
-    return jax.lax.scan(lambda x, weights: (step(weights, x), None), tokens, layers)
+def _layers(**parts: Any) -> Any:
+    """What each block needs, as a dict for `run_blocks`: a tuple of them if blocks are apart, else stacked."""
+    if not isinstance(parts["block"], tuple):
+        return parts
+    rows = zip(*parts.values(), strict=True)
+    return tuple(dict(zip(parts, row, strict=True)) for row in rows)
 
 
 def _run_block(model: Any, weights: dict, attend: Callable, t6: Array, x: Array) -> Array:
@@ -262,6 +315,7 @@ def guided(
     guidance: Array,
     null: tuple[Array, Array] | None,
     attention: Callable = softmax_attention,
+    control: Control | None = None,
 ) -> Callable:
     """A student's velocity, which embeds its guidance, a CFG scale [B]; or `functions.guided` of a teacher's.
 
@@ -270,11 +324,13 @@ def guided(
     """
     if null is None:
         embedded = guidance * GUIDANCE_SCALE if model.guidance_embeds else None
-        shared = context(model, ready, text, mask)
+        shared = context(model, ready, text, mask, control)
         return velocity(model, ready, shared, embedded, attention)
     pairs = zip((text, mask), null, strict=True)
     pairs = (jnp.stack([a, jnp.broadcast_to(b, a.shape)], 1) for a, b in pairs)
-    shared = context(model, ready, *(pair.reshape(-1, *pair.shape[2:]) for pair in pairs))
+    text_and_mask = (pair.reshape(-1, *pair.shape[2:]) for pair in pairs)
+    control = control.doubled() if control is not None else None
+    shared = context(model, ready, *text_and_mask, control)
     both = velocity(model, ready, shared, attention=attention)
     combined = with_cfg(lambda x, t, *_: both(x, t), guidance, *null)
     return lambda x, t: combined(x, t, text, mask)
