@@ -89,6 +89,9 @@ def parts(flags, against: list[str]) -> list[Part]:
         words += ["--threads", "1"] if flags.tiny else []
         return words + [word for key, value in how.items() for word in (f"--{key}", str(value))]
 
+    def control(size):
+        return sample(size, "control", mode=None, others=[], batch="1", steps="1")
+
     def train(kind, *words):
         words += (f"--config.data.dir={scratch / 'data'}", "--workdir", str(scratch / kind))
         words += ("--config.steps=2",) if flags.tiny else ()
@@ -121,9 +124,11 @@ def parts(flags, against: list[str]) -> list[Part]:
         Part("600m x 1", 240, sample("600m", everything, batch="1"), kept),
         Part(f"600m x {many}", 240, sample("600m", everything, batch=many), kept),
         Part("distill 600m", 240, distill("600m"), alone),
+        Part("600m control", 200, control("600m"), kept),
         programs("1600m", larger),
         Part("1600m x 1", 240, sample("1600m", larger, batch="1"), kept),
         Part(f"1600m x {many}", 240, sample("1600m", larger, batch=many), kept),
+        Part("1600m control", 200, control("1600m"), kept),
         Part("distill 1600m", 240, distill("1600m"), alone),
         Part("float32 equal", 240, sample("600m", networks, **exact), shared),
         Part("600m first picture", 200, sample("600m", "first", mode=None, batch="1", steps="1")),

@@ -4,12 +4,13 @@
     python -m sprint_jax.benchmark sample --size 600m --dtype bfloat16 --against diffusers
     python -m sprint_jax.benchmark parity --size mid --against diffusers
 
-sample times text encoder, transformer, decoder, the whole from prompts to pictures, and the command `sample`
-from its start to its first picture, without and with compiled programs kept from before. train times the
-forward pass, the JVP, forward and backward, and the sCM branch (JVP, forward and backward) of a
-transformer. parity compares outputs only. Weights are random unless --model is given, inputs always;
-blocks have their weights apart (`unstack_blocks`) unless --stacked is given. Arms take turns in every
-round; see `sprint_jax.benchmarking.timing`. Ratios are times of others over ours. On Linux start it with
+sample times text encoder, transformer, decoder, the whole from prompts to pictures, the whole along a sketch
+that is new or remembered (by a branch as training begins it), and the command `sample` from its start to its
+first picture, without and with compiled programs kept from before. train times the forward pass, the JVP,
+forward and backward, and the sCM branch (JVP, forward and backward) of a transformer. parity compares
+outputs only. Weights are random unless --model is given, inputs always; blocks have their weights apart
+(`unstack_blocks`) unless --stacked is given. Arms take turns in every round; see
+`sprint_jax.benchmarking.timing`. Ratios are times of others over ours. On Linux start it with
 GLIBC_TUNABLES=glibc.malloc.hugetlb=1, as the launch scripts do.
 """
 

@@ -248,7 +248,21 @@ GOALS = [
         *_part(WHOLE, SIZES, 1),
     ),
     Goal(
-        "the same, 0.6B, batch 10",
+        "the same along a new sketch",
+        "",
+        "40 / 40",
+        _unknown,
+        _part("control, 1 steps", SIZES, 1)[1],
+    ),
+    Goal(
+        "the same along a remembered sketch",
+        "",
+        "30 / 30",
+        _unknown,
+        _part("control remembered, 1 steps", SIZES, 1)[1],
+    ),
+    Goal(
+        "the same without a sketch, 0.6B, batch 10",
         "30 images/s",
         "45",
         *_part(WHOLE, SIZES[:1], 10, "images"),

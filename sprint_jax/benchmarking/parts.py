@@ -1,7 +1,8 @@
-"""The parts that `sprint_jax.benchmark` measures: transformer, decoder, text encoder, prompts to pictures."""
+"""The parts that `sprint_jax.benchmark` measures: networks, prompts to pictures, and these along a sketch."""
 
 import argparse
 import dataclasses
+import itertools
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -16,6 +17,7 @@ from ..core.errors import UserError
 from ..interop.diffusers import load_autoencoder, load_transformer
 from ..interop.sana import config_from_fields
 from ..models.blocks import unstack_blocks
+from ..models.control import PUBLISHED_BLOCKS, new_branch
 from ..models.dc_ae import AutoencoderDC, Decoder
 from ..models.sana import SanaTransformer
 from ..pipeline import SprintPipeline
@@ -24,8 +26,13 @@ from . import torch_reference as reference
 from .timing import compiled, first_call, waiting
 from .workloads import FACTOR, STUDENTS, network_calls, network_inputs, random_params
 
-PARTS = ("text", "transformer", "decoder", "whole", "first")
-OF_PIPELINES = {"text", "whole", "first"}  # need a pipeline folder, with its text encoder
+PARTS = ("text", "transformer", "decoder", "whole", "control", "first")
+OF_PIPELINES = {
+    "text",
+    "whole",
+    "control",
+    "first",
+}  # need a pipeline folder, with its text encoder
 
 
 class Part(NamedTuple):
@@ -172,6 +179,46 @@ def _pipeline(flags: argparse.Namespace, device: str) -> Iterator[Part]:
             call = waiting(pipe, prompts, **how, batch_size=batch)
             arms = {a: reference.whole_call(p, prompts, **how) for a, p in others.items()}
             yield Part(f"whole, {count} steps", batch, call, first_call(call), arms, None)
+        if "control" in flags.parts:
+            yield from _along_a_sketch(with_new_branch(pipe), prompts, batch, flags)
+
+
+def with_new_branch(pipe: SprintPipeline) -> SprintPipeline:
+    """The pipeline with a control branch as training begins it, which draws what the trunk does.
+
+    Raises:
+      UserError: it has one block, and nothing behind it to steer.
+    """
+    blocks = min(PUBLISHED_BLOCKS, pipe.model.num_layers - 1)
+    if not blocks:
+        raise UserError("--parts control: a network of one block can have no branch", exit_code=2)
+    branch = new_branch(pipe.params, blocks, "nvlabs")
+    names = ("is_student", "sigma_d", "shift", "midpoint", "guidance", "size", "integer_times")
+    return SprintPipeline(
+        pipe.model.clone(control_blocks=blocks),
+        pipe.params | {"control": branch},
+        pipe.autoencoder,
+        pipe.text_encoder,
+        arranged=pipe.sampler.arranged,
+        **{name: getattr(pipe, name) for name in names},
+    )
+
+
+def _along_a_sketch(pipe, prompts: list[str], batch: int, flags) -> Iterator[Part]:
+    """Prompts and one sketch to pictures: with another sketch in every call, and with a remembered one."""
+    height, width = flags.image
+    sketch, numbers = np.zeros((1, height, width, 3), np.uint8), itertools.count()
+
+    def draw(steps, changed):
+        if changed:
+            sketch[0, 0] = np.random.default_rng(next(numbers)).integers(0, 256, (width, 3))
+        how = dict(steps=steps, height=height, width=width, batch_size=batch)
+        return pipe(prompts, control=sketch, **how)
+
+    for count in flags.steps:
+        for name, changed in (("control", True), ("control remembered", False)):
+            call = waiting(draw, count, changed)
+            yield Part(f"{name}, {count} steps", batch, call, first_call(call), {}, None)
 
 
 def _one_step(pipe, others: dict, batch: int, flags: argparse.Namespace, device: str) -> Part:

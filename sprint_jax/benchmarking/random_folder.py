@@ -36,7 +36,7 @@ SCHEDULER = {
 }
 # Sizes for CPUs, that say nothing: a latent is 32 x 32 pixels, as in the published autoencoder.
 TINY_FIELDS = STUDENTS["tiny"] | dict(in_channels=4, out_channels=4, caption_channels=32)
-TINY_FIELDS |= dict(num_layers=1, num_attention_heads=2)
+TINY_FIELDS |= dict(num_layers=2, num_attention_heads=2)
 TINY_FIELDS |= dict(num_cross_attention_heads=2, cross_attention_head_dim=32)
 _STAGES = dict(block_types=("ResBlock",) * 6, block_out_channels=(8,) * 6)
 _STAGES |= dict(layers_per_block=(1,) * 6, qkv_multiscales=((),) * 6)

@@ -108,6 +108,10 @@ def load_workdir(
     if not getattr(config, "trunk", ""):
         return params, meta
     place = config.trunk
+    if "trunk" not in meta:
+        raise UserError(
+            f"{path}/config.json: trunk={place}, but the checkpoint is of a training without a frozen trunk"
+        )
     if not as_path(place).exists() and as_path(meta["trunk"]["path"]).exists():
         place = meta["trunk"]["path"]  # from the root, wherever this process runs
     trunk, _ = load_trunk(place, shardings)

@@ -5,6 +5,7 @@ import fcntl
 import json
 import math
 import os
+import re
 import tempfile
 from collections.abc import Iterator
 from typing import Any
@@ -115,7 +116,10 @@ def read_json(path: AnyPath) -> dict[str, Any]:
       UserError: naming the file, when it is missing, cannot be read or holds something else.
     """
     try:
-        value = json.loads(read_text(path, 1 << 30))
+        text = read_text(path, 1 << 30)
+        value = json.loads(text)
+        if re.search(r"\\u[dD][89a-fA-F]", text):  # half a letter, unless its other half follows
+            json.dumps(value, ensure_ascii=False).encode()
     except FileNotFoundError:
         raise UserError(f"{path} is missing") from None
     except (OSError, ValueError) as error:

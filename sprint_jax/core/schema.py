@@ -1,5 +1,6 @@
 """Kinds of values, and the one check of values by a table of kinds: configs, requests, other programs' JSON."""
 
+import dataclasses
 import math
 import re
 from collections.abc import Callable, Iterator, Mapping
@@ -90,6 +91,15 @@ def check(
         if key in kinds and not kinds[key].holds(value):
             message = f"{origin}{key}={_shown(value)} must be {kinds[key].says}"
             raise UserError(message, exit_code)
+
+
+def with_floats(kind: type, fields: Mapping[str, Any]) -> dict[str, Any]:
+    """Fields of a dataclass, whole numbers made floats where it has floats: JAX takes no integer above 2^31."""
+    real = {each.name for each in dataclasses.fields(kind) if each.type in (float, float | None)}
+    return {
+        name: float(value) if name in real and _is(value, int) and abs(value) < LARGE else value
+        for name, value in fields.items()
+    }
 
 
 def _shown(value: Any) -> str:

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 
 from ..core.errors import UserError
 from ..core.files import read_json, write_json_atomic
+from ..core.schema import with_floats
 from ..core.storage import local_copy, local_path
 from ..models.control import EMBEDDERS
 from ..models.dc_ae import AutoencoderDC
@@ -181,7 +182,8 @@ def read_autoencoder(folder: Path) -> AutoencoderDC:
     if unknown:
         raise UserError(f"{folder}/config.json: key '{unknown[0]}' is unknown")
     try:
-        return AutoencoderDC(**{key: _tuples(value) for key, value in config.items()})
+        config = {key: _tuples(value) for key, value in config.items()}
+        return AutoencoderDC(**with_floats(AutoencoderDC, config))
     except UserError as error:
         raise UserError(f"{folder}/config.json: {error}") from error
 

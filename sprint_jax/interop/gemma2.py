@@ -10,7 +10,7 @@ import jax.numpy as jnp
 
 from ..core.errors import UserError
 from ..core.files import read_json, write_json_atomic
-from ..core.schema import check
+from ..core.schema import check, with_floats
 from ..core.storage import local_copy, local_path
 from ..models.gemma2 import KINDS, Gemma2
 from .files import Tensors, load_params, open_safetensors, save_safetensors
@@ -115,7 +115,7 @@ def _from_config(config: dict[str, Any], origin: str, dtype: Any) -> Gemma2:
     check(fields, KINDS, f"{origin}: ")
     types = tuple(fields.pop("layer_types", None) or ()) or None
     try:
-        return Gemma2(**fields, layer_types=types, dtype=jnp.dtype(dtype))
+        return Gemma2(**with_floats(Gemma2, fields), layer_types=types, dtype=jnp.dtype(dtype))
     except UserError as error:
         raise UserError(f"{origin}: {error}") from error
 

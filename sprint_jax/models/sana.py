@@ -7,6 +7,7 @@ last of them. Weight names are those of diffusers' SanaTransformer2DModel, with 
 compared.
 """
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any
 
@@ -19,7 +20,7 @@ from jax.ad_checkpoint import checkpoint_name
 
 from ..core.errors import UserError
 from ..core.ranges import MODEL, WIDTH
-from ..core.schema import check, whole
+from ..core.schema import check, whole, with_floats
 from .blocks import POLICIES, compute_params, remat, run_blocks
 from .control import WIRINGS, Control, new_branch, own_embeddings, side_stream
 from .layers import (
@@ -335,7 +336,11 @@ def from_fields(fields: dict, **changes) -> SanaTransformer:
             raise UserError(f"model.{key} '{fields[key]}' is not one of {', '.join(known)}", 2)
     fields["dtype"] = jnp.dtype(fields["dtype"])
     fields["interpolation_scale"] = fields.get("interpolation_scale") or None
-    model = SanaTransformer(**fields)
+    if unknown := sorted(
+        fields.keys() - {each.name for each in dataclasses.fields(SanaTransformer)}
+    ):
+        raise UserError(f"model.{unknown[0]} is unknown", exit_code=2)
+    model = SanaTransformer(**with_floats(SanaTransformer, fields))
     blocks = {"control_blocks": model.control_blocks}
     check(blocks, {"control_blocks": whole(0, model.num_layers - 1)}, "model.", exit_code=2)
     cross = model.num_cross_attention_heads * model.cross_attention_head_dim

@@ -27,6 +27,7 @@ from sprint_jax.interop.diffusers import (
 pytestmark = pytest.mark.usefixtures("quick")
 
 PROMPTS = ["a red cat", "a wall"]
+TOKENIZER = "tokenizer/tokenizer_config.json"
 
 
 @pytest.fixture(scope="module")
@@ -137,6 +138,7 @@ def change(path: Path, **changes) -> None:
         (lambda f: shutil.rmtree(f / "tokenizer"), ["tokenizer/tokenizer.json"]),
         (lambda f: (f / "transformer" / WEIGHTS).write_bytes(b"12"), [f"transformer/{WEIGHTS}"]),
         (lambda f: change(f / "vae" / "config.json", latent_channels=8), ["vae: tensor "]),
+        (lambda f: change(f / TOKENIZER, bos_token="\ud800"), [TOKENIZER]),
     ],
 )
 def test_damaged_folders_end_in_one_line(folder, tmp_path, damage, names):
@@ -147,6 +149,15 @@ def test_damaged_folders_end_in_one_line(folder, tmp_path, damage, names):
     message = str(raised.value)
     assert all(name in message for name in [str(folder), *names]), message
     assert "\n" not in message and not out.exists()
+
+
+def test_whole_numbers_of_any_size_are_taken_for_floats(folder):
+    for part, name in (("vae", "scaling_factor"), ("text_encoder", "rms_norm_eps")):
+        change(folder / part / "config.json", **{name: 2**40})
+    change(folder / "scheduler" / "scheduler_config.json", sigma_data=2**40)
+    pipe = SprintPipeline.from_pretrained(folder)
+    assert pipe.autoencoder.config.scaling_factor == pipe.sigma_d == 2.0**40
+    assert np.stack(pipe(PROMPTS, steps=2)).shape == (2, 16, 16, 3)
 
 
 def test_hub_ids(written, tmp_path, monkeypatch):

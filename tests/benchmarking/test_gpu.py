@@ -265,13 +265,14 @@ def test_the_page_shows_goals_beside_plans_and_the_last_run_of_a_part():
 def test_tiny_parts_run_from_a_random_folder_to_pictures(tmp_path):
     out = tmp_path / "out.jsonl"
     words = ["--tiny", "--alone", f"--out={out}", f"--scratch={tmp_path}", "--seconds=500"]
-    words += [f"--wheels={tmp_path / 'none'}", "--only=ceilings,folders,600m x 1"]
+    words += [f"--wheels={tmp_path / 'none'}", "--only=ceilings,folders,600m x 1,600m control"]
     script = ["bash", BENCHMARKS / "gpu.sh", *words]
     ended = subprocess.run(script, env=os.environ | {"PYTHON": sys.executable}, check=False)
     lines = [*map(json.loads, out.read_text().splitlines())]
     assert ended.returncode == 0, lines
     found = {line["workload"]: line for line in lines if "workload" in line}
-    assert list(found) == ["transformer", "decoder", "text", "whole, 1 steps"]
+    sketches = ["control, 1 steps", "control remembered, 1 steps"]
+    assert list(found) == ["transformer", "decoder", "text", "whole, 1 steps", *sketches]
     ceilings = {line["ceiling"]: line["per_second"] for line in lines if "ceiling" in line}
     assert min(ceilings.values()) > 1e6 and set(ceilings) == {"product", "copy"}
     assert [line["folder"] for line in lines if "folder" in line] == ["600m", "1600m"]

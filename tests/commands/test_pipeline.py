@@ -1,5 +1,8 @@
 """The pipeline and the command `sample`, on workdirs of tiny networks with random weights."""
 
+import json
+import shutil
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -259,6 +262,19 @@ def test_paths_that_are_no_pipeline(tmp_path, folders):
     ):
         with pytest.raises(UserError, match=named):
             SprintPipeline.from_pretrained(path, params=params)
+
+
+def test_workdirs_whose_config_is_of_another_network(tmp_path, folders):
+    workdir = shutil.copytree(folders["distill"], tmp_path / "workdir")
+    path = workdir / "config.json"
+    config = json.loads(path.read_text())
+    for changes, named in (
+        ({"model": config["model"] | {"-1": 2}}, "model.-1"),
+        ({"trunk": "runs/teacher"}, r"config\.json: trunk=runs/teacher"),
+    ):
+        path.write_text(json.dumps(config | changes))
+        with pytest.raises(UserError, match=named):
+            SprintPipeline.from_pretrained(workdir)
 
 
 def test_command_writes_pictures_and_a_grid(folders, tmp_path, capsys, student):
