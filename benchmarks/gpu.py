@@ -46,6 +46,7 @@ class Part(NamedTuple):
       variables: of its environment.
       makes: a path that later parts need; it is made again where it is not.
       beside: words of commands that run at the same time; for what is not timed.
+      only_for: names of the parts that need it; it is left out when these have all ended well.
     """
 
     name: str
@@ -54,6 +55,7 @@ class Part(NamedTuple):
     variables: Mapping[str, str] = types.MappingProxyType({})
     makes: str = ""
     beside: tuple[list[str], ...] = ()
+    only_for: tuple[str, ...] = ()
 
 
 def parts(flags, against: list[str]) -> list[Part]:
@@ -66,10 +68,12 @@ def parts(flags, against: list[str]) -> list[Part]:
         counts = {"rounds": 1, "queue": 2, "steps": "1"}
     # Torch and JAX share the device's memory.
     shared = {"XLA_PYTHON_CLIENT_PREALLOCATE": "false"}
-    # Compilers of both take minutes: they run side by side, and what is timed finds its programs.
+    # Compilers of both take minutes: they run side by side, and what is timed finds its programs. With a
+    # limit, which is never reached, JAX writes whole entries or none.
     kept = shared | {
         "XLA_PYTHON_CLIENT_MEM_FRACTION": "0.95",
         "JAX_COMPILATION_CACHE_DIR": str(scratch / "programs"),
+        "JAX_COMPILATION_CACHE_MAX_SIZE": str(20 * 10**9),
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
         "TORCHINDUCTOR_CACHE_DIR": str(scratch / "inductor"),
     }
@@ -102,14 +106,14 @@ def parts(flags, against: list[str]) -> list[Part]:
     everything, larger = f"{networks},text,whole", "transformer,whole"
 
     def programs(size, named):
-        """Compiles what later parts time; the times of these lines are taken beside one another."""
-        commands = []
-        for batch in ("1", many):
-            how = dict(mode=None, others=[], batch=batch, rounds=1, queue=1)
-            commands.append(sample(size, named, **how))
+        """Compiles what later parts time. Ours one after another: XLA times kernels to choose among them."""
+        how = dict(mode=None, others=[], batch=f"1,{many}", rounds=1, queue=1)
+        ours, theirs = sample(size, named, **how), []
+        for batch in ("1", many) if against else ():
             words = ("--folder", str(scratch / size), "--batch", batch, "--image", image)
-            commands += [own("torch", *words, "--parts", named)] if against else []
-        return Part(f"programs {size}", 280, commands[0], kept, "programs", (*commands[1:],))
+            theirs.append(own("torch", *words, "--parts", named))
+        users = (f"{size} x 1", f"{size} x {many}")
+        return Part(f"programs {size}", 280, ours, kept, "programs", (*theirs,), users)
 
     exact = dict(dtype="float32", mode=None, batch="1", rounds=1)
     alone = kept | {"XLA_PYTHON_CLIENT_PREALLOCATE": "true"}
@@ -202,6 +206,10 @@ def run(part: Part, seconds: float, out: Path, logs: Path, variables: dict[str, 
     add(out, line)
 
 
+def _unneeded(part: Part, done: Mapping[str, str]) -> bool:
+    return bool(part.only_for) and all(done.get(name) == OK for name in part.only_for)
+
+
 def missing(wheels: Path) -> list[Path]:
     """The wheels of what is not installed here, or is older than the wheel."""
     wanted = []
@@ -276,14 +284,16 @@ def main(argv: list[str]) -> int:
     for part in table:
         # A machine that is lent again comes without what was made on it.
         how = done.get(part.name) if (flags.scratch / part.makes).exists() else None
-        if part.name not in only or how == OK or (how and not flags.again):
+        is_needed = part.name in only and not _unneeded(part, done)
+        if not is_needed or how == OK or (how and not flags.again):
             continue
         left = until - time.monotonic()
         if left < LEAST:
             break
         run(part, min(part.seconds, left), flags.out, logs, variables)
     done = ended(flags.out)
-    left = [part.name for part in table if part.name in only and done.get(part.name) != OK]
+    wanted = [part for part in table if part.name in only and not _unneeded(part, done)]
+    left = [part.name for part in wanted if done.get(part.name) != OK]
     print(f"{flags.out}: " + (f"not finished: {', '.join(left)}" if left else "all is measured"))
     return int(bool(left))
 

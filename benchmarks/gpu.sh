@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Measures everything on a machine with an NVIDIA GPU, without a network, in at most ten minutes: see
+# Measures a machine with an NVIDIA GPU, without a network, the most important first, for at most ten minutes: see
 # benchmarks/gpu.py. The same line goes on where an earlier one was cut off.
 #   bash benchmarks/gpu.sh                      adds to benchmarks/results/gpu.jsonl
 #   bash benchmarks/gpu.sh --tiny --out FILE    tries the script on CPU, with sizes that say nothing

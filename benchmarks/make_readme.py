@@ -33,6 +33,23 @@ SECTIONS = [
     ("results/full.json", "Digits, the full recipe", "", [DIGITS]),
     ("results/quickstart.json", "Digits, the quickstart", "", [DIGITS]),
     (
+        "results/control.jsonl",
+        "Digits along sketches: a teacher, a student with its branch, a branch on a frozen student "
+        "([picture](pictures/control.png))",
+        "",
+        [
+            ("goal", "goal | limit | found", "{goal} | {limit:.3f} | {found:.3f}"),
+            ("updates", "training | updates | minutes", "{network} | {updates} | {minutes:.0f}"),
+            (
+                "sketch",
+                "network | steps | sketch | scale | IoU with the prompt's sketch | with the one that was shown "
+                "| right",
+                "{network} | {steps} | {sketch} | {scale:g} | {iou[iou]:.3f} ± {iou[standard_error]:.3f} "
+                "| {followed[iou]:.3f} | {accuracy[accuracy]:.1%} ± {accuracy[standard_error]:.1%}",
+            ),
+        ],
+    ),
+    (
         "results/ablation.jsonl",
         "Teachers of four kinds on digits",
         "",

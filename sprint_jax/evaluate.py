@@ -132,7 +132,7 @@ def _draw(flags: argparse.Namespace, job: evaluation.Job, requests, peers) -> di
         "dtype": jnp.dtype(pipe.model.dtype).name,
     }
     # By name as well: pictures of a smaller decoder are not to be taken for those of the network's own.
-    about["model"]["autoencoder"] = flags.autoencoder
+    about["model"] |= {"autoencoder": flags.autoencoder} if flags.autoencoder else {}
     about["model"]["encoders"] = digest(identify(pipe.autoencoder, pipe.text_encoder))
     each = flags.images_per_prompt or (4 if requests else 1)
     plan = (

@@ -14,13 +14,7 @@ from ..core.files import read_json
 from ..core.fingerprint import describe
 from ..core.ranges import GUIDANCE, MIDPOINT, MODEL, POSITIVE, SIZE
 from ..core.schema import TEXT, check, one_of, optional, several
-from ..encoders.load import (
-    latent_size,
-    load_encoders,
-    open_autoencoder,
-    open_text_encoder,
-    replace_autoencoder,
-)
+from ..encoders.load import latent_size, load_encoders, open_autoencoder, open_text_encoder
 from ..encoders.text import load_tokenizer
 from ..interop.diffusers import load_control, load_transformer
 from ..interop.sana import example_inputs
@@ -64,12 +58,10 @@ def load_parts(
     if kind == "workdir":
         if low_memory:
             raise UserError(f"--low_memory is for pipelines of diffusers: {path} is a workdir", 2)
-        parts = _from_workdir(folder, dtype, params, shardings, allow_nonfinite)
+        parts = _from_workdir(folder, dtype, params, shardings, allow_nonfinite, autoencoder)
     else:
-        parts = _from_folder(folder, dtype, shardings, allow_nonfinite, low_memory)
-    if autoencoder is not None:
-        own = parts["autoencoder"]
-        parts["autoencoder"] = replace_autoencoder(autoencoder, dtype, shardings, own)
+        how = allow_nonfinite, low_memory, autoencoder
+        parts = _from_folder(folder, dtype, shardings, *how)
     if control is None:
         return parts
     if "control" in parts["params"]:
@@ -90,7 +82,7 @@ def _with_branch(model: SanaTransformer, fields: dict[str, Any]) -> SanaTransfor
 
 
 def _from_workdir(
-    folder: Path, dtype, params: str, shardings, allow_nonfinite: bool
+    folder: Path, dtype, params: str, shardings, allow_nonfinite: bool, autoencoder
 ) -> dict[str, Any]:
     c = read_workdir_config(folder)
     if c.data.source != "digits" and not c.data.encoders:
@@ -98,7 +90,7 @@ def _from_workdir(
             f"{folder} was trained on {c.data.source} without an autoencoder: run its training line again with "
             "--config.data.encoders=PIPELINE, or export it with --base PIPELINE and use that"
         )
-    how = dict(style=c.data.get("prompt_style", "diffusers"))
+    how = dict(style=c.data.get("prompt_style", "diffusers"), autoencoder=autoencoder)
     encoders = load_encoders("" if c.data.source == "digits" else c.data.encoders, dtype, **how)
     factor = encoders.autoencoder.factor
     # The published student is its teacher plus an embedding of guidance.
@@ -139,7 +131,12 @@ def _check_shapes(folder: Path, model: SanaTransformer, params: Any) -> None:
 
 
 def _from_folder(
-    folder: Path, dtype: Any, shardings: Any, allow_nonfinite: bool, low_memory: bool
+    folder: Path,
+    dtype: Any,
+    shardings: Any,
+    allow_nonfinite: bool,
+    low_memory: bool,
+    autoencoder: str | Path | None,
 ) -> dict[str, Any]:
     """From ``transformer``, ``vae``, ``text_encoder``, ``tokenizer`` and ``scheduler`` of diffusers.
 
@@ -152,7 +149,7 @@ def _from_folder(
     check(scheduler, SCHEDULER, f"{folder}/scheduler/scheduler_config.json: ")
     # The small parts first: a mistake in them should not wait for gigabytes.
     tokenizer = load_tokenizer(folder / "tokenizer")
-    autoencoder = open_autoencoder(folder / "vae", dtype, shardings)
+    autoencoder = open_autoencoder(folder / "vae", dtype, shardings, autoencoder)
     how = dict(shardings=shardings, allow_nonfinite=allow_nonfinite)
     fields, tree = load_transformer(folder / "transformer", dtype, **how)
     model = from_fields(fields, dtype=jnp.dtype(dtype).name)

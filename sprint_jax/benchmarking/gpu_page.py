@@ -15,11 +15,13 @@ python benchmarks/make_readme.py
 ```
 
 The machine has Python 3.12 or newer with JAX 0.11 or newer for CUDA, torch and transformers; what else is
-missing is unpacked from `.wheels` into `runs/gpu`. In at most ten minutes (`--seconds`) it measures, the most
-important first and each part in a process of its own: matrix products and copies; float32 outputs beside
-diffusers'; transformer, decoder, text encoder and the whole, with random weights in bfloat16, in turns with
-diffusers eager and compiled; a distillation at the largest batch; compiler options; the digits world. A line is
-in `benchmarks/results/gpu.jsonl` as soon as it is known. The same command goes on where an earlier one was cut
+missing is unpacked from `.wheels` into `runs/gpu`. For at most ten minutes (`--seconds`) it measures, the most
+important first and each part in a process of its own: matrix products and copies; transformer, decoder, text
+encoder and the whole, with random weights in bfloat16, in turns with diffusers eager and compiled, whose
+programs and ours are compiled beforehand; a distillation at the largest batch; pictures along a sketch; float32
+outputs beside diffusers'; compiler options; the digits world. On one H200 ten minutes were enough for 0.6B at
+batch 1 and the transformer at batch 10; their programs were compiled beside one another then. A line is in
+`benchmarks/results/gpu.jsonl` as soon as it is known. The same command goes on where an earlier one was cut
 off, on another machine too if it has that file; `--again` repeats what failed, `--alone` does without torch,
 `--tiny` tries it on a CPU.
 

@@ -195,7 +195,7 @@ def with_new_branch(pipe: SprintPipeline) -> SprintPipeline:
     branch = new_branch(pipe.params, blocks, "nvlabs")
     names = ("is_student", "sigma_d", "shift", "midpoint", "guidance", "size", "integer_times")
     return SprintPipeline(
-        pipe.model.clone(control_blocks=blocks),
+        pipe.model.clone(control_blocks=blocks, control_wiring="nvlabs"),
         pipe.params | {"control": branch},
         pipe.autoencoder,
         pipe.text_encoder,

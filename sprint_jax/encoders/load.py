@@ -18,7 +18,7 @@ from ..checkpoints.locate import locate
 from ..core.errors import UserError
 from ..core.fingerprint import digest, fingerprint
 from ..core.pixels import decode_bytes
-from ..interop.diffusers import load_autoencoder, read_autoencoder
+from ..interop.diffusers import STEM, load_autoencoder, read_autoencoder
 from ..interop.gemma2 import load_text_encoder
 from ..models.dc_ae import AutoencoderDC
 from ..parallel.sharding import batch_sharding, batch_ways, state_shardings
@@ -36,9 +36,9 @@ FILES = [
 ]
 
 
-# Of one, or of a pipeline.
+# Of an autoencoder, or of the one of a pipeline; in these patterns a star is for folders too.
 AUTOENCODER_FILES = [
-    f"{part}{name}" for part in ("", "vae/") for name in ("config.json", "*.safetensors*")
+    f"{part}{name}" for part in ("", "vae/") for name in ("config.json", f"{STEM}*.safetensors*")
 ]
 
 
@@ -65,6 +65,7 @@ def load_encoders(
     *,
     text_batch_size: int = 64,
     style: str = "diffusers",
+    autoencoder: str | Path | None = None,
 ) -> Encoders:
     """Loads the encoders of a pipeline, without its transformer.
 
@@ -75,6 +76,7 @@ def load_encoders(
       mesh: of this host's devices, over which batches, and by its axes parameters, are split.
       text_batch_size: captions at once.
       style: how captions are put, of `text.STYLES`.
+      autoencoder: another one for the same latents, see `open_autoencoder`.
 
     Raises:
       UserError: no pipeline is there, a part is missing or damaged, or a batch cannot be split.
@@ -87,12 +89,14 @@ def load_encoders(
         sharding = batch_sharding(mesh)
         shardings = functools.partial(state_shardings, mesh)
     if path in ("", "digits"):
+        if autoencoder is not None:
+            raise UserError(f"--autoencoder {autoencoder} is of no use for digits: leave it out", 2)
         return _digits_encoders(sharding)
     if style not in STYLES:
         raise UserError(f"data.prompt_style '{style}' is not one of {', '.join(STYLES)}", 2)
     folder = _locate(path, FILES)
     tokenizer = load_tokenizer(folder / "tokenizer")
-    autoencoder = open_autoencoder(folder / "vae", dtype, shardings)
+    autoencoder = open_autoencoder(folder / "vae", dtype, shardings, autoencoder)
     how = dict(batch_size=text_batch_size, sharding=sharding, **STYLES[style])
     text_encoder = open_text_encoder(folder, tokenizer, dtype, shardings, **how)
     identity = identify(autoencoder, text_encoder)
@@ -160,39 +164,40 @@ def latent_size(c: Any) -> tuple[int, int]:
     return height // autoencoder.factor, width // autoencoder.factor
 
 
-def open_autoencoder(folder: Path, dtype: Any, shardings: Callable | None) -> Autoencoder:
-    """Loads an autoencoder of diffusers; ``dtype`` is of its parameters and matmuls."""
+def open_autoencoder(
+    folder: Path,
+    dtype: Any,
+    shardings: Callable | None = None,
+    other: str | Path | None = None,
+) -> Autoencoder:
+    """Loads an autoencoder of diffusers, or another one for the same latents, such as DC-AE-Lite.
+
+    Args:
+      dtype: of its parameters and matmuls.
+      other: in place of ``folder``, a folder of diffusers' AutoencoderDC or of a pipeline, or a hub id of one.
+
+    Raises:
+      UserError: there is none, it is damaged, or the latents of ``other`` are not those of ``folder``.
+    """
+    folder = folder if other is None else _find_other(other, read_autoencoder(folder))
     config, params = load_autoencoder(folder, dtype, shardings=shardings)
     config = dataclasses.replace(config, dtype=jnp.dtype(dtype))
     arranged = jax.default_backend() == "gpu" and shardings is None
     return Autoencoder(config, params, arranged=arranged)
 
 
-def replace_autoencoder(
-    path: str | Path, dtype: Any, shardings: Callable | None, own: Any
-) -> Autoencoder:
-    """Loads another autoencoder for the latents of ``own``, such as DC-AE-Lite, whose decoder is smaller.
-
-    Args:
-      path: a folder of diffusers' AutoencoderDC or of a pipeline, or the hub id of one.
-
-    Raises:
-      UserError: there is none, it is damaged, or its latents are others.
-    """
-    if not isinstance(own, Autoencoder):
-        raise UserError(
-            f"--autoencoder {path} is for pictures of a DC-AE, not of digits: leave it out", 2
-        )
+def _find_other(path: str | Path, own: AutoencoderDC) -> Path:
+    """The folder of another autoencoder for the latents of ``own``."""
     kind, folder = locate(path, ("pipeline", "transformer"), AUTOENCODER_FILES)
     folder = folder / "vae" if kind == "pipeline" else folder
     found = read_autoencoder(folder)
     for name in ("factor", "latent_channels", "scaling_factor"):
-        values = getattr(found, name), getattr(own.config, name)
+        values = getattr(found, name), getattr(own, name)
         if values[0] != values[1]:
             raise UserError(
                 f"{folder}/config.json: {name} is {values[0]}, but {values[1]} for the latents of the network"
             )
-    return open_autoencoder(folder, dtype, shardings)
+    return folder
 
 
 def open_text_encoder(

@@ -8,6 +8,7 @@ import concurrent.futures
 import itertools
 import math
 import re
+import threading
 import zipfile
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -128,15 +129,16 @@ def open_torch(path: Path, key: str | None = None, ignore: str | None = None) ->
         if value.dtype not in (torch.float64, torch.float32, torch.float16, torch.bfloat16):
             raise UserError(f"{path}: tensor {name} is {value.dtype}, not a float")
     shapes = {name: tuple(tensor.shape) for name, tensor in found.items()}
-    limit, seen = path.stat().st_size // 8, 0
+    limit, seen, lock = path.stat().st_size // 8, 0, threading.Lock()
 
     def read(name):
         nonlocal found, seen
-        if seen > limit:
-            # Pages that were read count as this process's memory until the file is mapped again.
-            found, seen = _map_torch(torch, path, key), 0
-        tensor = found[name].detach()
-        seen += tensor.nbytes
+        with lock:
+            if seen > limit:
+                # Pages that were read count as this process's memory until the file is mapped again.
+                found, seen = _map_torch(torch, path, key), 0
+            tensor = found[name].detach()
+            seen += tensor.nbytes
         if tensor.dtype == torch.bfloat16:  # NumPy has no such type of its own
             return tensor.view(torch.uint16).numpy().view(jnp.bfloat16)
         return tensor.numpy()

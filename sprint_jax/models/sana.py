@@ -327,6 +327,10 @@ def from_fields(fields: dict, **changes) -> SanaTransformer:
       UserError: a value is out of its range in `core.ranges`, the two head counts do not give the same width,
         or a name is not known.
     """
+    plain = {each.name for each in dataclasses.fields(SanaTransformer)}
+    plain -= {"parent", "name", "partition"}  # of flax, and of meshes
+    if unknown := sorted(set(fields) - plain):
+        raise UserError(f"model.{unknown[0]} is unknown", exit_code=2)
     fields = {"dtype": "float32", "remat": "none"} | dict(fields) | changes
     check(fields, MODEL, "model.", exit_code=2)
     names = {"dtype": ("float32", "bfloat16"), "remat": ("none", *POLICIES)}
@@ -336,10 +340,6 @@ def from_fields(fields: dict, **changes) -> SanaTransformer:
             raise UserError(f"model.{key} '{fields[key]}' is not one of {', '.join(known)}", 2)
     fields["dtype"] = jnp.dtype(fields["dtype"])
     fields["interpolation_scale"] = fields.get("interpolation_scale") or None
-    if unknown := sorted(
-        fields.keys() - {each.name for each in dataclasses.fields(SanaTransformer)}
-    ):
-        raise UserError(f"model.{unknown[0]} is unknown", exit_code=2)
     model = SanaTransformer(**with_floats(SanaTransformer, fields))
     blocks = {"control_blocks": model.control_blocks}
     check(blocks, {"control_blocks": whole(0, model.num_layers - 1)}, "model.", exit_code=2)

@@ -15,7 +15,7 @@ from PIL import Image
 
 from sprint_jax import SprintPipeline, sample
 from sprint_jax.core.errors import UserError
-from sprint_jax.encoders.load import replace_autoencoder
+from sprint_jax.encoders.load import AUTOENCODER_FILES, load_encoders
 from sprint_jax.interop import hub
 from sprint_jax.interop.diffusers import (
     WEIGHTS,
@@ -110,8 +110,15 @@ def test_an_autoencoder_of_other_latents_is_refused(written, tmp_path, changes, 
     with pytest.raises(UserError, match="nowhere"):
         SprintPipeline.from_pretrained(written, autoencoder=tmp_path / "nowhere")
     with pytest.raises(UserError, match="digits") as error:
-        replace_autoencoder(folder, jnp.float32, None, object())
+        load_encoders("digits", jnp.float32, autoencoder=folder)
     assert error.value.exit_code == 2
+
+
+def test_of_a_hub_s_repository_an_autoencoder_alone_is_taken():
+    files = ["model_index.json", "transformer/diffusion_pytorch_model.safetensors"]
+    files += ["text_encoder/model.safetensors", "config.json"]
+    ours = ["vae/config.json", "vae/diffusion_pytorch_model.safetensors"]
+    assert hub.choose_files([*files, *ours], AUTOENCODER_FILES) == ["config.json", *ours]
 
 
 def test_the_command_draws_from_a_folder(written, tmp_path):

@@ -90,6 +90,7 @@ def test_commands_of_a_part_run_at_once_and_each_must_end_well(gpu, tmp_path, mo
         )
         return ["-c", code]
 
+    spared = gpu.Part("spared", 90, ["-c", "1 / 0"], only_for=("both",))
     both = gpu.Part("both", 90, meet("a", "b"), beside=(meet("b", "a"),))
     bad = gpu.Part("bad", 90, ["-c", ""], beside=(["-c", "import sys; sys.exit(5)"],))
     monkeypatch.setattr(gpu, "parts", lambda *_: [both, bad])
@@ -98,6 +99,9 @@ def test_commands_of_a_part_run_at_once_and_each_must_end_well(gpu, tmp_path, mo
     assert gpu.main(words) == 1
     found = ends(map(json.loads, out.read_text().splitlines()))
     assert found == {"both": "finished", "bad": "exit code 5"}
+    # What is made for parts that have ended is made no more.
+    monkeypatch.setattr(gpu, "parts", lambda *_: [spared, both])
+    assert gpu.main(words) == 0
 
 
 def test_without_a_gpu_one_line_says_so(gpu, capsys, monkeypatch):

@@ -19,6 +19,7 @@ from sprint_jax import evaluate, export, sample
 from sprint_jax.checkpoints.checkpoint import complete_steps, load_params
 from sprint_jax.checkpoints.workdir import read_metrics
 from sprint_jax.core.errors import UserError
+from sprint_jax.core.files import PROBE
 from sprint_jax.core.fingerprint import fingerprint
 from sprint_jax.core.storage import as_path, walk
 from sprint_jax.data.latents.cache import open_cache
@@ -43,10 +44,10 @@ def whole(data, tmp_path_factory):
     return runs.train_here(runs.tiny(SPEC, data, **SHORT), tmp_path_factory.mktemp("whole") / "run")
 
 
-def killed(name, start, progress, within=1.0):
+def killed(name, start, progress, within=1.0, check=lambda: None):
     """Starts a process until one ends by itself; some are killed a moment after ``progress()`` has changed.
 
-    The moment is up to ``within`` seconds. A start that fails is no survivor.
+    The moment is up to ``within`` seconds. A start that fails is no survivor; ``check()`` follows every kill.
     """
     moments, kills = random.Random(time.time_ns()), 0
     for attempt in range(KILLS + 1):
@@ -59,6 +60,7 @@ def killed(name, start, progress, within=1.0):
             process.kill()
         ended = runs.finish(process)
         assert ended.code in ({0, -9} if attempt < KILLS else {0}), ended.err
+        check()
         if ended.code == 0:
             break
     print(f"{name}: {attempt + 1} starts, {kills} killed, the last ended well")
@@ -133,18 +135,21 @@ def test_what_is_made_of_it_is_whole_after_kills_too(trained, bucket, name):
     command.main(call(f"{out}/whole"))
     whole = walk(as_path(f"{out}/whole"))
     assert set(expected) <= set(whole)
-    killed(
-        out,
-        lambda: runs.start(call(f"{out}/killed"), name),
-        lambda: walk(as_path(f"{out}/killed")),
-        within=0.1,
-    )
-    assert set(walk(as_path(f"{out}/killed"))) == set(whole)
-    for file in whole:
-        mine, other = (as_path(f"{out}/{folder}/{file}") for folder in ("killed", "whole"))
-        assert mine.read_bytes() == other.read_bytes() or name == "evaluate"  # which has times
-    if name == "evaluate":
-        assert json.loads(mine.with_suffix(".json").read_text())["model"]["step"] == STEPS
+
+    def written():
+        return sorted(set(walk(as_path(f"{out}/killed"))) - {PROBE})
+
+    def check():
+        for file in written():
+            mine, other = (as_path(f"{out}/{folder}/{file}") for folder in ("killed", "whole"))
+            if file == "report.json":  # which has times
+                mine, other = (json.loads(each.read_text())["runs"] for each in (mine, other))
+                assert [run["accuracy"] for run in mine] == [run["accuracy"] for run in other]
+            else:
+                assert mine.read_bytes() == other.read_bytes()
+
+    killed(out, lambda: runs.start(call(f"{out}/killed"), name), written, 0.1, check)
+    assert written() == sorted(whole)
     assert not list(runs.ROOT.glob("*:"))  # no folder with the name of a scheme
 
 

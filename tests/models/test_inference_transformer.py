@@ -104,6 +104,25 @@ def abstract(layers: int, attention=transformer.softmax_attention):
     return step, ready, (shared, x, one, one)
 
 
+def abstract_control(layers: int, blocks: int):
+    """As `abstract`, from text and condition to the velocity."""
+    fields = dict(num_layers=layers, control_blocks=blocks, dtype=jnp.bfloat16)
+    model = SanaTransformer(**(SIZES["600m"] | fields))
+    shape = jax.ShapeDtypeStruct
+    text, mask = shape((1, 300, 2304), jnp.float32), shape((1, 300), jnp.int32)
+    x, one = shape((1, 32, 32, 32), jnp.float32), shape((1,), jnp.float32)
+    init = jax.eval_shape(model.init, jax.random.key(0), x, one, text, mask, one)["params"]
+    params = jax.tree.map(lambda leaf: shape(leaf.shape, jnp.bfloat16), init)
+    ready = jax.eval_shape(functools.partial(transformer.prepare, model, unrolled=True), params)
+
+    def step(ready, text, mask, latents, scale, x, t, guidance):
+        shared = transformer.context(model, ready, text, mask, Control(latents, scale))
+        attention = transformer.cudnn_attention
+        return transformer.velocity(model, ready, shared, guidance, attention)(x, t)
+
+    return step, ready, (text, mask, x, one, x, one, one)
+
+
 def test_attention_is_cudnn_s_where_it_works(monkeypatch, capsys):
     """On devices that are described and not here, it is planned; of one that is here it is tried."""
     model = SanaTransformer(**(SIZES["600m"] | dict(num_layers=1, dtype=jnp.bfloat16)))
@@ -130,6 +149,16 @@ def test_attention_is_cudnn_s_where_it_works(monkeypatch, capsys):
 def test_nothing_is_computed_from_weights_alone():
     step, ready, inputs = abstract(1)
     assert constant_work(step, ready, *inputs) == []
+
+
+@pytest.mark.skipif(not gpu.HAS_PLUGIN, reason="JAX's CUDA plugin is not installed")
+def test_kernels_of_a_block_and_its_copy_on_an_h200():
+    """With keys and values of the text in both."""
+    counts = []
+    for layers in (3, 4):
+        step, ready, inputs = abstract_control(layers, blocks=layers - 2)
+        counts.append(gpu.count(gpu.kernels(gpu.compile_for_h200(step, ready, *inputs).as_text())))
+    assert counts[1] - counts[0] <= 44
 
 
 @pytest.mark.skipif(not gpu.HAS_PLUGIN, reason="JAX's CUDA plugin is not installed")

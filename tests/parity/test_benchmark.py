@@ -1,8 +1,10 @@
 """The benchmark beside diffusers, at a size that says nothing about speed."""
 
 import json
+import runpy
 
 import pytest
+from helpers.runs import ROOT
 from helpers.tiny_pipeline import PROMPTS
 
 from sprint_jax import benchmark
@@ -55,6 +57,12 @@ def test_sample_times_parts_and_whole_pipelines(tmp_path):
     folder, texts = tmp_path / "pipeline", [INSTRUCTION, *PROMPTS]
     parts = dict(autoencoder=random_folder.TINY_AUTOENCODER, gemma=random_folder.TINY_GEMMA)
     write_random_pipeline(folder, random_folder.TINY_FIELDS, texts, dtype="float32", **parts)
+    # What is compiled beforehand on a GPU.
+    script = runpy.run_path(str(ROOT / "benchmarks" / "gpu_parts.py"))
+    kept = tmp_path / "torch.jsonl"
+    script["main"](["torch", "--tiny", f"--folder={folder}", "--image=32x64", f"--out={kept}"])
+    _, *lines = map(json.loads, kept.read_text().splitlines())
+    assert [line["torch"] for line in lines] == ["transformer", "decoder", "whole"]
     words.append("--parts=transformer,decoder,text,whole")
     benchmark.main([*words, f"--model={folder}", "--image=32x64", "--batch=2", "--steps=1"])
     _, *lines = map(json.loads, out.read_text().splitlines())
