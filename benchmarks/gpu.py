@@ -105,15 +105,19 @@ def parts(flags, against: list[str]) -> list[Part]:
     networks = "transformer,decoder"
     everything, larger = f"{networks},text,whole", "transformer,whole"
 
-    def programs(size, named):
-        """Compiles what later parts time. Ours one after another: XLA times kernels to choose among them."""
-        how = dict(mode=None, others=[], batch=f"1,{many}", rounds=1, queue=1)
-        ours, theirs = sample(size, named, **how), []
-        for batch in ("1", many) if against else ():
-            words = ("--folder", str(scratch / size), "--batch", batch, "--image", image)
-            theirs.append(own("torch", *words, "--parts", named))
-        users = (f"{size} x 1", f"{size} x {many}")
-        return Part(f"programs {size}", 280, ours, kept, "programs", (*theirs,), users)
+    def timed(size, named, batch):
+        """A part of `sample`, and one before it that compiles what it times.
+
+        Ours one after another, since XLA times kernels to choose among them, and diffusers' beside them.
+        """
+        how = dict(batch=batch, others=[], mode=None, rounds=1, queue=1)
+        words = ("--folder", str(scratch / size), "--batch", batch, "--image", image)
+        theirs = (own("torch", *words, "--parts", named),) if against else ()
+        name, folder = f"{size} x {batch}", f"programs/{size}-{batch}"
+        own_cache = kept | {"JAX_COMPILATION_CACHE_DIR": str(scratch / folder)}
+        more = dict(makes=folder, beside=theirs, only_for=(name,))
+        before = Part(f"programs {name}", 200, sample(size, named, **how), own_cache, **more)
+        return [before, Part(name, 240, sample(size, named, batch=batch), own_cache)]
 
     exact = dict(dtype="float32", mode=None, batch="1", rounds=1)
     alone = kept | {"XLA_PYTHON_CLIENT_PREALLOCATE": "true"}
@@ -124,20 +128,18 @@ def parts(flags, against: list[str]) -> list[Part]:
         Part(
             "folders", 120, own("folders", "--folder", str(scratch)), {}, "1600m/model_index.json"
         ),
-        programs("600m", everything),
-        Part("600m x 1", 240, sample("600m", everything, batch="1"), kept),
-        Part(f"600m x {many}", 240, sample("600m", everything, batch=many), kept),
+        *timed("600m", everything, "1"),
         Part("distill 600m", 240, distill("600m"), alone),
+        Part("options transformer", 200, own("options", "--network", "transformer")),
+        Part("options decoder", 300, own("options", "--network", "decoder")),
+        *timed("600m", everything, many),
         Part("600m control", 200, control("600m"), kept),
-        programs("1600m", larger),
-        Part("1600m x 1", 240, sample("1600m", larger, batch="1"), kept),
-        Part(f"1600m x {many}", 240, sample("1600m", larger, batch=many), kept),
+        *timed("1600m", larger, "1"),
+        *timed("1600m", larger, many),
         Part("1600m control", 200, control("1600m"), kept),
         Part("distill 1600m", 240, distill("1600m"), alone),
         Part("float32 equal", 240, sample("600m", networks, **exact), shared),
         Part("600m first picture", 200, sample("600m", "first", mode=None, batch="1", steps="1")),
-        Part("options transformer", 200, own("options", "--network", "transformer")),
-        Part("options decoder", 300, own("options", "--network", "decoder")),
         Part("max-autotune", 300, sample("600m", networks, **best), shared),
         Part("digits teacher", 200, train("teacher"), {}, "teacher/config.json"),
         Part("digits student", 300, student, {}, "student/config.json"),
