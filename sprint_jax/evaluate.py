@@ -53,7 +53,7 @@ SAMPLING = ("is_student", "sigma_d", "shift", "midpoint", "integer_times")
 DRAWING = ("steps", "size", "images_per_prompt", "autoencoder")
 UNUSED = {
     "digits": (*DRAWING, "prompts", "reference", "inception", "boxes", "cache"),
-    "pictures": (*DRAWING, "guidance", "teacher"),
+    "pictures": (*DRAWING, "guidance", "teacher", "int8"),
     "model": ("teacher",),
 }
 
@@ -115,7 +115,7 @@ def _draw(flags: argparse.Namespace, job: evaluation.Job, requests, peers) -> di
         raise UserError("--model needs --prompts FILE, or --prompts geneval", exit_code=2)
     height, width = cli.parse_size(flags.size)
     dtype = None if jax.default_backend() != "cpu" else jnp.float32
-    how = dict(params=flags.params, autoencoder=flags.autoencoder)
+    how = dict(params=flags.params, autoencoder=flags.autoencoder, int8=bool(flags.int8))
     pipe = SprintPipeline.from_pretrained(flags.model, dtype, **how)
     base = Request(
         steps=pipe.check_steps(flags.steps),
@@ -133,6 +133,7 @@ def _draw(flags: argparse.Namespace, job: evaluation.Job, requests, peers) -> di
     }
     # By name as well: pictures of a smaller decoder are not to be taken for those of the network's own.
     about["model"] |= {"autoencoder": flags.autoencoder} if flags.autoencoder else {}
+    about["model"] |= {"int8": True} if flags.int8 else {}
     about["model"]["encoders"] = digest(identify(pipe.autoencoder, pipe.text_encoder))
     each = flags.images_per_prompt or (4 if requests else 1)
     plan = (
@@ -187,6 +188,12 @@ def _parser() -> cli.Parser:
     add("--steps", type=int, metavar="N", help="of --model (default: as sample)")
     add("--guidance", type=float, metavar="G", help="CFG scale (default: as in training)")
     add("--size", metavar="HxW", help="of drawn pictures, in pixels (default: as in training)")
+    add(
+        "--int8",
+        action="store_true",
+        default=None,
+        help="draw with weights in eight bits (extra int8)",
+    )
     add("--autoencoder", metavar="DIR", help="another one for the same latents, e.g. DC-AE-Lite")
     add("--images-per-prompt", type=int, metavar="N", help="drawn (default 1; geneval 4)")
     add("--seed", type=int, default=0, metavar="S", help="of prompts and noise (default 0)")
@@ -239,13 +246,14 @@ def _origin(folder: str, pipe: SprintPipeline) -> dict[str, Any]:
         "path": folder,
         "stage": "distill" if pipe.is_student else "flow",
         "step": pipe.meta["step"],
-    }
+    } | ({"int8": True} if pipe.sampler.int8 else {})
 
 
 def _pipelines(flags: argparse.Namespace) -> tuple[SprintPipeline | None, SprintPipeline | None]:
     """(student, teacher); None for what is not given."""
     # In float32 on every device: its numbers are compared with others.
-    model = SprintPipeline.from_pretrained(flags.model, jnp.float32, flags.params)
+    how = dict(params=flags.params, int8=bool(flags.int8))
+    model = SprintPipeline.from_pretrained(flags.model, jnp.float32, **how)
     if flags.teacher is None:
         return (model, None) if model.is_student else (None, model)
     if not model.is_student:

@@ -32,6 +32,7 @@ from .core.pixels import (
 from .core.request import Request
 from .encoders.autoencoder import Remembered
 from .models.control import Control
+from .models.inference.int8 import check_installed
 from .models.inference.operations import arrange
 from .models.inference.sampler import STATIC, Sampler, Seed
 from .models.inference.transformer import attention_on
@@ -61,6 +62,7 @@ class SprintPipeline:
       meta: where the parameters come from.
       arranged: draw by the form of the network that is made for GPUs (`models.inference`), whose
         weights are arranged here, once; ``params`` then lie in the host's memory.
+      int8: arranged, with the weights of the transformer's blocks in eight bits (`models.inference.int8`).
       device: that will draw, which decides how attention is computed there; default the first.
     """
 
@@ -80,6 +82,7 @@ class SprintPipeline:
         integer_times: bool = False,
         meta: dict[str, Any] | None = None,
         arranged: bool = False,
+        int8: bool = False,
         device: jax.Device | None = None,
     ):
         self.model, self.params = model, params
@@ -92,7 +95,7 @@ class SprintPipeline:
         self.sampler = Sampler(model, *how)
         if arranged:
             attention = attention_on(model, device or jax.devices()[0])
-            self.sampler = Sampler(model, *how, arranged, attention)
+            self.sampler = Sampler(model, *how, arranged, attention, int8)
         self._weights = params
         if arranged:
             self._weights, self.params = arrange(self.sampler.arrange, params)
@@ -110,6 +113,7 @@ class SprintPipeline:
         allow_nonfinite: bool = False,
         low_memory: bool = False,
         autoencoder: str | Path | None = None,
+        int8: bool = False,
     ) -> "SprintPipeline":
         """Loads a student or a teacher, with its control branch if it has one.
 
@@ -128,15 +132,22 @@ class SprintPipeline:
             and sends it to the device for every batch of prompts; slower, for cards where not all fits.
           autoencoder: where another autoencoder for the same latents lies, such as DC-AE-Lite: a folder of
             diffusers' AutoencoderDC or of a pipeline, or the hub id of one.
+          int8: keeps the weights of the transformer's blocks and of the text encoder's layers in eight bits,
+            half of bfloat16's memory, on one device.
 
         Raises:
           UserError: if path is none of these, or something in it is missing, damaged or not supported.
         """
         if dtype is None:
             dtype = jnp.float32 if jax.default_backend() == "cpu" else jnp.bfloat16
-        how = allow_nonfinite, control, low_memory, autoencoder
+        if int8:
+            check_installed()
+            if mesh is not None or low_memory:
+                raise UserError("int8 is for weights on one device: without mesh and low_memory", 2)
+        how = allow_nonfinite, control, low_memory, autoencoder, int8
         parts = load_parts(path, dtype, params, mesh, *how)
-        return cls(**parts, arranged=mesh is None and jax.default_backend() == "gpu")
+        arranged = int8 or (mesh is None and jax.default_backend() == "gpu")
+        return cls(**parts, arranged=arranged, int8=int8)
 
     def __call__(
         self, prompts: Sequence[str], steps: int | None = None, **options

@@ -54,7 +54,7 @@ def main(argv: list[str]) -> None:
         dtype = jnp.dtype(flags.dtype) if flags.dtype else None
         how = dict(params=flags.params, allow_nonfinite=flags.allow_nonfinite)
         how |= dict(control=flags.control_branch, autoencoder=flags.autoencoder)
-        how |= dict(low_memory=flags.low_memory)
+        how |= dict(low_memory=flags.low_memory, int8=flags.int8)
         pipe = SprintPipeline.from_pretrained(flags.model, dtype, **how)
         if conditions is not None:
             sides = zip((height, width), pipe.size, strict=True)
@@ -112,6 +112,7 @@ def _parser() -> cli.Parser:
         help="of the networks (default float32 on CPU, bfloat16 on accelerators)",
     )
     add("--low_memory", action="store_true", help="keep the text encoder in the host's memory")
+    add("--int8", action="store_true", help="weights in eight bits, for small cards (extra int8)")
     add("--autoencoder", metavar="DIR", help="another one for the same latents, e.g. DC-AE-Lite")
     add("--solver", choices=SOLVERS, help="for a teacher (default dpm)")
     add("--scale", type=int, default=1, metavar="N", help="enlarge the files by a whole factor")

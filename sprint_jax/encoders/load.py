@@ -66,6 +66,7 @@ def load_encoders(
     text_batch_size: int = 64,
     style: str = "diffusers",
     autoencoder: str | Path | None = None,
+    int8: bool = False,
 ) -> Encoders:
     """Loads the encoders of a pipeline, without its transformer.
 
@@ -77,6 +78,7 @@ def load_encoders(
       text_batch_size: captions at once.
       style: how captions are put, of `text.STYLES`.
       autoencoder: another one for the same latents, see `open_autoencoder`.
+      int8: the text encoder's layers in eight bits.
 
     Raises:
       UserError: no pipeline is there, a part is missing or damaged, or a batch cannot be split.
@@ -97,7 +99,7 @@ def load_encoders(
     folder = _locate(path, FILES)
     tokenizer = load_tokenizer(folder / "tokenizer")
     autoencoder = open_autoencoder(folder / "vae", dtype, shardings, autoencoder)
-    how = dict(batch_size=text_batch_size, sharding=sharding, **STYLES[style])
+    how = dict(batch_size=text_batch_size, sharding=sharding, int8=int8, **STYLES[style])
     text_encoder = open_text_encoder(folder, tokenizer, dtype, shardings, **how)
     identity = identify(autoencoder, text_encoder)
     return Encoders(autoencoder, text_encoder, identity, sharding)
@@ -207,17 +209,18 @@ def open_text_encoder(
     shardings: Callable | None,
     *,
     on_host: bool = False,
+    int8: bool = False,
     **how,
 ) -> TextEncoder:
     """Loads the text encoder in ``text_encoder`` of a folder; ``how`` are arguments of `TextEncoder`.
 
     ``on_host`` leaves its parameters in the host's memory, from the files on.
     """
-    arranged = jax.default_backend() == "gpu" and shardings is None
+    arranged = int8 or (jax.default_backend() == "gpu" and shardings is None)
     # From the host's memory layers go to the device one by one, and are there once.
     where = dict(shardings=shardings, on_host=on_host or arranged)
     gemma, params = load_text_encoder(folder / "text_encoder", dtype, **where)
-    how |= dict(arranged=arranged, on_host=on_host)
+    how |= dict(arranged=arranged, on_host=on_host, int8=int8)
     return TextEncoder(gemma, params, tokenizer, **how)
 
 

@@ -18,6 +18,7 @@ from ..core.errors import UserError
 from ..core.files import read_json
 from ..core.pixels import batch_rows
 from ..models.gemma2 import Gemma2, Prefix, unstack_layers
+from ..models.inference.int8 import quantize
 from ..models.inference.operations import arrange
 
 Array = jax.Array
@@ -162,6 +163,7 @@ class TextEncoder:
       arranged: run the layers unrolled, with weights of their own (`gemma2.unstack_layers`), as is best for
         GPUs; ``params`` then lie in the host's memory.
       on_host: NumPy parameters stay there, and each batch sends them to the device.
+      int8: arranged, with the layers' weights in eight bits (`models.inference.int8`).
 
     Raises:
       UserError: the tokenizer has more tokens than the network.
@@ -180,6 +182,7 @@ class TextEncoder:
         sharding: jax.sharding.Sharding | None = None,
         arranged: bool = False,
         on_host: bool = False,
+        int8: bool = False,
     ):
         vocabulary = tokenizer.tokenizer.get_vocab_size()
         if vocabulary > gemma.vocab_size:
@@ -195,9 +198,14 @@ class TextEncoder:
         if arranged:
             if isinstance(params["norm"]["weight"], np.ndarray):
                 self._weights = unstack_layers(params)
+                if int8:  # on the device one by one, where each has its whole width for a moment
+                    layers = ({"layers": layer} for layer in self._weights["layers"])
+                    narrow = tuple(jax.jit(quantize)(layer)["layers"] for layer in layers)
+                    self._weights |= {"layers": narrow}
                 self._weights = self._weights if on_host else jax.device_put(self._weights)
             else:
-                self._weights, self.params = arrange(unstack_layers, params)
+                form = (lambda params: quantize(unstack_layers(params))) if int8 else unstack_layers
+                self._weights, self.params = arrange(form, params)
 
     def encode(self, prompts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
         """Computes features of prompts behind the instruction.

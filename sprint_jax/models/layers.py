@@ -18,7 +18,7 @@ from einops import rearrange
 from flax import linen as nn
 
 from .depthwise import depthwise_conv3x3
-from .precision import dot_general, einsum
+from .precision import dot_general, einsum, is_quantized
 
 Array = jax.Array
 Dtype = Any
@@ -55,7 +55,13 @@ class Linear(nn.Dense):
     dot_general: Any = dot_general
 
     def __call__(self, x: Array) -> Array:
-        return super().__call__(x.reshape(-1, x.shape[-1])).reshape(*x.shape[:-1], self.features)
+        rows, kernel = x.reshape(-1, x.shape[-1]), self.get_variable("params", "kernel")
+        if is_quantized(kernel):  # which Dense would take for an array
+            y = dot_general(rows.astype(self.dtype), kernel, (((1,), (0,)), ((), ())))
+            y = y + self.get_variable("params", "bias") if self.use_bias else y
+        else:
+            y = super().__call__(rows)
+        return y.reshape(*x.shape[:-1], self.features)
 
 
 class RMSNorm(nn.Module):

@@ -20,9 +20,22 @@ def precision_of(*operands: Array) -> jax.lax.Precision | None:
     return jax.lax.Precision.HIGHEST if wide else None
 
 
-def dot_general(a: Array, b: Array, dimensions: Any, precision: Any = None, **how: Any) -> Array:
-    """Computes `jax.lax.dot_general` at `precision_of` its operands, for modules of Flax."""
+def dot_general(a: Array, b: Any, dimensions: Any, precision: Any = None, **how: Any) -> Array:
+    """Computes `jax.lax.dot_general` at `precision_of` its operands, for modules of Flax.
+
+    ``b`` may be a kernel of `inference.int8.quantize`.
+    """
+    if is_quantized(b):
+        from qwix import dot_general as of_quantized
+
+        b = b.astype(a.dtype)  # to which it is taken back
+        return of_quantized(a, b, dimensions, precision=precision or precision_of(a), **how)
     return jax.lax.dot_general(a, b, dimensions, precision=precision or precision_of(a, b), **how)
+
+
+def is_quantized(kernel: Any) -> bool:
+    """Whether a kernel is one of `inference.int8.quantize`."""
+    return hasattr(kernel, "qvalue")
 
 
 def einsum(subscripts: str, *operands: Array, **how: Any) -> Array:

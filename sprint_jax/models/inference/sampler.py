@@ -13,6 +13,7 @@ from ...trigflow import to_trigflow
 from .. import functions
 from ..control import Control
 from . import transformer
+from .int8 import quantize
 
 Array = jax.Array
 
@@ -37,7 +38,8 @@ class Sampler:
     """How a network draws; the fields are those of `pipeline.SprintPipeline`.
 
     With ``arranged`` the parameters of `latents` and `from_noise` are those that `arrange` returns, and the
-    network runs in its inference form, with the ``attention`` of `transformer.attention_on` its device.
+    network runs in its inference form, with the ``attention`` of `transformer.attention_on` its device, and
+    with ``int8`` weights in eight bits.
     """
 
     model: Any
@@ -48,10 +50,12 @@ class Sampler:
     integer_times: bool
     arranged: bool = False
     attention: Callable = transformer.softmax_attention
+    int8: bool = False
 
     def arrange(self, params: Any) -> Any:
         """Parameters of the network, arranged for inference."""
-        return transformer.prepare(self.model, params, unrolled=True)
+        ready = transformer.prepare(self.model, params, unrolled=True)
+        return quantize(ready) if self.int8 else ready
 
     def steps_from_image(self, steps: int, strength: float) -> int:
         """How many of a student's steps run when an image is changed."""
