@@ -47,8 +47,8 @@ def whole(data, tmp_path_factory):
 def killed(name, start, progress, within=1.0, check=lambda: False):
     """Starts a process until one ends by itself; some are killed a moment after ``progress()`` has changed.
 
-    The moment is up to ``within`` seconds. A start that fails is no survivor. ``check()`` follows every kill, and
-    says whether all was written before it.
+    The moment is up to ``within`` seconds. A start that fails is no survivor. ``check()`` follows every kill,
+    and says whether all was written before it.
     """
     moments, kills = random.Random(time.time_ns()), 0
     for attempt in range(KILLS + 1):
