@@ -211,13 +211,13 @@ SECTIONS = [
     ),
     (
         "results/load_memory.jsonl",
-        "Memory of loading a transformer",
+        "Memory and time of loading a transformer",
         "python benchmarks/load_memory.py",
         [
             (
                 "dtype",
-                "size | dtype | devices | peak over size of the file",
-                "{size} | {dtype} | {devices} | {peak_per_file:.2f}",
+                "size | dtype | devices | peak over size of the file | s",
+                "{size} | {dtype} | {devices} | {peak_per_file:.2f} | {seconds}",
             )
         ],
     ),
