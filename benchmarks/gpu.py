@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 HERE = Path(__file__).resolve().parent
-OK = "finished"
+OK, TOO_LONG = "finished", "out of time"
 # Before it becomes the part, a process asks Linux to kill it when this one is gone: it would hold the device.
 DIE_WITH_PARENT = """
 import ctypes, os, sys
@@ -69,7 +69,7 @@ def parts(flags, against: list[str]) -> list[Part]:
     # Torch and JAX share the device's memory.
     shared = {"XLA_PYTHON_CLIENT_PREALLOCATE": "false"}
     # Compilers of both take minutes: they run side by side, and what is timed finds its programs. With a
-    # limit, which is never reached, JAX writes whole entries or none.
+    # limit, which is never reached, JAX locks what it writes.
     kept = shared | {
         "XLA_PYTHON_CLIENT_MEM_FRACTION": "0.95",
         "JAX_COMPILATION_CACHE_DIR": str(scratch / "programs"),
@@ -196,7 +196,7 @@ def run(part: Part, seconds: float, out: Path, logs: Path, variables: dict[str, 
             codes = [each.wait(max(0, next(left))) for each in processes]
             how = next((f"exit code {code}" for code in codes if code), OK)
         except subprocess.TimeoutExpired:
-            how = "out of time" if seconds >= part.seconds else "cut off"
+            how = TOO_LONG if seconds >= part.seconds else "cut off"
         finally:
             for process in processes:
                 if process.poll() is None:
@@ -208,8 +208,10 @@ def run(part: Part, seconds: float, out: Path, logs: Path, variables: dict[str, 
     add(out, line)
 
 
-def _unneeded(part: Part, done: Mapping[str, str]) -> bool:
-    return bool(part.only_for) and all(done.get(name) == OK for name in part.only_for)
+def _unneeded(part: Part, done: Mapping[str, str], again: bool) -> bool:
+    """Whether all that a part is for has ended: well, if what did not is to run ``again``."""
+    ends = [done.get(name) for name in part.only_for]
+    return bool(ends) and all(end == OK if again else end for end in ends)
 
 
 def missing(wheels: Path) -> list[Path]:
@@ -286,15 +288,18 @@ def main(argv: list[str]) -> int:
     for part in table:
         # A machine that is lent again comes without what was made on it.
         how = done.get(part.name) if (flags.scratch / part.makes).exists() else None
-        is_needed = part.name in only and not _unneeded(part, done)
+        is_needed = part.name in only and not _unneeded(part, done, flags.again)
         if not is_needed or how == OK or (how and not flags.again):
             continue
         left = until - time.monotonic()
         if left < LEAST:
             break
         run(part, min(part.seconds, left), flags.out, logs, variables)
+        if part.only_for and ended(flags.out).get(part.name) in (None, TOO_LONG):
+            # A program that was half written when its compiler was killed is never replaced.
+            shutil.rmtree(flags.scratch / part.makes, ignore_errors=True)
     done = ended(flags.out)
-    wanted = [part for part in table if part.name in only and not _unneeded(part, done)]
+    wanted = [part for part in table if part.name in only and not _unneeded(part, done, True)]
     left = [part.name for part in wanted if done.get(part.name) != OK]
     print(f"{flags.out}: " + (f"not finished: {', '.join(left)}" if left else "all is measured"))
     return int(bool(left))

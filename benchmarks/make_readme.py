@@ -32,6 +32,7 @@ DIGITS = (
 SECTIONS = [
     ("results/full.json", "Digits, the full recipe", "", [DIGITS]),
     ("results/quickstart.json", "Digits, the quickstart", "", [DIGITS]),
+    ("results/int8.json", "Digits, the full recipe's student in eight bits", "", [DIGITS]),
     (
         "results/control.jsonl",
         "Digits along sketches: a teacher, a student with its branch, a branch on a frozen student "

@@ -51,9 +51,10 @@ def note(report: dict[str, Any]) -> str:
 
 
 def title(name: str, report: dict[str, Any]) -> str:
-    """Returns a report's name, and that of the autoencoder that drew in place of the model's own."""
-    other = (report.get("model") or {}).get("autoencoder")
-    return f"{name}, decoded by {other}" if other else name
+    """Returns a report's name, and what its model drew with in place of its own autoencoder and weights."""
+    model = report.get("model") or {}
+    name += f", decoded by {model['autoencoder']}" if model.get("autoencoder") else ""
+    return f"{name}, weights in eight bits" if model.get("int8") else name
 
 
 def show(number: dict[str, Any] | None) -> str:

@@ -149,7 +149,7 @@ def test_what_is_made_of_it_is_whole_after_kills_too(trained, bucket, name):
                 assert mine.read_bytes() == other.read_bytes()
         return written() == sorted(whole)
 
-    killed(out, lambda: runs.start(call(f"{out}/killed"), name), written, 0.1, check)
+    killed(out, lambda: runs.start(call(f"{out}/killed"), name), written, 0.0, check)
     assert written() == sorted(whole)
     assert not list(runs.ROOT.glob("*:"))  # no folder with the name of a scheme
 

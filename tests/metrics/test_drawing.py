@@ -11,7 +11,7 @@ from PIL import Image
 from sprint_jax import evaluate
 from sprint_jax.core.errors import UserError
 from sprint_jax.core.fingerprint import digest
-from sprint_jax.metrics import drawing
+from sprint_jax.metrics import drawing, report
 from sprint_jax.metrics.geneval_prompts import make_prompts
 from sprint_jax.metrics.pictures import open_pictures, prompts_of, read_prompts
 from sprint_jax.pipeline import Request
@@ -140,6 +140,7 @@ def test_reports_name_the_autoencoder_that_was_put_in(root, tmp_path, pipe, caps
     own, other = (json.loads((tmp_path / f"{name}.json").read_text()) for name in ("own", "other"))
     assert "autoencoder" not in own["model"] and other["model"]["autoencoder"] == "org/lite"
     assert "org/lite" in (tmp_path / "other.md").read_text().splitlines()[0]
+    assert report.title("r", {"model": {"int8": True}}) != report.title("r", own)
     capsys.readouterr()
     evaluate.main(["--compare", str(tmp_path / "own.json"), str(tmp_path / "other.json")])
     rows = capsys.readouterr().out.splitlines()[2:]
