@@ -94,10 +94,15 @@ def check(
 
 
 def with_floats(kind: type, fields: Mapping[str, Any]) -> dict[str, Any]:
-    """Fields of a dataclass, whole numbers made floats where it has floats: JAX takes no integer above 2^31."""
+    """Fields of a dataclass, whole numbers that JAX cannot take, from 2^31 on, made floats where it has floats.
+
+    Smaller ones stay, since other programs that read them back may want them whole.
+    """
     real = {each.name for each in dataclasses.fields(kind) if each.type in (float, float | None)}
     return {
-        name: float(value) if name in real and _is(value, int) and abs(value) < LARGE else value
+        name: float(value)
+        if name in real and _is(value, int) and 2**31 <= abs(value) < LARGE
+        else value
         for name, value in fields.items()
     }
 
