@@ -48,6 +48,7 @@ def test_latents_and_pictures_are_those_of_the_plain_form(student):
     assert jax.tree.structure(arranged.params) == jax.tree.structure(plain.params)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("wiring", WIRINGS)
 @pytest.mark.parametrize("student", [True, False])
 def test_a_control_branch_steers_as_in_the_plain_form(student, wiring):

@@ -38,6 +38,7 @@ def kernels(params):
     return sum(leaf.nbytes for path, leaf in leaves if "'kernel'" in jax.tree_util.keystr(path))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
 def test_a_folder_draws_with_a_part_of_the_weights(tmp_path, dtype):
     folder = write_pipeline(tmp_path / "student")
