@@ -154,8 +154,12 @@ def installed() -> Mapping[str, list[str]]:
 
 
 def distributions(module: str) -> set[str]:
-    """The distributions that install a module: ``"PIL"`` -> ``{"pillow"}``."""
-    return {normalized(name) for name in installed().get(module, [module])}
+    """The distributions that install a module: ``"PIL"`` -> ``{"pillow"}``.
+
+    Of what is not installed, those of the module's own name, or of the extra parity the one that has another.
+    """
+    named = {"cv2": "opencv-python-headless"}.get(module, module)
+    return {normalized(name) for name in installed().get(module, [named])}
 
 
 def test_every_import_is_a_requirement():

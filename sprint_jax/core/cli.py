@@ -14,6 +14,7 @@ import difflib
 import errno
 import os
 import re
+import select
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -36,14 +37,17 @@ def run_command(main: Callable[[list[str]], None], out_of_memory: int = OUT_OF_M
     """Runs ``main(sys.argv[1:])`` and turns a user's mistake into one line and an exit code.
 
     `UserError` prints ``error: <line>`` on stderr and exits with its code, as do a full disk and a
-    forbidden path (1), and memory that is not enough; Ctrl-C exits with 130. Every other exception is a bug:
-    its traceback stays.
+    forbidden path (1), and memory that is not enough; Ctrl-C exits with 130, a reader of the output that has
+    gone, such as ``| head``, with 141, as by SIGPIPE. Every other exception is a bug: its traceback stays.
     """
     try:
         main(sys.argv[1:])
+        sys.stdout.flush()
     except UserError as error:
         _fail(str(error), error.exit_code, error.abrupt)
     except OSError as error:
+        if isinstance(error, BrokenPipeError) and _output_is_closed():
+            sys.exit(141)
         if error.errno not in _MACHINE_ERRORS and not is_provider_error(error.__cause__ or error):
             raise
         path = f"{error.filename}: " if error.filename else ""
@@ -53,11 +57,23 @@ def run_command(main: Callable[[list[str]], None], out_of_memory: int = OUT_OF_M
     except Exception as error:
         if is_out_of_memory(error):
             what = f"out of memory ({str(error)[:200] or 'of the host'})"
-            advice = "fewer or smaller pictures at once, `sample --low_memory`, or more devices"
+            advice = (
+                "fewer or smaller pictures at once, `sample --low_memory --int8`, or more devices"
+            )
             _fail(f"{what}: {advice}", out_of_memory)
         if not is_provider_error(error):
             raise
         _fail(f"the bucket's provider says: {type(error).__name__}: {error}", 1)
+
+
+def _output_is_closed() -> bool:
+    """Whether nobody reads stdout any more, which then goes nowhere: Python flushes it once more at its end."""
+    output, closed = sys.stdout.fileno(), select.poll()
+    closed.register(output, 0)
+    if not any(event & select.POLLERR for _, event in closed.poll(0)):
+        return False
+    os.dup2(os.open(os.devnull, os.O_WRONLY), output)
+    return True
 
 
 def _fail(message: str, exit_code: int, abrupt: bool = False) -> NoReturn:

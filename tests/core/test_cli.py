@@ -1,6 +1,8 @@
 """sprint_jax/core/cli.py: flags, one-line errors and exit codes."""
 
 import errno
+import os
+import subprocess
 import sys
 from types import SimpleNamespace
 
@@ -103,6 +105,18 @@ def test_exit_code_and_line(exception, code, line, monkeypatch, capsys):
     text = capsys.readouterr().err
     assert caught.value.code == code
     assert text.startswith(line) and text.count("\n") == 1
+
+
+@pytest.mark.parametrize(("lines", "unbuffered"), [(1, "1"), (1, ""), (10_000, "")])
+def test_a_reader_that_goes_ends_it_quietly(lines, unbuffered):
+    script = "import sys; from sprint_jax.core import cli; sys.stdin.read()\n"
+    script += f"cli.run_command(lambda argv: print('x\\n' * {lines}))"
+    pipes = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.PIPE)
+    env = os.environ | {"PYTHONUNBUFFERED": unbuffered}
+    with subprocess.Popen([sys.executable, "-c", script], cwd=ROOT, env=env, **pipes) as process:
+        process.stdout.close()
+        process.stdin.close()
+        assert (process.stderr.read(), process.wait(60)) == (b"", 141)
 
 
 BUGS = [ValueError("a bug"), FileNotFoundError(errno.ENOENT, "a bug")]
