@@ -98,7 +98,7 @@ class SprintPipeline:
             self.sampler = Sampler(model, *how, arranged, attention, int8)
         self._weights = params
         if arranged:
-            self._weights, self.params = arrange(self.sampler.arrange, params)
+            self._weights, self.params = arrange(self.sampler.arrange, params, by_parts=True)
         self._latents = jax.jit(self.sampler.from_noise, static_argnames=STATIC)
 
     @classmethod
@@ -144,9 +144,9 @@ class SprintPipeline:
             check_installed()
             if mesh is not None or low_memory:
                 raise UserError("int8 is for weights on one device: without mesh and low_memory", 2)
-        how = allow_nonfinite, control, low_memory, autoencoder, int8
-        parts = load_parts(path, dtype, params, mesh, *how)
         arranged = int8 or (mesh is None and jax.default_backend() == "gpu")
+        how = allow_nonfinite, control, low_memory, autoencoder, int8, arranged
+        parts = load_parts(path, dtype, params, mesh, *how)
         return cls(**parts, arranged=arranged, int8=int8)
 
     def __call__(

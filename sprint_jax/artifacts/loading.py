@@ -52,8 +52,12 @@ def load_parts(
     low_memory: bool = False,
     autoencoder: str | Path | None = None,
     int8: bool = False,
+    arranged: bool = False,
 ) -> dict[str, Any]:
-    """Arguments of `pipeline.SprintPipeline`; see its ``from_pretrained``."""
+    """Arguments of `pipeline.SprintPipeline`; see its ``from_pretrained``.
+
+    What is to be ``arranged`` stays in the host's memory, from where it is arranged block by block.
+    """
     shardings = functools.partial(state_shardings, mesh) if mesh is not None else None
     kind, folder = locate(path, ("workdir", "pipeline"))
     if kind == "workdir":
@@ -62,7 +66,7 @@ def load_parts(
         how = dict(autoencoder=autoencoder, int8=int8)
         parts = _from_workdir(folder, dtype, params, shardings, allow_nonfinite, **how)
     else:
-        how = allow_nonfinite, low_memory, autoencoder, int8
+        how = allow_nonfinite, low_memory, autoencoder, int8, arranged
         parts = _from_folder(folder, dtype, shardings, *how)
     if control is None:
         return parts
@@ -140,6 +144,7 @@ def _from_folder(
     low_memory: bool,
     autoencoder: str | Path | None,
     int8: bool,
+    arranged: bool,
 ) -> dict[str, Any]:
     """From ``transformer``, ``vae``, ``text_encoder``, ``tokenizer`` and ``scheduler`` of diffusers.
 
@@ -153,7 +158,7 @@ def _from_folder(
     # The small parts first: a mistake in them should not wait for gigabytes.
     tokenizer = load_tokenizer(folder / "tokenizer")
     autoencoder = open_autoencoder(folder / "vae", dtype, shardings, autoencoder)
-    how = dict(shardings=shardings, allow_nonfinite=allow_nonfinite)
+    how = dict(shardings=shardings, allow_nonfinite=allow_nonfinite, on_host=arranged)
     fields, tree = load_transformer(folder / "transformer", dtype, **how)
     model = from_fields(fields, dtype=jnp.dtype(dtype).name)
     if model.guidance_embeds != student:

@@ -57,9 +57,7 @@ def run_command(main: Callable[[list[str]], None], out_of_memory: int = OUT_OF_M
     except Exception as error:
         if is_out_of_memory(error):
             what = f"out of memory ({str(error)[:200] or 'of the host'})"
-            advice = (
-                "fewer or smaller pictures at once, `sample --low_memory --int8`, or more devices"
-            )
+            advice = "fewer or smaller pictures at once, `sample --low_memory` or `--int8`, or more devices"
             _fail(f"{what}: {advice}", out_of_memory)
         if not is_provider_error(error):
             raise

@@ -217,7 +217,7 @@ def open_text_encoder(
     ``on_host`` leaves its parameters in the host's memory, from the files on.
     """
     arranged = int8 or (jax.default_backend() == "gpu" and shardings is None)
-    # From the host's memory layers go to the device one by one, and are there once.
+    # From the host's memory layers go to the device one by one, and are there once, as in `artifacts.loading`.
     where = dict(shardings=shardings, on_host=on_host or arranged)
     gemma, params = load_text_encoder(folder / "text_encoder", dtype, **where)
     how |= dict(arranged=arranged, on_host=on_host, int8=int8)

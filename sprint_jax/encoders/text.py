@@ -144,6 +144,12 @@ def tokenize(
     return Tokens(ids, mask, np.array([0, *range(size - length + 1, size)]))
 
 
+def _in_eight_bits(params: dict) -> dict:
+    """Layers apart, each quantized by itself: of one after the other the device has both forms."""
+    apart, narrow = unstack_layers(params), jax.jit(lambda layer: quantize({"layers": layer}))
+    return apart | {"layers": tuple(narrow(layer)["layers"] for layer in apart["layers"])}
+
+
 class TextEncoder:
     """A text encoder for `SprintPipeline`, from prompts to text features.
 
@@ -195,17 +201,11 @@ class TextEncoder:
         self.batch_size, self.sharding = batch_size, sharding
         self._prefix, self._run = None, jax.jit(self._features)
         self._weights = params
-        if arranged:
-            if isinstance(params["norm"]["weight"], np.ndarray):
-                self._weights = unstack_layers(params)
-                if int8:  # on the device one by one, where each has its whole width for a moment
-                    layers = ({"layers": layer} for layer in self._weights["layers"])
-                    narrow = tuple(jax.jit(quantize)(layer)["layers"] for layer in layers)
-                    self._weights |= {"layers": narrow}
-                self._weights = self._weights if on_host else jax.device_put(self._weights)
-            else:
-                form = (lambda params: quantize(unstack_layers(params))) if int8 else unstack_layers
-                self._weights, self.params = arrange(form, params)
+        if arranged and on_host:
+            self._weights = unstack_layers(params)
+        elif arranged:
+            form = _in_eight_bits if int8 else unstack_layers
+            self._weights, self.params = arrange(form, params, by_parts=True)
 
     def encode(self, prompts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
         """Computes features of prompts behind the instruction.

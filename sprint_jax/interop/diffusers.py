@@ -38,6 +38,7 @@ def load_transformer(
     fields: dict[str, Any] | None = None,
     shardings: Callable | None = None,
     allow_nonfinite: bool = False,
+    on_host: bool = False,
 ) -> tuple[dict[str, Any], Any]:
     """Loads the transformer of a diffusers folder (``transformer/`` of a pipeline) or one safetensors file.
 
@@ -45,7 +46,7 @@ def load_transformer(
       path: a folder with ``config.json`` and weights, in one file or by an index; or one file.
       dtype: of the parameters returned.
       fields: of SanaTransformer, e.g. one of ``SIZES``, for a file that has no ``config.json`` beside it.
-      shardings, allow_nonfinite: see `files.load_params`.
+      shardings, allow_nonfinite, on_host: see `files.load_params`.
 
     Returns:
       ``(fields, params)``: fields for ``SanaTransformer(**fields)``, with ``logvar`` where
@@ -61,7 +62,7 @@ def load_transformer(
         config = read_config(folder, "SanaTransformer2DModel")
         fields = fields_from_config(config, f"{folder}/config.json")
     fields = {key: value for key, value in fields.items() if key != "logvar"}
-    how = dtype, shardings, allow_nonfinite
+    how = dtype, shardings, allow_nonfinite, on_host
     params = load_params(sana_table(fields), open_safetensors(path, STEM), *how)
     if (folder / LOGVAR).is_file():
         params |= load_params(logvar_table(fields), open_safetensors(folder / LOGVAR), *how)
@@ -109,6 +110,7 @@ def load_control(
     *,
     shardings: Callable | None = None,
     allow_nonfinite: bool = False,
+    on_host: bool = False,
 ) -> tuple[dict[str, Any], Any]:
     """Loads the control branch of a diffusers folder (``controlnet/`` of a SanaControlNetPipeline).
 
@@ -125,7 +127,7 @@ def load_control(
     folder = local_copy(path)
     config = read_config(folder, "SanaControlNetModel")
     fields = control_fields(config, fields, f"{folder}/config.json")
-    how = dtype, shardings, allow_nonfinite
+    how = dtype, shardings, allow_nonfinite, on_host
     return fields, load_params(control_table(fields), open_safetensors(folder, STEM), *how)
 
 

@@ -185,13 +185,7 @@ class Gemma2:
 
 def unstack_layers(params: dict) -> dict:
     """Parameters whose layers are apart, to be unrolled: a GPU copies weights out of a stack to use them."""
-    layers = params["layers"]
-    if any(isinstance(leaf, jax.Array) for leaf in jax.tree.leaves(layers)):
-        return params | {"layers": unstack(layers)}
-    # In the host's memory they are views, which take no room.
-    count = len(jax.tree.leaves(layers)[0])
-    apart = (jax.tree.map(lambda leaf, i=i: leaf[i], layers) for i in range(count))
-    return params | {"layers": tuple(apart)}
+    return params | {"layers": unstack(params["layers"])}
 
 
 class RMSNorm(nn.Module):

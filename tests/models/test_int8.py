@@ -4,6 +4,7 @@ import functools
 import json
 import sys
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -14,7 +15,9 @@ from helpers.workdirs import make_workdir, random_params, tiny_config
 from sprint_jax import SprintPipeline, evaluate
 from sprint_jax.core.errors import UserError
 from sprint_jax.digits.encoders import digits_parts
-from sprint_jax.models.inference import int8
+from sprint_jax.models.blocks import unstack
+from sprint_jax.models.inference import int8, transformer
+from sprint_jax.models.inference.operations import arrange
 from sprint_jax.models.sana import from_fields
 from sprint_jax.parallel.sharding import make_mesh
 
@@ -79,6 +82,22 @@ def test_blocks_alone_are_narrow(monkeypatch):
     control = plain.encode_control(np.full((1, 8, 8, 3), 255, np.uint8))
     drawn = [each.denoise(text, mask, noise, steps=1, control=control) for each in (plain, pipe)]
     assert 1e-4 < error(drawn[1], drawn[0]) < 0.1
+
+
+def test_blocks_are_arranged_one_by_one_from_the_hosts_memory():
+    """Blocks of a stack are views, each goes to the device by itself; numbers are those of one program."""
+    fields = dict(tiny_config("distill")["model"]) | dict(num_layers=3, qk_norm=True)
+    model, params = from_fields(fields), jax.device_get(random_params(fields, 1))
+    stacked = params["transformer_blocks"]["attn1"]["to_q"]["kernel"]
+    assert all(
+        np.shares_memory(block["attn1"]["to_q"]["kernel"], stacked)
+        for block in unstack(params["transformer_blocks"])
+    )
+    form = functools.partial(transformer.prepare, model, unrolled=True, finish=int8.quantize)
+    by_parts, kept = arrange(form, params, by_parts=True)
+    assert all(isinstance(leaf, jax.Array) for leaf in jax.tree.leaves(by_parts))
+    assert jax.tree.leaves(kept)[0] is jax.tree.leaves(params)[0]
+    chex.assert_trees_all_equal(by_parts, jax.jit(form)(params))
 
 
 def test_reports_say_that_weights_were_narrow(tmp_path):

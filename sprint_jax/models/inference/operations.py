@@ -18,11 +18,16 @@ from ..precision import dot_general, precision_of
 Array = jax.Array
 
 
-def arrange(form: Callable, params: Any) -> tuple[Any, Any]:
-    """``form(params)``, computed once on the device, and ``params`` in the host's memory; shapes of shapes."""
+def arrange(form: Callable, params: Any, by_parts: bool = False) -> tuple[Any, Any]:
+    """``form(params)``, computed once on the device, and ``params`` in the host's memory; shapes of shapes.
+
+    With ``by_parts`` the form takes the parameters from there and compiles its parts itself: of a network of
+    equal blocks, the device never holds more than one in both forms.
+    """
     if any(isinstance(leaf, jax.ShapeDtypeStruct) for leaf in jax.tree.leaves(params)):
         return jax.eval_shape(form, params), params
-    return jax.jit(form)(params), jax.device_get(params)
+    host = jax.device_get(params)
+    return (jax.device_put(form(host)) if by_parts else jax.jit(form)(params)), host
 
 
 def linear(x: Array, weights: dict) -> Array:

@@ -54,8 +54,8 @@ class Sampler:
 
     def arrange(self, params: Any) -> Any:
         """Parameters of the network, arranged for inference."""
-        ready = transformer.prepare(self.model, params, unrolled=True)
-        return quantize(ready) if self.int8 else ready
+        finish = {"finish": quantize} if self.int8 else {}
+        return transformer.prepare(self.model, params, unrolled=True, **finish)
 
     def steps_from_image(self, steps: int, strength: float) -> int:
         """How many of a student's steps run when an image is changed."""

@@ -25,13 +25,26 @@ from .operations import biased, depthwise, linear, rms_norm, taps
 Array = jax.Array
 
 
-def prepare(model: Any, params: dict, unrolled: bool) -> dict:
+def prepare(
+    model: Any, params: dict, unrolled: bool, finish: Callable[[dict], dict] = lambda ready: ready
+) -> dict:
     """Parameters of a SanaTransformer as `context` and `velocity` take them; a pure function.
 
     Args:
+      params: in the host's memory, each block goes to the device by itself.
       unrolled: every block's weights are apart, and blocks are unrolled; else they are stacked and scanned.
+      finish: of each block's weights under ``blocks``, such as `int8.quantize`.
     """
-    ready = _embedders(model, params) | {"blocks": _blocks(model, params, unrolled)}
+
+    @jax.jit
+    def block(weights):
+        return finish({"blocks": _block(model, weights)})["blocks"]
+
+    def blocks(params):
+        ready = tuple(map(block, unstack(params["transformer_blocks"])))
+        return ready if unrolled else stack(ready)
+
+    ready = _embedders(model, params) | {"blocks": blocks(params)}
     ready["proj_out"] = _cast(model, params["proj_out"])
     ready["scale_shift_table"] = wide(params["scale_shift_table"])
     if "control" not in params:
@@ -41,7 +54,7 @@ def prepare(model: Any, params: dict, unrolled: bool) -> dict:
     copies["after_proj"] = _cast(model, branch["transformer_blocks"]["after_proj"])
     if unrolled:
         copies["after_proj"] = unstack(copies["after_proj"])
-    copies["blocks"] = _blocks(model, branch, unrolled)
+    copies["blocks"] = blocks(branch)
     own = model.control_wiring == "diffusers"
     return ready | {"control": copies | (_embedders(model, branch) if own else {})}
 
@@ -49,11 +62,6 @@ def prepare(model: Any, params: dict, unrolled: bool) -> dict:
 def _embedders(model: Any, params: dict) -> dict:
     ready = {name: _cast(model, params[name]) for name in ("patch_embed", "caption_projection")}
     return ready | {name: wide_tree(params[name]) for name in ("time_embed", "caption_norm")}
-
-
-def _blocks(model: Any, params: dict, unrolled: bool) -> Any:
-    blocks = tuple(_block(model, each) for each in unstack(params["transformer_blocks"]))
-    return blocks if unrolled else stack(blocks)
 
 
 def _block(model: Any, weights: dict) -> dict:
