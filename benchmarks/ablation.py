@@ -2,13 +2,14 @@
 
     python benchmarks/ablation.py --root runs/ablation
 
-One teacher is trained with times 0..1000 and without QK norm; `prepare_teacher` makes four of it, all
-fine-tuned for as long; `teacher_check` judges each; each is distilled for 200 steps by the consistency loss
-alone. Writes benchmarks/results/ablation.jsonl and benchmarks/pictures/ablation.png. Finished steps are not
-repeated.
+One teacher is trained with times 0..1000 and without QK norm. From each of five seeds `prepare_teacher` makes
+four of it, all fine-tuned for as long, and each is distilled for 200 steps by the consistency loss alone;
+`teacher_check` judges those of the first seed. Writes benchmarks/results/ablation.jsonl and
+benchmarks/pictures/ablation.png; benchmarks/claims.py says what differs. Finished steps are not repeated.
 """
 
 import argparse
+import itertools
 import json
 import sys
 from pathlib import Path
@@ -19,7 +20,9 @@ from matplotlib.figure import Figure
 
 from sprint_jax.benchmarking.scripts import (
     config_words,
-    digits_accuracy,
+    digits_report,
+    evaluated_students,
+    numbers,
     run_command,
     write_lines,
 )
@@ -42,28 +45,28 @@ TUNE = {"steps": 180, "optimizer.decay_steps": 180, "optimizer.learning_rate": 5
 TUNE |= {"optimizer.warmup_steps": 20, "log.sample_every": 10000}
 
 
-def make(root: Path) -> None:
-    """Trains, prepares, checks and distils."""
-    data = {"data.dir": root / "data"}
+def make(root: Path, seeds: int, data: Path, count: int) -> None:
+    """Trains, prepares, checks, distils and evaluates."""
+    data_words = {"data.dir": data, "log.sample_every": 10000}
     teacher = ["--config", "configs/digits.py:teacher,small"]
     student = ["--config", "configs/digits.py:student,small,sprint"]
-    base = {"model.timestep_scale": 1.0, "model.qk_norm": False, "log.sample_every": 10000}
-    run_command("train", *teacher, *config_words(data | base), "--workdir", root / "base")
-    where = ["--model", root / "base", "--workdir", root / "kept_qk", "--keep_time_embedding"]
-    run_command("prepare_teacher", *teacher, *config_words(data | TUNE), *where)
-    for name, (scale, qk_norm) in ARMS.items():
-        model = {"model.timestep_scale": scale, "model.qk_norm": qk_norm}
-        where = ["--model", root / "base", "--workdir", root / name]
-        run_command("prepare_teacher", *teacher, *config_words(data | TUNE | model), *where)
-        report = root / f"{name}_check"
-        if not (report / "report.json").is_file():
-            words = ["--model", root / name, "--out", report]
+    base = data_words | {"model.timestep_scale": 1.0, "model.qk_norm": False}
+    run_command("train", *teacher, *config_words(base), "--workdir", root / "base")
+    tune = [*teacher, *config_words(data_words | TUNE), "--model", root / "base"]
+    run_command("prepare_teacher", *tune, "--workdir", root / "kept_qk", "--keep_time_embedding")
+    for seed, (name, (scale, qk_norm)) in itertools.product(range(seeds), ARMS.items()):
+        prepared = root / f"{name}-{seed}"
+        model = {"model.timestep_scale": scale, "model.qk_norm": qk_norm, "seed": seed}
+        run_command("prepare_teacher", *tune, *config_words(model), "--workdir", prepared)
+        report = root / f"{name}-0_check"
+        if seed == 0 and not (report / "report.json").is_file():
+            words = ["--model", prepared, "--out", report]
             run_command("teacher_check", *words, allowed=(0, 4))
         short = {"steps": STEPS, "optimizer.decay_steps": STEPS, "ladd.weight": 0.0}
-        short |= {"log.every": 5, "log.sample_every": 10000, "teacher": root / name} | model
-        run_command(
-            "train", *student, *config_words(data | short), "--workdir", root / f"{name}_student"
-        )
+        short |= {"log.every": 5, "teacher": prepared, "data.batch_size": 32} | model
+        folder = root / "students" / prepared.name
+        run_command("train", *student, *config_words(data_words | short), "--workdir", folder)
+        digits_report(folder, count)
 
 
 def losses_after_surgery(root: Path) -> dict:
@@ -84,25 +87,26 @@ def losses_after_surgery(root: Path) -> dict:
     for name, fit in (("fitted", True), ("kept", False)):
         params, _ = surgery.operate(source.fields, base, target, fit_time=fit)
         line[name] = loss(target, params)
-    for name, folder in (("fitted", "dense_qk"), ("kept", "kept_qk")):
+    for name, folder in (("fitted", "dense_qk-0"), ("kept", "kept_qk")):
         tuned, _ = find_weights(str(root / folder)).load(None)
         line[f"{name}, fine-tuned"] = loss(target, tuned)
     return line
 
 
-def summarize(root: Path) -> list[dict]:
+def summarize(root: Path, count: int) -> list[dict]:
     """One line for each arm: what was said beforehand, and what the second half of distillation was like."""
-    lines = []
+    lines, students = [], evaluated_students(root, count)
     for name, (scale, qk_norm) in ARMS.items():
-        report = json.loads((root / f"{name}_check" / "report.json").read_text())
-        metrics = read_metrics(root / f"{name}_student" / "metrics.jsonl")
-        late = metrics[len(metrics) // 2 :]
+        report = json.loads((root / f"{name}-0_check" / "report.json").read_text())
+        logs = [read_metrics(folder / "metrics.jsonl") for folder in students[name].values()]
+        late = [record for log in logs for record in log[len(log) // 2 :]]
 
         def by_bin(key, late=late):
             columns = [[m[f"{key}/t{i}"] for m in late] for i in range(BINS)]
             return [float(np.mean([x for x in c if x is not None] or [np.nan])) for c in columns]
 
         gradients = np.asarray([m["grad/student"] for m in late], np.float64)
+        reports = [digits_report(folder, count)["runs"] for folder in students[name].values()]
         lines.append(
             {
                 "arm": name,
@@ -114,16 +118,16 @@ def summarize(root: Path) -> list[dict]:
                 "before": {
                     key: report["measured"]["after"]["tangent"][key] for key in ("size", "gradient")
                 },
+                "seeds": len(logs),
                 "tangent_norm": by_bin("tangent_norm"),
                 "error": by_bin("error"),
                 "teacher_gap": by_bin("teacher_gap"),
                 "gradient_median": float(np.median(gradients)),
                 "gradient_largest": float(gradients.max()),
-                "accuracy": {
-                    str(steps): digits_accuracy(root / f"{name}_student", 400, steps=steps)
-                    for steps in (1, 2, 4)
+                "by_steps": {
+                    str(runs[0]["steps"]): numbers(runs) for runs in zip(*reports, strict=True)
                 },
-                "skipped": metrics[-1]["health/skipped"],
+                "skipped": sum(log[-1]["health/skipped"] for log in logs),
             }
         )
     return lines
@@ -140,7 +144,7 @@ def draw(lines: list[dict], root: Path, path: Path) -> None:
         axes[0].plot(middles, line["before"]["size"], **style)
         axes[1].plot(middles, line["before"]["gradient"], **style)
         axes[2].plot(middles, line["tangent_norm"], **style)
-        metrics = read_metrics(root / f"{line['arm']}_student" / "metrics.jsonl")
+        metrics = read_metrics(root / "students" / f"{line['arm']}-0" / "metrics.jsonl")
         axes[3].plot([m["step"] for m in metrics], [m["grad/student"] for m in metrics], **style)
     titles = (
         ("teacher_check: tangent / (sigma_d F)", "angle t"),
@@ -160,10 +164,13 @@ def draw(lines: list[dict], root: Path, path: Path) -> None:
 def main(argv: list[str]) -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--root", type=Path, default=Path("runs/ablation"))
+    parser.add_argument("--seeds", type=int, default=5)
+    parser.add_argument("--data", type=Path, help="data.dir of all runs (default: in the root)")
+    parser.add_argument("--count", type=int, default=1000, help="prompts (default 1000)")
     flags = parser.parse_args(argv)
-    make(flags.root)
-    lines = summarize(flags.root)
-    command = {"command": "python benchmarks/ablation.py"}
+    make(flags.root, flags.seeds, flags.data or flags.root / "data", flags.count)
+    lines = summarize(flags.root, flags.count)
+    command = {"command": " ".join(["python benchmarks/ablation.py", *argv])}
     every = [command, losses_after_surgery(flags.root), *lines]
     write_lines(HERE / "results" / "ablation.jsonl", every)
     draw(lines, flags.root, HERE / "pictures" / "ablation.png")

@@ -1,8 +1,9 @@
 """The paper's ablations asked again on digits: what holds, by differences between students of one seed.
 
-    python benchmarks/claims.py --runs runs/paper --teacher runs/teacher
+    python benchmarks/claims.py --runs runs/paper --teacher runs/teacher --ablation runs/ablation
 
-The students are those of `configs/methods.py`, sweep ``paper``; each is evaluated once. A claim says that one
+The students are those of `configs/methods.py`, sweep ``paper``, each evaluated once, and those of
+benchmarks/ablation.py. A claim says that one
 arm is better than another in some numbers of steps. It is confirmed where the mean of the differences, seed by
 seed, lies on its side by more than the 97.5 % quantile of Student's t times its standard error, contradicted
 where on the other side, and else not seen. Of verdicts where nothing is
@@ -10,7 +11,6 @@ to be seen, 5 % are false. Writes benchmarks/results/claims.jsonl and
 benchmarks/pictures/claims.png, and says what is there before all seeds are.
 """
 
-import statistics
 import sys
 from pathlib import Path
 from typing import Any
@@ -19,8 +19,11 @@ from matplotlib.figure import Figure
 
 from sprint_jax.benchmarking.scripts import (
     digits_report,
+    evaluated_students,
     finished_runs,
+    finite,
     numbers,
+    spread,
     students_parser,
     write_lines,
 )
@@ -40,13 +43,15 @@ CLAIMS = (
     ("Table 5", "LADD's weight 0.5 is better than 0.1 (8.43, 8.90)", "both", "ladd_tenth"),
     ("Table 6", "half of the fakes from pure noise are better than none (8.32, 9.44)", "both", "pure_0"),
     ("Table 6", "70 % from pure noise are better than half (8.11, 8.32)", "pure_70", "both"),
+    ("Fig. 3", "a teacher of times 0..1 is better than one of 0..1000", "dense_qk", "t1000_qk"),
+    ("Fig. 3", "a teacher with QK norm is better", "dense_qk", "dense_noqk"),
 )  # fmt: skip
 # 97.5 % quantiles of Student's t by degrees of freedom.
 QUANTILES = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776}
 
 
 def compare(better: dict[int, list], other: dict[int, list], steps: int) -> dict[str, Any]:
-    """Differences of two arms in every measure, over the seeds that both have; positive is better.
+    """Differences of two arms in every measure, over the seeds that both have it of; positive is better.
 
     Args:
       better, other: {seed: runs of a report}.
@@ -54,10 +59,9 @@ def compare(better: dict[int, list], other: dict[int, list], steps: int) -> dict
     seeds, found = sorted(better.keys() & other.keys()), {}
     for measure, sign in MEASURES.items():
         pairs = [[at(arm[seed], steps, measure) for arm in (better, other)] for seed in seeds]
-        differences = [sign * (a - b) for a, b in pairs]
-        error = statistics.stdev(differences) / len(seeds) ** 0.5 if seeds[1:] else None
-        found[measure] = {"mean": statistics.mean(differences), "standard_error": error}
-        found[measure]["verdict"] = judge(found[measure]["mean"], error, len(seeds))
+        mean, error, count = spread([sign * (a - b) for a, b in pairs if finite(a) and finite(b)])
+        found[measure] = {"mean": mean, "standard_error": error, "seeds": count}
+        found[measure]["verdict"] = judge(mean, error, count)
     return {"seeds": len(seeds)} | found
 
 
@@ -66,8 +70,8 @@ def at(runs: list[dict], steps: int, measure: str) -> float:
     return number(next(run for run in runs if run["steps"] == steps), measure)[0]
 
 
-def judge(mean: float, error: float | None, seeds: int) -> str:
-    """Confirmed, contradicted or not seen; unknown of a single seed."""
+def judge(mean: float | None, error: float | None, seeds: int) -> str:
+    """Confirmed, contradicted or not seen; unknown of less than two seeds."""
     if error is None:
         return "unknown"
     limit = QUANTILES[min(seeds - 1, max(QUANTILES))] * error
@@ -80,6 +84,7 @@ def teacher_line(runs: list[dict]) -> dict[str, Any]:
     line = {"what": "teacher"}
     for name in ("teacher 20", "flow Euler 50", "TrigFlow Euler 50"):
         line[name] = {key: number(by_name[name], key) for key in ("accuracy", "frechet")}
+        line[name]["pictures"] = by_name[name]["accuracy"]["overall"]["count"]
     return line
 
 
@@ -91,6 +96,8 @@ def draw(path: Path, claims: list[dict[str, Any]]) -> None:
         rows = [claim for claim in claims if claim["steps"] == steps]
         for place, claim in enumerate(rows):
             value = claim["accuracy"]
+            if value["mean"] is None:
+                continue
             error = 100 * (value["standard_error"] or 0)
             panel.errorbar(
                 100 * value["mean"], -place, xerr=error, fmt="o", color="tab:blue", capsize=3
@@ -104,10 +111,14 @@ def draw(path: Path, claims: list[dict[str, Any]]) -> None:
 
 
 def main(argv: list[str]) -> None:
-    flags = students_parser(__doc__).parse_args(argv)
+    parser = students_parser(__doc__)
+    parser.add_argument("--ablation", type=Path, help="the --root of benchmarks/ablation.py")
+    flags = parser.parse_args(argv)
+    students = finished_runs(flags.runs)
+    students |= evaluated_students(flags.ablation, flags.count) if flags.ablation else {}
     arms = {
         arm: {seed: digits_report(folder, flags.count)["runs"] for seed, folder in folders.items()}
-        for arm, folders in finished_runs(flags.runs).items()
+        for arm, folders in students.items()
     }
     lines = [{"command": "python benchmarks/claims.py " + " ".join(argv)}]
     lines += [teacher_line(digits_report(flags.teacher, flags.count)["runs"])]

@@ -77,8 +77,9 @@ def build(world, overrides):
     params = jax.tree.map(jnp.add, params, normals(keys[3], params, 0.02))
     batch = {"latents": x, "text": text, "mask": mask}
     frozen = {"teacher": params, "null_text": null_text, "null_mask": null_mask}
+    frozen["seed"] = jnp.uint32(c.seed)
     state = setup.init_state(c, nets, batch, frozen, mesh)
-    seen = functions.features(nets.teacher, params, text, mask, c.ladd.taps)
+    seen = functions.features(nets.teacher, params, text, mask, taps=c.ladd.taps)
     features = jax.eval_shape(seen, x, t)
     given = frozen | {
         "t": t,
@@ -100,7 +101,7 @@ def parts(nets, c, state, batch, given):
     t, noise, gradients, disc = given["t"], given["noise"], given["gradients"], state.disc
     student = draws.student_of(nets, c, text, mask, given["guidance"])
     teacher = draws.teacher_of(nets, c, given, text, mask, given["guidance"])
-    features = functions.features(nets.teacher, given["teacher"], text, mask, c.ladd.taps)
+    features = functions.features(nets.teacher, given["teacher"], text, mask, taps=c.ladd.taps)
 
     def generate(params=state.params):
         keys = jax.random.split(jax.random.key(1))

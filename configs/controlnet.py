@@ -5,15 +5,17 @@
     python -m sprint_jax.train --config configs/controlnet.py:digits,student \\
         --config.teacher=runs/control-teacher --workdir runs/control-student
     python -m sprint_jax.train --config configs/controlnet.py:digits,student \\
-        --config.teacher=runs/control-teacher --config.trunk=runs/student --workdir runs/control-branch
+        --config.teacher=runs/control-teacher --config.trunk=runs/student \\
+        --config.scm.guidance=2.5,3,3.5 --config.log.sample_guidance=3 --workdir runs/control-branch
     python -m sprint_jax.train --config configs/controlnet.py:600m --config.trunk=PIPELINE \\
         --config.data.latents=DIR --workdir DIR
 
 Words: ``digits``, ``600m`` or ``1600m``; ``teacher`` or ``student``. A teacher's branch learns by flow matching
 on the frozen network in ``config.trunk``. A student is distilled from such a teacher: trunk and branch
-together, or, with an existing student as ``config.trunk``, the branch alone. The digits worlds are those of
-configs/digits.py, ``full`` or ``small``. Of the published sizes, ``sana`` is the trunk of the published
-branches, and ``dense`` the one that can be distilled: with QK norm and dense time embedding.
+together, or, with an existing student as ``config.trunk``, the branch alone, at the scales of guidance that
+this student was trained with. The digits worlds are those of configs/digits.py, ``full`` or ``small``. Of the
+published sizes, ``sana`` is the trunk of the published branches, and ``dense`` the one that can be distilled:
+with QK norm and dense time embedding.
 
 Learning rate, warm-up, clipping, caption dropout, flow shift and number of copied blocks of ``600m`` and
 ``1600m`` are those of the published YAML files, which have 16 images per GPU and do not say how many GPUs; 128

@@ -246,7 +246,7 @@ def optimizer_fields(learning_rate):
         dict(
             learning_rate=learning_rate,
             warmup_steps=100,  # linear, in updates
-            # Cosine to 0 over so many updates after the warm-up; 0: constant; -1: over all of `steps`
+            # Cosine to 0 over so many updates after the warm-up; 0: constant; -1: as many as `steps`
             decay_steps=0,
             clip_norm=1.0,  # of the global gradient norm; 0: off
             weight_decay=0.0,

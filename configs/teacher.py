@@ -5,7 +5,8 @@
     python -m sprint_jax.teacher_check --model DIR --before PATH --out REPORT_DIR
     python -m sprint_jax.plan --config configs/teacher.py:4800m --topology v5p:4x4x4
 
-PATH: a diffusers folder, a hub id or a .pth file. From 4.8B to 1.6B: ``:1600m`` and ``--prune 20``.
+PATH: a diffusers folder, a hub id or a .pth file; ``--before`` takes no .pth file: leave it out there. From
+4.8B to 1.6B: ``:1600m`` and ``--prune 20``.
 
 Words: ``600m``, ``1600m`` or ``4800m``. Learning rate, warm-up, clipping and caption dropout are those of
 the published fine-tuning of SANA-1.5. No full training was run.

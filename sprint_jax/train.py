@@ -72,7 +72,7 @@ def _train(c: Config, workdir: AnyPath, stop: Stop, peers) -> None:
     # One answer for all: a host may see the folder later than the others.
     saved = bool(sharding.same_everywhere(np.asarray(bool(saved_steps(workdir)))))
     first = None if saved else setup.init_state(c, nets, shapes[0], frozen, mesh)
-    frozen = setup.at_compute_precision(nets, frozen)
+    frozen = setup.at_compute_precision(c, nets, frozen)
     lower = functools.partial(lower_updates, c, nets, like, frozen=frozen)
     stop.phase("tracing the updates")
     lowered = lower(shapes[0])

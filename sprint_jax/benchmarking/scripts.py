@@ -46,9 +46,12 @@ def resident_memory(name: str) -> int:
 
 
 def digits_report(model: Path, count: int) -> dict[str, Any]:
-    """Returns `evaluate`'s report of a digits workdir, which it makes where it is missing."""
+    """Returns `evaluate`'s report of a digits workdir, which it makes where there is none of its last step."""
+    from ..checkpoints.checkpoint import saved_steps
+
     report = model / f"report_{count}.json"
-    if not report.is_file():
+    made = json.loads(report.read_text())["model"]["step"] if report.is_file() else None
+    if made is None or made != max(saved_steps(model)):
         words = ["--metrics", "digits", "--count", count, "--out", report]
         run_command("evaluate", "--model", model, *words)
     return json.loads(report.read_text())
@@ -64,19 +67,41 @@ def students_parser(description: str) -> argparse.ArgumentParser:
 
 
 def finished_runs(sweep: Path) -> dict[str, dict[int, Path]]:
-    """Returns {arm: {seed: folder}} of a sweep whose rows are named ARM-SEED, without what is not finished."""
+    """Returns {arm: {seed: folder}} of a sweep whose rows are named ARM-SEED, without what is not finished.
+
+    Raises:
+      UserError: a folder was trained with another value of a key of its row, as before the sweep was edited.
+    """
     from ..checkpoints.checkpoint import saved_steps
     from ..checkpoints.workdir import read_workdir_config
+    from ..core.config import flatten
+    from ..core.errors import UserError
     from ..sweeps.rows import load_rows
 
     found: dict[str, dict[int, Path]] = {}
     record = json.loads((sweep / "sweep.json").read_text())
     for row in load_rows(record["config"], record["sweep"], [], sweep):
         # The command line of the sweep may have set more than its rows do.
-        begun = (row.folder / "config.json").is_file()
-        steps = read_workdir_config(row.folder).steps if begun else None
-        if steps in saved_steps(row.folder):
+        if not (row.folder / "config.json").is_file():
+            continue
+        config = read_workdir_config(row.folder)
+        mine, theirs = flatten(row.config), flatten(config)
+        for key in row.overrides:
+            if mine[key] != theirs[key]:
+                raise UserError(
+                    f"{row.folder}: {key}={theirs[key]}, but the sweep says {mine[key]}"
+                )
+        if config.steps in saved_steps(row.folder):
             found.setdefault(row.name.rpartition("-")[0], {})[row.config.seed] = row.folder
+    return found
+
+
+def evaluated_students(root: Path, count: int) -> dict[str, dict[int, Path]]:
+    """The same of a folder ``students`` with folders ARM-SEED: those that `digits_report` has a report of."""
+    found: dict[str, dict[int, Path]] = {}
+    for report in sorted(root.glob(f"students/*/report_{count}.json")):
+        arm, _, seed = report.parent.name.rpartition("-")
+        found.setdefault(arm, {})[int(seed)] = report.parent
     return found
 
 
@@ -102,11 +127,16 @@ def numbers(runs: Sequence[dict[str, Any]]) -> dict[str, list[float]]:
     return {name: spread(values) for name, values in found.items()}
 
 
-def spread(values: Sequence[float]) -> list[float | None]:
-    """Mean of what was measured, and its standard error, which a single value has not."""
-    values = [value for value in values if value is not None and math.isfinite(value)]
+def finite(value: float | None) -> bool:
+    """Whether a number was measured: a report has none where too few pictures were right, or there at all."""
+    return value is not None and math.isfinite(value)
+
+
+def spread(values: Sequence[float | None]) -> list[float | None]:
+    """Mean of what was measured, its standard error, which a single value has not, and how many were."""
+    values = [value for value in values if finite(value)]
     error = statistics.stdev(values) / len(values) ** 0.5 if values[1:] else None
-    return [statistics.mean(values) if values else None, error]
+    return [statistics.mean(values) if values else None, error, len(values)]
 
 
 def digits_accuracy(model: Path, count: int, **how: Any) -> float:

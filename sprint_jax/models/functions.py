@@ -44,8 +44,7 @@ def velocity(
       target: [B], flow time to which a flow map jumps; None is 0, the image.
       with_logvar: also return the predicted log variance of the sCM loss.
     """
-    embeds = model.guidance_embeds and guidance is not None
-    embedded = guidance * GUIDANCE_SCALE if embeds else None
+    embedded = _embedded(model, guidance)
 
     def run(x_fm: Array, t_fm: Array):
         inputs = x_fm, t_fm, text, mask, embedded
@@ -53,6 +52,12 @@ def velocity(
         return model.apply({"params": params}, *inputs, **options)
 
     return run
+
+
+def _embedded(model: SanaTransformer, guidance: Array | None) -> Array | None:
+    """Guidance as the network embeds it; None for one that does not."""
+    embeds = model.guidance_embeds and guidance is not None
+    return guidance * GUIDANCE_SCALE if embeds else None
 
 
 def trigflow(model: SanaTransformer, params: Params, text: Array, mask: Array, *args, **kwargs):
@@ -93,16 +98,19 @@ def features(
     params: Params,
     text: Array,
     mask: Array,
+    guidance: Array | None = None,
+    *,
     taps: tuple[int, ...],
     control: Control | None = None,
 ) -> Callable:
     """Returns ``features(x, t)`` of TrigFlow inputs: the outputs of the tapped blocks, [B, h', w', d] each."""
 
+    embedded = _embedded(model, guidance)
     options = dict(taps=tuple(taps), control=control)
 
     def run(x: Array, t: Array) -> tuple[Array, ...]:
         x_fm, t_fm = flow_inputs(x, t)
-        return model.apply({"params": params}, x_fm, t_fm, text, mask, **options)
+        return model.apply({"params": params}, x_fm, t_fm, text, mask, embedded, **options)
 
     return run
 

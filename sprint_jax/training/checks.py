@@ -67,7 +67,8 @@ def check_workdir(workdir: AnyPath, c: Config) -> dict[str, list]:
         more = f" (and {len(fixed) - 1} more)" if fixed[1:] else ""
         raise UserError(
             f"--workdir {workdir} holds a run of another config: {fixed[0]}{more}; "
-            "use another --workdir, or the old values"
+            "use another --workdir, or the old values",
+            exit_code=2,
         )
     return changes
 

@@ -13,6 +13,12 @@ from .state import Nets
 
 Key = jax.Array
 
+MADE = (
+    "fake",
+    "fake_angle",
+    "fake_guidance",
+)  # the student's images in a batch, and how it made them
+
 
 class FlowKeys(NamedTuple):
     """Of a flow update: times, noise, and whose caption is dropped."""
@@ -218,33 +224,48 @@ def teacher_velocity(nets: Nets, c, frozen: dict, text, mask, guidance, *, contr
 
 
 def critic_of(
-    nets: Nets, c, trained: dict, spectral, state, frozen: dict, text, mask, *, control=None
+    nets: Nets,
+    c,
+    trained: dict,
+    spectral,
+    state,
+    frozen: dict,
+    text,
+    mask,
+    guidance,
+    *,
+    control=None,
 ):
     """``discriminate(x, t) -> logits [B, M]``: heads on the features of a network.
 
     Args:
       trained: of `state.trained_of`: the heads, and the backbone of a critic of its own.
+      guidance: CFG scales [B] of the student's images, of which the fake score is told.
     """
     backbones = {
-        "teacher": lambda: frozen["teacher"],
-        "fake": lambda: in_use(nets.teacher, state.fake["params"]),
-        "copy": lambda: in_use(nets.teacher, trained["backbone"]),
+        "teacher": lambda: (nets.teacher, frozen["teacher"]),
+        "fake": lambda: (nets.fake, in_use(nets.fake, state.fake["params"])),
+        "copy": lambda: (nets.teacher, in_use(nets.teacher, trained["backbone"])),
     }
-    backbone = backbones[c.ladd.features]()
-    features = functions.features(nets.teacher, backbone, text, mask, c.ladd.taps, control)
+    network = *backbones[c.ladd.features](), text, mask, shown_guidance(c, guidance)
+    features = functions.features(*network, taps=c.ladd.taps, control=control)
     params = in_use(nets.model, trained["params"])
 
     def discriminate(x, t):
+        if (
+            c.ladd.clean
+        ):  # seen as it is: the transform to flow matching would scale it by the angle
+            x = x / trigflow.flow_inputs(jnp.ones_like(x), t)[0]
         logits = nets.heads.apply({"params": params}, features(x, t), spectral)
         return logits.mean(-1, keepdims=True) if c.ladd.pooled else logits
 
     return discriminate
 
 
-def fake_of(nets: Nets, params, text, mask, *, control=None):
-    """``fake(x, t) -> F`` of the fake score: no guidance, the captions of the images."""
-    params = in_use(nets.teacher, params)
-    return functions.trigflow(nets.teacher, params, text, mask, control=control)
+def fake_of(nets: Nets, c, params, text, mask, guidance, *, control=None):
+    """``fake(x, t) -> F`` of the fake score of images with these captions, made at these CFG scales [B]."""
+    network = nets.fake, in_use(nets.fake, params), text, mask, shown_guidance(c, guidance)
+    return functions.trigflow(*network, control=control)
 
 
 def score_time(section, key: Key, x0: jax.Array) -> jax.Array:
@@ -253,18 +274,18 @@ def score_time(section, key: Key, x0: jax.Array) -> jax.Array:
     return trigflow.trig_time(trigflow.shift_flow_time(s, section.shift))
 
 
-def images_in(nets: Nets, c, params, batch: dict, keys) -> tuple[jax.Array, jax.Array]:
-    """The student's images [B, h, w, C] for a batch, without gradient, and the angles [B] it made them from.
+def images_in(nets: Nets, c, params, batch: dict, keys) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """A batch's images [B, h, w, C] of the student, without gradient, and their angles and CFG scales [B].
 
-    Those that the batch holds as ``fake`` and ``fake_angle``; else they are made, by ``keys.fake_*``.
+    Those that the batch holds as `MADE`; else they are made, by ``keys.fake_*``.
     """
     if "fake" in batch:
-        return batch["fake"], batch["fake_angle"]
+        return tuple(batch[name] for name in MADE)
     x0, text, mask = images_of(c, batch)
     guidance, control = draw_guidance(c, keys.guidance, x0), control_of(nets, batch)
     student = student_of(nets, c, text, mask, guidance, control=control)
     made = generate(c, student, params, x0, keys.fake_time, keys.fake_noise)
-    return jax.lax.stop_gradient(made)
+    return *jax.lax.stop_gradient(made), guidance
 
 
 def generate(c, student, params, x0, time_key: Key, noise_key: Key) -> tuple[jax.Array, jax.Array]:

@@ -57,7 +57,7 @@ def make_exam(
         logits = {}
         if nets.heads is not None:
             trained, spectral = trained_of(state.disc), state.disc["spectral"]
-            network = trained, spectral, state, frozen, text, mask
+            network = trained, spectral, state, frozen, text, mask, guidance
             critic = draws.critic_of(nets, c, *network, control=control)
             t = draws.draw_time(c.ladd, keys.real_judged_time, x0, c.sigma_d)
             z = draws.draw_noise(c, keys.real_judged_noise, x0)

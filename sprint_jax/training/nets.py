@@ -4,6 +4,7 @@ import jax
 import optax
 
 from ..checkpoints.weights import Weights, find_weights
+from ..checkpoints.workdir import read_workdir_config
 from ..core.config import Config
 from ..core.errors import UserError
 from ..losses.adversarial import PAIRS
@@ -36,26 +37,31 @@ def build_nets(c: Config, mesh: jax.sharding.Mesh, teacher_fields: dict | None =
         return Nets(model, None, None, optimizer, None)
     planned = teacher_fields is not None
     if not planned:
-        teacher_fields = find_teacher(c).fields
+        found = find_teacher(c)
+        check_world(c, found, f"--config.teacher={c.teacher}")
+        teacher_fields = found.fields
     # Frozen weights, but this run's own precision and memory choices.
     runtime = {key: c.model[key] for key in ("dtype", "remat", "scan")}
     teacher = from_fields(dict(teacher_fields) | runtime, partition=partition)
     model = from_fields(c.model, guidance_embeds=True, logvar=True, partition=partition)
-    _check_same(c, model, teacher, f"--config.teacher={c.teacher}")
+    check_same(c, model, teacher, f"--config.teacher={c.teacher}")
     _check_trunk(c, model, teacher_fields if planned else None)
     if c.scm.jvp_dtype not in ("", "float32", "bfloat16"):
         raise UserError(
             f"config.scm.jvp_dtype '{c.scm.jvp_dtype}' is not one of float32, bfloat16, or empty",
             exit_code=2,
         )
-    heads = disc_optimizer = fake_optimizer = None
+    heads = disc_optimizer = fake = fake_optimizer = None
     if c.ladd.weight:
         _check_critic(c, teacher.num_layers)
         heads = DiscriminatorHeads(model.dtype, c.ladd.token_norm, c.ladd.kernel)
         disc_optimizer = _make_optimizer(c, c.ladd.optimizer, c.ladd.updates)
     if c.dmd.weight:
+        # The images of each scale of guidance have a score of their own; without being told, the fake score
+        # would learn that of their mixture, and DMD would drive the scales apart.
+        fake = teacher.clone(guidance_embeds=True)
         fake_optimizer = _make_optimizer(c, c.dmd.optimizer, c.dmd.fake_updates)
-    return Nets(model, teacher, heads, optimizer, disc_optimizer, fake_optimizer)
+    return Nets(model, teacher, heads, optimizer, disc_optimizer, fake_optimizer, fake)
 
 
 def _check_trunk(c: Config, model: SanaTransformer, planned: dict | None) -> None:
@@ -63,15 +69,25 @@ def _check_trunk(c: Config, model: SanaTransformer, planned: dict | None) -> Non
     if not c.trunk or planned is not None:
         return
     trunk = find_weights(c.trunk)
+    check_world(c, trunk, f"--config.trunk={c.trunk}")
     if trunk.is_teacher == stage_of(c).distills:
         wanted = "a student, which embeds guidance" if trunk.is_teacher else "a teacher"
         raise UserError(f"--config.trunk={c.trunk}: stage '{c.stage}' takes {wanted}", 2)
     branch = {"control_blocks": model.control_blocks, "control_wiring": model.control_wiring}
     fields = dict(trunk.fields) | branch | {"dtype": "float32", "remat": "none"}
-    _check_same(c, model, from_fields(fields), f"--config.trunk={c.trunk}", OWN[2:])
+    check_same(c, model, from_fields(fields), f"--config.trunk={c.trunk}", OWN[2:])
 
 
-def _check_same(
+def check_world(c: Config, weights: Weights, origin: str) -> None:
+    """Refuses weights that were trained in another world of digits, whose pictures they never saw."""
+    if weights.kind != "workdir" or c.data.source != "digits":
+        return
+    theirs = read_workdir_config(weights.path).data
+    if theirs.source == "digits" and theirs.world != c.data.world:
+        raise UserError(f"config.data.world={c.data.world}, but {theirs.world} in {origin}", 2)
+
+
+def check_same(
     c: Config,
     model: SanaTransformer,
     teacher: SanaTransformer,

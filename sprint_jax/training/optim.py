@@ -78,7 +78,8 @@ def scale_by_came(
     """The CAME update direction (to be multiplied by minus the learning rate).
 
     Args:
-      b1, b2, b3: decay of the momentum, of the second moment and of the residual.
+      b1, b2, b3: decay of the momentum, of the second moment and of the residual. Without momentum, b1 = 0,
+        there is no residual either.
       eps: added to the squared gradient and to the squared residual.
       clip_threshold: an update whose root mean square over one layer's leaf is larger is shrunk to
         it, before momentum.
@@ -117,6 +118,8 @@ def scale_by_came(
         momentum = b1 * momentum + (1 - b1) * update
         if not factored:
             return momentum, momentum, new
+        if not b1:  # the mean is the update itself: nothing to be confident of
+            return momentum, momentum, moments | new
         residual = (jnp.square(update - momentum) + eps[1]).reshape(gradient.shape[-2:])
         new["residual_row"] = b3 * moments["residual_row"] + (1 - b3) * residual.mean(1)
         new["residual_column"] = b3 * moments["residual_column"] + (1 - b3) * residual.mean(0)

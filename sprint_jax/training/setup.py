@@ -10,6 +10,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from ..checkpoints.weights import find_branch, find_weights, load_trunk
 from ..core.config import Config
@@ -21,6 +22,7 @@ from ..interop.discriminator import load_heads
 from ..models.blocks import compute_params
 from ..models.control import Control, new_branch
 from ..models.discriminator import init_heads
+from ..models.sana import from_fields
 from ..parallel.sharding import (
     batch_sharding,
     batch_ways,
@@ -29,7 +31,7 @@ from ..parallel.sharding import (
     replicated,
     state_shardings,
 )
-from .nets import build_nets, find_teacher
+from .nets import OWN, build_nets, check_same, check_world, find_teacher
 from .stages import stage_of
 from .state import Nets, TrainState, overlay, trained_of
 
@@ -46,13 +48,13 @@ def load_frozen(c: Config, data: Data, mesh: jax.sharding.Mesh) -> tuple[dict, d
     """Arguments of the updates that never change, and the record of where they came from.
 
     Returns:
-      ``frozen``: null_text [L, D], null_mask [L], in stage 'distill' the teacher's EMA params, and the trunk's
-        where a control branch learns alone;
+      ``frozen``: null_text [L, D], null_mask [L], the seed, in stage 'distill' the teacher's EMA params, and the
+        trunk's where a control branch learns alone;
       ``origin``: for checkpoints: the teacher's path, step (None without one) and hash; ``trunk``: the same of
         the trunk.
     """
-    null = {"null_text": data.null_text, "null_mask": data.null_mask}
-    frozen, origin = jax.device_put(null, replicated(mesh)), {}
+    frozen = {"null_text": data.null_text, "null_mask": data.null_mask, "seed": np.uint32(c.seed)}
+    frozen, origin = jax.device_put(frozen, replicated(mesh)), {}
 
     def described(path: str, params: Tree, step: int | None) -> dict:
         place = as_path(path)
@@ -91,7 +93,11 @@ def init_state(
                 )
         warm = {"control": branch.load(jnp.float32, lambda tree: state_shardings(mesh, tree))}
     elif c.init:
-        warm, _ = find_weights(c.init).load(lambda tree: state_shardings(mesh, tree))
+        found, branch = find_weights(c.init), ("control_blocks", "control_wiring")
+        own = OWN if found.fields.get(branch[0]) else OWN + branch
+        check_same(c, nets.model, from_fields(found.fields), f"--config.init={c.init}", own)
+        check_world(c, found, f"--config.init={c.init}")
+        warm, _ = found.load(lambda tree: state_shardings(mesh, tree))
     heads = _published_heads(c, mesh) if nets.heads and c.ladd.init else None
     init = _initializer(c, nets, batch)
     key = jax.random.key(c.seed)
@@ -190,8 +196,10 @@ def _initializer(c: Config, nets: Nets, batch: dict) -> Callable[..., TrainState
             if c.ladd.features == "copy":
                 disc["backbone"] = jax.tree.map(jnp.copy, teacher)
             disc_opt_state = nets.disc_optimizer.init(trained_of(disc))
-        if nets.fake_optimizer:
-            fake = {"params": jax.tree.map(jnp.copy, teacher), "updates": zero}
+        if nets.fake:
+            fresh = nets.fake.init(keys[0], *inputs, jnp.zeros(1))["params"]
+            fresh = overlay(fresh, teacher, f"--config.teacher={c.teacher}")
+            fake = {"params": jax.tree.map(jnp.copy, fresh), "updates": zero}
             fake_opt_state = nets.fake_optimizer.init(fake["params"])
         return TrainState(
             step=zero,
@@ -215,13 +223,15 @@ def _example(batch: dict) -> tuple:
     return rows["latents"], jnp.zeros(1), rows["text"], rows["mask"]
 
 
-def at_compute_precision(nets: Nets, frozen: dict) -> dict:
+def at_compute_precision(c: Config, nets: Nets, frozen: dict) -> dict:
     """``frozen`` with the networks' weights in the dtype of their matmuls, which changes no result.
 
-    In bfloat16 this halves their memory and what travels between devices. The originals are freed.
+    In bfloat16 this halves their memory and what travels between devices. The originals are freed. A trunk
+    keeps its weights where the tangent is computed in another dtype (``scm.jvp_dtype``).
     """
     cast = jax.jit(compute_params, static_argnums=1, donate_argnums=0)
-    networks = [name for name in ("teacher", "trunk") if name in frozen]
+    other = c.scm.jvp_dtype not in ("", jnp.dtype(nets.model.dtype).name)
+    networks = [name for name in ("teacher", *(() if other else ("trunk",))) if name in frozen]
     return frozen | {name: cast(frozen[name], nets.model.dtype) for name in networks}
 
 
@@ -243,6 +253,7 @@ def abstract_run(c: Config, mesh: jax.sharding.Mesh) -> tuple[Nets, TrainState, 
     frozen = {
         "null_text": jax.ShapeDtypeStruct(text.shape[1:], text.dtype),
         "null_mask": jax.ShapeDtypeStruct(mask.shape[1:], mask.dtype),
+        "seed": jax.ShapeDtypeStruct((), jnp.uint32),
     }
     key, teacher, trunk = jax.eval_shape(lambda: jax.random.key(0)), None, None
     if nets.teacher is not None:
@@ -259,7 +270,7 @@ def abstract_run(c: Config, mesh: jax.sharding.Mesh) -> tuple[Nets, TrainState, 
         )
     state = jax.eval_shape(_initializer(c, nets, batch), teacher, trunk, {}, key)
 
-    laid = {name: replicated(mesh) for name in ("null_text", "null_mask")}
+    laid = {name: replicated(mesh) for name in ("null_text", "null_mask", "seed")}
     for name in ("teacher", "trunk"):
         if name in frozen:
             laid[name] = state_shardings(mesh, frozen[name])

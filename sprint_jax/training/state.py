@@ -19,8 +19,9 @@ class Nets(NamedTuple):
 
     Attributes:
       model: what is trained; its optimizer is ``optimizer``.
-      teacher: frozen; also the architecture of the fake score and of a critic that is a copy of it.
+      teacher: frozen; also the architecture of a critic that is a copy of it.
       heads: of the critic; None without one.
+      fake: the fake score: the teacher's network, and told the guidance as the student is; None without one.
     """
 
     model: SanaTransformer
@@ -29,6 +30,7 @@ class Nets(NamedTuple):
     optimizer: optax.GradientTransformation
     disc_optimizer: optax.GradientTransformation | None
     fake_optimizer: optax.GradientTransformation | None = None
+    fake: SanaTransformer | None = None
 
 
 @flax.struct.dataclass

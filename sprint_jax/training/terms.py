@@ -5,8 +5,8 @@ the terms before it; all split the same key into `draws.GeneratorKeys`.
 
 Losses on the images that a student makes share one pass of the student. Each is computed with its gradient by
 the images alone; the gradients are weighted, summed and sent through the student once. With ``images.balance``
-a weight is the length of a loss's gradient by the network's output F, in units of that of the losses that are
-not on images; without, it multiplies the loss.
+a weight is the length of a loss's gradient by the network's output (F; of MeanFlow and of TwinFlow's flow the
+velocity), in units of that of the losses that are not on images; without, it multiplies the loss.
 """
 
 from collections.abc import Callable
@@ -166,8 +166,7 @@ def balanced(c, weight: Array | float, length: Array, found: dict) -> Array | fl
 def images_term(nets: Nets, c, state: TrainState, frozen: dict) -> Callable:
     """All losses on the student's images.
 
-    aux holds 'value/NAME' and 'length/NAME' of each, of its gradient by F before weighting, 'fake', the images,
-    and 'fake_angle', from which they were made.
+    aux holds 'value/NAME' and 'length/NAME' of each, of its gradient by F before weighting, and `draws.MADE`.
     """
 
     def term(params, batch, key, found):
@@ -195,7 +194,7 @@ def images_term(nets: Nets, c, state: TrainState, frozen: dict) -> Callable:
             aux |= more | {f"length/{name}": length, f"value/{name}": jnp.full(count, value)}
         # The value of the weighted sum, with its gradient by the images.
         surrogate = (jax.lax.stop_gradient(pull) * (x0 - fixed)).sum()
-        aux |= {"fake": fixed, "fake_angle": angle}
+        aux |= dict(zip(draws.MADE, (fixed, angle, guidance), strict=True))
         return jax.lax.stop_gradient(total) + surrogate, jax.lax.stop_gradient(aux)
 
     return term
@@ -214,7 +213,7 @@ def image_losses(
     real, text, mask = draws.images_of(c, batch)
     found, how = {}, dict(control=draws.control_of(nets, batch))
     if nets.heads is not None:
-        loss = _ladd(nets, c, state, frozen, real, text, mask, keys, **how)
+        loss = _ladd(nets, c, state, frozen, real, text, mask, guidance, keys, **how)
         found["ladd"] = c.ladd.weight, loss
     if c.dmd.weight:
         loss = _dmd(nets, c, state, frozen, text, mask, guidance, keys.dmd, **how)
@@ -226,8 +225,10 @@ def image_losses(
     return found
 
 
-def _ladd(nets, c, state, frozen, real, text, mask, keys: GeneratorKeys, control) -> Callable:
-    network = trained_of(state.disc), state.disc["spectral"], state, frozen, text, mask
+def _ladd(
+    nets, c, state, frozen, real, text, mask, guidance, keys: GeneratorKeys, control
+) -> Callable:
+    network = trained_of(state.disc), state.disc["spectral"], state, frozen, text, mask, guidance
     discriminate = draws.critic_of(nets, c, *network, control=control)
 
     def loss(params, x0):
@@ -250,7 +251,7 @@ def _ladd(nets, c, state, frozen, real, text, mask, keys: GeneratorKeys, control
 
 def _dmd(nets, c, state, frozen, text, mask, guidance, key, control) -> Callable:
     teacher = draws.teacher_of(nets, c, frozen, text, mask, guidance, control=control)
-    fake = draws.fake_of(nets, state.fake["params"], text, mask, control=control)
+    fake = draws.fake_of(nets, c, state.fake["params"], text, mask, guidance, control=control)
     keys = draws.split(ScoreKeys, key)
 
     def loss(params, x0):

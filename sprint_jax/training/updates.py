@@ -2,9 +2,9 @@
 
 An update is ``update(nets, c, state, batch, frozen) -> (state, metrics)``. A batch has latents [B, h, w, C]
 of unit variance, text [B, L, D] and mask [B, L], and with a control branch conditions ``control`` [B, h, w, C];
-``frozen`` holds the teacher's parameters, the features of the empty prompt, and the trunk's parameters where a
-branch learns alone. Randomness is a function of (seed, step): each update splits its key into the named keys of
-a tuple of `draws`.
+``frozen`` holds the teacher's parameters, the features of the empty prompt, the seed, and the trunk's parameters
+where a branch learns alone. Randomness is a function of (seed, step): each update splits its key into the named
+keys of a tuple of `draws`. The seed is an argument, so that runs of other seeds have the same program.
 """
 
 import jax
@@ -39,7 +39,7 @@ def flow_update(nets: Nets, c, state: TrainState, batch: dict, frozen: dict):
         velocity = functions.velocity(nets.model, params, text, mask, control=control)
         return losses.flow_matching_loss(lambda x, _: velocity(x, shown), latents, noise, t)
 
-    key = jax.random.fold_in(jax.random.key(c.seed), state.step)
+    key = jax.random.fold_in(jax.random.key(frozen["seed"]), state.step)
     value, aux, grads, _ = gradients({"flow": loss}, state.params, batch, key, c.accumulate)
     state, metrics = apply_student(nets.optimizer, state, value, grads, c.ema_decay)
     metrics |= {"loss/flow": value, **binned("flow_loss", aux["t"], aux["loss"], limit=1.0)}
@@ -53,11 +53,11 @@ def generator_update(nets: Nets, c, state: TrainState, batch: dict, frozen: dict
 
 
 def _generator_update(nets, c, state, batch, frozen):
-    """`generator_update`, and the student's images with the angles from which it made them, as parts of a batch
-    (empty without losses on them)."""
+    """`generator_update`, and the student's images, `draws.MADE`, as parts of a batch (empty without losses on
+    them)."""
     frozen = frozen | {"teacher": in_use(nets.teacher, frozen["teacher"])}
     terms = generator_terms(nets, c, state, frozen)
-    key = jax.random.fold_in(jax.random.key(c.seed), 2 * state.step)
+    key = jax.random.fold_in(jax.random.key(frozen["seed"]), 2 * state.step)
     # The head that predicts logvar learns from sCM alone, by gradients as large as all others.
     of_F = lambda grads: {k: grads[k] for k in grads if k != "logvar_linear"}  # noqa: E731
     value, aux, grads, balance = gradients(terms, state.params, batch, key, c.accumulate, of_F)
@@ -76,10 +76,11 @@ def _generator_update(nets, c, state, batch, frozen):
     for name in ("trajectory_near", "trajectory_far"):
         if name in aux:
             metrics[name.replace("_", "/")] = aux[name].mean()
-    # A sample that is not finite shows in its loss, or in the image that was made of it.
-    samples = [aux[name] for name in ("loss", "meanflow_error", "trajectory_far") if name in aux]
+    # A sample that is not finite shows in its loss, in the image that was made of it, or in what judges that.
+    judged = ("loss", "meanflow_error", "trajectory_far", "fake_gap", "twin_gap")
+    samples = [aux[name] for name in judged if name in aux]
     samples += [losses.per_sample_norm(aux["fake"])] if "fake" in aux else []
-    made = {name: aux[name] for name in ("fake", "fake_angle") if name in aux}
+    made = {name: aux[name] for name in draws.MADE if name in aux}
     return state, metrics | health(sum(samples), state), made
 
 
@@ -95,8 +96,8 @@ def discriminator_update(nets: Nets, c, state: TrainState, batch: dict, frozen: 
     def loss(trained, batch, key, _):
         keys = draws.split(DiscriminatorKeys, key)
         x0, text, mask = draws.images_of(c, batch)
-        fake, angle = draws.images_in(nets, c, student_params, batch, keys)
-        network = trained, spectral, state, frozen, text, mask
+        fake, angle, guidance = draws.images_in(nets, c, student_params, batch, keys)
+        network = trained, spectral, state, frozen, text, mask, guidance
         critic = draws.critic_of(nets, c, *network, control=draws.control_of(nets, batch))
         wrong = draws.wrong_captions(frozen, text, mask) if c.ladd.misaligned else None
         value, logits = critic_loss(c, critic, x0, fake, keys, wrong)
@@ -105,7 +106,7 @@ def discriminator_update(nets: Nets, c, state: TrainState, batch: dict, frozen: 
         return value, aux | {"auc": jnp.where(angle >= trigflow.MAX_TIME, order, jnp.nan)}
 
     # Even keys are the generator's.
-    key = jax.random.fold_in(jax.random.key(c.seed), 2 * state.disc["updates"] + 1)
+    key = jax.random.fold_in(jax.random.key(frozen["seed"]), 2 * state.disc["updates"] + 1)
     trained = trained_of(state.disc)
     value, aux, grads, _ = gradients({"critic": loss}, trained, batch, key, c.accumulate)
     state, metrics = apply_critic(nets.disc_optimizer, state, value, grads, spectral)
@@ -158,13 +159,14 @@ def fake_update(nets: Nets, c, state: TrainState, batch: dict, frozen: dict):
     def loss(params, batch, key, _):
         keys = draws.split(FakeKeys, key)
         x0, text, mask = draws.images_of(c, batch)
-        fake, _ = draws.images_in(nets, c, student_params, batch, keys)
+        fake, _, guidance = draws.images_in(nets, c, student_params, batch, keys)
         t, z = draws.score_time(c.dmd, keys.time, x0), draws.draw_noise(c, keys.noise, x0)
-        score = draws.fake_of(nets, params, text, mask, control=draws.control_of(nets, batch))
+        control = draws.control_of(nets, batch)
+        score = draws.fake_of(nets, c, params, text, mask, guidance, control=control)
         value, aux = losses.fake_score_loss(score, fake, z, t, c.sigma_d)
         return value, aux | {"t": t}
 
-    key = jax.random.fold_in(jax.random.key(c.seed), 2**31 - 1)
+    key = jax.random.fold_in(jax.random.key(frozen["seed"]), 2**31 - 1)
     key = jax.random.fold_in(key, state.fake["updates"])
     params = state.fake["params"]
     value, aux, grads, _ = gradients({"fake": loss}, params, batch, key, c.accumulate)
@@ -190,7 +192,7 @@ def critic_updates(c) -> list:
 
 def check_tangent(nets: Nets, c, state: TrainState, batch: dict, frozen: dict) -> dict:
     """Compares the student's tangent with a central difference, and in bfloat16 with float32."""
-    keys = draws.split(TangentKeys, jax.random.fold_in(jax.random.key(c.seed), state.step))
+    keys = draws.split(TangentKeys, jax.random.fold_in(jax.random.key(frozen["seed"]), state.step))
     x0, text, mask = draws.images_of(c, batch)
     guidance = draws.draw_guidance(c, keys.guidance, x0)
     t = draws.draw_time(c.scm, keys.time, x0, c.sigma_d)

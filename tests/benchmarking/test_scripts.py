@@ -70,6 +70,12 @@ def test_a_claim_is_judged_by_differences_of_the_same_seed():
     verdicts = [found[name]["verdict"] for name in script.MEASURES]
     assert verdicts == ["confirmed", "contradicted", "contradicted", "confirmed"]
     assert script.compare({0: one[0], 7: one[1]}, other, 1)["accuracy"]["verdict"] == "unknown"
+    # A seed of which a measure was not taken counts for the others alone.
+    for collapsed in (None, float("nan")):
+        one[3][0]["diversity"]["combined"] = collapsed
+        found = script.compare(one, other, 1)
+        assert (found["diversity"]["seeds"], found["accuracy"]["seeds"]) == (4, 5)
+        assert found["diversity"]["verdict"] == "confirmed"
     # Student's t of four degrees of freedom: 2.776 standard errors.
     assert [script.judge(x, 1.0, 5) for x in (2.7, 2.8, -2.8)] == [
         "not seen",

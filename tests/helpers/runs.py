@@ -245,7 +245,7 @@ def build(c: Config, mesh: jax.sharding.Mesh, state: Any = None) -> Built:
         state = setup.init_state(c, nets, batch, frozen, mesh)
     else:
         state = jax.device_put(jax.device_get(state), sharding.state_shardings(mesh, state))
-    frozen = setup.at_compute_precision(nets, frozen)
+    frozen = setup.at_compute_precision(c, nets, frozen)
     updates = [program.compile() for program in lower_updates(c, nets, state, batch, frozen)]
     return Built(c, nets, data, mesh, frozen, state, updates)
 

@@ -1,11 +1,14 @@
 """Misaligned pairs: which captions are wrong, and what the critic makes of those that are not."""
 
+from types import SimpleNamespace
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from helpers.runs import tiny
 
+from sprint_jax import trigflow
 from sprint_jax.training import draws, updates
 
 
@@ -43,6 +46,21 @@ def test_pairs_of_an_image_and_its_own_caption_do_not_count_for_the_critic(tmp_p
 
     assert loss(True, jnp.zeros(4, bool)) == pytest.approx(loss(False), rel=1e-6)
     assert loss(True, jnp.ones(4, bool)) == loss(True) != pytest.approx(loss(False), rel=1e-3)
+
+
+def test_a_clean_image_reaches_the_critic_as_it_is(tmp_path, monkeypatch):
+    """The transform to flow matching, by which all networks are called, would scale it by its angle."""
+    c = tiny("configs/digits.py:student,small,sprint", tmp_path, ladd__clean=True)
+    seen = lambda *_, **__: lambda x, t: trigflow.flow_inputs(x, t)[0].reshape(len(x), -1)  # noqa: E731
+    monkeypatch.setattr(draws.functions, "features", seen)
+    monkeypatch.setattr(draws, "in_use", lambda _, params: params)
+    heads = SimpleNamespace(apply=lambda _, features, __: features)
+    nets = SimpleNamespace(teacher=None, model=None, heads=heads)
+    x, t = jax.random.normal(jax.random.key(0), (4, 2, 2, 3)), jnp.array([0.1, 0.7, 1.2, 1.5])
+    network = {"params": {}}, None, None, {"teacher": None}, None, None, jnp.full(4, 3.0)
+    for clean, expected in ((True, x), (False, trigflow.flow_inputs(x, t)[0])):
+        critic = draws.critic_of(nets, c.override({"ladd.clean": clean}), *network)
+        np.testing.assert_allclose(critic(x, t), expected.reshape(4, -1), rtol=1e-6)
 
 
 def test_a_student_that_is_not_told_the_scale_is_shown_the_middle_one(tmp_path):

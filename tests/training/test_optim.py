@@ -236,6 +236,17 @@ def test_learning_rate_schedule():
     assert float(cosine(6)) == pytest.approx(1 + np.cos(np.pi * 0.2), rel=1e-6)
 
 
+def test_came_without_momentum_has_no_confidence():
+    """The residual would be nothing but its eps, and an update a billion times too long."""
+    params = {"w": jnp.zeros((64, 64))}
+    optimizer = scale_by_came(b1=0.0)
+    state = optimizer.init(params)
+    for number in range(3):
+        gradient = jax.random.normal(jax.random.key(number), (64, 64))
+        direction, state = optimizer.update({"w": gradient}, state)
+        assert float(jnp.sqrt(jnp.square(direction["w"]).mean())) <= 1.0 + 1e-6  # clip_threshold
+
+
 def test_decay_over_all_steps_grows_with_them():
     """Sizes of the updates of a run that is resumed for twice as long, by its config alone."""
 

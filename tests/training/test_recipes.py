@@ -23,6 +23,7 @@ from helpers.updates import (
 from helpers.workdirs import make_workdir
 
 from sprint_jax.parallel import sharding
+from sprint_jax.training import draws, updates
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("quick")]
 
@@ -74,6 +75,39 @@ def test_each_update_of_a_recipe_moves_its_own_network_alone(name, recipes):
     assert relative_change(*(moments(each.opt_state)["proj_out"] for each in (alone, moved))) > 1e-3
     shares = [v for k, v in metrics.items() if k.startswith("share/")]
     assert sum(shares) == pytest.approx(1, abs=1e-5) and min(shares) > 0
+
+
+def test_the_fake_score_is_told_the_scale_of_its_images(recipes):
+    """At step 0 it is the teacher at every scale; then images of different scales have different scores."""
+    c, built = recipes("rcm with a critic on the fake score")
+    batch = jax.tree.map(np.asarray, built.batch(0))
+    images, rows = np.asarray(batch["latents"]) * c.sigma_d, len(batch["latents"])
+
+    def moved(path, leaf):
+        return leaf + 0.1 * ("guidance" in jax.tree_util.keystr(path))
+
+    def losses(change):
+        params = jax.tree_util.tree_map_with_path(change, built.state.fake["params"])
+        state = built.state.replace(fake=built.state.fake | {"params": params})
+        for scale in (2.5, 3.5):
+            # The angle, which comes first, has no use here.
+            made = dict(zip(draws.MADE, (images, *np.full((2, rows), scale, "f")), strict=True))
+            _, metrics = updates.fake_update(built.nets, c, state, batch | made, built.frozen)
+            yield float(metrics["loss/fake"])
+
+    first, other = losses(lambda path, leaf: leaf)
+    assert first == other
+    first, other = losses(moved)
+    assert first != pytest.approx(other, rel=1e-4)
+
+
+def test_a_score_that_is_not_finite_shows(recipes):
+    """Its sample is left out of the update, which is not skipped, and counts."""
+    _, built = recipes("flow map and trajectories")
+    broken = jax.tree.map(lambda leaf: leaf * np.nan, built.state.fake["params"])
+    state = copy(built.state).replace(fake=built.state.fake | {"params": broken})
+    state, metrics = built.updates[0](placed(built, state), built.batch(0), built.frozen)
+    assert metrics["health/nonfinite_samples"] == 1 and state.skipped == 0
 
 
 def trimmed(state):

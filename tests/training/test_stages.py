@@ -6,9 +6,12 @@ from types import SimpleNamespace
 
 import jax
 import pytest
+from helpers.runs import tiny
 
 from sprint_jax.core.errors import UserError
-from sprint_jax.training.stages import COMPILERS, compile_updates
+from sprint_jax.parallel.sharding import make_mesh
+from sprint_jax.training.setup import abstract_run
+from sprint_jax.training.stages import COMPILERS, compile_updates, lower_updates
 
 
 def shapes(*heights):
@@ -83,3 +86,16 @@ def test_a_bound_gives_up_what_was_not_asked_for_the_longest():
         updates(a)  # the first stays, however long it was not asked for
         updates(c)
         assert traced == [4, 8, 12, 8, 12] and len(alive) == 3
+
+
+@pytest.mark.slow
+def test_runs_that_differ_in_their_seed_share_their_programs(tmp_path):
+    """A sweep over seeds compiles once: the cache of programs knows them by their text."""
+
+    def programs(seed):
+        c = tiny("configs/digits.py:student,small,sprint", tmp_path, seed=seed)
+        lowered = lower_updates(c, *abstract_run(c, make_mesh(devices=jax.devices()[:1])))
+        return [each.as_text() for each in lowered]
+
+    first, other = programs(0), programs(2**32 - 1)
+    assert len(first) == 2 and first == other

@@ -8,15 +8,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from helpers.refusals import refuse
+from helpers.runs import tiny
 from helpers.tiny_sana import apply, cast, setup
-from helpers.workdirs import random_params, tiny_config
+from helpers.workdirs import make_workdir, random_params, tiny_config
 
 from sprint_jax.core.errors import UserError
 from sprint_jax.interop.sana import example_inputs
 from sprint_jax.models.sana import from_fields
 from sprint_jax.parallel.sharding import make_mesh
 from sprint_jax.training import accumulate, diagnostics, state
-from sprint_jax.training.setup import check_start
+from sprint_jax.training.setup import build_nets, check_start, init_state
 
 # --- Parameters
 
@@ -174,6 +176,22 @@ def test_verdict():
     (fake,) = diagnostics.verdict([{"fake_gap/t0": 0.125, "fake_gap/t7": 0.5}])
     assert "0.12" in fake and "0.50" in fake
     assert diagnostics.verdict([{"loss/flow": 1.0}]) == diagnostics.verdict([]) == []
+
+
+def test_weights_of_another_world_or_network_are_refused(tmp_path):
+    """Their shapes may fit: one that is shown other times starts as something else, without a word."""
+    mesh = make_mesh(devices=jax.devices()[:1])
+    teacher = make_workdir(tmp_path / "teacher", "flow")
+    c = tiny("configs/digits.py:student,small,sprint", tmp_path, teacher=str(teacher))
+    nets = build_nets(c, mesh)
+    refuse(
+        build_nets, c.override({"data.world": "full"}), mesh, parts=["full", "small", str(teacher)]
+    )
+    for name, parts in (("timestep_scale", ["timestep_scale"]), ("qk_norm", ["qk_norm"])):
+        other = {"timestep_scale": 1.0, "qk_norm": not c.model.qk_norm}[name]
+        start = make_workdir(tmp_path / name, "distill", **{name: other})
+        started = c.override({"init": str(start)})
+        refuse(init_state, started, nets, {}, {}, mesh, parts=[*parts, f"--config.init={start}"])
 
 
 @pytest.mark.usefixtures("quick")
