@@ -1,4 +1,4 @@
-"""Times the networks, beside diffusers' if asked to, and writes JSON lines.
+"""Times the networks, beside diffusers' if asked to, and prints JSON lines, or a table with --out.
 
     python -m sprint_jax.benchmark train --size tiny --against diffusers
     python -m sprint_jax.benchmark sample --size 600m --dtype bfloat16 --against diffusers
@@ -8,10 +8,10 @@ sample times text encoder, transformer, decoder, the whole from prompts to pictu
 that is new or remembered (by a branch as training begins it), and the command `sample` from its start to its
 first picture, without and with compiled programs kept from before. train times the forward pass, the JVP,
 forward and backward, and the sCM branch (JVP, forward and backward) of a transformer. parity compares
-outputs only. Weights are random unless --model is given, inputs always; blocks have their weights apart
-(`unstack_blocks`) unless --stacked is given. Arms take turns in every round; see
-`sprint_jax.benchmarking.timing`. Ratios are times of others over ours. On Linux start it with
-GLIBC_TUNABLES=glibc.malloc.hugetlb=1, as the launch scripts do.
+outputs only. --out FILE adds the lines to a file, and prints a table in their place. Weights are random unless
+--model is given, inputs always; blocks have their weights apart (`unstack_blocks`) unless --stacked is given.
+Arms take turns in every round; see `sprint_jax.benchmarking.timing`. Ratios are times of others over ours. On
+Linux start it with GLIBC_TUNABLES=glibc.malloc.hugetlb=1, as the launch scripts do.
 """
 
 import argparse
@@ -46,14 +46,17 @@ def main(argv: list[str]) -> None:
         flags.workloads = {name: name for name in flags.only}
     flags.name = flags.model or flags.size
     flags.model = flags.model and str(local_copy(flags.model))
-    out = as_path(flags.out or os.devnull)
     if flags.out:
+        out = as_path(flags.out)
         check_writable(out.parent)
         make_folder(out.parent)
         append(out, "")
     command = " ".join(["python -m sprint_jax.benchmark", *argv])
     for line in measure.lines(flags, command):
         # One by one: a run that is stopped keeps what it has measured.
+        if not flags.out:
+            print(json.dumps(line), flush=True)
+            continue
         append(out, json.dumps(line) + "\n")
         if "workload" in line:
             print(measure.table_row(line), flush=True)
@@ -71,7 +74,7 @@ def _parser() -> cli.Parser:
         add("--size", choices=tuple(STUDENTS), default="tiny", help="of the network (default tiny)")
         add("--threads", type=_count, metavar="T", help="cores to use (default: all there are)")
         add("--stacked", action="store_true", help="blocks' weights on one axis, blocks in a scan")
-        add("--out", metavar="FILE", help="JSON lines are added to this file")
+        add("--out", metavar="FILE", help="add the JSON lines to this file; print a table")
         add(
             "--batch",
             type=cli.parse_counts,

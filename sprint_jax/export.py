@@ -56,7 +56,8 @@ def _parser() -> cli.Parser:
     add("--params", choices=("ema", "raw"), default="ema", help="which weights (default ema)")
     add("--base", metavar="FOLDER", help="diffusers: the pipeline that gives the other parts")
     add("--size", metavar="HxW", help="stablehlo: in pixels (default: as in training)")
-    add("--steps", type=int, metavar="N", help="stablehlo: of a teacher (20); students: 1 to 4")
+    some = "stablehlo, for teachers alone: default 20 (a student's export always has 1 to 4)"
+    add("--steps", type=int, metavar="N", help=some)
     return parser
 
 

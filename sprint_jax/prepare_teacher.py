@@ -3,7 +3,8 @@
     python -m sprint_jax.prepare_teacher --config configs/teacher.py:1600m --model PATH --workdir DIR
     python -m sprint_jax.teacher_check --model DIR --before PATH --out REPORT_DIR
 
-PATH is a diffusers folder (of a pipeline or a transformer), a hub id, a .pth file of NVlabs/Sana, or a workdir.
+PATH is a diffusers folder (of a pipeline or a transformer), a hub id, a workdir, or a .pth file of NVlabs/Sana,
+which --before does not take: leave it out there.
 Surgery comes first. It adds RMS norms of queries and keys and the dense time embedding (``timestep_scale``
 0.001), if the config's network has them and PATH's has not; --prune N keeps the N most important blocks only.
 Its result is the diffusers folder DIR/prepared, with prepared.json (the changes, and the hash of the source)

@@ -32,9 +32,9 @@ def locate(path: str | AnyPath, kinds: Sequence[str], files: Sequence[str] = hub
       files: patterns of the files that are wanted of a hub repository, or of a folder in a bucket.
 
     Raises:
-      UserError: nothing of these kinds is there.
+      UserError: nothing of these kinds is there, with exit code 2; or the hub cannot be asked, with 1.
     """
-    local = hub.download(str(path), files) if hub.is_hub_id(path) else as_path(path)
+    local = _download(str(path), files) if hub.is_hub_id(path) else as_path(path)
     found = _kind(local)
     if in_bucket(local) and found in kinds and found != "workdir":
         # Weights are mapped into memory, which takes a file here.
@@ -43,7 +43,16 @@ def locate(path: str | AnyPath, kinds: Sequence[str], files: Sequence[str] = hub
         return Found(found, local)
     wanted = ", or ".join(KINDS[kind] for kind in kinds)
     problem = f"is {KINDS[found]}" if found else "is none of them"
-    raise UserError(f"{path} {problem if local.exists() else 'does not exist'}: give {wanted}")
+    raise UserError(f"{path} {problem if local.exists() else 'does not exist'}: give {wanted}", 2)
+
+
+def _download(name: str, files: Sequence[str]) -> AnyPath:
+    try:
+        return hub.download(name, files)
+    except UserError as error:
+        # Where its folder is, ``runs/techer`` is a mistyped path that no other try will find.
+        mistyped = as_path(name).parent.is_dir()
+        raise UserError(str(error), 2 if mistyped else error.exit_code) from error
 
 
 def _kind(path: AnyPath) -> str | None:

@@ -127,6 +127,17 @@ def test_a_compiler_of_others_that_fails_costs_its_arm():
         measure.measure(part._replace(theirs={"diffusers": arms["diffusers compiled"]}), 0.1, 1)
 
 
+def test_lines_are_printed_or_go_to_a_file_beside_a_table(tmp_path, monkeypatch, capsys):
+    lines = [{"command": "c"}, {"workload": "forward", "relative_error": {"diffusers": 0.01}}]
+    monkeypatch.setattr(measure, "lines", lambda *_: lines)
+    benchmark.main(["train"])
+    assert [json.loads(line) for line in capsys.readouterr().out.splitlines()] == lines
+    benchmark.main(["train", f"--out={tmp_path}/out.jsonl"])
+    written = (tmp_path / "out.jsonl").read_text().splitlines()
+    assert [json.loads(line) for line in written] == lines
+    assert capsys.readouterr().out == measure.table_row(lines[1]) + "\n"
+
+
 @pytest.fixture
 def small(monkeypatch):
     monkeypatch.setitem(workloads.STUDENTS, "tiny", SMALL)

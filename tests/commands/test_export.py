@@ -135,7 +135,7 @@ def refused(tmp_path, monkeypatch, capfd):
 def test_bad_workdirs_and_outputs(models, tmp_path, refused):
     flow = models["flow"]
     refused(words(tmp_path / "none", tmp_path / "new" / "out"), 1, "none", "config.json")
-    refused(words(tmp_path / "none", tmp_path / "out", to="stablehlo"), 1, f"{tmp_path}/none")
+    refused(words(tmp_path / "none", tmp_path / "out", to="stablehlo"), 2, f"{tmp_path}/none")
     (tmp_path / "empty" / "checkpoints").mkdir(parents=True)
     shutil.copy(flow / "config.json", tmp_path / "empty")
     refused(words(tmp_path / "empty", tmp_path / "out"), 1, "empty", "checkpoint")
@@ -154,11 +154,11 @@ def test_full_disk(models, tmp_path, refused, monkeypatch):
 
 
 def test_bad_bases(models, tmp_path, refused):
-    def check(base, *parts):
-        refused(words(models["distill"], tmp_path / "out", "--base", base), 1, str(base), *parts)
+    def check(base, *parts, code=1):
+        refused(words(models["distill"], tmp_path / "out", "--base", base), code, str(base), *parts)
 
-    check(tmp_path / "none")
-    check(models["flow"])
+    check(tmp_path / "none", code=2)
+    check(models["flow"], code=2)
     check(make_base(tmp_path / "channels", channels=32), "32", "12")
     check(make_base(tmp_path / "width", width=2304), "2304", "64")
     for part in pipeline_folder.PARTS:

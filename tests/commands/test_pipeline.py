@@ -316,7 +316,7 @@ def test_command_writes_pictures_and_a_grid(folders, tmp_path, capsys, student):
         (["--prompts", "EMPTY"], "empty.txt", 1),
         (["--prompts", "missing.txt"], "missing.txt", 1),
         (["--out", "EMPTY"], "--out .*empty.txt", 1),
-        (["--model", "nowhere"], "nowhere", 1),
+        (["--model", "nowhere"], "nowhere", 2),
         (["--image", "missing.png"], "--image missing.png", 1),
         (["--image", "EMPTY"], "--image .*empty.txt", 1),
         (["--negative", "a 4"], "negative", 2),

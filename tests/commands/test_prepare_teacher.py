@@ -130,7 +130,7 @@ def test_interrupted_surgery_is_begun_anew(prepare, folder, tmp_path):
     ("more", "model", "code", "message"),
     [
         ([], "student", 1, "student"),
-        ([], "nothing", 1, "nothing"),
+        ([], "nothing", 2, "nothing"),
         (["--config.init=x"], "transformer", 2, "--config.init"),
         (["--config.stage=distill"], "transformer", 2, "config.stage"),
         (["--config.model.caption_channels=32"], "transformer", 2, "caption_channels"),

@@ -53,7 +53,7 @@ def run(folder, data, monkeypatch, capfd):
         (["--model", "before"], 2, "--config"),
         (["--model", "student"], 1, "student"),
         (["--model", "nothing"], 2, "nothing"),
-        (["--model", "teacher", "--before", "nothing"], 1, "nothing"),
+        (["--model", "teacher", "--before", "nothing"], 2, "nothing"),
         (["--model", "teacher", "--before", "wide"], 2, "wide"),
         (["--model", "teacher", "--count", "0"], 2, "--count"),
         (["--model", "teacher", "--config.data.source=tape"], 2, "tape"),

@@ -93,8 +93,8 @@ def test_weights_that_are_none(refused, models, tmp_path):
     shutil.rmtree(bare / "checkpoints" / str(STEP))
     refused(STUDENT, run, 2, "--config.teacher=DIR")
     refused(STUDENT, run, 2, "scm.guidance", scm__guidance="")
-    refused(STUDENT, run, 1, "nowhere", teacher="nowhere")
-    refused(TEACHER, run, 1, "nowhere", init="nowhere")
+    refused(STUDENT, run, 2, "nowhere", teacher="nowhere")
+    refused(TEACHER, run, 2, "nowhere", init="nowhere")
     refused(STUDENT, run, 1, student, teacher=student)
     command = "prepare_teacher"
     for key, value, theirs, more in (
@@ -152,17 +152,17 @@ def test_workdir_of_another_config(run, tmp_path):
     assert run(TEACHER, workdir).code == 0
     before = (workdir / "config.json").read_bytes()
     ended = run(TEACHER, workdir, sigma_d=0.6, seed=3, steps=8)
-    check(ended, 1, str(workdir), "seed is 0 there and 3 here", "1 more")
-    check(run("configs/digits.py:teacher,full", workdir), 1, "data.world")
+    check(ended, 2, str(workdir), "seed is 0 there and 3 here", "1 more")
+    check(run("configs/digits.py:teacher,full", workdir), 2, "data.world")
     for changes in (
         {"model__qk_norm": False},
         {"data__batch_size": 32},
         {"optimizer__name": "came"},
     ):
         (key,) = changes
-        check(run(TEACHER, workdir, **changes), 1, key.replace("__", "."))
+        check(run(TEACHER, workdir, **changes), 2, key.replace("__", "."))
     # Off, the optimizer would have another form.
-    check(run(TEACHER, workdir, optimizer__clip_norm=0.0), 1, "optimizer.clip_norm is 1.0 there")
+    check(run(TEACHER, workdir, optimizer__clip_norm=0.0), 2, "optimizer.clip_norm is 1.0 there")
     assert (workdir / "config.json").read_bytes() == before
 
 
