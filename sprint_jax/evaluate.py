@@ -29,7 +29,7 @@ from .core import cli
 from .core.errors import UserError
 from .core.files import check_writable
 from .core.fingerprint import digest, fingerprint
-from .core.ranges import COUNT, GUIDANCE, SEED
+from .core.ranges import COUNT, GUIDANCE, MODEL, SEED
 from .core.schema import check, optional, whole
 from .core.storage import AnyPath, as_path, in_bucket
 from .digits.evaluation import SHEET_SIZE, judge_models
@@ -47,7 +47,8 @@ from .pipeline import Request, SprintPipeline
 
 # What a pipeline's pictures depend on beside its weights, its encoders and the request.
 SAMPLING = ("is_student", "sigma_d", "shift", "midpoint", "integer_times")
-
+# Fields of a network on which its pictures depend; the others say how it is computed, or are of training.
+NETWORK = sorted(MODEL.keys() - {"dtype", "logvar", "remat", "scan"})
 
 # Flags that are of no use: with --metrics digits, and otherwise with --pictures or --model.
 DRAWING = ("steps", "size", "images_per_prompt", "autoencoder")
@@ -84,7 +85,9 @@ def _measure_pictures(flags: argparse.Namespace, out: AnyPath, command: str, pee
     if flags.prompts and not prompts:
         prompts = first_prompts(read_prompts(as_path(flags.prompts)), first)
     protocol = PROTOCOLS[flags.protocol]
-    if requests and flags.model:  # GenEval's scripts look for NUMBER.png alone
+    if flags.pictures:  # whoever drew them
+        protocol = protocol._replace(format=None)
+    elif requests:  # GenEval's scripts look for NUMBER.png alone
         protocol = protocol._replace(format="png")
     pictures = as_path(flags.pictures) if flags.pictures else cache / "pictures"
     places = {name: getattr(flags, name) for name in Places._fields if getattr(flags, name)}
@@ -113,10 +116,10 @@ def _draw(flags: argparse.Namespace, job: evaluation.Job, requests, peers) -> di
     """Draws the pictures of a model that are not there yet; returns what the report says about it."""
     if job.prompts is None:
         raise UserError("--model needs --prompts FILE, or --prompts geneval", exit_code=2)
-    height, width = cli.parse_size(flags.size)
     dtype = None if jax.default_backend() != "cpu" else jnp.float32
     how = dict(params=flags.params, autoencoder=flags.autoencoder, int8=bool(flags.int8))
     pipe = SprintPipeline.from_pretrained(flags.model, dtype, **how)
+    height, width = cli.parse_size(flags.size) if flags.size else pipe.size
     base = Request(
         steps=pipe.check_steps(flags.steps),
         guidance=pipe.guidance if flags.guidance is None else flags.guidance,
@@ -130,6 +133,7 @@ def _draw(flags: argparse.Namespace, job: evaluation.Job, requests, peers) -> di
     about["model"] |= {
         "weights": fingerprint(pipe.params),
         "dtype": jnp.dtype(pipe.model.dtype).name,
+        "network": {key: getattr(pipe.model, key) for key in NETWORK},
     }
     # By name as well: pictures of a smaller decoder are not to be taken for those of the network's own.
     about["model"] |= {"autoencoder": flags.autoencoder} if flags.autoencoder else {}
@@ -155,9 +159,8 @@ def _judge_digits(flags: argparse.Namespace, out: AnyPath, command: str) -> None
     base = Request(guidance=guidance, seed=flags.seed, batch_size=flags.batch or 250)
     about = {
         "command": command,
-        "params": flags.params,
-        "model": _origin(flags.model, first),
-        "teacher": _origin(flags.teacher, teacher) if flags.teacher else None,
+        "model": _origin(flags.model, first, flags.params),
+        "teacher": _origin(flags.teacher, teacher, "ema") if flags.teacher else None,
     }
     judge_models(out, world, student, teacher, base, flags.count or 1000, about)
 
@@ -197,7 +200,8 @@ def _parser() -> cli.Parser:
     add("--autoencoder", metavar="DIR", help="another one for the same latents, e.g. DC-AE-Lite")
     add("--images-per-prompt", type=int, metavar="N", help="drawn (default 1; geneval 4)")
     add("--seed", type=int, default=0, metavar="S", help="of prompts and noise (default 0)")
-    add("--params", choices=("ema", "raw"), default="ema", help="which weights (default ema)")
+    weights = "which weights of --model (default ema)"
+    add("--params", choices=("ema", "raw"), default="ema", help=weights)
     distributed.add_flags(parser)
     return parser
 
@@ -241,11 +245,12 @@ def _world(flags: argparse.Namespace) -> str:
     return worlds[0]
 
 
-def _origin(folder: str, pipe: SprintPipeline) -> dict[str, Any]:
+def _origin(folder: str, pipe: SprintPipeline, params: str) -> dict[str, Any]:
     return {
         "path": folder,
         "stage": "distill" if pipe.is_student else "flow",
         "step": pipe.meta["step"],
+        "params": params,
     } | ({"int8": True} if pipe.sampler.int8 else {})
 
 
@@ -258,7 +263,7 @@ def _pipelines(flags: argparse.Namespace) -> tuple[SprintPipeline | None, Sprint
         return (model, None) if model.is_student else (None, model)
     if not model.is_student:
         raise UserError(f"--model {flags.model} is a teacher itself: leave out --teacher")
-    teacher = SprintPipeline.from_pretrained(flags.teacher, jnp.float32)
+    teacher = SprintPipeline.from_pretrained(flags.teacher, jnp.float32, "ema")
     if teacher.is_student:
         raise UserError(f"--teacher {flags.teacher} is a student: name the workdir of its teacher")
     return model, teacher

@@ -189,9 +189,9 @@ def print_table(report: dict[str, Any]) -> None:
     for goal in report["goals"]:
         said = {True: "met", False: "MISSED", None: "not measured"}[goal["met"]]
         value = _plus_minus(goal["value"], goal["standard_error"])
-        print(
-            f"{goal['run']}: {goal['number']} {value}, {goal['sense']} {goal['limit']:.3f}: {said}"
-        )
+        margin = _plus_minus(goal["value"] - goal["limit"], goal["margin_error"])
+        asked = f"{goal['sense']} {goal['limit']:.3f} (difference {margin})"
+        print(f"{goal['run']}: {goal['number']} {value}, {asked}: {said}")
 
 
 def _plus_minus(value: float, error: float) -> str:

@@ -124,9 +124,10 @@ def measure_real(sticks: Yardsticks, seed: int) -> dict[str, Any]:
 
 
 def judge_goals(results: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Returns each of `GOALS` whose runs are there, with its value, limit, standard error and ``met``.
+    """Returns each of `GOALS` whose runs are there, with its value, limit and ``met``.
 
-    Errors of two runs count as independent, which overestimates: they share prompts and noise.
+    ``standard_error`` is that of the value, ``margin_error`` that of the value less the limit, which may be of
+    another run. Errors of two runs count as independent, which overestimates: they share prompts and noise.
     """
     runs = {result["name"]: result for result in results}
     goals = []
@@ -134,16 +135,18 @@ def judge_goals(results: list[dict[str, Any]]) -> list[dict[str, Any]]:
         if name not in runs or (reference and reference not in runs):
             continue
         value, error = number(runs[name], key)
+        margin_error = error
         if reference:
             base, base_error = number(runs[reference], key)
             factor = 1.0 if sense == "within" else limit
             limit = base - limit if sense == "within" else limit * base
-            error = float(np.hypot(error, factor * base_error))
+            margin_error = float(np.hypot(error, factor * base_error))
         sense = "at most" if sense == "at most" else "at least"
         met = bool(value <= limit if sense == "at most" else value >= limit)
-        goal = dict(run=name, number=key, value=value, sense=sense, limit=limit)
+        goal = dict(run=name, number=key, value=value, standard_error=error, sense=sense)
         known = bool(np.isfinite([value, limit]).all())
-        goals.append(goal | {"standard_error": error, "met": met if known else None})
+        goal |= dict(limit=limit, margin_error=margin_error, met=met if known else None)
+        goals.append(goal)
     return goals
 
 

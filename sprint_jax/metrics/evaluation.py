@@ -2,7 +2,10 @@
 
 import hashlib
 import io
+import re
 import time
+from collections import Counter
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -15,7 +18,7 @@ from ..core.storage import AnyPath, make_folder
 from . import features, geneval, measures, networks, report
 from .frechet import Moments, moments
 from .inception import SIDE
-from .pictures import Pictures, hash_contents, open_pictures, prompts_of
+from .pictures import Pictures, hash_contents, open_pictures, prompts_of, read_sizes
 from .protocols import Protocol, describe
 
 
@@ -114,6 +117,8 @@ def evaluate(
     wanted = networks_of(job)
     ours = open_pictures(job.pictures, job.count)
     measures.check_counts(job.metrics, len(ours.names), None, job.protocol)
+    if results is not None:
+        _check_results(job.boxes, results, ours)
     prompts = None
     if job.prompts is not None:
         every = ours if job.count is None else open_pictures(job.pictures)
@@ -133,7 +138,9 @@ def evaluate(
         mark = hashlib.sha256(job.boxes.read_bytes()).hexdigest()
         boxes = {"path": str(job.boxes), "sha256": mark}
         numbers["geneval"] = {"parts": geneval.summarize(pairs), "missing": missing, "boxes": boxes}
-    mark = _contents(job, theirs) if theirs else stored and digest_of(stored)
+    mark = stored and digest_of(stored)
+    if theirs:
+        mark = _kept(job.cache, "contents", theirs, lambda: hash_contents(job.reference, theirs))
     written = {
         "command": job.command,
         "made": time.strftime("%Y-%m-%d"),
@@ -146,6 +153,7 @@ def evaluate(
             networks={name: network.fields for name, network in used.items()},
             count=len(ours.names),
             formats=ours.formats,
+            sizes=_kept(job.cache, "sizes", ours, lambda: read_sizes(job.pictures, ours)),
             reference=mark,
             prompts=None if prompts is None else digest(prompts),
         ),
@@ -163,12 +171,42 @@ def _begin(peers: Any, doing: str) -> None:
         peers.at_phase(doing)
 
 
-def _contents(job: Job, pictures: Pictures) -> str:
-    """Returns the hash of a reference's contents, which is kept: a large one takes minutes to read."""
-    path = job.cache / f"contents-{pictures.stamp[:16]}.json"
+def _check_results(path: AnyPath, results: list[geneval.Result], pictures: Pictures) -> None:
+    """Refuses results of GenEval's detector that are not one for each picture, by places in GenEval's layout.
+
+    Folders above may have other names: the detector may have run on another machine. Pictures elsewhere, such
+    as the grids that GenEval's own generator adds, need no result.
+    """
+    places = {name: _place(name) for name in pictures.names}
+    given = [(result.filename, _place(result.filename)) for result in results]
+    known, found = Counter(places.values()), Counter(place for _, place in given)
+    missing = [name for name, place in places.items() if place is not None and not found[place]]
+    foreign = [
+        name
+        for name, place in given
+        if place is None or known[place] != 1 or found[place] != 1  # of none, or of several
+    ]
+    if missing or foreign:
+        counts = f"{len(missing)} pictures without a result, {len(foreign)} results not of one picture alone"
+        raise UserError(
+            f"--boxes {path} is not of the pictures of {pictures.origin}: {counts}, such as "
+            f"{(missing + foreign)[0]} (by NUMBER/samples/NUMBER.png)",
+            exit_code=2,
+        )
+
+
+def _place(name: Any) -> str | None:
+    """Returns where a picture lies in GenEval's layout; None if it lies elsewhere."""
+    match = re.fullmatch(r"(?:.*/)?(\d+/samples/\d+\.png)", str(name))
+    return match and match[1]
+
+
+def _kept(cache: AnyPath, what: str, pictures: Pictures, find: Callable[[], Any]) -> Any:
+    """Returns what ``find`` reads from pictures, which is kept: of many it takes minutes."""
+    path = cache / f"{what}-{pictures.stamp[:16]}.json"
     if not path.exists():
-        write_json_atomic(path, {"sha256": hash_contents(job.reference, pictures)})
-    return read_json(path)["sha256"]
+        write_json_atomic(path, {what: find()})
+    return read_json(path)[what]
 
 
 def _all_features(

@@ -5,16 +5,17 @@ import json
 from collections import Counter
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from PIL import Image
 
 from ..core.errors import UserError
 from ..core.files import read_text
 from ..core.fingerprint import digest
-from ..core.storage import AnyPath, in_bucket, open_file, walk
+from ..core.storage import AnyPath, absolute, in_bucket, open_file, walk
 
 ENDINGS = ("bmp", "jpeg", "jpg", "pgm", "png", "ppm", "tif", "tiff", "webp")  # pytorch-fid's
+SIZES = 32  # of pictures that a report lists
 
 
 class Pictures(NamedTuple):
@@ -25,7 +26,7 @@ class Pictures(NamedTuple):
       names: paths below it, sorted.
       read: ``read(i)``, an RGB picture; raises UserError, naming it, if it is damaged.
       identity: a hash of names and sizes of files.
-      stamp: the same, and of their times of change.
+      stamp: the same, and of their folder and times of change.
       formats: how many files have each ending.
     """
 
@@ -59,17 +60,37 @@ def open_pictures(folder: AnyPath, count: int | None = None) -> Pictures:
     formats = Counter(_ending(name).replace("jpeg", "jpg") for name in names)
 
     def read(i):
-        try:
-            with open_file(folder / names[i]) as file, Image.open(file) as image:
-                return image.convert("RGB")
-        except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-            raise UserError(
-                f"{folder / names[i]} is no picture that can be read: {error}"
-            ) from error
+        return _read(folder / names[i], lambda image: image.convert("RGB"))
 
     identity = digest([(name, stamps[name][0]) for name in names])
-    stamp = digest([(name, *stamps[name]) for name in names])
+    stamp = digest([str(absolute(folder)), *((name, *stamps[name]) for name in names)])
     return Pictures(str(folder), names, read, identity, stamp, dict(sorted(formats.items())))
+
+
+def _read(path: AnyPath, take: Callable[[Image.Image], Any]) -> Any:
+    """Returns what ``take`` finds in the picture of a file; raises UserError, naming it, if it is damaged."""
+    try:
+        with open_file(path) as file, Image.open(file) as image:
+            return take(image)
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+        raise UserError(f"{path} is no picture that can be read: {error}") from error
+
+
+def read_sizes(folder: AnyPath, pictures: Pictures, threads: int = 8) -> list[str]:
+    """Returns the sizes that pictures have, ``HEIGHTxWIDTH``, each once; reads the beginning of all files.
+
+    Of more than `SIZES` it is their number and a hash of them.
+
+    Raises:
+      UserError: one cannot be read.
+    """
+
+    def one(name):
+        return _read(folder / name, lambda image: f"{image.height}x{image.width}")
+
+    with ThreadPoolExecutor(threads) as pool:
+        found = sorted(set(pool.map(one, pictures.names)))
+    return found if len(found) <= SIZES else [f"{len(found)} sizes", digest(found)]
 
 
 def hash_contents(folder: AnyPath, pictures: Pictures, threads: int = 8) -> str:

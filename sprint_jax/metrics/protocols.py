@@ -14,7 +14,7 @@ class Protocol(NamedTuple):
 
     Attributes:
       inception, dinov2, cmmd, clip: how each network sees a picture.
-      format: of pictures that `evaluate` draws itself: 'png', or 'jpeg 75' with its quality.
+      format: of pictures that `evaluate` draws itself: 'png', or 'jpeg 75' with its quality; None for others.
       openai_text: sentences are cleaned as OpenAI's package does, else as transformers does.
       clip_floor: a mean CLIP score below 0 counts as 0, as in torchmetrics.
       kid_subsets, kid_size: random subsets of KID and their pictures; kid_seed draws them.
@@ -23,7 +23,7 @@ class Protocol(NamedTuple):
 
     name: str
     inception: View
-    format: str
+    format: str | None
     openai_text: bool
     clip_floor: bool
     dinov2: View = preprocess.DINOV2

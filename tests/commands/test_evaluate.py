@@ -12,7 +12,7 @@ from sprint_jax.core.errors import UserError
 from sprint_jax.core.pixels import to_bytes
 from sprint_jax.core.request import Request
 from sprint_jax.digits import report
-from sprint_jax.digits.evaluation import measure_sketches, student_runs
+from sprint_jax.digits.evaluation import measure_sketches, print_table, student_runs
 from sprint_jax.digits.scenes import draw_images
 
 pytestmark = pytest.mark.usefixtures("quick")
@@ -77,7 +77,7 @@ def numbers(name, accuracy, distance, combined):
     }
 
 
-def test_goals_compare_student_with_teacher():
+def test_goals_compare_student_with_teacher(capsys):
     runs = [numbers("teacher 20", 0.8, 10.0, 1.0)]
     runs += [numbers(f"student {n}", 0.79, 14.0, np.nan) for n in (1, 2, 3, 4)]
     goals = {(goal["run"], goal["number"]): goal for goal in report.judge_goals(runs)}
@@ -91,8 +91,13 @@ def test_goals_compare_student_with_teacher():
     }
     within, frechet = goals["student 4", "accuracy"], goals["student 1", "frechet"]
     assert (within["limit"], frechet["limit"]) == (pytest.approx(0.77), 15.0)
-    assert within["standard_error"] == pytest.approx(0.01 * 2**0.5)
-    assert frechet["standard_error"] == pytest.approx((0.5**2 + (1.5 * 0.5) ** 2) ** 0.5)
+    assert (within["standard_error"], frechet["standard_error"]) == (0.01, 0.5)
+    assert within["margin_error"] == pytest.approx(0.01 * 2**0.5)
+    assert frechet["margin_error"] == pytest.approx((0.5**2 + (1.5 * 0.5) ** 2) ** 0.5)
+    assert goals["teacher 20", "accuracy"]["margin_error"] == 0.01  # of a fixed limit
+    print_table({"runs": [], "real": numbers("real", 1, None, 1), "goals": goals.values()})
+    said = "student 1: frechet 14.000 ± 0.500, at most 15.000 (difference -1.000 ± 0.901): met"
+    assert said in capsys.readouterr().out.splitlines()
     runs[0] = numbers("teacher 20", 0.8, None, 1.0)
     assert {g["met"] for g in report.judge_goals(runs) if g["number"] == "frechet"} == {None}
     assert [g["number"] for g in report.judge_goals(runs[1:])] == ["accuracy"]
@@ -101,11 +106,13 @@ def test_goals_compare_student_with_teacher():
 def test_command_writes_numbers_and_a_sheet(folders, tmp_path, capsys):
     out = tmp_path / "report.json"
     words = ["--model", folders["student"], "--teacher", folders["teacher"], "--out", str(out)]
-    evaluate.main([*words, "--count", "12", "--batch", "50"])
+    evaluate.main([*words, "--count", "12", "--batch", "50", "--params", "raw"])
     written = json.loads(out.read_text())
     assert written["command"].startswith("python -m sprint_jax.evaluate --model ")
-    assert written["model"] == {"path": folders["student"], "stage": "distill", "step": STEP}
-    assert (written["teacher"]["stage"], written["guidance"]) == ("flow", 3.0)
+    student = {"path": folders["student"], "stage": "distill", "step": STEP, "params": "raw"}
+    teacher = {"path": folders["teacher"], "stage": "flow", "step": STEP, "params": "ema"}
+    assert (written["model"], written["teacher"]) == (student, teacher)
+    assert written["guidance"] == 3.0 and "params" not in written
     names = [run["name"] for run in written["runs"]]
     assert names[0] == "teacher 20" and names[-4:] == [f"student {n}" for n in (1, 2, 3, 4)]
     assert {run["pictures"] for run in written["runs"]} == {12}

@@ -4,8 +4,8 @@ import contextlib
 import hashlib
 import io
 import json
+import os
 import shutil
-from pathlib import Path
 from unittest import mock
 
 import numpy as np
@@ -17,7 +17,7 @@ from PIL import Image
 
 from sprint_jax import evaluate
 from sprint_jax.core.errors import UserError
-from sprint_jax.metrics import evaluation, features, frechet, protocols, report
+from sprint_jax.metrics import evaluation, features, frechet, pictures, protocols, report
 
 pytestmark = pytest.mark.usefixtures("quick")
 COUNT = 12
@@ -54,11 +54,10 @@ def test_report_has_numbers_errors_and_their_protocol(root, written):
         assert np.isfinite(number["value"]) and number["standard_error"] > 0, name
     assert written["metrics"]["diversity"]["prompts"] == 4
     protocol = written["protocol"]
-    assert (protocol["name"], protocol["count"], protocol["formats"]) == (
-        "sana",
-        COUNT,
-        {"png": COUNT},
-    )
+    found = [protocol[key] for key in ("name", "count", "format", "formats")]
+    assert found == ["sana", COUNT, None, {"png": COUNT}]
+    shapes = [x.shape for x in make_pictures(COUNT, 1, 16, 40)]
+    assert protocol["sizes"] == sorted({f"{height}x{width}" for height, width, _ in shapes})
     assert protocol["views"]["clip"]["resizes"][0] == dict(
         size=16, filter="bicubic", way="pillow", shape="short side"
     )
@@ -109,7 +108,14 @@ def test_reports_of_one_protocol_share_a_table_and_others_do_not(root, written, 
 
 @pytest.mark.parametrize(
     ("key", "value"),
-    [("count", 11), ("seed", 1), ("format", "png"), ("formats", {"jpg": 12}), ("prompts", "0")],
+    [
+        ("count", 11),
+        ("seed", 1),
+        ("format", "png"),
+        ("formats", {"jpg": 12}),
+        ("sizes", ["512x512"]),
+        ("prompts", "0"),
+    ],
 )
 def test_any_difference_of_protocols_is_found(written, key, value):
     other = written | {"protocol": written["protocol"] | {key: value}}
@@ -137,7 +143,10 @@ def test_references_of_equal_names_and_sizes_share_no_table(root, tmp_path):
         folder = tmp_path / name
         folder.mkdir()
         Image.new("RGB", (4, 4), (level,) * 3).save(folder / "x.bmp")
-        flags = dict(reference=folder, metrics="none", prompts=None)
+        os.utime(
+            folder / "x.bmp", (1, 1)
+        )  # one folder's features are not to be taken for another's
+        flags = dict(reference=folder, metrics="none", prompts=None, cache=tmp_path / "cache")
         evaluate.main(words(root, tmp_path / f"{name}.json", **flags))
         found[name] = json.loads((tmp_path / f"{name}.json").read_text())
     protocols.check_same({"a": found["a"], "again": found["again"]})
@@ -282,16 +291,61 @@ def test_a_model_draws_each_picture_once_and_is_measured(root, tmp_path):
         evaluate.main(words(root, tmp_path / "c.json", **(flags | dict(steps=2))))
 
 
-def test_geneval_is_summed_up_from_its_detectors_results(root, tmp_path):
-    rows = [("colors", True), ("colors", False), ("counting", True)]
+@pytest.mark.parametrize(("size", "sizes"), [(40, 32), (41, 2)])
+def test_many_sizes_of_pictures_are_a_hash(tmp_path, size, sizes):
+    for n in range(9, size + 1):
+        Image.new("RGB", (n, 8)).save(tmp_path / f"{n}.png")
+    found = pictures.read_sizes(tmp_path, pictures.open_pictures(tmp_path))
+    assert len(found) == sizes and found[0] == ("8x10" if size == 40 else "33 sizes")
+
+
+def geneval_results(folder, rows):
+    """Writes GenEval's results.jsonl of a picture of each prompt; ``rows``: (place, task, correct)."""
     lines = [
-        dict(filename="x", correct=correct, details="{}")
+        dict(filename=f"elsewhere/{place}", correct=correct, details="{}")
         | dict(metadata=json.dumps(dict(tag=tag, prompt=str(n))))
-        for n, (tag, correct) in enumerate(rows)
+        for n, (place, tag, correct) in enumerate(rows)
     ]
-    path = Path(tmp_path / "results.jsonl")
+    path = folder / "results.jsonl"
     path.write_text("".join(json.dumps(line) + "\n" for line in lines))
-    evaluate.main(words(root, tmp_path / "r.json", metrics="geneval", boxes=path))
+    return path
+
+
+@pytest.fixture
+def samples(tmp_path):
+    """Places of three pictures in GenEval's layout, below ``tmp_path / "p"``."""
+    places = [f"0000{n}/samples/00000.png" for n in range(3)]
+    for place in places:
+        (tmp_path / "p" / place).parent.mkdir(parents=True)
+        Image.new("RGB", (4, 4)).save(tmp_path / "p" / place)
+    return places
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda p: p[:2], "1 pictures without a result, 0 results .*00002/samples/00000.png"),
+        (lambda p: [*p, p[0]], "0 pictures without a result, 2 results .*00000/samples/00000.png"),
+        (lambda p: [*p, "3/samples/0.png"], "0 pictures .* 1 results .*3/samples/0.png"),
+        (lambda p: [*p[:2], "00002.png"], "1 pictures .* 1 results .*00002/samples/00000.png"),
+    ],
+)
+def test_results_of_other_pictures_are_refused(root, tmp_path, samples, change, message):
+    path = geneval_results(tmp_path, [(place, "colors", True) for place in change(samples)])
+    flags = dict(pictures=tmp_path / "p", metrics="geneval", boxes=path, prompts=None)
+    with pytest.raises(UserError, match=rf"results\.jsonl .*{message}") as error:
+        evaluate.main(words(root, tmp_path / "r.json", **flags))
+    assert error.value.exit_code == 2 and not (tmp_path / "r.json").exists()
+
+
+def test_geneval_is_summed_up_from_its_detectors_results(root, tmp_path, samples):
+    Image.new("RGB", (8, 4)).save(
+        tmp_path / "p" / "00000" / "grid.png"
+    )  # as GenEval's generator adds
+    rows = [("colors", True), ("colors", False), ("counting", True)]
+    path = geneval_results(tmp_path, [(p, *row) for p, row in zip(samples, rows, strict=True)])
+    flags = dict(pictures=tmp_path / "p", metrics="geneval", boxes=path, prompts=None)
+    evaluate.main(words(root, tmp_path / "r.json", **flags))
     number = json.loads((tmp_path / "r.json").read_text())["metrics"]["geneval"]
     parts = number["parts"]
     missing = ["single_object", "two_object", "position", "color_attr"]

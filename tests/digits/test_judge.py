@@ -166,6 +166,20 @@ def test_frechet_distance_parts_real_from_impoverished(world):
         assert frechet_distance(poor, real, features)["distance"] > 2 * report["distance"]
 
 
+def test_frechet_error_is_that_of_fresh_pictures():
+    """Of 64 features, as many as the judge's; the distance is the plain one."""
+    random = np.random.default_rng(0)
+    draw = [(random.normal(0.3, 1, (256, 64)), random.normal(size=(768, 64))) for _ in range(40)]
+    found = [frechet_distance(*pair, lambda x: x) for pair in draw]
+    images, real = draw[0]
+    reference = real[np.random.default_rng(0).permutation(768)][256:]
+    assert found[0]["distance"] == frechet(images, reference)
+    spread = np.std([each["distance"] for each in found], ddof=1)
+    errors = [each["standard_error"] for each in found]
+    assert np.mean(errors) == pytest.approx(spread, rel=0.25)
+    assert np.std(errors) < 0.1 * np.mean(errors)
+
+
 def test_diversity_is_one_for_real_scenes_and_falls_with_each_collapse(judges):
     prompts = [prompt for prompt in held_out_prompts("large", 24, seed=1) for _ in range(16)]
     prompts = sorted(prompts)

@@ -1,8 +1,8 @@
 """Pictures that `evaluate` draws, by a stand-in for a pipeline; their names, prompts and record."""
 
 import json
-from types import SimpleNamespace
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from helpers.metric_pictures import make_pictures, write_pictures
@@ -14,6 +14,7 @@ from sprint_jax.core.fingerprint import digest
 from sprint_jax.metrics import drawing, report
 from sprint_jax.metrics.geneval_prompts import make_prompts
 from sprint_jax.metrics.pictures import open_pictures, prompts_of, read_prompts
+from sprint_jax.models.sana import SIZES, SanaTransformer
 from sprint_jax.pipeline import Request
 
 
@@ -44,7 +45,8 @@ class Pipe:
 
     guidance, meta, params = 4.5, {}, {"w": np.zeros(2, np.float32)}
     is_student, sigma_d, shift, midpoint, integer_times = True, 0.5, 3.0, 1.3, False
-    model, autoencoder, text_encoder = SimpleNamespace(dtype="float32"), None, None
+    size, model = (8, 8), SanaTransformer(**SIZES["digits"])
+    autoencoder, text_encoder = None, None
 
     def __init__(self):
         self.drawn = []
@@ -123,11 +125,10 @@ def test_pictures_for_geneval_are_png_under_any_protocol(root, tmp_path, pipe):
     flags = dict(pictures=None, model="m", prompts="geneval", metrics="none", count=2)
     evaluate.main(words(root, tmp_path / "r.json", **flags))
     protocol = json.loads((tmp_path / "r.json").read_text())["protocol"]
-    assert (protocol["name"], protocol["format"], protocol["formats"]) == (
-        "sana",
-        "png",
-        {"png": 8},
-    )
+    found = [protocol[key] for key in ("name", "format", "formats", "sizes")]
+    assert found == ["sana", "png", {"png": 8}, ["8x8"]]
+    drawn = json.loads((tmp_path / "r.cache" / "pictures" / drawing.RECORD).read_text())
+    assert (drawn["request"]["height"], drawn["request"]["width"]) == pipe.size
 
 
 def test_reports_name_the_autoencoder_that_was_put_in(root, tmp_path, pipe, capsys):
@@ -174,7 +175,15 @@ def test_pictures_of_another_or_of_no_known_origin_are_refused(root, tmp_path, p
             patch.setattr(pipe, name, value)
             evaluate.main(line)
     with monkeypatch.context() as patch, pytest.raises(UserError, match=r"model\.dtype='float32'"):
-        patch.setattr(pipe, "model", SimpleNamespace(dtype="bfloat16"))
+        patch.setattr(pipe, "model", pipe.model.clone(dtype=jnp.bfloat16))
+        evaluate.main(line)
+    # The same weights in another network, and the same request of another usual size.
+    heads = r"model\.network\.attention_head_dim=32, not 64"
+    with monkeypatch.context() as patch, pytest.raises(UserError, match=heads):
+        patch.setattr(pipe, "model", pipe.model.clone(num_attention_heads=2, attention_head_dim=64))
+        evaluate.main(line)
+    with monkeypatch.context() as patch, pytest.raises(UserError, match=r"request\.width=8, not"):
+        patch.setattr(pipe, "size", (8, 16))
         evaluate.main(line)
     with monkeypatch.context() as patch, pytest.raises(UserError, match=r"model\.encoders="):
         patch.setattr(evaluate, "identify", lambda *_: "other")
