@@ -105,7 +105,7 @@ def test_a_score_that_is_not_finite_shows(recipes):
     """Its sample is left out of the update, which is not skipped, and counts."""
     _, built = recipes("flow map and trajectories")
     broken = jax.tree.map(lambda leaf: leaf * np.nan, built.state.fake["params"])
-    state = copy(built.state).replace(fake=built.state.fake | {"params": broken})
+    state = copy(built.state.replace(fake=built.state.fake | {"params": broken}))
     state, metrics = built.updates[0](placed(built, state), built.batch(0), built.frozen)
     assert metrics["health/nonfinite_samples"] == 1 and state.skipped == 0
 
