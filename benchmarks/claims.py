@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
 
 from sprint_jax.benchmarking.scripts import (
     digits_report,
@@ -48,6 +49,8 @@ CLAIMS = (
 )  # fmt: skip
 # 97.5 % quantiles of Student's t by degrees of freedom.
 QUANTILES = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776}
+COLOURS = {"confirmed": "tab:green", "contradicted": "tab:red", "not seen": "0.5", "unknown": "0.8"}
+TICKS = (-20, -5, -2, 0, 2, 5, 20, 80)
 
 
 def compare(better: dict[int, list], other: dict[int, list], steps: int) -> dict[str, Any]:
@@ -74,8 +77,14 @@ def judge(mean: float | None, error: float | None, seeds: int) -> str:
     """Confirmed, contradicted or not seen; unknown of less than two seeds."""
     if error is None:
         return "unknown"
-    limit = QUANTILES[min(seeds - 1, max(QUANTILES))] * error
-    return "confirmed" if mean > limit else "contradicted" if mean < -limit else "not seen"
+    if abs(mean) <= limit(error, seeds):
+        return "not seen"
+    return "confirmed" if mean > 0 else "contradicted"
+
+
+def limit(error: float, seeds: int) -> float:
+    """Half of the 95 % interval of a mean over so many seeds."""
+    return QUANTILES[max(1, min(seeds - 1, max(QUANTILES)))] * error
 
 
 def teacher_line(runs: list[dict]) -> dict[str, Any]:
@@ -89,8 +98,8 @@ def teacher_line(runs: list[dict]) -> dict[str, Any]:
 
 
 def draw(path: Path, claims: list[dict[str, Any]]) -> None:
-    """Draws the differences in accuracy, a row for each claim and a panel for each number of steps."""
-    figure = Figure(figsize=(13, 0.5 * len(CLAIMS) + 1.5), layout="constrained")
+    """Draws differences in accuracy and their intervals: a row for each claim, a panel for each step count."""
+    figure = Figure(figsize=(13, 0.35 * len(CLAIMS) + 1.2), layout="constrained")
     panels = figure.subplots(1, len(STEPS), sharey=True)
     for steps, panel in zip(STEPS, panels, strict=True):
         rows = [claim for claim in claims if claim["steps"] == steps]
@@ -98,15 +107,18 @@ def draw(path: Path, claims: list[dict[str, Any]]) -> None:
             value = claim["accuracy"]
             if value["mean"] is None:
                 continue
-            error = 100 * (value["standard_error"] or 0)
-            panel.errorbar(
-                100 * value["mean"], -place, xerr=error, fmt="o", color="tab:blue", capsize=3
-            )
+            error = 100 * limit(value["standard_error"] or 0.0, value["seeds"])
+            how = dict(fmt="o", color=COLOURS[value["verdict"]], capsize=3)
+            panel.errorbar(100 * value["mean"], -place, xerr=error, **how)
         panel.axvline(0, color="grey", linewidth=0.8)
         panel.set_title(f"{steps} step{'s' * (steps > 1)}", fontsize=9)
-        panel.set_xlabel("better by points of accuracy", fontsize=8)
+        panel.set_xlabel("points of accuracy better, 95 % interval", fontsize=8)
+        panel.set_xscale("symlog", linthresh=5)
+        panel.set_xticks(TICKS, [str(tick) for tick in TICKS], fontsize=7)
         panel.set_yticks([-place for place in range(len(rows))])
-        panel.set_yticklabels([claim["claim"] for claim in rows], fontsize=7)
+        panel.set_yticklabels(["{source}: {claim}".format(**claim) for claim in rows], fontsize=7)
+    marks = [Line2D([], [], marker="o", ls="", color=each) for each in COLOURS.values()]
+    figure.legend(marks, COLOURS, loc="outside lower left", ncols=len(COLOURS), fontsize=7)
     figure.savefig(path, dpi=80)
 
 

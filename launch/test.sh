@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Runs the tests: by default those that take under five minutes of two cores together.
+# Runs the tests: by default those that take about five minutes of two cores together.
 #   launch/test.sh [--faults] [--all] [--parity] [pytest arguments]
 #     --faults   adds tests/faults: processes, disks, kills
 #     --all      adds them, and the slowest tests
