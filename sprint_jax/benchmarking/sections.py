@@ -53,8 +53,8 @@ SECTIONS = [
         [
             (
                 "flow Euler 50",
-                "the teacher, right | in 20 steps | as a flow, Euler, 50 | as TrigFlow, Euler, 50",
-                "| {teacher 20[accuracy][0]:.1%} | {flow Euler 50[accuracy][0]:.1%} "
+                "teacher | in 20 steps | as a flow, Euler, 50 | as TrigFlow, Euler, 50",
+                "right | {teacher 20[accuracy][0]:.1%} | {flow Euler 50[accuracy][0]:.1%} "
                 "| {TrigFlow Euler 50[accuracy][0]:.1%}",
             ),
             (
