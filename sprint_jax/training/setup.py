@@ -48,8 +48,8 @@ def load_frozen(c: Config, data: Data, mesh: jax.sharding.Mesh) -> tuple[dict, d
     """Arguments of the updates that never change, and the record of where they came from.
 
     Returns:
-      ``frozen``: null_text [L, D], null_mask [L], the seed, in stage 'distill' the teacher's EMA params, and the
-        trunk's where a control branch learns alone;
+      ``frozen``: null_text [L, D], null_mask [L], the seed, in stage 'distill' the teacher's EMA params, and
+        the trunk's where a control branch learns alone;
       ``origin``: for checkpoints: the teacher's path, step (None without one) and hash; ``trunk``: the same of
         the trunk.
     """

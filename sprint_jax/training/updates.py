@@ -2,9 +2,10 @@
 
 An update is ``update(nets, c, state, batch, frozen) -> (state, metrics)``. A batch has latents [B, h, w, C]
 of unit variance, text [B, L, D] and mask [B, L], and with a control branch conditions ``control`` [B, h, w, C];
-``frozen`` holds the teacher's parameters, the features of the empty prompt, the seed, and the trunk's parameters
-where a branch learns alone. Randomness is a function of (seed, step): each update splits its key into the named
-keys of a tuple of `draws`. The seed is an argument, so that runs of other seeds have the same program.
+``frozen`` holds the teacher's parameters, the features of the empty prompt, the seed, and the trunk's
+parameters where a branch learns alone. Randomness is a function of (seed, step): each update splits its key
+into the named keys of a tuple of `draws`. The seed is an argument, so that runs of other seeds have the same
+program.
 """
 
 import jax
