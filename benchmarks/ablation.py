@@ -3,7 +3,7 @@
     python benchmarks/ablation.py --root runs/ablation
 
 One teacher is trained with times 0..1000 and without QK norm. From each of five seeds `prepare_teacher` makes
-four of it, all fine-tuned for as long, and each is distilled for 200 steps by the consistency loss alone;
+four of it, all fine-tuned for as long, and each is distilled for 200 steps of 32 by the consistency loss alone;
 `teacher_check` judges those of the first seed. Writes benchmarks/results/ablation.jsonl and
 benchmarks/pictures/ablation.png; benchmarks/claims.py says what differs. Finished steps are not repeated.
 """

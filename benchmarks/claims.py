@@ -1,14 +1,13 @@
 """The paper's ablations asked again on digits: what holds, by differences between students of one seed.
 
-    python benchmarks/claims.py --runs runs/paper --teacher runs/teacher --ablation runs/ablation
+    python benchmarks/claims.py --runs runs/paper --teacher runs/small-teacher --ablation runs/ablation
 
 The students are those of `configs/methods.py`, sweep ``paper``, each evaluated once, and those of
-benchmarks/ablation.py. A claim says that one
-arm is better than another in some numbers of steps. It is confirmed where the mean of the differences, seed by
-seed, lies on its side by more than the 97.5 % quantile of Student's t times its standard error, contradicted
-where on the other side, and else not seen. Of verdicts where nothing is
-to be seen, 5 % are false. Writes benchmarks/results/claims.jsonl and
-benchmarks/pictures/claims.png, and says what is there before all seeds are.
+benchmarks/ablation.py. A claim says that one arm is better than another in some numbers of steps. It is
+confirmed where the mean of the differences, seed by seed, lies on its side by more than the 97.5 % quantile of
+Student's t times its standard error, contradicted where on the other side, and else not seen. Of verdicts where
+nothing is to be seen, 5 % are false. Writes benchmarks/results/claims.jsonl and benchmarks/pictures/claims.png,
+and says what is there before all seeds are.
 """
 
 import sys

@@ -83,14 +83,14 @@ def apt(c):
     c.ema_decay = 0.995  # which the ramp does not reach: 0.975 after 350 updates
 
 
-def adam(c, judge, learning_rate, b2):
-    """Adam without momentum, for the student and its judge.
+def adam(c, other, learning_rate, b2):
+    """Adam without momentum, for the student and for the ``other`` network's optimizer, as in the publications.
 
-    CAME corrects no bias: its first hundreds of updates of factored weights are several times as long as later.
+    CAME corrects no bias, which leaves the first updates of factored weights several times too long.
     """
     c.optimizer.name = "adamw"
     c.optimizer.learning_rate = learning_rate
-    for optimizer in (c.optimizer, judge):
+    for optimizer in (c.optimizer, other):
         optimizer.b1, optimizer.b2 = 0.0, b2
 
 

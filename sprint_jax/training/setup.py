@@ -258,17 +258,14 @@ def abstract_run(c: Config, mesh: jax.sharding.Mesh) -> tuple[Nets, TrainState, 
     key, teacher, trunk = jax.eval_shape(lambda: jax.random.key(0)), None, None
     if nets.teacher is not None:
         example = jax.eval_shape(lambda: _example(batch))
-        teacher = jax.eval_shape(nets.teacher.init, key, *example)["params"]
-        cast = functools.partial(compute_params, dtype=nets.teacher.dtype)
-        frozen["teacher"] = jax.eval_shape(cast, teacher)
+        frozen["teacher"] = teacher = jax.eval_shape(nets.teacher.init, key, *example)["params"]
     if c.trunk:
         inputs = *jax.eval_shape(lambda: _example(batch)), *([jnp.zeros(1)] if nets.teacher else [])
         trunk = jax.eval_shape(nets.model.init, key, *inputs)["params"]
         trunk = {name: trunk[name] for name in trunk if name not in ("control", "logvar_linear")}
-        frozen["trunk"] = jax.eval_shape(
-            functools.partial(compute_params, dtype=nets.model.dtype), trunk
-        )
+        frozen["trunk"] = trunk
     state = jax.eval_shape(_initializer(c, nets, batch), teacher, trunk, {}, key)
+    frozen = jax.eval_shape(functools.partial(at_compute_precision, c, nets), frozen)
 
     laid = {name: replicated(mesh) for name in ("null_text", "null_mask", "seed")}
     for name in ("teacher", "trunk"):

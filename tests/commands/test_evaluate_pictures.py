@@ -143,9 +143,8 @@ def test_references_of_equal_names_and_sizes_share_no_table(root, tmp_path):
         folder = tmp_path / name
         folder.mkdir()
         Image.new("RGB", (4, 4), (level,) * 3).save(folder / "x.bmp")
-        os.utime(
-            folder / "x.bmp", (1, 1)
-        )  # one folder's features are not to be taken for another's
+        # One folder's features are not to be taken for another's.
+        os.utime(folder / "x.bmp", (1, 1))
         flags = dict(reference=folder, metrics="none", prompts=None, cache=tmp_path / "cache")
         evaluate.main(words(root, tmp_path / f"{name}.json", **flags))
         found[name] = json.loads((tmp_path / f"{name}.json").read_text())
@@ -339,9 +338,8 @@ def test_results_of_other_pictures_are_refused(root, tmp_path, samples, change, 
 
 
 def test_geneval_is_summed_up_from_its_detectors_results(root, tmp_path, samples):
-    Image.new("RGB", (8, 4)).save(
-        tmp_path / "p" / "00000" / "grid.png"
-    )  # as GenEval's generator adds
+    # As GenEval's own generator adds.
+    Image.new("RGB", (8, 4)).save(tmp_path / "p" / "00000" / "grid.png")
     rows = [("colors", True), ("colors", False), ("counting", True)]
     path = geneval_results(tmp_path, [(p, *row) for p, row in zip(samples, rows, strict=True)])
     flags = dict(pictures=tmp_path / "p", metrics="geneval", boxes=path, prompts=None)
